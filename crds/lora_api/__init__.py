@@ -1,0 +1,48 @@
+"""The contracts of the LoRAFineTune operator: resources, messages and files, as pydantic models.
+
+This package depends on pydantic only. The operator, the trainer and later the loader all speak through it.
+"""
+
+from lora_api.failures import CLASS_BY_EXIT_CODE, FAILURE_RULES, RULES, FailureClass, FailureRule
+from lora_api.finetune import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneSpec
+from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
+from lora_api.run import BatchPlan, RunSpec, build_run_spec, plan_batch
+from lora_api.status import (
+    AdapterStatus,
+    Condition,
+    ConditionType,
+    Failure,
+    LoRAFineTuneStatus,
+    Phase,
+    Progress,
+)
+
+__all__ = [
+    "API_VERSION",
+    "CLASS_BY_EXIT_CODE",
+    "FAILURE_RULES",
+    "GROUP",
+    "KIND",
+    "PLURAL",
+    "RULES",
+    "VERSION",
+    "AdapterStatus",
+    "BatchPlan",
+    "Condition",
+    "ConditionType",
+    "Failure",
+    "FailureClass",
+    "FailureRule",
+    "LoRAFineTune",
+    "LoRAFineTuneSpec",
+    "LoRAFineTuneStatus",
+    "Phase",
+    "Progress",
+    "ProgressLine",
+    "RunSpec",
+    "Termination",
+    "build_run_spec",
+    "parse_progress_line",
+    "parse_termination",
+    "plan_batch",
+]

@@ -1,0 +1,138 @@
+"""The adapter in the store: layout, digest and the files that describe it. Written by the trainer, read by serving."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints
+
+from lora_api._base import RecordModel
+from lora_api.status import Time
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+"""The adapter's own files: these, and only these, make its digest."""
+
+MANIFEST_FILE = "manifest.json"
+COMPLETE_FILE = "COMPLETE.json"
+
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM 0.33 takes for --max-lora-rank."""
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+
+
+class StoredFile(RecordModel):
+    """One file of a directory in the store. ``path`` is relative to the directory, with ``/`` between its parts."""
+
+    path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./\-]*$", max_length=512)]
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class AdapterManifest(RecordModel):
+    """``manifest.json``, written last and create-only: a reader that sees it sees every file that it names.
+
+    ``files`` are the adapter's own, ``extras`` are for people (model card, report, metrics).
+    """
+
+    schema_version: Literal[1] = 1
+    digest: Digest
+    name: str
+    namespace: str
+    base_model: str
+    base_model_revision: str | None = None
+    rank: int = Field(ge=1)
+    files: list[StoredFile]
+    extras: list[StoredFile] = []
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    created_at: Time
+    created_by: dict[str, Any] = {}
+
+
+class VersionPointer(RecordModel):
+    """``versions/v<N>.json``, create-only: version N of an adapter's name is the directory with this digest."""
+
+    schema_version: Literal[1] = 1
+    version: int = Field(ge=1)
+    digest: Digest
+    run_uid: str
+    created_at: Time
+
+
+class CompleteMarker(RecordModel):
+    """``COMPLETE.json`` of a checkpoint, written last. A checkpoint without it does not exist."""
+
+    schema_version: Literal[1] = 1
+    step: int = Field(ge=0)
+    world_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    files: list[StoredFile]
+    created_at: Time
+
+
+def compute_digest(files: Iterable[StoredFile]) -> str:
+    """``sha256:HEX`` over the canonical JSON of the adapter's own files, sorted by path.
+
+    Times and the order of ``files`` do not matter; equal bytes have equal digests.
+    """
+    entries = sorted(
+        ({"path": f.path, "size": f.size, "sha256": f.sha256} for f in files if f.path in ADAPTER_FILES),
+        key=lambda entry: str(entry["path"]),
+    )
+    canonical = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def adapter_prefix(namespace: str, name: str) -> str:
+    """Path below the store's prefix that holds all that belongs to one adapter's name."""
+    return f"{namespace}/{name}"
+
+
+def digest_directory(digest: str) -> str:
+    """Directory of the adapter with ``digest`` below its name's prefix: ``sha256-HEX``."""
+    return digest.replace(":", "-")
+
+
+def version_path(version: int) -> str:
+    """Path of a version pointer below the name's prefix."""
+    return f"versions/v{version}.json"
+
+
+def parse_version_path(path: str) -> int | None:
+    """Version of the pointer at ``path``, or ``None`` if it is none."""
+    match = re.search(r"(?:^|/)versions/v([1-9][0-9]*)\.json$", path)
+    return int(match.group(1)) if match else None
+
+
+def checkpoints_directory(uid: str) -> str:
+    """Directory of a run's checkpoints below the name's prefix."""
+    return f"checkpoints/{uid}"
+
+
+def checkpoint_directory(uid: str, step: int) -> str:
+    """Directory of one checkpoint below the name's prefix."""
+    return f"{checkpoints_directory(uid)}/step-{step}"
+
+
+def parse_checkpoint_step(path: str) -> int | None:
+    """Step of the checkpoint that ``path`` lies in, or ``None`` if it lies in none."""
+    match = re.search(r"(?:^|/)step-([0-9]+)(?:/|$)", path)
+    return int(match.group(1)) if match else None
+
+
+def serving_max_lora_rank(rank: int) -> int:
+    """Smallest --max-lora-rank of vLLM that serves an adapter of ``rank`` (1 to 512).
+
+    Raises:
+        ValueError: no value is large enough.
+    """
+    for legal in VLLM_LORA_RANKS:
+        if rank <= legal:
+            return legal
+    raise ValueError(f"rank {rank} is larger than {VLLM_LORA_RANKS[-1]}, the most that vLLM serves")

@@ -1,0 +1,149 @@
+"""CustomResourceDefinition from the pydantic models.
+
+Kubernetes wants a structural schema: no references, no unions beyond nullable, bounds in OpenAPI v3.0 form.
+"""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from lora_api import finetune
+from lora_api._base import ApiModel
+from lora_api.finetune import LoRAFineTune
+from lora_api.status import LoRAFineTuneStatus
+
+Schema = dict[str, Any]
+
+PRINTER_COLUMNS: tuple[dict[str, Any], ...] = (
+    {"name": "Phase", "type": "string", "jsonPath": ".status.phase"},
+    {"name": "Progress", "type": "string", "jsonPath": ".status.progress.summary"},
+    {"name": "Loss", "type": "number", "jsonPath": ".status.progress.loss"},
+    {"name": "ETA", "type": "string", "jsonPath": ".status.progress.eta"},
+    {"name": "Adapter", "type": "string", "jsonPath": ".status.adapter.servedName"},
+    {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+    {"name": "Step", "type": "integer", "jsonPath": ".status.progress.step", "priority": 1},
+    {"name": "Tokens/s", "type": "number", "jsonPath": ".status.progress.tokensPerSecond", "priority": 1},
+    {"name": "Nodes", "type": "integer", "jsonPath": ".spec.parallelism.nodes", "priority": 1},
+    {"name": "Attempt", "type": "integer", "jsonPath": ".status.attempt", "priority": 1},
+    {"name": "Model", "type": "string", "jsonPath": ".spec.baseModel.uri", "priority": 1},
+    {"name": "Reason", "type": "string", "jsonPath": ".status.reason", "priority": 1},
+)
+
+_COPIED = (
+    "type", "description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "minProperties",
+    "maxProperties", "minimum", "maximum", "default", "format",
+)  # fmt: skip
+
+
+def build_crd() -> Schema:
+    """The CustomResourceDefinition of LoRAFineTune."""
+    schema = _object_schema(LoRAFineTune)
+    schema["properties"]["metadata"] = {"type": "object"}
+    schema["properties"]["apiVersion"] = {"type": "string"}
+    schema["properties"]["kind"] = {"type": "string"}
+    schema["required"] = ["spec"]
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{finetune.PLURAL}.{finetune.GROUP}"},
+        "spec": {
+            "group": finetune.GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": finetune.KIND,
+                "listKind": f"{finetune.KIND}List",
+                "plural": finetune.PLURAL,
+                "singular": finetune.KIND.lower(),
+                "shortNames": ["lft"],
+                "categories": ["all"],
+            },
+            "versions": [
+                {
+                    "name": finetune.VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": [dict(column) for column in PRINTER_COLUMNS],
+                    "schema": {"openAPIV3Schema": schema},
+                }
+            ],
+        },
+    }
+
+
+def _object_schema(model: type[BaseModel]) -> Schema:
+    """Structural schema of ``model`` with its CEL rules."""
+    raw = model.model_json_schema(by_alias=True, mode="validation")
+    definitions: Mapping[str, Schema] = raw.get("$defs", {})
+    schema = _convert(raw, definitions)
+    _add_model_extras(model, schema)
+    schema["description"] = _first_paragraph(model)
+    return schema
+
+
+def _convert(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schema:
+    """One JSON Schema node of pydantic as a structural schema node."""
+    node = _resolve(raw, definitions)
+    schema: Schema = {key: node[key] for key in _COPIED if key in node and node[key] is not None}
+    if "const" in node:
+        schema["enum"] = [node["const"]]
+    for limit, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if limit in node:
+            schema[bound] = node[limit]
+            schema[limit] = True
+    if schema.get("format") == "date-time":
+        schema["type"] = "string"
+    if "items" in node:
+        schema["items"] = _convert(node["items"], definitions)
+    if "properties" in node:
+        schema["properties"] = {name: _convert(child, definitions) for name, child in node["properties"].items()}
+        if node.get("required"):
+            schema["required"] = sorted(node["required"])
+    elif isinstance(node.get("additionalProperties"), Mapping):
+        schema["additionalProperties"] = _convert(node["additionalProperties"], definitions)
+    schema.update({key: value for key, value in node.items() if key.startswith("x-kubernetes-")})
+    return schema
+
+
+def _resolve(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schema:
+    """``raw`` with its reference or its nullable union replaced by what it stands for; outer keywords win."""
+    node = dict(raw)
+    if "$ref" in node:
+        target = definitions[node.pop("$ref").rsplit("/", 1)[1]]
+        return {**_resolve(target, definitions), **node}
+    if "anyOf" in node:
+        options = [option for option in node.pop("anyOf") if option.get("type") != "null"]
+        if len(options) != 1:
+            raise ValueError(f"a structural schema has no unions: {raw}")
+        return {**_resolve(options[0], definitions), **node}
+    return node
+
+
+def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:
+    """Adds to ``schema``, in place, what JSON Schema cannot say: CEL rules, and ``{}`` as default of a section."""
+    if issubclass(model, ApiModel) and model.cel_rules:
+        schema["x-kubernetes-validations"] = [rule.to_wire() for rule in model.cel_rules]
+    for name, field in model.model_fields.items():
+        child = _model_of(field.annotation)
+        if child is None:
+            continue
+        property_schema = schema["properties"][field.alias or name]
+        _add_model_extras(child, property_schema.get("items", property_schema))
+        if field.default_factory is child and child is not LoRAFineTuneStatus:
+            property_schema["default"] = {}
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The model in ``annotation``: itself, or inside Optional, list or Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        found = _model_of(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _first_paragraph(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())

@@ -1,0 +1,110 @@
+"""RunSpec: the one document that the operator hands to the trainer's pods (a ConfigMap, mounted as run.json)."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lora_api._base import ApiModel
+from lora_api.finetune import (
+    BaseModelSource,
+    Checkpoint,
+    Dataset,
+    LoRA,
+    LoRAFineTune,
+    Parallelism,
+    Publish,
+    Quantization,
+    Training,
+)
+
+RUN_FILE = "/etc/lora/run.json"
+"""Where the pods find the document."""
+
+WORK_DIRECTORY = "/work"
+"""Writable scratch directory of the pods."""
+
+PVC_ROOT = "/mnt/pvc"
+"""Claims of pvc:// URIs are mounted read-only at PVC_ROOT/CLAIM."""
+
+TERMINATION_LOG = "/dev/termination-log"
+
+CONTAINER_NAME = "trainer"
+
+MASTER_PORT = 29500
+
+
+class RunSpec(ApiModel):
+    """Everything that one attempt of a run needs to know, defaults filled in."""
+
+    version: Literal[1] = 1
+    namespace: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1)]
+    uid: Annotated[str, Field(min_length=1)]
+    attempt: int = Field(1, ge=1)
+    base_model: BaseModelSource
+    dataset: Dataset
+    lora: LoRA = Field(default_factory=LoRA)
+    quantization: Quantization = Field(default_factory=Quantization)
+    training: Training
+    parallelism: Parallelism = Field(default_factory=Parallelism)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    publish: Publish
+
+    @property
+    def adapter_name(self) -> str:
+        """Name under which the adapter's versions count up."""
+        return self.publish.name or self.name
+
+
+def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
+    """The document for ``attempt`` of ``run``."""
+    spec = run.spec
+    return RunSpec(
+        namespace=run.metadata.namespace,
+        name=run.metadata.name,
+        uid=run.metadata.uid,
+        attempt=attempt,
+        base_model=spec.base_model,
+        dataset=spec.dataset,
+        lora=spec.lora,
+        quantization=spec.quantization,
+        training=spec.training,
+        parallelism=spec.parallelism,
+        checkpoint=spec.checkpoint,
+        publish=spec.publish,
+    )
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step's sequences are spread.
+
+    ``micro_batch_size * gradient_accumulation_steps * world_size == global_batch_size``.
+    """
+
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer step over all processes."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def plan_batch(training: Training, parallelism: Parallelism) -> BatchPlan:
+    """Derives the gradient accumulation.
+
+    Raises:
+        ValueError: the global batch size does not divide; the message names the nearest sizes that do.
+    """
+    chunk = training.micro_batch_size * parallelism.world_size
+    accumulation, rest = divmod(training.global_batch_size, chunk)
+    if rest:
+        nearest = [size for size in (accumulation * chunk, (accumulation + 1) * chunk) if size > 0]
+        raise ValueError(
+            f"training.globalBatchSize is {training.global_batch_size}, but must be a multiple of microBatchSize * "
+            f"nodes * max(gpusPerNode, 1) = {chunk}; the nearest sizes are {' and '.join(map(str, nearest))}"
+        )
+    return BatchPlan(training.micro_batch_size, accumulation, parallelism.world_size)

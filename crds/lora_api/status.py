@@ -1,0 +1,135 @@
+"""The status of a LoRAFineTune: what the operator has seen. Written by the operator only."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, PlainSerializer
+
+from lora_api._base import RecordModel
+from lora_api.failures import FailureClass
+
+MAX_FAILURES = 10
+MAX_HISTORY = 100
+
+
+def format_time(value: datetime) -> str:
+    """RFC 3339 with whole seconds and Z, as metav1.Time writes it. ``value`` is in UTC."""
+    return value.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+Time = Annotated[datetime, PlainSerializer(format_time, return_type=str, when_used="json")]
+
+
+class Phase(StrEnum):
+    """Where a run is, in one word, for people. The operator never reads it back."""
+
+    PENDING = "Pending"
+    STARTING = "Starting"
+    RUNNING = "Running"
+    RESTARTING = "Restarting"
+    PUBLISHING = "Publishing"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class ConditionType(StrEnum):
+    """Types of conditions. Ready, Reconciling and Stalled follow kstatus (sigs.k8s.io/cli-utils)."""
+
+    READY = "Ready"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    SCHEDULED = "Scheduled"
+    RUNNING = "Running"
+    PUBLISHED = "Published"
+    COMPLETE = "Complete"
+    FAILED = "Failed"
+
+
+class Condition(RecordModel):
+    """A metav1.Condition."""
+
+    type: Annotated[str, Field(min_length=1, max_length=316)] = Field(description="What the condition is about.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: Annotated[str, Field(min_length=1, max_length=1024)] = Field(description="Why, in one CamelCase word.")
+    message: Annotated[str, Field(max_length=32768)] = Field("", description="Why, in a sentence for people.")
+    last_transition_time: Time = Field(description="When status last changed.")
+    observed_generation: int = Field(0, ge=0, description="Generation of the resource that this is about.")
+
+
+class Progress(RecordModel):
+    """How far training is. At most 15 seconds old while it runs."""
+
+    step: int = Field(0, ge=0, description="Optimizer steps done.")
+    total_steps: int = Field(0, ge=0, description="Optimizer steps in all.")
+    percent: int = Field(0, ge=0, le=100, description="Share of the steps that is done, in percent.")
+    summary: str = Field("", description="Percent for people, such as 42%.")
+    epoch: float | None = Field(None, description="Passes over the training records so far.")
+    loss: float | None = Field(None, description="Training loss (mean negative log likelihood per token, nats).")
+    eval_loss: float | None = Field(None, description="Last evaluation loss (nats per token).")
+    learning_rate: float | None = Field(None, description="Learning rate of the last step.")
+    grad_norm: float | None = Field(None, description="L2 norm of the gradient before clipping.")
+    tokens_per_second: float | None = Field(None, description="Tokens per second over all GPUs.")
+    eta_seconds: int | None = Field(None, ge=0, description="Seconds until the last step, as it looks now.")
+    eta: str | None = Field(None, description="The same for people, such as 1m20s.")
+    at: Time | None = Field(None, description="When the trainer reported this.")
+    history: Annotated[
+        list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(max_length=MAX_HISTORY)
+    ] = Field(
+        [],
+        description="Pairs of step and training loss, thinned evenly.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+
+
+class Failure(RecordModel):
+    """Why an attempt ended."""
+
+    attempt: int = Field(ge=1, description="Attempt that failed, counted from 1.")
+    failure_class: FailureClass = Field(alias="class", description="Kind of failure.")
+    reason: str = Field("", description="What Kubernetes or the trainer calls it.")
+    message: str = Field("", description="What happened.")
+    remedy: str = Field("", description="What to do about it.")
+    pod: str | None = Field(None, description="Pod in which it began.")
+    rank: int | None = Field(None, ge=0, description="Process in which it began, by its rank.")
+    exit_code: int | None = Field(None, description="Exit code of the pod's container.")
+    log_tail: str | None = Field(None, description="Last lines of the pod's log.")
+    at: Time = Field(description="When it happened.")
+
+
+class AdapterStatus(RecordModel):
+    """The published adapter."""
+
+    uri: str = Field(description="Directory of the adapter in the store.")
+    digest: str = Field(description="Content digest, sha256:HEX.")
+    version: int = Field(ge=1, description="Version under the adapter's name, counted from 1.")
+    served_name: str = Field(description="Name to serve this version under: NAME-vVERSION.")
+    rank: int = Field(ge=1, description="LoRA rank.")
+    serving_max_lora_rank: int = Field(ge=1, description="Smallest --max-lora-rank of vLLM that can serve it.")
+    size_bytes: int = Field(ge=0, description="Size of the adapter's own files, in bytes.")
+    eval_loss_before: float | None = Field(None, description="Evaluation loss of the base model (nats per token).")
+    eval_loss_after: float | None = Field(None, description="Evaluation loss with the adapter (nats per token).")
+
+
+class LoRAFineTuneStatus(RecordModel):
+    """What the operator has seen."""
+
+    observed_generation: int = Field(0, ge=0, description="Generation of the resource that this status is about.")
+    phase: Phase | None = Field(None, description="Where the run is, in one word, for people.")
+    reason: str | None = Field(None, description="Why the run is in this phase, in one word.")
+    attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
+    start_time: Time | None = Field(None, description="When the first attempt was created.")
+    completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
+    conditions: Annotated[list[Condition], Field(max_length=16)] = Field(
+        [],
+        description="Conditions. Ready, Reconciling and Stalled follow kstatus.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    progress: Progress | None = Field(None, description="How far training is.")
+    failures: Annotated[list[Failure], Field(max_length=MAX_FAILURES)] = Field(
+        [],
+        description="Why attempts ended, the last 10.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
+    adapter: AdapterStatus | None = Field(None, description="The published adapter.")
