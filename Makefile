@@ -1,0 +1,84 @@
+# The one entry. `make help` lists every target.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+LORA_CACHE ?= $(HOME)/.cache/lora-operator
+export LORA_CACHE
+export PYTHONPATH := crds:operator:trainer_image:.
+
+RUN := .venv/bin/python
+PYTEST := $(RUN) -m pytest
+
+.PHONY: help
+help: ## List every target
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: ## Make the Python environment (.venv) at the pinned versions
+	@$(PYTHON) tools/venv.py
+
+.PHONY: demo
+demo: venv ## Run the main job for real: cluster, operator, two training pods, adapter, and what it learned
+	@$(RUN) -m demo up
+
+.PHONY: demo-down
+demo-down: venv ## Remove what the demo made, its cluster included
+	@$(RUN) -m demo down
+
+.PHONY: test
+test: test-unit test-controlplane test-trainer test-cluster ## Set up everything and pass every test
+
+.PHONY: test-unit
+test-unit: venv binaries ## Fast tests of the pure parts
+	$(PYTEST) tests/unit -n 2
+
+.PHONY: test-controlplane
+test-controlplane: venv binaries ## Tests against a real API server
+	$(PYTEST) tests/controlplane tests/devcluster -m "not cluster" -n 2 --dist loadscope
+
+.PHONY: test-trainer
+test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
+	$(PYTEST) tests/trainer
+
+.PHONY: test-cluster
+test-cluster: venv binaries ## Tests with real pods on a real cluster
+	$(PYTEST) tests/devcluster tests/cluster -m cluster
+
+.PHONY: lint
+lint: venv ## Style, types, layers and generated files
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m importlinter.cli lint
+	$(RUN) tools/generate.py --check
+
+.PHONY: generate
+generate: venv ## Write the generated files: CRD, chart copy, API reference
+	$(RUN) tools/generate.py
+
+.PHONY: format
+format: venv ## Format the code
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
+.PHONY: binaries
+binaries: venv ## Build the cluster's programs from pinned Go modules (kept in the cache)
+	@$(RUN) -m devcluster binaries
+
+.PHONY: cluster-up
+cluster-up: venv ## Start the development cluster
+	@$(RUN) -m devcluster up
+
+.PHONY: cluster-down
+cluster-down: venv ## End the development cluster and all that belongs to it
+	@$(RUN) -m devcluster down
+
+.PHONY: cluster-status
+cluster-status: venv ## Say what runs and how to reach it
+	@$(RUN) -m devcluster status
+
+.PHONY: images
+images: venv ## Build the images and load them into the cluster
+	@$(RUN) -m devcluster images
