@@ -1,0 +1,1 @@
+"""The demo: the main job for real, from nothing to an adapter that answers better than its base model."""
