@@ -1,0 +1,1 @@
+"""The LoRAFineTune operator. Start reading at :mod:`lora_operator.reconcile`."""
