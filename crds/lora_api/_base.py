@@ -1,20 +1,27 @@
 """What every model of the API shares: camelCase on the wire, snake_case in Python, nothing unknown accepted."""
 
-from typing import Any, ClassVar
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.alias_generators import to_camel
 
 
 class ApiModel(BaseModel):
-    """A value that a user writes. Unknown fields are an error, so that a typing mistake is never silently ignored."""
+    """A value that a user writes.
+
+    Unknown fields are an error, so that a typing mistake is never silently ignored. Types are strict, as they are for
+    the API server: "16" is no number and 1 is no boolean.
+    """
 
     model_config = ConfigDict(
         alias_generator=to_camel,
         populate_by_name=True,
         extra="forbid",
         frozen=True,
-        ser_json_inf_nan="null",
+        strict=True,
+        allow_inf_nan=False,
     )
 
     cel_rules: ClassVar[tuple["CelRule", ...]] = ()
@@ -28,7 +35,57 @@ class ApiModel(BaseModel):
 class RecordModel(ApiModel):
     """A value that our own programs write and read back. Unknown fields are dropped, so that versions can be mixed."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=False)
+
+
+def format_time(value: datetime) -> str:
+    """RFC 3339 in UTC with whole seconds and Z, as metav1.Time writes it."""
+    return value.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _to_utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+Time = Annotated[datetime, AfterValidator(_to_utc), PlainSerializer(format_time, return_type=str, when_used="json")]
+"""A moment in UTC. One without a zone is taken to be in UTC."""
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Measure = Annotated[float | None, BeforeValidator(_finite_or_none)]
+"""A measured number. NaN and infinity, which JSON cannot carry, become ``None``."""
+
+CUT_MARK = " ... "
+
+
+def cut_middle(text: str, length: int) -> str:
+    """``text`` cut to at most ``length`` characters: an error's beginning and end say the most."""
+    if len(text) <= length:
+        return text
+    kept = length - len(CUT_MARK)
+    if kept < 2:
+        return text[: max(length, 0)]
+    return text[: (kept + 1) // 2] + CUT_MARK + text[len(text) - kept // 2 :]
+
+
+def clean_text(value: Any) -> Any:
+    """``value`` without lone surrogates, which come from undecodable bytes and cannot be written as UTF-8."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _bounded(length: int) -> BeforeValidator:
+    def cut(value: Any) -> Any:
+        return cut_middle(clean_text(value), length) if isinstance(value, str) else value
+
+    return BeforeValidator(cut)
+
+
+ShortMessage = Annotated[str, _bounded(1024), Field(max_length=1024)]
+LongMessage = Annotated[str, _bounded(4096), Field(max_length=4096)]
+"""Text from logs and errors. Longer text is cut in its middle: a status must never fail for being too wordy."""
 
 
 class CelRule(BaseModel):

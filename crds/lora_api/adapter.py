@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from lora_api._base import RecordModel
-from lora_api.status import Time
+from lora_api._base import Measure, RecordModel, Time
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -26,10 +25,17 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
-class StoredFile(RecordModel):
-    """One file of a directory in the store. ``path`` is relative to the directory, with ``/`` between its parts."""
+_PART = r"\.?[A-Za-z0-9_][A-Za-z0-9_.\-]*"
 
-    path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./\-]*$", max_length=512)]
+
+class StoredFile(RecordModel):
+    """One file of a directory in the store.
+
+    ``path`` is relative to the directory, with ``/`` between its parts. No part is ``.`` or ``..``: a reader may join
+    it to a local directory.
+    """
+
+    path: Annotated[str, StringConstraints(pattern=rf"^{_PART}(/{_PART})*$", max_length=512)]
     size: int = Field(ge=0)
     sha256: Sha256
 
@@ -49,8 +55,8 @@ class AdapterManifest(RecordModel):
     rank: int = Field(ge=1)
     files: list[StoredFile]
     extras: list[StoredFile] = []
-    eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
+    eval_loss_before: Measure = None
+    eval_loss_after: Measure = None
     created_at: Time
     created_by: dict[str, Any] = {}
 
@@ -80,11 +86,16 @@ def compute_digest(files: Iterable[StoredFile]) -> str:
     """``sha256:HEX`` over the canonical JSON of the adapter's own files, sorted by path.
 
     Times and the order of ``files`` do not matter; equal bytes have equal digests.
+
+    Raises:
+        ValueError: one of the adapter's own files is missing or named twice.
     """
     entries = sorted(
         ({"path": f.path, "size": f.size, "sha256": f.sha256} for f in files if f.path in ADAPTER_FILES),
         key=lambda entry: str(entry["path"]),
     )
+    if [entry["path"] for entry in entries] != sorted(ADAPTER_FILES):
+        raise ValueError(f"the digest needs each of {', '.join(ADAPTER_FILES)} once")
     canonical = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -106,7 +117,7 @@ def version_path(version: int) -> str:
 
 def parse_version_path(path: str) -> int | None:
     """Version of the pointer at ``path``, or ``None`` if it is none."""
-    match = re.search(r"(?:^|/)versions/v([1-9][0-9]*)\.json$", path)
+    match = re.search(r"(?:^|/)versions/v([1-9][0-9]{0,9})\.json\Z", path)
     return int(match.group(1)) if match else None
 
 
@@ -122,7 +133,7 @@ def checkpoint_directory(uid: str, step: int) -> str:
 
 def parse_checkpoint_step(path: str) -> int | None:
     """Step of the checkpoint that ``path`` lies in, or ``None`` if it lies in none."""
-    match = re.search(r"(?:^|/)step-([0-9]+)(?:/|$)", path)
+    match = re.search(r"(?:^|/)step-([0-9]{1,10})(?:/|\Z)", path)
     return int(match.group(1)) if match else None
 
 
@@ -130,8 +141,10 @@ def serving_max_lora_rank(rank: int) -> int:
     """Smallest --max-lora-rank of vLLM that serves an adapter of ``rank`` (1 to 512).
 
     Raises:
-        ValueError: no value is large enough.
+        ValueError: ``rank`` is out of range.
     """
+    if rank < 1:
+        raise ValueError(f"rank {rank} is smaller than 1")
     for legal in VLLM_LORA_RANKS:
         if rank <= legal:
             return legal

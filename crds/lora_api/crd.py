@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from lora_api import finetune
 from lora_api._base import ApiModel
 from lora_api.finetune import LoRAFineTune
-from lora_api.status import LoRAFineTuneStatus
 
 Schema = dict[str, Any]
 
@@ -39,9 +38,10 @@ _COPIED = (
 def build_crd() -> Schema:
     """The CustomResourceDefinition of LoRAFineTune."""
     schema = _object_schema(LoRAFineTune)
+    # The API server knows these itself and takes no more of their schema than this.
+    schema["properties"]["apiVersion"] = {"type": "string", "description": "Version of this schema of the resource."}
+    schema["properties"]["kind"] = {"type": "string", "description": "Kind of the resource."}
     schema["properties"]["metadata"] = {"type": "object"}
-    schema["properties"]["apiVersion"] = {"type": "string"}
-    schema["properties"]["kind"] = {"type": "string"}
     schema["required"] = ["spec"]
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -121,7 +121,7 @@ def _resolve(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schem
 
 
 def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:
-    """Adds to ``schema``, in place, what JSON Schema cannot say: CEL rules, and ``{}`` as default of a section."""
+    """Adds to ``schema``, in place, what JSON Schema cannot say: CEL rules, and the default of a section."""
     if issubclass(model, ApiModel) and model.cel_rules:
         schema["x-kubernetes-validations"] = [rule.to_wire() for rule in model.cel_rules]
     for name, field in model.model_fields.items():
@@ -130,8 +130,9 @@ def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:
             continue
         property_schema = schema["properties"][field.alias or name]
         _add_model_extras(child, property_schema.get("items", property_schema))
-        if field.default_factory is child and child is not LoRAFineTuneStatus:
-            property_schema["default"] = {}
+        if issubclass(child, ApiModel) and field.default_factory is child:
+            # In full: the API server checks CEL rules against a default before it fills in the defaults below it.
+            property_schema["default"] = child().to_wire()
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

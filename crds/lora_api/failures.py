@@ -36,7 +36,8 @@ class FailureRule:
     """What a failure class means for the run.
 
     ``exit_code`` is the trainer's; ``None`` for a failure that only Kubernetes sees. ``charged`` counts against
-    ``runPolicy.maxRestarts``. ``retried`` starts another attempt from the last complete checkpoint.
+    ``runPolicy.maxRestarts``. ``retried`` starts another attempt from the last complete checkpoint. The rule that
+    counts is that of the root cause: a peer that lost its connection to a pod that failed by itself is not looked at.
     """
 
     failure_class: FailureClass
@@ -49,158 +50,178 @@ class FailureRule:
 
 FAILURE_RULES: tuple[FailureRule, ...] = (
     FailureRule(
-        FailureClass.BAD_SPEC,
-        64,
-        False,
-        False,
-        "The specification cannot work, for example a target module that the model does not have.",
-        "Correct the field that the message names, then delete this LoRAFineTune and create it again.",
+        failure_class=FailureClass.BAD_SPEC,
+        exit_code=64,
+        charged=False,
+        retried=False,
+        meaning="The specification cannot work, for example a target module that the model does not have.",
+        remedy="Correct the field that the message names, then delete this LoRAFineTune and create it again.",
     ),
     FailureRule(
-        FailureClass.BAD_DATA,
-        65,
-        False,
-        False,
-        "A record of the dataset is not as its format asks.",
-        "Correct the records that the message names, upload the file again, then delete this LoRAFineTune and create "
-        "it again.",
+        failure_class=FailureClass.BAD_DATA,
+        exit_code=65,
+        charged=False,
+        retried=False,
+        meaning="A record of the dataset is not as its format asks.",
+        remedy=(
+            "Correct the records that the message names, upload the file again, then delete this LoRAFineTune and "
+            "create it again."
+        ),
     ),
     FailureRule(
-        FailureClass.MODEL_NOT_FOUND,
-        66,
-        False,
-        False,
-        "The base model or the dataset is not where its uri points.",
-        "Check uri and revision in the message; list the path with the credentials of this run.",
+        failure_class=FailureClass.MODEL_NOT_FOUND,
+        exit_code=66,
+        charged=False,
+        retried=False,
+        meaning="The base model or the dataset is not where its uri points.",
+        remedy="Check uri and revision in the message; list the path with the credentials of this run.",
     ),
     FailureRule(
-        FailureClass.AUTH_DENIED,
-        67,
-        False,
-        False,
-        "The store or the model hub refused the credentials.",
-        "Check the Secret in spec.credentials.secretRef: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, "
-        "HF_TOKEN, and that they may read the model and the data and write to publish.store.",
+        failure_class=FailureClass.AUTH_DENIED,
+        exit_code=67,
+        charged=False,
+        retried=False,
+        meaning="The store or the model hub refused the credentials.",
+        remedy=(
+            "Check the Secret in spec.credentials.secretRef: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+            "AWS_ENDPOINT_URL, HF_TOKEN, and that they may read the model and the data and write to publish.store."
+        ),
     ),
     FailureRule(
-        FailureClass.INTERNAL,
-        70,
-        True,
-        True,
-        "The trainer failed in a way that has no class of its own.",
-        "Read the log tail. If it looks like a fault of the trainer, report it with the run's manifest.",
+        failure_class=FailureClass.INTERNAL,
+        exit_code=70,
+        charged=True,
+        retried=True,
+        meaning="The trainer failed in a way that has no class of its own.",
+        remedy="Read the log tail. If it looks like a fault of the trainer, report it with the run's manifest.",
     ),
     FailureRule(
-        FailureClass.GPU_OUT_OF_MEMORY,
-        71,
-        False,
-        False,
-        "A GPU ran out of memory.",
-        "Halve training.microBatchSize (the result stays the same, only slower), or use more GPUs, or a smaller "
-        "dataset.maxSeqLength.",
+        failure_class=FailureClass.GPU_OUT_OF_MEMORY,
+        exit_code=71,
+        charged=False,
+        retried=False,
+        meaning="A GPU ran out of memory.",
+        remedy=(
+            "Halve training.microBatchSize (the result stays the same, only slower), or use more GPUs, or a smaller "
+            "dataset.maxSeqLength."
+        ),
     ),
     FailureRule(
-        FailureClass.DIVERGED,
-        72,
-        False,
-        False,
-        "The loss or the gradient is no longer a finite number.",
-        "Lower training.learningRate (a third is a good next try) or lengthen training.warmupRatio, and look for "
-        "broken records.",
+        failure_class=FailureClass.DIVERGED,
+        exit_code=72,
+        charged=False,
+        retried=False,
+        meaning="The loss or the gradient is no longer a finite number.",
+        remedy=(
+            "Lower training.learningRate (a third is a good next try) or lengthen training.warmupRatio, and look for "
+            "broken records."
+        ),
     ),
     FailureRule(
-        FailureClass.PEER_LOST,
-        73,
-        False,
-        True,
-        "The connection to another pod of the gang broke, or the pod did not answer in time.",
-        "Nothing to do if another pod's failure explains it. Otherwise check the network between the nodes and "
-        "NCCL_SOCKET_IFNAME in podTemplate.env.",
+        failure_class=FailureClass.PEER_LOST,
+        exit_code=73,
+        charged=True,
+        retried=True,
+        meaning="The connection to another pod of the gang broke, or the pod did not answer in time.",
+        remedy=(
+            "Nothing to do if another pod's failure explains it. Otherwise check the network between the nodes and "
+            "NCCL_SOCKET_IFNAME in podTemplate.env."
+        ),
     ),
     FailureRule(
-        FailureClass.STORE_UNAVAILABLE,
-        74,
-        True,
-        True,
-        "The object store did not answer, or kept failing.",
-        "Check that the store in publish.store is up and that AWS_ENDPOINT_URL is right as seen from the pods.",
+        failure_class=FailureClass.STORE_UNAVAILABLE,
+        exit_code=74,
+        charged=True,
+        retried=True,
+        meaning="The object store did not answer, or kept failing.",
+        remedy="Check that the store in publish.store is up and that AWS_ENDPOINT_URL is right as seen from the pods.",
     ),
     FailureRule(
-        FailureClass.CHECKPOINTED,
-        75,
-        False,
-        True,
-        "The pod was asked to stop and saved a checkpoint first.",
-        "Nothing to do: the next attempt goes on from the checkpoint.",
+        failure_class=FailureClass.CHECKPOINTED,
+        exit_code=75,
+        charged=False,
+        retried=True,
+        meaning="The pod was asked to stop and saved a checkpoint first.",
+        remedy="Nothing to do: the next attempt goes on from the checkpoint.",
     ),
     FailureRule(
-        FailureClass.HOST_OUT_OF_MEMORY,
-        None,
-        False,
-        False,
-        "A pod passed its memory limit and was ended by the kernel.",
-        "Raise podTemplate.resources.limits.memory, or lower training.microBatchSize or dataset.maxSeqLength, then "
-        "delete this LoRAFineTune and create it again.",
+        failure_class=FailureClass.HOST_OUT_OF_MEMORY,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="A pod passed its memory limit and was ended by the kernel.",
+        remedy=(
+            "Raise podTemplate.resources.limits.memory, or lower training.microBatchSize or dataset.maxSeqLength, then "
+            "delete this LoRAFineTune and create it again."
+        ),
     ),
     FailureRule(
-        FailureClass.DISK_FULL,
-        77,
-        False,
-        False,
-        "The pod's scratch disk is full.",
-        "The model is copied to the node's disk: use nodes with more ephemeral storage, or raise "
-        "podTemplate.resources.limits.ephemeral-storage.",
+        failure_class=FailureClass.DISK_FULL,
+        exit_code=77,
+        charged=False,
+        retried=False,
+        meaning="The pod's scratch disk is full.",
+        remedy=(
+            "The model is copied to the node's disk: use nodes with more ephemeral storage, or raise "
+            "podTemplate.resources.limits.ephemeral-storage."
+        ),
     ),
     FailureRule(
-        FailureClass.POD_LOST,
-        None,
-        False,
-        True,
-        "A pod was deleted or killed from outside.",
-        "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, look for who deletes the "
-        "pods (kubectl get events).",
+        failure_class=FailureClass.POD_LOST,
+        exit_code=None,
+        charged=False,
+        retried=True,
+        meaning="A pod was deleted or killed from outside.",
+        remedy=(
+            "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, look for who deletes the "
+            "pods (kubectl get events)."
+        ),
     ),
     FailureRule(
-        FailureClass.EVICTED,
-        None,
-        False,
-        True,
-        "Kubernetes took the pod off its node (preemption, drain, or pressure on the node).",
-        "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, give the run a higher "
-        "priority or set requests equal to limits.",
+        failure_class=FailureClass.EVICTED,
+        exit_code=None,
+        charged=False,
+        retried=True,
+        meaning="Kubernetes took the pod off its node (preemption, drain, or pressure on the node).",
+        remedy=(
+            "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, give the run a higher "
+            "priority or set requests equal to limits."
+        ),
     ),
     FailureRule(
-        FailureClass.NODE_LOST,
-        None,
-        False,
-        True,
-        "The node of a pod stopped answering.",
-        "Nothing to do: the next attempt starts on other nodes. Look at the node (kubectl describe node).",
+        failure_class=FailureClass.NODE_LOST,
+        exit_code=None,
+        charged=False,
+        retried=True,
+        meaning="The node of a pod stopped answering.",
+        remedy="Nothing to do: the next attempt starts on other nodes. Look at the node (kubectl describe node).",
     ),
     FailureRule(
-        FailureClass.IMAGE_PULL_FAILED,
-        None,
-        False,
-        False,
-        "The trainer's image cannot be pulled.",
-        "Check the operator's trainer.image value and podTemplate.imagePullSecrets, and that the nodes reach the "
-        "registry.",
+        failure_class=FailureClass.IMAGE_PULL_FAILED,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="The trainer's image cannot be pulled.",
+        remedy=(
+            "Check the operator's trainer.image value and podTemplate.imagePullSecrets, and that the nodes reach the "
+            "registry."
+        ),
     ),
     FailureRule(
-        FailureClass.POD_NOT_STARTED,
-        None,
-        False,
-        False,
-        "A pod cannot be created or started as it is specified.",
-        "Correct what the message names, usually a missing Secret, a claim or a quota.",
+        failure_class=FailureClass.POD_NOT_STARTED,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="A pod cannot be created or started as it is specified.",
+        remedy="Correct what the message names, usually a missing Secret, a claim or a quota.",
     ),
     FailureRule(
-        FailureClass.NAME_CONFLICT,
-        None,
-        False,
-        False,
-        "An object with the name of a child exists and belongs to something else.",
-        "Delete or rename that object, or delete this LoRAFineTune and create it under another name.",
+        failure_class=FailureClass.NAME_CONFLICT,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="An object with the name of a child exists and belongs to something else.",
+        remedy="Delete or rename that object, or delete this LoRAFineTune and create it under another name.",
     ),
 )
 

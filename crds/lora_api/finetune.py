@@ -20,9 +20,12 @@ API_VERSION: Literal["lorafinetune.io/v1alpha1"] = "lorafinetune.io/v1alpha1"
 MAX_NAME_LENGTH = 52
 """Longest name of a run: its pods are called ``<name>-<attempt>-<index>`` and a host name has at most 63 characters."""
 
-ModelUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[^\s]+$", max_length=512)]
-DataUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[^\s]+$", max_length=512)]
-StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[^\s]+$", max_length=512)]
+MAX_GLOBAL_BATCH_SIZE = 65536
+
+# Printable ASCII only: Python, Rust and Go disagree on what else is white space.
+ModelUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
+DataUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
+StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[!-~]+$", max_length=512)]
 ObjectName = Annotated[
     str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
 ]
@@ -35,13 +38,22 @@ Quantity = Annotated[
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=128)]
 
 
-def _one_scheme(field: str, allowed: str) -> CelRule:
-    """Refuses ``file://``, which exists for runs outside a cluster only."""
-    return CelRule(
-        rule="!self.uri.startsWith('file://')",
-        message=f"{field} must start with {allowed}; file:// works only outside a cluster, use pvc://CLAIM/PATH",
-        field_path=".uri",
-    )
+_HUB_URI = "hf://[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
+_BUCKET_URI = "s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/.*)?"
+_CLAIM_URI = "pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/.*)?"
+
+# A cluster has no use for file://, which the models take for runs outside of one. The pattern of the schema has no
+# words of its own; this rule says what is wanted.
+_SOURCE_FORM = CelRule(
+    rule=f"self.uri.matches('^({_HUB_URI}|{_BUCKET_URI}|{_CLAIM_URI})$')",
+    message="uri must be hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH",
+    field_path=".uri",
+)
+_SOURCE_STAYS_INSIDE = CelRule(
+    rule="!self.uri.matches('/[.][.]?(/|$)')",
+    message="the path of uri may not have . or .. as one of its parts",
+    field_path=".uri",
+)
 
 
 _REVISION_NEEDS_HUB = CelRule(
@@ -62,7 +74,7 @@ class BaseModelSource(ApiModel):
         None, description="Commit, branch or tag on the model hub. Only with hf://. Default: the hub's main branch."
     )
 
-    cel_rules = (_one_scheme("baseModel.uri", "hf://, s3:// or pvc://"), _REVISION_NEEDS_HUB)
+    cel_rules = (_SOURCE_FORM, _SOURCE_STAYS_INSIDE, _REVISION_NEEDS_HUB)
 
 
 class DataSource(ApiModel):
@@ -78,7 +90,8 @@ class DataSource(ApiModel):
     split: ShortText | None = Field(None, description="Split of a hub dataset. Only with hf://. Default: train.")
 
     cel_rules = (
-        _one_scheme("uri", "hf://, s3:// or pvc://"),
+        _SOURCE_FORM,
+        _SOURCE_STAYS_INSIDE,
         _REVISION_NEEDS_HUB,
         CelRule(
             rule="!has(self.split) || self.uri.startsWith('hf://')",
@@ -139,8 +152,6 @@ class LoRA(ApiModel):
         CelRule(
             rule="self.alpha <= 16 * self.r",
             message="alpha may be at most 16 times r: a larger scale diverges",
-            message_expression="'alpha may be at most 16 times r, that is ' + string(16 * self.r) + ', got ' + "
-            "string(self.alpha)",
             field_path=".alpha",
         ),
         CelRule(
@@ -157,7 +168,9 @@ class Quantization(ApiModel):
     type: Literal["nf4", "none"] = Field(
         "nf4", description="nf4: 4-bit NormalFloat through bitsandbytes. none: the compute dtype."
     )
-    double_quant: bool = Field(True, description="Quantize the quantization constants too: 0.37 bits less a weight.")
+    double_quant: bool = Field(
+        default=True, description="Quantize the quantization constants too: 0.37 bits less a weight."
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Type of the matrix products. auto: bfloat16 on GPUs, float32 on CPUs."
     )
@@ -176,7 +189,7 @@ class Training(ApiModel):
     global_batch_size: int = Field(
         16,
         ge=1,
-        le=65536,
+        le=MAX_GLOBAL_BATCH_SIZE,
         description="Sequences per optimizer step over all GPUs of all nodes. The gradient accumulation is derived: "
         "globalBatchSize / (microBatchSize * processes).",
     )
@@ -192,7 +205,7 @@ class Training(ApiModel):
         1.0, gt=0.0, le=1000.0, description="Gradients are scaled down to this L2 norm over all adapter weights."
     )
     gradient_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass: less memory, about a fifth slower."
+        default=True, description="Recompute activations in the backward pass: less memory, about a fifth slower."
     )
     seed: int = Field(42, ge=0, le=2_147_483_647, description="Seed of the data order, of dropout and of the adapter.")
     eval_every_steps: int | None = Field(
@@ -221,7 +234,6 @@ class Parallelism(ApiModel):
         CelRule(
             rule="self.nodes * self.gpusPerNode <= 512",
             message="nodes * gpusPerNode may be at most 512",
-            message_expression="'nodes * gpusPerNode may be at most 512, got ' + string(self.nodes * self.gpusPerNode)",
             field_path=".nodes",
         ),
     )
@@ -262,8 +274,13 @@ class Publish(ApiModel):
 
     cel_rules = (
         CelRule(
-            rule="!self.store.startsWith('file://')",
-            message="publish.store must start with s3://; file:// works only outside a cluster",
+            rule="self.store.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[^/]+)*/?$')",
+            message="store must be s3://BUCKET/PREFIX",
+            field_path=".store",
+        ),
+        CelRule(
+            rule="!self.store.matches('/[.][.]?(/|$)')",
+            message="the prefix of store may not have . or .. as one of its parts",
             field_path=".store",
         ),
     )
@@ -296,6 +313,16 @@ class RunPolicy(ApiModel):
     )
 
 
+def _resource_names(field: str) -> CelRule:
+    return CelRule(
+        rule=f"self.{field}.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || k.startsWith('hugepages-') || "
+        "(k.contains('/') && !k.endsWith('.com/gpu')))",
+        message=f"{field} may name cpu, memory, ephemeral-storage, hugepages-SIZE or VENDOR/RESOURCE; GPUs are asked "
+        "for by parallelism.gpusPerNode",
+        field_path=f".{field}",
+    )
+
+
 class ResourceRequirements(ApiModel):
     """Compute resources of each pod. GPUs are added from parallelism.gpusPerNode."""
 
@@ -304,6 +331,17 @@ class ResourceRequirements(ApiModel):
     )
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
         {}, description="What a pod may use at most. A pod that passes its memory limit is ended (HostOutOfMemory)."
+    )
+
+    cel_rules = (
+        _resource_names("requests"),
+        _resource_names("limits"),
+        CelRule(
+            rule="self.requests.all(k, !(k in self.limits) || "
+            "quantity(self.requests[k]).compareTo(quantity(self.limits[k])) <= 0)",
+            message="requests may not be larger than limits",
+            field_path=".requests",
+        ),
     )
 
 
@@ -322,6 +360,19 @@ class Toleration(ApiModel):
         None, ge=0, le=31_536_000, description="How long a NoExecute taint is accepted, in seconds. Default: for ever."
     )
 
+    cel_rules = (
+        CelRule(
+            rule="self.operator == 'Exists' ? !has(self.value) : has(self.key)",
+            message="operator Exists takes no value, and operator Equal needs a key",
+            field_path=".operator",
+        ),
+        CelRule(
+            rule="!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            message="tolerationSeconds needs effect NoExecute",
+            field_path=".tolerationSeconds",
+        ),
+    )
+
 
 ENV_ALLOWED = r"^(NCCL|GLOO|UCX|OMP|MKL|TORCH|PYTORCH|CUDA|HF|TOKENIZERS|LORA)_[A-Z0-9_]+$"
 
@@ -335,8 +386,29 @@ class EnvVar(ApiModel):
     )
     value: Annotated[str, StringConstraints(max_length=1024)] = Field(description="Value.")
 
+    cel_rules = (
+        CelRule(
+            rule="self.name != 'HF_TOKEN'",
+            message="HF_TOKEN is a secret: put it into the Secret of credentials.secretRef",
+            field_path=".name",
+        ),
+    )
 
-LabelMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
+
+LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
+LabelMap = Annotated[dict[str, LabelValue], Field(max_length=32)]
+AnnotationMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
+
+
+def _qualified_names(field: str) -> CelRule:
+    """Refuses a key that Kubernetes would refuse in the pod."""
+    return CelRule(
+        rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?"
+        "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
+        message=f"a key of {field} must be NAME or DOMAIN/NAME, with at most 63 letters, digits, '-', '_' and '.' in "
+        "NAME",
+        field_path=f".{field}",
+    )
 
 
 class PodTemplate(ApiModel):
@@ -360,9 +432,12 @@ class PodTemplate(ApiModel):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
     labels: LabelMap = Field({}, description="Labels added to the pods. Keys of this operator cannot be set.")
-    annotations: LabelMap = Field({}, description="Annotations added to the pods.")
+    annotations: AnnotationMap = Field({}, description="Annotations added to the pods.")
 
     cel_rules = (
+        _qualified_names("nodeSelector"),
+        _qualified_names("labels"),
+        _qualified_names("annotations"),
         CelRule(
             rule="self.labels.all(k, !k.contains('lorafinetune.io/') && !k.contains('batch.kubernetes.io/'))",
             message="labels with lorafinetune.io/ or batch.kubernetes.io/ belong to the operator",
@@ -371,7 +446,39 @@ class PodTemplate(ApiModel):
     )
 
 
-_DIVIDES = "(self.training.microBatchSize * self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : 1))"
+_CHUNK = (
+    "(self.training.microBatchSize * self.parallelism.nodes * "
+    "(self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : 1))"
+)
+_GLOBAL = "self.training.globalBatchSize"
+
+
+def _decimal(number: str) -> str:
+    """CEL for the digits of ``number``, an expression from 1 to 99999.
+
+    ``string(number)`` cannot be joined to other text: the API server takes its length to be unbounded and refuses the
+    cost of the rule. A piece of a constant has a bound.
+    """
+    digits = [
+        f"'0123456789'.substring({number} / {power} % 10, {number} / {power} % 10 + 1)"
+        for power in (10000, 1000, 100, 10, 1)
+    ]
+    leading = (
+        f"({number} < {power} ? '' : {digit})" for power, digit in zip((10000, 1000, 100, 10), digits, strict=False)
+    )
+    return " + ".join((*leading, digits[-1]))
+
+
+# Only evaluated where the chunk is at most MAX_GLOBAL_BATCH_SIZE. map() over one value is how CEL names a value.
+_NEAREST_SIZES = (
+    f"[{_CHUNK}].map(chunk, [{_GLOBAL} / chunk * chunk].map(below, "
+    "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = ' + "
+    f"{_decimal('chunk')} + '; the nearest: ' + "
+    f"(below == 0 ? '' : {_decimal('below')}) + "
+    f"(below == 0 || below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : ' and ') + "
+    f"(below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : {_decimal('(below + chunk)')})"
+    ")[0])[0]"
+)
 
 
 class LoRAFineTuneSpec(ApiModel):
@@ -393,13 +500,21 @@ class LoRAFineTuneSpec(ApiModel):
 
     cel_rules = (
         CelRule(
-            rule=f"self.training.globalBatchSize % {_DIVIDES} == 0",
-            message="training.globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1)",
-            message_expression="'training.globalBatchSize must be a multiple of microBatchSize * nodes * "
-            f"max(gpusPerNode, 1) = ' + string({_DIVIDES}) + '; the nearest sizes are ' + "
-            f"(self.training.globalBatchSize > {_DIVIDES} ? string(self.training.globalBatchSize / {_DIVIDES} * "
-            f"{_DIVIDES}) + ' and ' : '') + string((self.training.globalBatchSize / {_DIVIDES} + 1) * {_DIVIDES})",
+            rule=f"{_CHUNK} <= {MAX_GLOBAL_BATCH_SIZE}",
+            message=f"microBatchSize * nodes * max(gpusPerNode, 1) may be at most {MAX_GLOBAL_BATCH_SIZE}",
+            field_path=".training.microBatchSize",
+        ),
+        CelRule(
+            rule=f"{_CHUNK} > {MAX_GLOBAL_BATCH_SIZE} || {_GLOBAL} % {_CHUNK} == 0",
+            message="globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1)",
+            message_expression=_NEAREST_SIZES,
             field_path=".training.globalBatchSize",
+        ),
+        CelRule(
+            rule="!has(self.training.evalEverySteps) || has(self.dataset.eval) || "
+            "!has(self.dataset.evalFraction) || self.dataset.evalFraction > 0.0",
+            message="evalEverySteps needs records to evaluate on: set dataset.eval, or an evalFraction above 0",
+            field_path=".training.evalEverySteps",
         ),
         CelRule(
             rule="self == oldSelf",

@@ -3,16 +3,18 @@
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
-from lora_api._base import RecordModel
+from lora_api._base import Measure, RecordModel, Time, clean_text, cut_middle
 from lora_api.failures import FailureClass
-from lora_api.status import AdapterStatus, Time
+from lora_api.status import AdapterStatus
 
 TERMINATION_LIMIT = 4096
 """Bytes that the kubelet keeps of a termination message."""
 
 PROGRESS_KEY = "lora"
+
+Text = Annotated[str, BeforeValidator(clean_text)]
 
 
 class ProgressLine(RecordModel):
@@ -26,12 +28,12 @@ class ProgressLine(RecordModel):
     stage: Literal["loading", "evaluating", "training", "checkpointing", "publishing", "done"] | None = None
     step: int | None = Field(None, ge=0)
     total_steps: int | None = Field(None, ge=0)
-    epoch: float | None = None
-    loss: float | None = None
-    eval_loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    tokens_per_second: float | None = None
+    epoch: Measure = None
+    loss: Measure = None
+    eval_loss: Measure = None
+    learning_rate: Measure = None
+    grad_norm: Measure = None
+    tokens_per_second: Measure = None
 
     def to_line(self) -> str:
         """The line, without a line end."""
@@ -59,34 +61,29 @@ class Termination(RecordModel):
     version: Literal[1] = 1
     outcome: Literal["succeeded", "failed"]
     failure_class: FailureClass | None = Field(None, alias="class")
-    message: Annotated[str, Field(max_length=65536)] = ""
-    remedy: str | None = None
+    message: Text = ""
+    remedy: Text | None = None
     rank: int | None = Field(None, ge=0)
     step: int | None = Field(None, ge=0)
     at: Time
     adapter: AdapterStatus | None = None
 
     def to_message(self, limit: int = TERMINATION_LIMIT) -> str:
-        """JSON of at most ``limit`` bytes in UTF-8. ``message`` is cut in its middle where it is too long."""
-        text = self._dump()
-        excess = len(text.encode()) - limit
-        kept = self.message
-        while excess > 0 and kept:
-            kept = _cut_middle(kept, len(kept) - max(excess, 1) - 5)
-            text = self.model_copy(update={"message": kept})._dump()
-            excess = len(text.encode()) - limit
-        return text
+        """JSON of at most ``limit`` bytes in UTF-8. Where it is too long, the longer of its texts is cut."""
+        fitting = self
+        while (excess := len(_dump(fitting).encode()) - limit) > 0:
+            field = "remedy" if len(fitting.remedy or "") > len(fitting.message) else "message"
+            text: str = getattr(fitting, field)
+            if not text:
+                break
+            # A character is at least 1 byte and, escaped, at most 6: this never cuts too much.
+            shorter = cut_middle(text, min(limit, len(text) - -(-excess // 6)))
+            fitting = fitting.model_copy(update={field: shorter})
+        return _dump(fitting)
 
-    def _dump(self) -> str:
-        return json.dumps(self.to_wire(), separators=(",", ":"), ensure_ascii=False)
 
-
-def _cut_middle(text: str, length: int) -> str:
-    """``text`` cut to about ``length`` characters: an error's beginning and end say the most."""
-    if length <= 10:
-        return ""
-    half = length // 2
-    return text[:half] + " ... " + text[-half:]
+def _dump(termination: Termination) -> str:
+    return json.dumps(termination.to_wire(), separators=(",", ":"), ensure_ascii=False)
 
 
 def parse_termination(message: str | None) -> Termination | None:

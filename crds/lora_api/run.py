@@ -7,6 +7,7 @@ from pydantic import Field
 
 from lora_api._base import ApiModel
 from lora_api.finetune import (
+    MAX_GLOBAL_BATCH_SIZE,
     BaseModelSource,
     Checkpoint,
     Dataset,
@@ -100,11 +101,18 @@ def plan_batch(training: Training, parallelism: Parallelism) -> BatchPlan:
         ValueError: the global batch size does not divide; the message names the nearest sizes that do.
     """
     chunk = training.micro_batch_size * parallelism.world_size
+    if chunk > MAX_GLOBAL_BATCH_SIZE:
+        raise ValueError(
+            f"training.microBatchSize: microBatchSize * nodes * max(gpusPerNode, 1) is {chunk}, but may be at most "
+            f"{MAX_GLOBAL_BATCH_SIZE}"
+        )
     accumulation, rest = divmod(training.global_batch_size, chunk)
     if rest:
-        nearest = [size for size in (accumulation * chunk, (accumulation + 1) * chunk) if size > 0]
+        nearest = [
+            size for size in (accumulation * chunk, (accumulation + 1) * chunk) if 0 < size <= MAX_GLOBAL_BATCH_SIZE
+        ]
         raise ValueError(
             f"training.globalBatchSize is {training.global_batch_size}, but must be a multiple of microBatchSize * "
-            f"nodes * max(gpusPerNode, 1) = {chunk}; the nearest sizes are {' and '.join(map(str, nearest))}"
+            f"nodes * max(gpusPerNode, 1) = {chunk}; the nearest: {' and '.join(map(str, nearest))}"
         )
     return BatchPlan(training.micro_batch_size, accumulation, parallelism.world_size)

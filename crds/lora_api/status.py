@@ -1,24 +1,29 @@
 """The status of a LoRAFineTune: what the operator has seen. Written by the operator only."""
 
-from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainSerializer
+from pydantic import Field
 
-from lora_api._base import RecordModel
+from lora_api._base import LongMessage, Measure, RecordModel, ShortMessage, Time, format_time
 from lora_api.failures import FailureClass
+
+__all__ = [
+    "MAX_FAILURES",
+    "MAX_HISTORY",
+    "AdapterStatus",
+    "Condition",
+    "ConditionType",
+    "Failure",
+    "LoRAFineTuneStatus",
+    "Phase",
+    "Progress",
+    "Time",
+    "format_time",
+]
 
 MAX_FAILURES = 10
 MAX_HISTORY = 100
-
-
-def format_time(value: datetime) -> str:
-    """RFC 3339 with whole seconds and Z, as metav1.Time writes it. ``value`` is in UTC."""
-    return value.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-Time = Annotated[datetime, PlainSerializer(format_time, return_type=str, when_used="json")]
 
 
 class Phase(StrEnum):
@@ -52,7 +57,7 @@ class Condition(RecordModel):
     type: Annotated[str, Field(min_length=1, max_length=316)] = Field(description="What the condition is about.")
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     reason: Annotated[str, Field(min_length=1, max_length=1024)] = Field(description="Why, in one CamelCase word.")
-    message: Annotated[str, Field(max_length=32768)] = Field("", description="Why, in a sentence for people.")
+    message: LongMessage = Field("", description="Why, in a sentence for people.")
     last_transition_time: Time = Field(description="When status last changed.")
     observed_generation: int = Field(0, ge=0, description="Generation of the resource that this is about.")
 
@@ -64,12 +69,12 @@ class Progress(RecordModel):
     total_steps: int = Field(0, ge=0, description="Optimizer steps in all.")
     percent: int = Field(0, ge=0, le=100, description="Share of the steps that is done, in percent.")
     summary: str = Field("", description="Percent for people, such as 42%.")
-    epoch: float | None = Field(None, description="Passes over the training records so far.")
-    loss: float | None = Field(None, description="Training loss (mean negative log likelihood per token, nats).")
-    eval_loss: float | None = Field(None, description="Last evaluation loss (nats per token).")
-    learning_rate: float | None = Field(None, description="Learning rate of the last step.")
-    grad_norm: float | None = Field(None, description="L2 norm of the gradient before clipping.")
-    tokens_per_second: float | None = Field(None, description="Tokens per second over all GPUs.")
+    epoch: Measure = Field(None, description="Passes over the training records so far.")
+    loss: Measure = Field(None, description="Training loss (mean negative log likelihood per token, nats).")
+    eval_loss: Measure = Field(None, description="Last evaluation loss (nats per token).")
+    learning_rate: Measure = Field(None, description="Learning rate of the last step.")
+    grad_norm: Measure = Field(None, description="L2 norm of the gradient before clipping.")
+    tokens_per_second: Measure = Field(None, description="Tokens per second over all GPUs.")
     eta_seconds: int | None = Field(None, ge=0, description="Seconds until the last step, as it looks now.")
     eta: str | None = Field(None, description="The same for people, such as 1m20s.")
     at: Time | None = Field(None, description="When the trainer reported this.")
@@ -87,13 +92,13 @@ class Failure(RecordModel):
 
     attempt: int = Field(ge=1, description="Attempt that failed, counted from 1.")
     failure_class: FailureClass = Field(alias="class", description="Kind of failure.")
-    reason: str = Field("", description="What Kubernetes or the trainer calls it.")
-    message: str = Field("", description="What happened.")
-    remedy: str = Field("", description="What to do about it.")
+    reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
+    message: LongMessage = Field("", description="What happened.")
+    remedy: ShortMessage = Field("", description="What to do about it.")
     pod: str | None = Field(None, description="Pod in which it began.")
     rank: int | None = Field(None, ge=0, description="Process in which it began, by its rank.")
     exit_code: int | None = Field(None, description="Exit code of the pod's container.")
-    log_tail: str | None = Field(None, description="Last lines of the pod's log.")
+    log_tail: LongMessage | None = Field(None, description="Last lines of the pod's log, at most 4096 characters.")
     at: Time = Field(description="When it happened.")
 
 
@@ -107,8 +112,8 @@ class AdapterStatus(RecordModel):
     rank: int = Field(ge=1, description="LoRA rank.")
     serving_max_lora_rank: int = Field(ge=1, description="Smallest --max-lora-rank of vLLM that can serve it.")
     size_bytes: int = Field(ge=0, description="Size of the adapter's own files, in bytes.")
-    eval_loss_before: float | None = Field(None, description="Evaluation loss of the base model (nats per token).")
-    eval_loss_after: float | None = Field(None, description="Evaluation loss with the adapter (nats per token).")
+    eval_loss_before: Measure = Field(None, description="Evaluation loss of the base model (nats per token).")
+    eval_loss_after: Measure = Field(None, description="Evaluation loss with the adapter (nats per token).")
 
 
 class LoRAFineTuneStatus(RecordModel):
