@@ -3,7 +3,9 @@
 ``control_plane()`` gives an API server in seconds; ``up()`` a whole cluster with pods.
 """
 
+from devcluster.cluster import Cluster, find
 from devcluster.controlplane import ControlPlane, control_plane
 from devcluster.progress import DevclusterError
+from devcluster.start import down, up
 
-__all__ = ["ControlPlane", "DevclusterError", "control_plane"]
+__all__ = ["Cluster", "ControlPlane", "DevclusterError", "control_plane", "down", "find", "up"]

@@ -1,10 +1,13 @@
-"""The command line: ``python -m devcluster binaries|up|down|status|kubeconfig|image``."""
+"""A real one-machine Kubernetes, for the demo and the tests."""
 
 import argparse
 import sys
 
 from devcluster import binaries, pins
-from devcluster.progress import DevclusterError, say
+from devcluster.cluster import Cluster, find, home
+from devcluster.external import external_cluster
+from devcluster.progress import DevclusterError, say, tail
+from devcluster.start import DEFAULT_NAME, down, up
 
 
 def _binaries(options: argparse.Namespace) -> None:
@@ -13,16 +16,74 @@ def _binaries(options: argparse.Namespace) -> None:
     say("all binaries are there")
 
 
+def _up(options: argparse.Namespace) -> None:
+    cluster = up(options.name, options.nodes)
+    say(f"cluster {cluster.name} is up")
+    print(f"export KUBECONFIG={cluster.kubeconfig}")
+
+
+def _down(options: argparse.Namespace) -> None:
+    down(options.name)
+    say(f"cluster {options.name} is gone")
+
+
+def _running(options: argparse.Namespace) -> Cluster:
+    cluster = external_cluster() or find(options.name)
+    if cluster is None:
+        raise DevclusterError(f"the cluster {options.name} is not up: `python -m devcluster up --name {options.name}`")
+    return cluster
+
+
+def _status(options: argparse.Namespace) -> None:
+    cluster = _running(options)
+    for part, state in cluster.status().items():
+        print(f"{part:28}{state}")
+    for name in ("kubeconfig", "s3_endpoint", "s3_access_key", "s3_secret_key", "bucket"):
+        print(f"{name.replace('_', ' '):28}{getattr(cluster, name)}")
+
+
+def _kubeconfig(options: argparse.Namespace) -> None:
+    print(_running(options).kubeconfig)
+
+
+def _logs(options: argparse.Namespace) -> None:
+    logs = home(options.name) / "run" / "logs"
+    if not logs.exists():
+        logs = home(options.name) / "failed-logs"
+    for log in sorted(logs.glob(f"{options.part or '*'}.log")):
+        print(f"{log.stem}: {tail(log, options.lines)}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m devcluster", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
     command = commands.add_parser("binaries", help="build the pinned Kubernetes, etcd, CoreDNS and helm")
     command.add_argument("--only", action="append", choices=pins.GROUPS, help="a group of them; may be repeated")
     command.set_defaults(run=_binaries)
+
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--name", default=DEFAULT_NAME, help=f"which cluster ({DEFAULT_NAME})")
+
+    command = commands.add_parser("up", parents=[named], help="start a cluster, or say where it is")
+    command.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="how many nodes it has (1)")
+    command.set_defaults(run=_up)
+    for name, run, text in (
+        ("down", _down, "end a cluster and all that belongs to it; images stay"),
+        ("status", _status, "say how each part of a cluster is, and where its store is"),
+        ("kubeconfig", _kubeconfig, "print the path of a cluster's kubeconfig"),
+    ):
+        command = commands.add_parser(name, parents=[named], help=text)
+        command.set_defaults(run=run)
+    command = commands.add_parser("logs", parents=[named], help="show the last lines of the logs of a cluster's parts")
+    command.add_argument("part", nargs="?", help="one part (kubelet-node-a, kube-apiserver, ...)")
+    command.add_argument("--lines", type=int, default=10, help="how many lines of each (10)")
+    command.set_defaults(run=_logs)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit code."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

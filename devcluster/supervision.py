@@ -80,6 +80,10 @@ class Supervision:
         )
         return int(answer["pid"])
 
+    def start_again(self, name: str) -> int:
+        """Start a process that has ended as it was started the last time; return its pid."""
+        return int(self._ask(op="again", name=name)["pid"])
+
     def stop(self, name: str, *, kill: bool = False, grace: float = 20) -> None:
         """End a process and wait for it: SIGTERM and, after ``grace`` s, SIGKILL; or SIGKILL at once."""
         self._ask(op="stop", name=name, number=int(signal.SIGKILL if kill else signal.SIGTERM), grace=grace)
@@ -89,11 +93,20 @@ class Supervision:
         children: dict[str, dict[str, int | None]] = self._ask(op="status")["children"]
         return children
 
-    def wait_until_up(self, name: str, probe: Callable[[], bool], timeout: float = 30) -> None:
-        """Wait until ``probe`` holds; fail at once, with the log's tail, when the process ends."""
+    def wait_until_up(
+        self, name: str, probe: Callable[[], bool], timeout: float = 30, *, restart: bool = False
+    ) -> None:
+        """Wait until ``probe`` holds; fail at once, with the log's tail, when the process ends.
+
+        With ``restart`` it is started again instead, as an init system would: a kubelet ends
+        when its containerd listens already but is not ready.
+        """
 
         def failed() -> str | None:
             code = self.children()[name]["exit"]
+            if code is not None and restart:
+                self.start_again(name)
+                return None
             return None if code is None else f"it ended with exit code {code}"
 
         wait_for(name, probe, timeout, log=self.log(name), failed=failed)

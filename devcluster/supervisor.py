@@ -1,12 +1,12 @@
 """Start, watch and end the processes of one cluster.
 
 Run by its path as a process of its own, standard library only. It is spoken to with one
-JSON object a line (``start``, ``stop``, ``status``) and has two lives:
+JSON object a line (``start``, ``again``, ``stop``, ``status``) and has two lives:
 
 ``--fd N``       speaks on an inherited socket, and ends with the process that started it,
                  however that dies: then every child is killed and ``--remove`` deleted.
-``--listen S``   speaks on the Unix socket S; it is the init of a cluster's process
-                 namespace, so the kernel ends everything in it when it ends.
+``--listen DIR`` speaks on the Unix socket DIR/supervisor.sock; it is the init of a cluster's
+                 process namespace, so the kernel ends everything in it when it ends.
 """
 
 import argparse
@@ -35,8 +35,10 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.children: dict[str, subprocess.Popen[bytes]] = {}
+        self._known: dict[str, tuple[list[str], str, dict[str, str]]] = {}
 
     def start(self, name: str, argv: list[str], log: str, env: dict[str, str]) -> int:
+        """Start a process under a name; return its pid."""
         running = self.children.get(name)
         if running is not None and running.returncode is None:
             raise ValueError(f"{name} is running already")
@@ -51,7 +53,12 @@ class Supervisor:
                 preexec_fn=_die_with_parent,
             )
         self.children[name] = child
+        self._known[name] = (argv, log, env)
         return child.pid
+
+    def again(self, name: str) -> int:
+        """Start a process that has ended as it was started the last time."""
+        return self.start(name, *self._known[name])
 
     def reap(self) -> None:
         """Collect every child that has ended, the orphans that an init inherits included."""
@@ -80,6 +87,7 @@ class Supervisor:
             self.reap()
 
     def end(self) -> None:
+        """Kill every child and wait for each."""
         for child in reversed(self.children.values()):
             if child.returncode is None:
                 os.kill(child.pid, signal.SIGKILL)
@@ -87,9 +95,12 @@ class Supervisor:
             self.stop(name, signal.SIGKILL, 10)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one request."""
         operation = request.pop("op")
         if operation == "start":
             return {"pid": self.start(**request)}
+        if operation == "again":
+            return {"pid": self.again(**request)}
         if operation == "stop":
             self.stop(**request)
             return {}
@@ -159,8 +170,11 @@ def main() -> int:
     selector = selectors.DefaultSelector()
     if options.listen:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(options.listen)
+        # From inside its folder: the path of a socket may have 107 bytes at most.
+        os.chdir(options.listen)
+        listener.bind("supervisor.sock")
         listener.listen()
+        os.chdir("/")
         selector.register(listener, selectors.EVENT_READ, "listener")
     else:
         parent = os.pidfd_open(os.getppid())
