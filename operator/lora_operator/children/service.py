@@ -1,0 +1,23 @@
+"""The headless Service: it gives the pods of an attempt the names under which they find rank 0."""
+
+from typing import Any
+
+from lora_api import LoRAFineTune
+from lora_api.run import MASTER_PORT
+
+from lora_operator.children.names import JOB_NAME_LABEL, build_metadata, child_name
+
+
+def build_service(run: LoRAFineTune, attempt: int) -> dict[str, Any]:
+    """The Service of ``attempt``. Names are published before pods are ready: the rendezvous is what makes them ready."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": build_metadata(run, attempt),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {JOB_NAME_LABEL: child_name(run.metadata.name, attempt)},
+            "ports": [{"name": "rendezvous", "port": MASTER_PORT, "protocol": "TCP", "targetPort": MASTER_PORT}],
+        },
+    }

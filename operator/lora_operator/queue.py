@@ -1,0 +1,157 @@
+"""The keyed work queue: one worker a key at a time, wake-ups coalesce, errors back off.
+
+``Schedule`` is the pure core, with every time given to it; ``WorkQueue`` runs it on asyncio.
+"""
+
+import asyncio
+import heapq
+import logging
+import random
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+logger = logging.getLogger(__name__)
+
+BASE_DELAY = 0.5
+MAX_DELAY = 120.0
+
+
+class Schedule(Generic[K]):
+    """Which key is due when. A key is in one of three states: idle, due at a time, or taken by a worker."""
+
+    def __init__(self, jitter: Callable[[], float] = random.random) -> None:
+        self._jitter = jitter
+        self._heap: list[tuple[float, int, K]] = []
+        self._due: dict[K, float] = {}
+        self._taken: dict[K, float | None] = {}
+        self._failures: dict[K, int] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def wake(self, key: K, at: float) -> None:
+        """Makes ``key`` due at ``at``, or leaves it where it is due earlier. A taken key is due again once done."""
+        if key in self._taken:
+            again = self._taken[key]
+            self._taken[key] = at if again is None else min(again, at)
+            return
+        due = self._due.get(key)
+        if due is None or at < due:
+            self._due[key] = at
+            self._count += 1
+            heapq.heappush(self._heap, (at, self._count, key))
+
+    def ready(self, now: float) -> int:
+        """How many keys are due at ``now``."""
+        return sum(1 for due in self._due.values() if due <= now)
+
+    def next_due(self) -> float | None:
+        """When the next key is due, or ``None`` if none is."""
+        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def take(self, now: float) -> K | None:
+        """A key that is due at ``now``, for the caller alone until ``done``."""
+        due = self.next_due()
+        if due is None or due > now:
+            return None
+        _, _, key = heapq.heappop(self._heap)
+        del self._due[key]
+        self._taken[key] = None
+        return key
+
+    def done(self, key: K, now: float, *, again_after: float | None = None) -> None:
+        """Gives ``key`` back after success."""
+        self._failures.pop(key, None)
+        self._give_back(key, None if again_after is None else now + again_after)
+
+    def failed(self, key: K, now: float) -> float:
+        """Gives ``key`` back after an error; returns the seconds until the next try.
+
+        Doubles from BASE_DELAY to MAX_DELAY, with up to half of it taken away at random, so that many keys that
+        failed together do not come back together. A wake-up does not shorten the wait.
+        """
+        failures = self._failures.get(key, 0)
+        self._failures[key] = failures + 1
+        delay = min(MAX_DELAY, BASE_DELAY * 2.0 ** min(failures, 30)) * (1.0 - self._jitter() / 2)
+        self._taken[key] = None
+        self._give_back(key, now + delay)
+        return delay
+
+    def _give_back(self, key: K, at: float | None) -> None:
+        woken = self._taken.pop(key)
+        times = [time for time in (woken, at) if time is not None]
+        if times:
+            self.wake(key, min(times))
+
+
+class WorkQueue(Generic[K]):
+    """Calls ``handle(key)`` for every key that is woken, ``concurrency`` at a time.
+
+    ``handle`` returns the seconds after which it wants the key again, or ``None``. This is the one place where an
+    unknown error is caught: it is logged, and the key is tried again later.
+    """
+
+    def __init__(self, handle: Callable[[K], Awaitable[float | None]], concurrency: int) -> None:
+        self._handle = handle
+        self._concurrency = concurrency
+        self._schedule: Schedule[K] = Schedule()
+        self._changed = asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self.busy_since: dict[K, float] = {}
+
+    def __len__(self) -> int:
+        return self._schedule.ready(self._now())
+
+    def wake(self, key: K, after: float = 0.0) -> None:
+        """Makes ``key`` due in ``after`` seconds. To be called in the queue's event loop."""
+        self._schedule.wake(key, self._now() + after)
+        self._changed.set()
+
+    def start(self) -> None:
+        """Starts the workers."""
+        self._workers = [
+            asyncio.create_task(self._work(), name=f"reconcile worker {number}") for number in range(self._concurrency)
+        ]
+
+    async def stop(self) -> None:
+        """Cancels the workers and waits for them."""
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while True:
+            key = self._schedule.take(self._now())
+            if key is None:
+                await self._wait()
+                continue
+            self.busy_since[key] = self._now()
+            try:
+                again_after = await self._handle(key)
+            except Exception:  # the boundary: see the class
+                delay = self._schedule.failed(key, self._now())
+                logger.exception("%s: failed, next try in %.1f s", key, delay)
+            else:
+                self._schedule.done(key, self._now(), again_after=again_after)
+            finally:
+                self.busy_since.pop(key, None)
+            self._changed.set()
+
+    async def _wait(self) -> None:
+        """Waits until a key may be due."""
+        self._changed.clear()
+        due = self._schedule.next_due()
+        try:
+            async with asyncio.timeout(None if due is None else max(0.0, due - self._now())):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,205 @@
+"""What the operator keeps of Kubernetes objects: small frozen views instead of whole documents.
+
+The parse functions are pure and total: a field that is missing reads as empty.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, RUN_LABEL
+
+Raw = dict[str, Any]
+Key = tuple[str, str]
+"""Namespace and name of a LoRAFineTune."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a container ended."""
+
+    exit_code: int
+    reason: str
+    message: str
+    at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """A pod of a gang. ``index`` is its number in the Job, which is its node rank."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    run: str
+    attempt: int
+    index: int
+    job_uid: str
+    created: datetime
+    deleting_at: datetime | None = None
+    phase: str = "Pending"
+    reason: str = ""
+    message: str = ""
+    scheduled: bool = False
+    unscheduled_reason: str = ""
+    unscheduled_message: str = ""
+    disruption: str = ""
+    disruption_message: str = ""
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    running: bool = False
+    ended: Ended | None = None
+    gone: bool = False
+    """The object was deleted; this is the last that was seen of it."""
+
+    @property
+    def key(self) -> Key:
+        """The run that the pod belongs to."""
+        return self.namespace, self.run
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing of the pod runs any more."""
+        return self.gone or self.ended is not None or self.phase in ("Succeeded", "Failed")
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """The Job of one attempt."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    run: str
+    attempt: int
+    owner_uid: str
+    created: datetime
+    deleting: bool = False
+    active: int = 0
+    failed: int = 0
+    failed_indexes: frozenset[int] = frozenset()
+    failure: str = ""
+    stopping: bool = False
+
+    @property
+    def key(self) -> Key:
+        """The run that the Job belongs to."""
+        return self.namespace, self.run
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """An RFC 3339 time, or ``None`` if there is none."""
+    return datetime.fromisoformat(text) if text else None
+
+
+def parse_pod(raw: Mapping[str, Any]) -> PodView:
+    """The view of a pod."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
+    labels = metadata.get("labels") or {}
+    conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
+    scheduled = conditions.get("PodScheduled") or {}
+    disruption = conditions.get("DisruptionTarget") or {}
+    disrupted = disruption.get("status") == "True"
+    containers = status.get("containerStatuses") or [{}]
+    state = containers[0].get("state") or {}
+    waiting = state.get("waiting") or {}
+    return PodView(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=int(metadata["resourceVersion"]),
+        run=labels.get(RUN_LABEL, ""),
+        attempt=_number(labels.get(ATTEMPT_LABEL)),
+        index=_number(labels.get(INDEX_LABEL)),
+        job_uid=_controller_uid(metadata),
+        created=_created(metadata),
+        deleting_at=parse_time(metadata.get("deletionTimestamp")),
+        phase=status.get("phase") or "Pending",
+        reason=status.get("reason") or "",
+        message=status.get("message") or "",
+        scheduled=bool((raw.get("spec") or {}).get("nodeName")) or scheduled.get("status") == "True",
+        unscheduled_reason=scheduled.get("reason", "") if scheduled.get("status") == "False" else "",
+        unscheduled_message=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
+        disruption=disruption.get("reason", "") if disrupted else "",
+        disruption_message=disruption.get("message", "") if disrupted else "",
+        waiting_reason=waiting.get("reason") or "",
+        waiting_message=waiting.get("message") or "",
+        running="running" in state,
+        ended=_parse_ended(state.get("terminated")),
+    )
+
+
+def _parse_ended(terminated: Mapping[str, Any] | None) -> Ended | None:
+    if terminated is None:
+        return None
+    return Ended(
+        exit_code=terminated.get("exitCode", 0),
+        reason=terminated.get("reason") or "",
+        message=terminated.get("message") or "",
+        at=parse_time(terminated.get("finishedAt")),
+    )
+
+
+def parse_job(raw: Mapping[str, Any]) -> JobView:
+    """The view of a Job."""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    labels = metadata.get("labels") or {}
+    conditions = {item["type"]: item for item in status.get("conditions") or () if item.get("status") == "True"}
+    failed = conditions.get("Failed") or conditions.get("FailureTarget")
+    return JobView(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=int(metadata["resourceVersion"]),
+        run=labels.get(RUN_LABEL, ""),
+        attempt=_number(labels.get(ATTEMPT_LABEL)),
+        owner_uid=_controller_uid(metadata),
+        created=_created(metadata),
+        deleting=bool(metadata.get("deletionTimestamp")),
+        active=status.get("active") or 0,
+        failed=status.get("failed") or 0,
+        failed_indexes=parse_indexes(status.get("failedIndexes") or ""),
+        failure=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else "",
+        stopping=spec.get("maxFailedIndexes") is not None,
+    )
+
+
+def parse_indexes(text: str) -> frozenset[int]:
+    """The numbers in a Job's list of indexes, such as ``1,3-5,7``."""
+    indexes: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        indexes.update(range(int(first), int(last or first) + 1))
+    return frozenset(indexes)
+
+
+def trim_run(raw: Mapping[str, Any]) -> Raw:
+    """A LoRAFineTune without the parts of its metadata that nobody here reads: they are most of its size."""
+    metadata = raw["metadata"]
+    kept = ("name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
+    return {
+        "metadata": {field: metadata[field] for field in kept if field in metadata},
+        "spec": raw.get("spec") or {},
+        "status": raw.get("status") or {},
+    }
+
+
+def controller_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The owner reference of the controller, or an empty mapping."""
+    owners = metadata.get("ownerReferences") or ()
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
+def _controller_uid(metadata: Mapping[str, Any]) -> str:
+    return str(controller_of(metadata).get("uid", ""))
+
+
+def _created(metadata: Mapping[str, Any]) -> datetime:
+    return parse_time(metadata.get("creationTimestamp")) or datetime.fromtimestamp(0, UTC)
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0
