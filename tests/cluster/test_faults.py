@@ -1,0 +1,123 @@
+"""What goes wrong on real nodes, with real pods and the real trainer on a tiny model."""
+
+import json
+import time
+
+import pytest
+from demo import stack
+from lora_api import FailureClass, Phase
+
+from tests.cluster.runs import Runs, find_condition
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+LONG = {"maxSteps": 300, "learningRate": 0.001, "globalBatchSize": 4}
+
+
+def test_a_pod_killed_in_the_middle_restarts_the_gang_from_a_checkpoint(runs: Runs) -> None:
+    name = runs.submit("pod-killed", training=LONG)
+    runs.wait_step(name, 25)
+    victim = f"{name}-1-1"
+    pod = next(pod for pod in runs.pods(name) if pod["metadata"]["name"].startswith(victim))
+    runs.kubectl("delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
+
+    run = runs.wait_end(name)
+
+    assert run.status.phase == Phase.SUCCEEDED
+    assert run.status.attempt == 2
+    assert [failure.failure_class for failure in run.status.failures] == [FailureClass.POD_LOST]
+    assert run.status.charged_restarts == 0
+    leader = next(pod for pod in runs.pods(name) if pod["metadata"]["name"].startswith(f"{name}-2-0"))
+    steps = [line.step for line in runs.progress_lines(leader["metadata"]["name"]) if line.event == "step"]
+    assert steps[0] is not None
+    assert steps[0] > 20, "the second attempt did not go on from a checkpoint"
+    assert steps[-1] == 300
+
+
+def test_a_memory_limit_that_is_too_small_ends_the_run_with_its_remedy(runs: Runs) -> None:
+    name = runs.submit("small-limit", podTemplate={"resources": {"limits": {"memory": "256Mi"}}})
+
+    run = runs.wait_end(name)
+
+    assert run.status.phase == Phase.FAILED
+    assert run.status.attempt == 1, "an out-of-memory was retried unchanged"
+    assert run.status.failures[-1].failure_class == FailureClass.HOST_OUT_OF_MEMORY
+    assert "limits.memory" in run.status.failures[-1].remedy
+    assert "limits.memory" in find_condition(run, "Failed").message
+    assert "limits.memory" in runs.kubectl("describe", "lft", name)
+
+
+def test_a_bad_record_is_named_with_its_number(runs: Runs) -> None:
+    name = runs.submit("bad-record", dataset={"train": {"uri": runs.store.uri("data/tiny/bad.jsonl")}})
+
+    run = runs.wait_end(name)
+
+    assert run.status.phase == Phase.FAILED
+    assert run.status.attempt == 1
+    failure = run.status.failures[-1]
+    assert failure.failure_class == FailureClass.BAD_DATA
+    assert failure.exit_code == 65
+    assert "record 7" in failure.message
+    assert "completion" in failure.message
+
+
+def test_a_model_that_is_not_there_is_named(runs: Runs) -> None:
+    name = runs.submit("no-model", baseModel={"uri": runs.store.uri("base/nothing-here")})
+
+    run = runs.wait_end(name)
+
+    assert run.status.failures[-1].failure_class == FailureClass.MODEL_NOT_FOUND
+    assert "base/nothing-here" in find_condition(run, "Failed").message
+
+
+def test_deleting_a_run_stops_its_pods_within_the_grace_period(runs: Runs) -> None:
+    name = runs.submit("deleted", training=LONG)
+    runs.wait_step(name, 5)
+    start = time.monotonic()
+
+    runs.kubectl("delete", "lft", name)
+    while runs.pods(name):
+        assert time.monotonic() - start < 120, "pods still run after the grace period"
+        time.sleep(0.5)
+
+    for kind in ("jobs", "services", "configmaps"):
+        left = json.loads(runs.kubectl("get", kind, f"--selector=lorafinetune.io/name={name}", "--output=json"))
+        assert left["items"] == [], kind
+
+
+def test_a_secret_that_is_missing_is_said_at_once(runs: Runs) -> None:
+    name = runs.submit("no-secret", credentials={"secretRef": {"name": "forgotten"}})
+
+    run = runs.wait(name, "a condition names the Secret", lambda run: "forgotten" in str(run.status.conditions), 60)
+
+    assert run.status.phase == Phase.STARTING
+    assert find_condition(run, "Running").status == "False"
+
+
+def test_an_image_that_cannot_be_pulled_is_said_at_once(runs: Runs) -> None:
+    stack.install_operator(runs.cluster, {"trainer.image.tag": "not-built"})
+    try:
+        name = runs.submit("no-image")
+        run = runs.wait(name, "a condition names the image", lambda run: "not-built" in str(run.status.conditions), 90)
+    finally:
+        stack.install_operator(runs.cluster)
+
+    condition = find_condition(run, "Running")
+    assert condition.status == "False"
+    assert "trainer.image" in condition.message, "the remedy is missing"
+    assert run.status.failures == []
+
+
+def test_a_run_goes_on_while_its_operator_is_killed_and_started_again(runs: Runs) -> None:
+    name = runs.submit("operator-killed", training=LONG)
+    runs.wait_step(name, 20)
+    pods = [pod["metadata"]["uid"] for pod in runs.pods(name)]
+    system = f"--namespace={stack.SYSTEM_NAMESPACE}"
+
+    runs.cluster.kubectl("delete", "pods", system, "--all", "--grace-period=0", "--force")
+    run = runs.wait_end(name)
+
+    assert run.status.phase == Phase.SUCCEEDED
+    assert run.status.attempt == 1
+    assert run.status.failures == []
+    assert [pod["metadata"]["uid"] for pod in runs.pods(name)] == pods, "training was started a second time"

@@ -1,0 +1,76 @@
+"""The main job in real pods: SmolLM2-135M learns to turn tickets into JSON, on two nodes, with NF4 and FSDP2."""
+
+import json
+
+import obstore
+import pytest
+import yaml
+from demo import stack
+from demo.__main__ import MANIFEST, evaluate
+from lora_api import Phase
+from lora_api.adapter import AdapterManifest, compute_digest
+
+from tests.cluster.runs import Runs, find_condition
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+
+
+def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> None:
+    stack.upload_demo_data(runs.store)
+    spec = yaml.safe_load(MANIFEST.read_text())["spec"]
+    runs.submit("tickets", **spec)
+
+    seen = []
+    run = runs.wait("tickets", "a first step", lambda run: bool(run.status.progress and run.status.progress.step))
+    while run.status.phase not in (Phase.SUCCEEDED, Phase.FAILED):
+        assert run.status.progress is not None
+        seen.append(run.status.progress)
+        last = seen[-1]
+        run = runs.wait(
+            "tickets",
+            f"progress after step {last.step}",
+            lambda run, last=last: run.status.progress != last or run.status.phase == Phase.SUCCEEDED,
+        )
+
+    # Phase, percent, loss and ETA were there and moved.
+    assert len({progress.percent for progress in seen}) >= 3
+    assert len({progress.loss for progress in seen}) >= 3
+    assert any(progress.eta for progress in seen)
+    assert run.status.phase == Phase.SUCCEEDED
+    assert run.status.attempt == 1
+    for kind in ("Ready", "Complete", "Published"):
+        assert find_condition(run, kind).status == "True"
+    assert run.status.progress is not None
+    assert (run.status.progress.step, run.status.progress.percent) == (18, 100)
+
+    # It really sharded over two pods, which had no credentials of Kubernetes.
+    pods = runs.pods("tickets")
+    assert len(pods) == 2
+    assert {pod["spec"]["automountServiceAccountToken"] for pod in pods} == {False}
+
+    # The adapter is whole, is what its digest says, and is better than the base model.
+    adapter = run.status.adapter
+    assert adapter is not None
+    path = adapter.uri.removeprefix(f"s3://{runs.cluster.bucket}/").rstrip("/")
+    manifest = AdapterManifest.model_validate_json(
+        bytes(obstore.get(runs.store.open(), f"{path}/manifest.json").bytes())
+    )
+    assert manifest.digest == adapter.digest == compute_digest(manifest.files)
+    assert {file.path for file in manifest.extras} >= {"README.md", "report.html"}
+    for file in [*manifest.files, *manifest.extras]:
+        assert obstore.head(runs.store.open(), f"{path}/{file.path}")["size"] == file.size
+    before, after = evaluate(runs.store, run, None), evaluate(runs.store, run, adapter)
+    assert adapter.eval_loss_before == pytest.approx(before["evalLoss"], rel=1e-3)
+    assert adapter.eval_loss_after == pytest.approx(after["evalLoss"], rel=1e-3)
+    assert after["evalLoss"] < before["evalLoss"] / 2
+    assert before["exactMatch"] < 0.05
+    assert after["exactMatch"] > 0.8
+
+    # What a person sees.
+    table = runs.kubectl("get", "lft", "tickets")
+    assert "Succeeded" in table
+    assert "100%" in table
+    assert "tickets-v" in table
+    events = json.loads(runs.kubectl("get", "events", "--field-selector=involvedObject.name=tickets", "--output=json"))
+    reasons = [event["reason"] for event in events["items"]]
+    assert len(reasons) == len(set(reasons)), "an event was sent twice"
