@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from lora_api import finetune
-from lora_api._base import ApiModel
+from lora_api._base import ApiModel, RecordModel
 from lora_api.finetune import LoRAFineTune
 
 Schema = dict[str, Any]
@@ -130,9 +130,10 @@ def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:
             continue
         property_schema = schema["properties"][field.alias or name]
         _add_model_extras(child, property_schema.get("items", property_schema))
-        if issubclass(child, ApiModel) and field.default_factory is child:
+        default = field.get_default(call_default_factory=True, validated_data={})
+        if isinstance(default, ApiModel) and not isinstance(default, RecordModel):
             # In full: the API server checks CEL rules against a default before it fills in the defaults below it.
-            property_schema["default"] = child().to_wire()
+            property_schema["default"] = default.to_wire()
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
