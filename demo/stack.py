@@ -1,4 +1,4 @@
-"""What the demo and the cluster tests stand on: images in the cluster, the operator from its chart, data in the store."""
+"""What the demo and the cluster tests stand on: images on the nodes, the operator from its chart, data in the store."""
 
 import json
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import obstore
-from devcluster.images import Image, ensure_images
 from obstore.store import S3Store
 
 from demo.model import make_model
 from demo.tickets import write_tickets
 from devcluster import Cluster, DevclusterError, binaries
+from devcluster.images import Image, ensure_images
 from devcluster.paths import REPOSITORY, cache
 from lora_api import LoRAFineTune
 

@@ -40,7 +40,7 @@ def find_problem(cache: Path) -> str | None:
     if sys.version_info < (3, 11):
         return f"this needs Python 3.11 or later, and python3 is {sys.version.split()[0]}. Set PYTHON=python3.11."
     try:
-        import ensurepip  # noqa: F401, PLC0415 - Debian ships Python without it
+        import ensurepip  # noqa: F401 - Debian ships Python without it
     except ImportError:
         return "python3 cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv."
     free = shutil.disk_usage(cache).free / 2**30

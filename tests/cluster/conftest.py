@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import devcluster
 import pytest
+
+import devcluster
 from demo import stack
 from demo.stack import Store
 from devcluster import Cluster
-
 from tests.cluster.runs import Runs
 
 NAMESPACE = "lora-tests"
@@ -56,9 +56,10 @@ def runs(cluster: Cluster, store: Store, tiny_data: None) -> Iterator[Runs]:
 def make_tiny_model(directory: Path) -> None:
     """A Llama of 2 layers with random weights, and the tokenizer of the demo's model."""
     import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     from demo.model import make_model
     from devcluster.paths import cache
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = cache() / "models" / "smollm2-135m-instruct"
     make_model(source)

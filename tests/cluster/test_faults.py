@@ -4,9 +4,9 @@ import json
 import time
 
 import pytest
+
 from demo import stack
 from lora_api import FailureClass, Phase
-
 from tests.cluster.runs import Runs, find_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]

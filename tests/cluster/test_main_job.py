@@ -5,11 +5,11 @@ import json
 import obstore
 import pytest
 import yaml
+
 from demo import stack
 from demo.__main__ import MANIFEST, evaluate
 from lora_api import Phase
 from lora_api.adapter import AdapterManifest, compute_digest
-
 from tests.cluster.runs import Runs, find_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

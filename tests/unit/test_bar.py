@@ -1,6 +1,7 @@
 import io
 
 import pytest
+
 from demo.bar import LiveLine, format_bar
 from lora_api import LoRAFineTuneStatus, Phase, Progress
 
