@@ -73,7 +73,7 @@ class Schedule(Generic[K]):
         """Gives ``key`` back after an error; returns the seconds until the next try.
 
         Doubles from BASE_DELAY to MAX_DELAY, with up to half of it taken away at random, so that many keys that
-        failed together do not come back together. A wake-up does not shorten the wait.
+        failed together do not come back together. Wake-ups from before the error wait with it, later ones do not.
         """
         failures = self._failures.get(key, 0)
         self._failures[key] = failures + 1

@@ -1,0 +1,67 @@
+"""What keeps the pods of an attempt from starting. Pure."""
+
+from collections.abc import Sequence
+
+from lora_api import RULES, FailureClass
+
+from lora_operator.diagnose import Obstacle
+from lora_operator.views import JobView, PodView
+
+_IMAGE = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError",
+     "RegistryUnavailable", "SignatureValidationFailed"}
+)  # fmt: skip
+_CONFIG = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"})
+_SCHEDULING_REMEDY = (
+    "Free or add nodes that have what the pods ask for (kubectl describe pod shows it), or ask for less in "
+    "podTemplate.resources or parallelism. The run starts by itself once they fit."
+)
+_GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
+_QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
+
+
+def diagnose_obstacle(pods: Sequence[PodView], job: JobView, refused: str | None) -> Obstacle | None:
+    """What is in the way, the worst first; ``refused`` is why the API server makes no pods for ``job``, if known."""
+    starting = [pod for pod in pods if not pod.has_ended and not pod.running]
+    for pod in starting:
+        if pod.waiting_reason in _IMAGE:
+            return _fatal(FailureClass.IMAGE_PULL_FAILED, "Image of", pod)
+    for pod in starting:
+        if pod.waiting_reason in _CONFIG:
+            return _fatal(FailureClass.POD_NOT_STARTED, "Container of", pod)
+    if refused:
+        return _refused(job, refused)
+    for pod in starting:
+        if pod.unscheduled_reason:
+            gated = pod.unscheduled_reason == "SchedulingGated"
+            return Obstacle(
+                reason=pod.unscheduled_reason,
+                message=f"No node takes pod {pod.name}: {pod.unscheduled_message}",
+                remedy=_GATED_REMEDY if gated else _SCHEDULING_REMEDY,
+                since=pod.created,
+                scheduling=True,
+            )
+    return None
+
+
+def _fatal(failure_class: FailureClass, what: str, pod: PodView) -> Obstacle:
+    """``reason`` is the class: Kubernetes' own word changes with every try, and each change would be a write."""
+    return Obstacle(
+        reason=str(failure_class),
+        message=f"{what} pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}".rstrip(": "),
+        remedy=RULES[failure_class].remedy,
+        since=pod.created,
+        failure_class=failure_class,
+    )
+
+
+def _refused(job: JobView, refused: str) -> Obstacle:
+    quota = "exceeded quota" in refused
+    return Obstacle(
+        reason="QuotaExceeded" if quota else str(FailureClass.POD_NOT_STARTED),
+        message=f"Pods of Job {job.name} are refused: {refused}",
+        remedy=_QUOTA_REMEDY if quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
+        since=job.created,
+        failure_class=None if quota else FailureClass.POD_NOT_STARTED,
+        scheduling=True,
+    )

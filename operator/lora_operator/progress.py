@@ -1,0 +1,108 @@
+"""From the lines of rank 0's log to the progress that people see. All pure."""
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+from lora_api import Progress, ProgressLine, parse_progress_line
+from lora_api.status import MAX_HISTORY
+
+_RATE_WINDOW = 50
+"""Steps that the time of the remaining ones is estimated from: enough to be steady, few enough to follow a change."""
+
+
+def parse_progress(log: str) -> list[ProgressLine]:
+    """The progress lines in ``log``, oldest first."""
+    return [line for text in log.splitlines() if (line := parse_progress_line(text)) is not None]
+
+
+def compute_stage(lines: Sequence[ProgressLine], previous: str = "") -> str:
+    """What the trainer does now: loading, training, evaluating, checkpointing, publishing or done."""
+    for line in reversed(lines):
+        if line.event == "step":
+            return "training"
+        if line.event == "stage" and line.stage:
+            return line.stage
+    return previous
+
+
+def compute_progress(previous: Progress | None, lines: Sequence[ProgressLine], *, logging_steps: int) -> Progress:
+    """``previous`` brought up to ``lines``, which are the end of one pod's log."""
+    old = previous or Progress()
+    steps = [line for line in lines if line.event == "step" and line.step is not None]
+    losses = [line.eval_loss for line in lines if line.eval_loss is not None]
+    if not steps:
+        return old.model_copy(update={"eval_loss": losses[-1]}) if losses else old
+    last = steps[-1]
+    step, total = last.step or 0, last.total_steps or old.total_steps
+    percent = min(100, 100 * step // total) if total else 0
+    eta = _estimate_seconds(steps, step, total)
+    return Progress(
+        step=step,
+        total_steps=total,
+        percent=percent,
+        summary=f"{percent}%",
+        epoch=last.epoch,
+        loss=last.loss,
+        eval_loss=losses[-1] if losses else old.eval_loss,
+        learning_rate=last.learning_rate,
+        grad_norm=last.grad_norm,
+        tokens_per_second=last.tokens_per_second,
+        eta_seconds=eta,
+        eta=None if eta is None else format_duration(eta),
+        at=last.at,
+        history=merge_history(old.history, steps, logging_steps),
+    )
+
+
+def compute_finished_progress(progress: Progress | None) -> Progress | None:
+    """The progress of a run that succeeded: nothing is left to wait for."""
+    if progress is None or not progress.total_steps:
+        return progress
+    done = {"step": progress.total_steps, "percent": 100, "summary": "100%", "eta_seconds": None, "eta": None}
+    return progress.model_copy(update=done)
+
+
+def merge_history(
+    history: Iterable[Sequence[float]], steps: Sequence[ProgressLine], logging_steps: int
+) -> list[list[float]]:
+    """At most MAX_HISTORY points: what ``steps`` say from their first step on, and ``history`` before it.
+
+    Only steps on a grid are kept, which gets twice as wide whenever it holds too many points, so that the points stay
+    evenly spaced whichever tails of the log were read. The newest point is kept too.
+    """
+    new = [[float(line.step), line.loss] for line in steps if line.step is not None and line.loss is not None]
+    if not new:
+        return [list(point) for point in history]
+    points = [list(point) for point in history if point[0] < new[0][0]] + new
+    newest = points[-1]
+    count = newest[0] / logging_steps
+    stride = logging_steps * 2 ** max(0, math.ceil(math.log2(max(count, 1) / (MAX_HISTORY - 1))))
+    return [point for point in points[:-1] if point[0] % stride == 0][-(MAX_HISTORY - 1) :] + [newest]
+
+
+def _estimate_seconds(steps: Sequence[ProgressLine], step: int, total: int) -> int | None:
+    """Seconds until the last step, at the pace of the last steps; ``None`` while there is no pace."""
+    window = steps[-_RATE_WINDOW:]
+    done = step - (window[0].step or 0)
+    if total <= 0 or done <= 0:
+        return 0 if total and step >= total else None
+    seconds = (window[-1].at - window[0].at).total_seconds()
+    return max(0, round(seconds / done * (total - step)))
+
+
+def format_duration(seconds: int) -> str:
+    """Seconds for people: 45s, 1m20s, 2h05m, 3d04h."""
+    minutes, second = divmod(seconds, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minutes}m{second:02}s" if minutes else f"{second}s"
+
+
+def is_due(last: datetime | None, now: datetime, interval: float) -> bool:
+    """Whether ``interval`` seconds have passed since ``last``."""
+    return last is None or (now - last).total_seconds() >= interval
