@@ -1,0 +1,6 @@
+"""Command line of the trainer."""
+
+
+def main() -> int:
+    """Entry."""
+    return 0

@@ -1,0 +1,155 @@
+"""What can go wrong, and which row of the failure table it is.
+
+TrainerError
+ ├─ BadSpecError           the specification cannot work
+ ├─ BadDataError           a record is not as its format asks
+ ├─ ModelNotFoundError     base model or dataset is not there
+ ├─ AuthDeniedError        store or hub refused the credentials
+ ├─ DivergedError          loss or gradient is not finite
+ ├─ PeerLostError          another process of the gang is gone or silent
+ ├─ StoreUnavailableError  the store kept failing
+ ├─ DiskFullError          no space left on the scratch disk
+ ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
+ └─ InternalError          a fault of the trainer
+
+Imports neither torch nor obstore, so that the launcher starts fast: foreign exceptions are told by their names.
+"""
+
+import errno
+from typing import ClassVar
+
+from lora_api.failures import FailureClass
+
+
+class TrainerError(Exception):
+    """An error with a row in the failure table."""
+
+    failure_class: ClassVar[FailureClass] = FailureClass.INTERNAL
+
+
+class BadSpecError(TrainerError):
+    """The specification cannot work."""
+
+    failure_class = FailureClass.BAD_SPEC
+
+
+class BadDataError(TrainerError):
+    """A record of the dataset is not as its format asks."""
+
+    failure_class = FailureClass.BAD_DATA
+
+
+class ModelNotFoundError(TrainerError):
+    """The base model or the dataset is not where its uri points."""
+
+    failure_class = FailureClass.MODEL_NOT_FOUND
+
+
+class AuthDeniedError(TrainerError):
+    """The store or the model hub refused the credentials."""
+
+    failure_class = FailureClass.AUTH_DENIED
+
+
+class DivergedError(TrainerError):
+    """Loss or gradient is no longer a finite number."""
+
+    failure_class = FailureClass.DIVERGED
+
+
+class PeerLostError(TrainerError):
+    """Another process of the gang is gone, or did not answer in time."""
+
+    failure_class = FailureClass.PEER_LOST
+
+
+class StoreUnavailableError(TrainerError):
+    """The object store did not answer, or kept failing."""
+
+    failure_class = FailureClass.STORE_UNAVAILABLE
+
+
+class DiskFullError(TrainerError):
+    """The scratch disk is full."""
+
+    failure_class = FailureClass.DISK_FULL
+
+
+class StoppedError(TrainerError):
+    """The run was asked to stop, and what there was to save is saved."""
+
+    failure_class = FailureClass.CHECKPOINTED
+
+
+class InternalError(TrainerError):
+    """A fault of the trainer."""
+
+
+PEER_PHRASES = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "connectfullmesh failed",
+    "socket timeout",
+    "wait timeout",
+    "nccl",
+    "watchdog caught collective operation timeout",
+    "timed out after",
+    "failed to recv",
+    "processgroup",
+    "gloo",
+)
+"""Parts of what gloo, NCCL and the TCP store say (torch 2.13) when another process is gone."""
+
+_PEER_TYPES = {"DistNetworkError", "DistBackendError", "DistStoreError", "DistQueueEmptyError"}
+_OUT_OF_MEMORY_TYPES = {"OutOfMemoryError"}
+_NOT_FOUND_TYPES = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "DatasetNotFoundError"}
+_AUTH_TYPES = {"GatedRepoError", "PermissionDeniedError", "UnauthenticatedError"}
+
+
+def classify(error: BaseException) -> FailureClass:
+    """The row of the failure table for ``error``; its causes are looked at too. ``INTERNAL`` where nothing fits."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        found = _classify_one(current)
+        if found is not None:
+            return found
+        current = current.__cause__ or current.__context__
+    return FailureClass.INTERNAL
+
+
+def _classify_one(error: BaseException) -> FailureClass | None:
+    if isinstance(error, TrainerError):
+        return error.failure_class
+    names = {kind.__name__ for kind in type(error).__mro__}
+    module = type(error).__module__
+    text = str(error).lower()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FailureClass.DISK_FULL
+    if "no space left on device" in text or "disk quota exceeded" in text:
+        return FailureClass.DISK_FULL
+    if names & _OUT_OF_MEMORY_TYPES or "cuda out of memory" in text:
+        return FailureClass.GPU_OUT_OF_MEMORY
+    if names & _AUTH_TYPES:
+        return FailureClass.AUTH_DENIED
+    if names & _NOT_FOUND_TYPES or (module.startswith("obstore") and "NotFoundError" in names):
+        return FailureClass.MODEL_NOT_FOUND
+    if module.startswith("obstore"):
+        return FailureClass.STORE_UNAVAILABLE
+    if names & _PEER_TYPES:
+        return FailureClass.PEER_LOST
+    if isinstance(error, RuntimeError | ConnectionError) and any(phrase in text for phrase in PEER_PHRASES):
+        return FailureClass.PEER_LOST
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """``error`` for people: its own words for errors of ours, with the type's name for all others."""
+    text = str(error).strip()
+    if isinstance(error, TrainerError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

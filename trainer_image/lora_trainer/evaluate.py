@@ -1,0 +1,192 @@
+"""Loss and answers on held-out records: the same code before training, after it, and for a published adapter.
+
+Before training the adapter's B matrices are zero, which is exactly the base model; nothing is switched off and on
+again around it, because FSDP2 remembers which parameters need a gradient from their first use.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from lora_api.finetune import Publish
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lora_trainer.data import Record, Records
+from lora_trainer.parallel import sum_over_ranks
+from lora_trainer.settings import Place
+
+MAX_NEW_TOKENS = 64
+DEFAULT_SAMPLES = 4
+
+Prompt = str | list[dict[str, Any]]
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, the answer that the data expects (if it has one), and what the model answered."""
+
+    prompt: str
+    expected: str | None
+    answer: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``loss`` in nats per token, ``None`` without evaluation records."""
+
+    loss: float | None
+    samples: list[Sample]
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"loss": self.loss, "samples": [vars(sample) for sample in self.samples]}
+
+    @staticmethod
+    def from_wire(value: dict[str, Any]) -> "Evaluation":
+        """The inverse of ``to_wire``."""
+        return Evaluation(value["loss"], [Sample(**sample) for sample in value["samples"]])
+
+
+def question(record: Record) -> tuple[Prompt, str | None] | None:
+    """``(prompt, expected answer)`` of a record, or ``None`` for plain text, which asks nothing."""
+    if "text" in record:
+        return None
+    if "messages" in record:
+        messages = record["messages"]
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        return (messages[:last], messages[last]["content"]) if last > 0 else None
+    completion = record["completion"]
+    expected = completion if isinstance(completion, str) else completion[-1]["content"]
+    return record["prompt"], expected
+
+
+def sample_questions(publish: Publish, records: Records) -> list[tuple[Prompt, str | None]]:
+    """What is asked before and after training: the prompts that the user gave, else the first held-out records."""
+    if publish.sample_prompts:
+        return [
+            ([{"role": "user", "content": text}] if records.conversational else text, None)
+            for text in publish.sample_prompts
+        ]
+    source = records.eval or records.train
+    return [asked for record in source[:DEFAULT_SAMPLES] if (asked := question(record)) is not None]
+
+
+def make_batches(dataset: Dataset, token_budget: int) -> list[list[int]]:
+    """Indices of the records in each batch: of similar length, at most ``token_budget`` tokens with padding."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= token_budget:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def collate(dataset: Dataset, indices: list[int], pad_token: int, device: torch.device) -> Batch:
+    """Input ids, attention mask and labels, each int64 of shape (records, longest record)."""
+    rows = [dataset[index] for index in indices]
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def pad(values: list[int], fill: int) -> list[int]:
+        return list(values) + [fill] * (width - len(values))
+
+    columns = {
+        "input_ids": [pad(row["input_ids"], pad_token) for row in rows],
+        "attention_mask": [pad([1] * len(row["input_ids"]), 0) for row in rows],
+        "labels": [pad(row["labels"], -100) for row in rows],
+    }
+    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: torch.nn.Module, dataset: Dataset, pad_token: int, token_budget: int, place: Place, device: torch.device
+) -> float:
+    """Mean negative log likelihood per supervised token over the whole of ``dataset``, in nats.
+
+    Each rank takes every ``world_size``-th batch; sums of losses and of tokens are added up, so that the result does
+    not depend on the number of processes. With sharded weights all ranks must run equally many forward passes: a rank
+    that has none left repeats the first batch and does not count it.
+    """
+    batches = make_batches(dataset, token_budget)
+    rounds = -(-len(batches) // place.world_size)
+    training, total, tokens = model.training, 0.0, 0.0
+    model.eval()
+    for turn in range(rounds):
+        number = turn * place.world_size + place.rank
+        counted = number < len(batches)
+        batch = collate(dataset, batches[number if counted else 0], pad_token, device)
+        outputs = model(**batch, use_cache=False, fused_lm_head=True)
+        if counted:
+            total -= float(outputs.log_probs.double().sum())
+            tokens += float(outputs.label_mask.sum())
+    model.train(training)
+    total, tokens = sum_over_ranks([total, tokens], device)
+    return total / max(tokens, 1.0)
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module, tokenizer: Tokenizer, prompts: list[Prompt], device: torch.device, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, at most ``max_new_tokens`` tokens each. All ranks call it with the same prompts."""
+    if not prompts:
+        return []
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, encoded))
+    pad = int(tokenizer.pad_token_id)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device)
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
+        register_fsdp_forward_method(model, "generate")
+    training = model.training
+    model.eval()
+    output = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=pad,
+        synced_gpus=sharded,
+    )
+    model.train(training)
+    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, as TRL encodes it for training."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def show_prompt(prompt: Prompt) -> str:
+    """A prompt for people."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def answer_questions(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    questions: list[tuple[Prompt, str | None]],
+    device: torch.device,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[Sample]:
+    """The model's answers to ``questions``."""
+    answers = generate(model, tokenizer, [prompt for prompt, _ in questions], device, max_new_tokens)
+    return [
+        Sample(show_prompt(prompt), expected, answer)
+        for (prompt, expected), answer in zip(questions, answers, strict=True)
+    ]

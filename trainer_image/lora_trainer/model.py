@@ -1,0 +1,139 @@
+"""The quantized, frozen base model, its tokenizer, and the adapter around it (QLoRA, arXiv:2305.14314)."""
+
+from pathlib import Path
+
+import torch
+from lora_api.finetune import LoRA, Quantization
+from lora_api.run import RunSpec
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lora_trainer.data import Records
+from lora_trainer.errors import BadSpecError, InternalError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def training_device(run: RunSpec, local_rank: int) -> torch.device:
+    """The device that this process trains on.
+
+    Raises:
+        InternalError: a GPU is asked for and not there.
+    """
+    if run.parallelism.gpus_per_node == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or torch.cuda.device_count() <= local_rank:
+        raise InternalError(
+            f"parallelism.gpusPerNode is {run.parallelism.gpus_per_node}, but this pod sees "
+            f"{torch.cuda.device_count()} GPUs; is the GPU driver of the node older than CUDA {torch.version.cuda}?"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dtype:
+    """Type of the matrix products.
+
+    Raises:
+        BadSpecError: bfloat16 on a CPU, where its products are slow, and wrong on some.
+    """
+    if quantization.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if quantization.compute_dtype == "bfloat16" and device.type == "cpu":
+        raise BadSpecError("quantization.computeDtype bfloat16 needs GPUs (parallelism.gpusPerNode above 0)")
+    return DTYPES[quantization.compute_dtype]
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The model's tokenizer, with a padding token."""
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_chat_template(tokenizer: Tokenizer, records: Records) -> None:
+    """Conversations need a chat template.
+
+    Raises:
+        BadSpecError: the tokenizer has none.
+    """
+    if records.conversational and not tokenizer.chat_template:
+        raise BadSpecError(
+            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use an instruction-"
+            "tuned model, or records with text, or with prompt and completion as strings"
+        )
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Settings for bitsandbytes, or ``None`` for weights in ``dtype``.
+
+    The storage type equals the type of the other parameters: FSDP2 shards floating-point parameters only, so packed
+    uint8 weights, the default, would stay whole on every rank (accelerate#3987).
+    """
+    if quantization.type == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def load_base_model(directory: Path, quantization: Quantization, device: torch.device) -> PreTrainedModel:
+    """The base model on ``device``, quantized and frozen."""
+    dtype = compute_dtype(quantization, device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        quantization_config=quantization_config(quantization, dtype),
+        device_map={"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    keep_differentiable(model)
+    model.requires_grad_(requires_grad=False)
+    return model
+
+
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes from repacking the weights on CPUs with AVX512-BF16.
+
+    A forward pass in evaluation mode repacks NF4 weights there into a layout that has no backward pass; training after
+    it is silently wrong (bitsandbytes 0.50.2: a loss of 24).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def lora_config(lora: LoRA) -> LoraConfig:
+    """The adapter's shape, within what vLLM serves: no DoRA, no bias, no extra modules."""
+    targets = "all-linear" if lora.target_modules == ["all-linear"] else list(lora.target_modules)
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+    )
+
+
+def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
+    """``model`` with a fresh adapter: A random, the same on every rank; B zero, so that it changes nothing yet.
+
+    Raises:
+        BadSpecError: a target module is not in the model.
+    """
+    set_seed(seed)
+    try:
+        wrapped = get_peft_model(model, lora_config(lora))
+    except ValueError as error:
+        raise BadSpecError(f"lora.targetModules: {error}") from error
+    assert isinstance(wrapped, PeftModel)  # noqa: S101 - for the type checker
+    return wrapped

@@ -1,0 +1,35 @@
+"""Progress lines on rank 0's standard output, which the operator reads from the pod's log."""
+
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from lora_api.messages import ProgressLine
+
+Stage = Literal["loading", "evaluating", "training", "checkpointing", "publishing", "done"]
+
+
+class Progress:
+    """Writes progress lines. Silent on every rank but 0, so that callers need not ask."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.step: int = 0
+
+    def stage(self, stage: Stage) -> None:
+        """Says what the trainer is doing now."""
+        self._write("stage", stage=stage)
+
+    def report_step(self, **fields: Any) -> None:
+        """Reports an optimizer step. ``fields`` are those of ProgressLine."""
+        self._write("step", **fields)
+
+    def report_eval(self, **fields: Any) -> None:
+        """Reports an evaluation. ``fields`` are those of ProgressLine."""
+        self._write("eval", **fields)
+
+    def _write(self, event: Literal["stage", "step", "eval"], **fields: Any) -> None:
+        if self.enabled:
+            line = ProgressLine(event=event, at=datetime.now(UTC), **fields).to_line()
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()

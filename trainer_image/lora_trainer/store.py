@@ -1,0 +1,210 @@
+"""The object store: a prefix in a bucket (s3://BUCKET/PREFIX) or a directory (file:///PATH), through obstore.
+
+Every operation is tried again with growing pauses until LORA_STORE_RETRY_SECONDS have passed, where trying again can
+help. Large files move in pieces, so that no single request is long.
+"""
+
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import obstore
+from lora_api.adapter import StoredFile
+from obstore.exceptions import (
+    AlreadyExistsError,
+    GenericError,
+    NotFoundError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
+from obstore.store import LocalStore, S3Store
+
+from lora_trainer.errors import AuthDeniedError, BadSpecError, ModelNotFoundError, StoreUnavailableError
+from lora_trainer.settings import store_retry_seconds
+
+CHUNK = 64 * 1024 * 1024
+"""Bytes in one request of a download, and the size from which an upload is in parts."""
+
+CONNECTIONS = 4
+
+Result = TypeVar("Result")
+
+
+class ObjectNotFoundError(ModelNotFoundError):
+    """There is no object at a path. Callers that look for an object that may be missing catch it."""
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """``(scheme, rest)`` of ``scheme://rest``.
+
+    Raises:
+        BadSpecError: ``uri`` is no URI.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator or not rest:
+        raise BadSpecError(f"{uri!r} is not a URI such as s3://BUCKET/PATH")
+    return scheme, rest
+
+
+def join(*parts: str) -> str:
+    """Path of the non-empty ``parts``, with one ``/`` between them."""
+    return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file at ``path``, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_file(path: Path, name: str) -> StoredFile:
+    """The entry of a manifest for the file at ``path``, as ``name``."""
+    return StoredFile(path=name, size=path.stat().st_size, sha256=file_digest(path))
+
+
+class Store:
+    """Objects below one URI. Paths are relative to it."""
+
+    def __init__(self, uri: str, retry_seconds: float | None = None) -> None:
+        self.uri = uri.rstrip("/")
+        self.retry_seconds = store_retry_seconds() if retry_seconds is None else retry_seconds
+        self._store = self._open()
+
+    def _open(self) -> S3Store | LocalStore:
+        scheme, rest = split_uri(self.uri)
+        if scheme == "file":
+            return LocalStore(prefix=Path("/" + rest.lstrip("/")), mkdir=True)
+        if scheme != "s3":
+            raise BadSpecError(f"{self.uri}: the store must start with s3:// or file://")
+        bucket, _, prefix = rest.partition("/")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        return S3Store(
+            bucket,
+            prefix=prefix or None,
+            region=region,
+            client_options={"allow_http": True, "connect_timeout": "5s", "timeout": "300s"},
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
+        )
+
+    def url(self, path: str) -> str:
+        """The full URI of ``path``."""
+        return f"{self.uri}/{path}" if path else self.uri
+
+    def get(self, path: str) -> bytes:
+        """Content of the object at ``path``.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+        """
+        return self._call(path, lambda: bytes(obstore.get(self._store, path).bytes()))
+
+    def put(self, path: str, content: bytes) -> None:
+        """Writes ``content`` to ``path``, over what is there. Readers see all of it or nothing."""
+        self._call(path, lambda: obstore.put(self._store, path, content))
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Writes ``content`` to ``path`` if nothing is there. Among many writers, one gets ``True``.
+
+        A writer whose answer was lost on the way finds its own bytes when it tries again: that counts as written.
+        """
+        try:
+            self._call(path, lambda: obstore.put(self._store, path, content, mode="create", use_multipart=False))
+        except AlreadyExistsError:
+            return self.get(path) == content
+        return True
+
+    def upload(self, source: Path, path: str) -> None:
+        """Copies the file ``source`` to ``path``, in parts where it is large."""
+        self._call(path, lambda: obstore.put(self._store, path, source, chunk_size=CHUNK))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Sizes in bytes of all objects below the directory ``prefix``, by path, in the order of their paths."""
+        directory = prefix.strip("/")
+        found = self._call(directory, lambda: obstore.list(self._store, directory or None).collect())
+        sizes = {str(entry["path"]): int(entry["size"]) for entry in found}
+        inside = directory + "/" if directory else ""
+        return {path: sizes[path] for path in sorted(sizes) if path.startswith(inside)}
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Deletes objects. One that is gone already is no error."""
+        for path in paths:
+            try:
+                self._call(path, lambda path=path: obstore.delete(self._store, path))  # type: ignore[misc]
+            except ObjectNotFoundError:
+                continue
+
+    def download(self, path: str, target: Path, size: int | None = None) -> None:
+        """Copies the object at ``path`` to the file ``target``, several pieces at a time.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            DiskFullError: by its errno, where the disk is full.
+        """
+        length = int(self._call(path, lambda: obstore.head(self._store, path)["size"])) if size is None else size
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            descriptor = file.fileno()
+
+            def fetch(start: int) -> None:
+                end = min(start + CHUNK, length)
+                piece = self._call(path, lambda: obstore.get_range(self._store, path, start=start, end=end))
+                written = 0
+                while written < len(piece):
+                    written += os.pwrite(descriptor, memoryview(piece)[written:], start + written)
+
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                list(pool.map(fetch, range(0, length, CHUNK)))
+
+    def download_directory(self, prefix: str, target: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+        """Copies the objects below ``prefix`` whose relative name is ``wanted`` to ``target``. Returns the files.
+
+        Objects directly at ``prefix`` count too, so that ``prefix`` may name one object.
+        """
+        inside = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        files = []
+        for path, size in self.sizes(prefix).items():
+            name = path.removeprefix(inside)
+            if wanted(name):
+                self.download(path, target / name, size)
+                files.append(target / name)
+        return files
+
+    def _call(self, path: str, operation: Callable[[], Result]) -> Result:
+        """Runs ``operation``, again where that can help, and turns obstore's errors into ours."""
+        deadline = time.monotonic() + self.retry_seconds
+        pause = 0.1
+        while True:
+            try:
+                return operation()
+            except AlreadyExistsError:
+                raise
+            except (PermissionDeniedError, UnauthenticatedError) as error:
+                raise AuthDeniedError(f"{self.url(path)}: {_first_line(error)}") from error
+            except (NotFoundError, FileNotFoundError) as error:
+                raise ObjectNotFoundError(f"{self.url(path)}: there is no such object or bucket") from error
+            except (GenericError, TimeoutError, ConnectionError) as error:
+                _raise_disk_full(error)
+                if time.monotonic() + pause > deadline:
+                    raise StoreUnavailableError(
+                        f"{self.url(path)}: no success within {self.retry_seconds:.0f} s: {_first_line(error)}"
+                    ) from error
+                time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+                pause = min(pause * 2, 5.0)
+
+
+def _first_line(error: BaseException) -> str:
+    """What ``error`` says, without obstore's debug dump."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]
+
+
+def _raise_disk_full(error: BaseException) -> None:
+    """A full disk behind a file:// store is no failing store."""
+    if "No space left on device" in str(error):
+        raise OSError(28, "No space left on device") from error
+

@@ -1,0 +1,204 @@
+"""TRL's SFTTrainer, set up from a run document: sharding, exact epochs, checkpoints in the store, finite gradients."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from lora_api.run import BatchPlan, RunSpec, plan_batch
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lora_trainer.data import Records
+from lora_trainer.errors import BadDataError, BadSpecError, DivergedError
+from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
+from lora_trainer.settings import Place
+
+if TYPE_CHECKING:
+    from lora_trainer.checkpoint import Checkpoints
+
+RESUME = "checkpoint-from-store"
+
+
+class EpochSampler(Sampler[int]):
+    """Order of the records in each epoch: a permutation, cut to whole global batches.
+
+    Every optimizer step sees ``global_batch_size`` sequences whatever the number of processes, and the order depends
+    on seed and epoch alone, so that a resumed run and a run on another number of nodes see the same batches. Up to
+    ``global_batch_size - 1`` records are left out of an epoch, other ones each time. Fewer records than one global
+    batch are repeated to fill it.
+    """
+
+    def __init__(self, records: int, global_batch_size: int, seed: int) -> None:
+        self.records = records
+        self.length = steps_per_epoch(records, global_batch_size) * global_batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, counted from 0. accelerate calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order: list[int] = torch.randperm(self.records, generator=generator).tolist()
+        repeats = math.ceil(self.length / self.records)
+        yield from (order * repeats)[: self.length]
+
+
+def steps_per_epoch(records: int, global_batch_size: int) -> int:
+    """Optimizer steps in one pass over the records; at least 1."""
+    return max(1, records // global_batch_size)
+
+
+def total_steps(run: RunSpec, records: int) -> int:
+    """Optimizer steps of the whole run."""
+    if run.training.max_steps is not None:
+        return run.training.max_steps
+    epochs = run.training.epochs or 1.0
+    return max(1, round(epochs * steps_per_epoch(records, run.training.global_batch_size)))
+
+
+class LoRATrainer(SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer for a gang of processes."""
+
+    checkpoints: "Checkpoints | None" = None
+    sampler_plan: BatchPlan
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes FSDP2 real on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            use_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        records = len(train_dataset if train_dataset is not None else self.train_dataset)
+        plan = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size * self.args.world_size
+        return EpochSampler(records, plan, self.args.seed)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Refuses a step whose gradient is not finite. The norm is the same on all ranks, so all of them stop here."""
+        norm = super()._clip_grad_norm(model)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"step {self.state.global_step + 1}: the gradient's norm is {value}; the loss or a gradient is no longer "
+                "a finite number, and no weight was changed by this step"
+            )
+        return norm
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
+        """Saves to the store, in place of accelerate's own files."""
+        if self.checkpoints is not None:
+            self.checkpoints.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """The adapter's weights are loaded once the model is sharded, before the loop starts."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.checkpoints is not None and checkpoint is not None:
+            self.checkpoints.load_optimizer(self, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.checkpoints is not None and checkpoint is not None:
+            self.checkpoints.load_rng(self, Path(checkpoint))
+
+
+def training_config(run: RunSpec, plan: BatchPlan, steps: int, device: torch.device, directory: Path) -> SFTConfig:
+    """The arguments of the training loop. Evaluation and its output are ours, so they are off here."""
+    training = run.training
+    on_gpu = device.type == "cuda"
+    schedulers = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+    return SFTConfig(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=schedulers[training.scheduler],
+        warmup_steps=round(training.warmup_ratio * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        bf16=on_gpu and run.quantization.compute_dtype != "float32",
+        tf32=True if on_gpu else None,
+        use_cpu=not on_gpu,
+        fsdp=plan.world_size > 1,
+        fsdp_config=dict(FSDP_ARGUMENTS) if plan.world_size > 1 else None,
+        max_length=run.dataset.max_seq_length,
+        packing=False,
+        dataset_num_proc=None,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        seed=training.seed,
+        data_seed=training.seed,
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=run.checkpoint.every_steps,
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def build_trainer(
+    run: RunSpec,
+    place: Place,
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    records: Records,
+    device: torch.device,
+    directory: Path,
+    callbacks: list[TrainerCallback],
+) -> LoRATrainer:
+    """The trainer of ``run``: its datasets are tokenized, its model is not sharded yet.
+
+    Raises:
+        BadSpecError: the batch sizes do not fit.
+        BadDataError: nothing of the records is left to learn from within maxSeqLength.
+    """
+    try:
+        plan = plan_batch(run.training, run.parallelism)
+    except ValueError as error:
+        raise BadSpecError(str(error)) from error
+    steps = total_steps(run, len(records.train))
+    trainer = LoRATrainer(
+        model=model,
+        args=training_config(run, plan, steps, device, directory),
+        train_dataset=Dataset.from_list(records.train),
+        eval_dataset=Dataset.from_list(records.eval) if records.eval else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    _restore_adapter_precision(model)
+    for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
+        if dataset is not None and len(dataset) == 0:
+            raise BadDataError(
+                f"dataset.{name}: every record is cut at dataset.maxSeqLength = {run.dataset.max_seq_length} tokens before "
+                "the part that is learned from; raise maxSeqLength"
+            )
+    return trainer
+
+
+def _restore_adapter_precision(model: PeftModel) -> None:
+    """Puts the trainable weights back to float32: TRL casts them to bfloat16 where the base model is quantized.
+
+    On GPUs the forward pass is bfloat16 all the same, by mixed precision; the optimizer's copy stays exact.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
