@@ -1,0 +1,99 @@
+"""Events for ``kubectl describe``: one on each change of state, never twice.
+
+The name of an Event is a function of the run, the attempt and the reason. So a second operator, or one that is
+restarted, cannot post it again: the API server refuses the name.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from lora_api import API_VERSION, KIND, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
+
+from lora_operator.children.names import MANAGER
+
+_MAX_NOTE = 1024
+
+
+@dataclass(frozen=True)
+class EventSpec:
+    """An Event to post."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    action: str
+    note: str
+    attempt: int
+
+
+def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[EventSpec]:
+    """What happened between two statuses, in the order in which it happened."""
+    events: list[EventSpec] = []
+    attempt = new.attempt
+    if new.attempt > old.attempt:
+        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its pods", attempt))
+    if _holds(new, ConditionType.RUNNING) and not _holds(old, ConditionType.RUNNING):
+        events.append(EventSpec("Normal", "Running", "Train", f"Attempt {attempt}: every pod runs", attempt))
+    recorded = {failure.attempt for failure in old.failures}
+    for failure in new.failures:
+        if failure.attempt not in recorded and new.phase != Phase.FAILED:
+            note = f"Attempt {failure.attempt}: {failure.message} The run starts again."
+            events.append(EventSpec("Warning", str(failure.failure_class), "Restart", note, failure.attempt))
+    obstacle = _obstacle(new)
+    if obstacle is not None and _obstacle(old) != obstacle:
+        events.append(EventSpec("Warning", obstacle[0], "Wait", obstacle[1], attempt))
+    if new.phase != old.phase and new.phase == Phase.SUCCEEDED:
+        events.append(EventSpec("Normal", "Succeeded", "Publish", _message(new, ConditionType.COMPLETE), attempt))
+    if new.phase != old.phase and new.phase == Phase.FAILED:
+        note = _message(new, ConditionType.READY)
+        events.append(EventSpec("Warning", new.reason or "Failed", "Fail", note, attempt))
+    return events
+
+
+_EXPECTED = frozenset({"Starting", "Restarting", "PodsPending", "PodsRunning", "PodFailed", "Succeeded"})
+
+
+def _obstacle(status: LoRAFineTuneStatus) -> tuple[str, str] | None:
+    """What keeps the pods from starting, as the Running condition says it."""
+    if status.phase not in (Phase.STARTING, Phase.RESTARTING):
+        return None
+    failed = {str(failure.failure_class) for failure in status.failures if failure.attempt == status.attempt}
+    for item in status.conditions:
+        if item.type == ConditionType.RUNNING and item.status == "False" and item.reason not in _EXPECTED | failed:
+            return item.reason, item.message
+    return None
+
+
+def _holds(status: LoRAFineTuneStatus, kind: ConditionType) -> bool:
+    return any(item.type == kind and item.status == "True" for item in status.conditions)
+
+
+def _message(status: LoRAFineTuneStatus, kind: ConditionType) -> str:
+    return next((item.message for item in status.conditions if item.type == kind), "")
+
+
+def build_event(run: LoRAFineTune, event: EventSpec, now: datetime, instance: str) -> dict[str, Any]:
+    """The Event as a manifest of events.k8s.io/v1."""
+    note = event.note if len(event.note) <= _MAX_NOTE else event.note[: _MAX_NOTE - 3] + "..."
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{run.metadata.name}.{run.metadata.uid[:8]}.{event.attempt}.{event.reason.lower()}",
+            "namespace": run.metadata.namespace,
+        },
+        "eventTime": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "type": event.type,
+        "reason": event.reason,
+        "action": event.action,
+        "note": note,
+        "reportingController": f"lorafinetune.io/{MANAGER}",
+        "reportingInstance": instance[:128],
+        "regarding": {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "name": run.metadata.name,
+            "namespace": run.metadata.namespace,
+            "uid": run.metadata.uid,
+        },
+    }

@@ -1,0 +1,347 @@
+"""The state machine of a run: ``decide(observed, now, settings) -> Plan``. No IO and no clock.
+
+The state is derived from what exists. Of the status only facts are read that cannot be derived again: the attempt,
+the failures so far, the restarts used up, and the terminal condition, which is sticky.
+
+    launch -> wait for pods -> run -> succeed
+                 |              |
+                 +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
+                                 \\-> record as final -> end the pods that still run, keep the others for their logs
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTuneStatus, Phase
+
+from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of, with_remedy
+from lora_operator.observed import Observed
+from lora_operator.obstacles import diagnose_obstacle
+from lora_operator.settings import Settings
+from lora_operator.views import JobView, PodView
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a condition is to say."""
+
+    value: bool
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do about a run, and what to say about it.
+
+    ``launch``, ``delete`` and ``stop`` are done in this order, then the status is written. ``phase`` None: nothing is
+    to be said that is not in the status already.
+    """
+
+    phase: Phase | None = None
+    reason: str = ""
+    message: str = ""
+    attempt: int = 0
+    conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
+    launch: int | None = None
+    delete: JobView | None = None
+    stop: JobView | None = None
+    failure: Failure | None = None
+    charged: bool = False
+    adapter: AdapterStatus | None = None
+    ended: bool = False
+    failing: bool = False
+    requeue_after: float | None = None
+
+
+NOTHING = Plan()
+
+
+def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """What to do next."""
+    status = observed.run.status
+    if observed.run.metadata.deletion_timestamp:
+        return NOTHING
+    if is_finished(status):
+        return _decide_finished(observed, now, settings)
+    attempt = max(status.attempt, 1)
+    if has_failed(status, attempt):
+        if attempt + 1 not in observed.jobs:
+            return _decide_replacement(observed, attempt, now, settings)
+        attempt += 1
+    job = observed.jobs.get(attempt)
+    if job is not None:
+        return _decide_attempt(observed, job, now, settings)
+    if status.attempt == attempt:
+        return decide_failure(observed, attempt, _job_lost(attempt, now), settings)
+    return _decide_launch(observed, attempt, now, settings)
+
+
+def is_finished(status: LoRAFineTuneStatus) -> bool:
+    """Whether the run has ended for good."""
+    final = (ConditionType.COMPLETE, ConditionType.FAILED)
+    return any(condition.type in final and condition.status == "True" for condition in status.conditions)
+
+
+def has_failed(status: LoRAFineTuneStatus, attempt: int) -> bool:
+    """Whether the failure of ``attempt`` is on record."""
+    return any(failure.attempt == attempt for failure in status.failures)
+
+
+def current_job(observed: Observed) -> JobView | None:
+    """The Job of the attempt that runs, or that ran last."""
+    return observed.jobs[max(observed.jobs)] if observed.jobs else None
+
+
+def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
+    """Creates the children of ``attempt``, once the pods of earlier Jobs are gone: they hold GPUs and names."""
+    waiting = _wait_for_leftovers(observed, now, settings)
+    if waiting is not None:
+        return replace(waiting, attempt=observed.run.status.attempt)
+    reason = "Restarting" if attempt > 1 else "Starting"
+    return Plan(
+        phase=Phase.RESTARTING if attempt > 1 else Phase.STARTING,
+        reason=reason,
+        message=f"Attempt {attempt} was created; waiting for its pods",
+        attempt=attempt,
+        conditions={
+            ConditionType.SCHEDULED: Mark(value=False, reason="PodsPending", message="Waiting for the pods"),
+            ConditionType.RUNNING: Mark(value=False, reason=reason, message="The pods do not run yet"),
+        },
+        launch=attempt,
+    )
+
+
+def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
+    """Ends what is left of a failed attempt, then launches the next one."""
+    job = observed.jobs.get(attempt)
+    if job is not None:
+        return Plan(delete=None if job.deleting else job)
+    return _decide_launch(observed, attempt + 1, now, settings)
+
+
+def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+    """Waits for the pods of Jobs that are gone, but not for one that the kubelet had to have ended long ago."""
+    waits = []
+    for pod in observed.leftovers():
+        until = (pod.deleting_at or now) + timedelta(seconds=settings.failure_grace)
+        if until > now:
+            waits.append((until - now).total_seconds())
+    if not waits:
+        return None
+    restarting = observed.run.status.attempt > 0
+    return Plan(
+        phase=Phase.RESTARTING if restarting else Phase.PENDING,
+        reason="WaitingForPodsToEnd",
+        message="Waiting for the pods of the attempt before to end",
+        requeue_after=max(waits),
+    )
+
+
+def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
+    """Follows a Job: succeeded, failed, running, or on the way there."""
+    pods = observed.gang(job)
+    adapter = published_adapter(pods)
+    if adapter is not None:
+        return decide_success(job.attempt, adapter)
+    if job.deleting:
+        return decide_failure(observed, job.attempt, _job_lost(job.attempt, now), settings)
+    symptoms = diagnose_pods(
+        pods,
+        job,
+        now,
+        grace=settings.failure_grace,
+        processes_per_node=observed.run.spec.parallelism.processes_per_node,
+    )
+    if symptoms:
+        return _decide_failing(observed, job, pods, symptoms, now, settings)
+    return _decide_healthy(observed, job, pods, now, settings)
+
+
+def _decide_failing(
+    observed: Observed, job: JobView, pods: list[PodView], symptoms: list[Symptom], now: datetime, settings: Settings
+) -> Plan:
+    """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
+
+    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
+    """
+    nodes = observed.run.spec.parallelism.nodes
+    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes
+    since = observed.reports.failing_since or now
+    left = settings.failure_grace - (now - since).total_seconds()
+    if job.failure or len(ended) >= nodes or left <= 0:
+        failure = diagnose_root(symptoms, pods, job.attempt, now)
+        return decide_failure(observed, job.attempt, failure, settings)
+    message = f"{symptoms[0].message.rstrip('.')}. Waiting a moment for the last words of the other pods"
+    return Plan(
+        phase=observed.run.status.phase or Phase.STARTING,
+        reason="PodFailed",
+        message=message,
+        attempt=job.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason="PodFailed", message=message)},
+        failing=True,
+        requeue_after=left,
+    )
+
+
+def _decide_healthy(
+    observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: Settings
+) -> Plan:
+    nodes = observed.run.spec.parallelism.nodes
+    scheduled = len(pods) == nodes and all(pod.scheduled for pod in pods)
+    started = len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods)
+    marks = {ConditionType.SCHEDULED: _scheduled_mark(value=scheduled or started)}
+    if started:
+        marks[ConditionType.SCHEDULED] = _scheduled_mark(value=True)
+        marks[ConditionType.RUNNING] = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
+        return _decide_running(observed, job, marks, pods, settings, now)
+    obstacle = diagnose_obstacle(pods, job, observed.reports.refused)
+    phase = Phase.RESTARTING if job.attempt > 1 else Phase.STARTING
+    if obstacle is None:
+        marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
+        return Plan(
+            phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
+            conditions=marks,
+        )  # fmt: skip
+    left = settings.start_timeout - (now - obstacle.since).total_seconds()
+    if obstacle.failure_class is not None and left <= 0:
+        failure = Failure(
+            attempt=job.attempt, failure_class=obstacle.failure_class, reason=obstacle.reason,
+            message=f"{obstacle.message} (for {settings.start_timeout:.0f} s)", remedy=obstacle.remedy, at=now,
+        )  # fmt: skip
+        return decide_failure(observed, job.attempt, failure, settings)
+    mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
+    if obstacle.scheduling:
+        marks[ConditionType.SCHEDULED] = mark
+    marks[ConditionType.RUNNING] = mark
+    return Plan(
+        phase=phase, reason=obstacle.reason, message=obstacle.text, attempt=job.attempt, conditions=marks,
+        requeue_after=max(left, 1.0) if obstacle.failure_class else None,
+    )  # fmt: skip
+
+
+def _scheduled_mark(*, value: bool) -> Mark:
+    if value:
+        return Mark(value=True, reason="PodsScheduled", message="Every pod has a node")
+    return Mark(value=False, reason="PodsPending", message="Waiting for the pods")
+
+
+_STAGE_REASONS = {
+    "loading": "LoadingModel",
+    "evaluating": "Evaluating",
+    "training": "Training",
+    "checkpointing": "Checkpointing",
+    "publishing": "Publishing",
+    "done": "Publishing",
+}
+
+
+def _decide_running(
+    observed: Observed,
+    job: JobView,
+    marks: Mapping[ConditionType, Mark],
+    pods: list[PodView],
+    settings: Settings,
+    now: datetime,
+) -> Plan:
+    reason = _STAGE_REASONS.get(observed.reports.stage, "Running")
+    late = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
+    lost_at = min(late) + timedelta(seconds=settings.failure_grace + 1) if late else None
+    return Plan(
+        phase=Phase.PUBLISHING if reason == "Publishing" else Phase.RUNNING,
+        reason=reason,
+        message="The gang is training",
+        attempt=job.attempt,
+        conditions=marks,
+        requeue_after=max(1.0, (lost_at - now).total_seconds()) if lost_at else None,
+    )
+
+
+def published_adapter(pods: list[PodView]) -> AdapterStatus | None:
+    """The adapter that rank 0 says it published. Once it is in the store, no other pod can take it back."""
+    for pod in pods:
+        if pod.index == 0 and pod.ended is not None and pod.ended.exit_code == 0:
+            termination = termination_of(pod)
+            if termination is not None and termination.outcome == "succeeded":
+                return termination.adapter
+    return None
+
+
+def decide_success(attempt: int, adapter: AdapterStatus) -> Plan:
+    """The end that everybody wants."""
+    message = f"Published {adapter.uri} as {adapter.served_name}"
+    done = Mark(value=True, reason="Succeeded", message=message)
+    return Plan(
+        phase=Phase.SUCCEEDED,
+        reason="Succeeded",
+        message=message,
+        attempt=attempt,
+        conditions={
+            ConditionType.SCHEDULED: _scheduled_mark(value=True),
+            ConditionType.RUNNING: Mark(value=False, reason="Succeeded", message="The run has ended"),
+            ConditionType.PUBLISHED: done,
+            ConditionType.COMPLETE: done,
+        },
+        adapter=adapter,
+        ended=True,
+    )
+
+
+def decide_failure(observed: Observed, attempt: int, failure: Failure, settings: Settings) -> Plan:
+    """Puts ``failure`` on record, and decides by its class whether another attempt follows."""
+    status, rule = observed.run.status, RULES[failure.failure_class]
+    limit = observed.run.spec.run_policy.max_restarts
+    free = attempt - 1 - status.charged_restarts
+    refusal = ""
+    if rule.retried and rule.charged and status.charged_restarts >= limit:
+        refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
+    elif rule.retried and not rule.charged and free >= settings.max_uncharged_restarts:
+        refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
+    text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
+    reason = str(failure.failure_class)
+    mark = Mark(value=False, reason=reason, message=text)
+    if rule.retried and not refusal:
+        return Plan(
+            phase=Phase.RESTARTING, reason=reason, message=text, attempt=attempt, failure=failure,
+            charged=rule.charged, conditions={ConditionType.RUNNING: mark},
+        )  # fmt: skip
+    return Plan(
+        phase=Phase.FAILED,
+        reason=reason,
+        message=text,
+        attempt=attempt,
+        failure=failure,
+        conditions={ConditionType.RUNNING: mark, ConditionType.FAILED: replace(mark, value=True)},
+        ended=True,
+    )
+
+
+def _decide_finished(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """Ends pods that run on after the end of their run; the others are kept for their logs.
+
+    A Job with a failed index is ended by lowering maxFailedIndexes, which leaves its ended pods alone. Another one has
+    no log worth keeping and is deleted.
+    """
+    job = current_job(observed)
+    ended_at = observed.run.status.completion_time
+    if job is None or job.deleting or job.stopping or job.active == 0:
+        return NOTHING
+    left = settings.failure_grace - (now - ended_at).total_seconds() if ended_at else 0.0
+    succeeded = observed.run.status.adapter is not None
+    if succeeded and left > 0:
+        return Plan(requeue_after=left)
+    if job.failed_indexes:
+        return Plan(stop=job)
+    return Plan(delete=job)
+
+
+def _job_lost(attempt: int, now: datetime) -> Failure:
+    return Failure(
+        attempt=attempt,
+        failure_class=FailureClass.POD_LOST,
+        reason="JobDeleted",
+        message=f"The Job of attempt {attempt} was deleted from outside",
+        remedy=RULES[FailureClass.POD_LOST].remedy,
+        at=now,
+    )

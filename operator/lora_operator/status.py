@@ -1,0 +1,101 @@
+"""From a plan to the status that people and machines read. All pure."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Literal
+
+from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
+from lora_api.status import MAX_FAILURES
+
+from lora_operator.lifecycle import Mark, Plan
+from lora_operator.observed import Reports
+from lora_operator.progress import compute_finished_progress
+
+_ORDER = list(ConditionType)
+_MAX_MESSAGE = 8192
+
+
+def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetime) -> LoRAFineTuneStatus:
+    """The status of ``run`` once ``plan`` is done."""
+    old = run.status
+    if plan.phase is None:
+        return old
+    progress = reports.progress or old.progress
+    failures = [*old.failures, plan.failure][-MAX_FAILURES:] if plan.failure else old.failures
+    started = plan.launch is not None or plan.attempt > 0
+    return LoRAFineTuneStatus(
+        observed_generation=run.metadata.generation,
+        phase=plan.phase,
+        reason=plan.reason,
+        attempt=plan.attempt,
+        start_time=old.start_time or (now if started else None),
+        completion_time=now if plan.ended else None,
+        conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
+        progress=compute_finished_progress(progress) if plan.phase == Phase.SUCCEEDED else progress,
+        failures=failures,
+        charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+        adapter=plan.adapter,
+    )
+
+
+def _all_marks(plan: Plan) -> dict[ConditionType, Mark]:
+    """The plan's conditions, and the three of kstatus that sum them up."""
+    succeeded, failed = plan.phase == Phase.SUCCEEDED, plan.phase == Phase.FAILED
+    under_way = not (succeeded or failed)
+    stalled = Mark(failed, plan.reason if failed else "AsExpected", plan.message if failed else "")
+    return {
+        ConditionType.READY: Mark(succeeded, plan.reason, plan.message),
+        ConditionType.RECONCILING: Mark(under_way, plan.reason, plan.message if under_way else ""),
+        ConditionType.STALLED: stalled,
+        **plan.conditions,
+    }
+
+
+def compute_conditions(
+    old: list[Condition], marks: Mapping[ConditionType, Mark], generation: int, now: datetime
+) -> list[Condition]:
+    """``old`` with ``marks``; the time of a condition changes with its value only."""
+    conditions = {condition.type: condition for condition in old}
+    for kind, mark in marks.items():
+        value: Literal["True", "False"] = "True" if mark.value else "False"
+        before = conditions.get(kind)
+        since = before.last_transition_time if before and before.status == value else now
+        conditions[kind] = Condition(
+            type=kind,
+            status=value,
+            reason=mark.reason,
+            message=mark.message[:_MAX_MESSAGE],
+            last_transition_time=since,
+            observed_generation=generation,
+        )
+    return sorted(conditions.values(), key=lambda item: _ORDER.index(ConditionType(item.type)))
+
+
+def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: str, now: datetime) -> LoRAFineTuneStatus:
+    """The status of a run whose specification this operator cannot read."""
+    marks = {
+        ConditionType.READY: Mark(value=False, reason="InvalidSpec", message=message),
+        ConditionType.RECONCILING: Mark(value=False, reason="InvalidSpec"),
+        ConditionType.STALLED: Mark(value=True, reason="InvalidSpec", message=message),
+    }
+    return run.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": Phase.FAILED,
+            "reason": "InvalidSpec",
+            "conditions": compute_conditions(run.conditions, marks, generation, now),
+        }
+    )
+
+
+def is_progress_only(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> bool:
+    """Whether ``new`` differs from ``old`` only in what changes all the time: numbers and wording, not state."""
+    return _state(old) == _state(new)
+
+
+def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
+    conditions = tuple(
+        (item.type, item.status, item.reason if item.type in (ConditionType.SCHEDULED, ConditionType.RUNNING) else "")
+        for item in status.conditions
+    )
+    return status.phase, status.attempt, len(status.failures), status.adapter, status.charged_restarts, conditions
