@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, RULES, Failure, FailureClass, Termination, parse_termination
-
 from lora_operator.views import JobView, PodView
 
 ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
@@ -109,7 +108,7 @@ def _diagnose_silent_success(pod: PodView) -> Symptom | None:
     if pod.index != 0 or (termination and termination.outcome == "succeeded" and termination.adapter):
         return None
     message = f"Pod {pod.name} ended with success but did not say which adapter it published"
-    return Symptom(FailureClass.INTERNAL, "NoTerminationMessage", message, pod, at=pod.ended and pod.ended.at)
+    return Symptom(FailureClass.INTERNAL, "NoTerminationMessage", message, pod, at=pod.ended.at if pod.ended else None)
 
 
 def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lora_api import API_VERSION, KIND, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
-
+from lora_api import API_VERSION, KIND, ConditionType, LoRAFineTuneStatus, Phase
+from lora_api.finetune import ObjectMeta
 from lora_operator.children.names import MANAGER
 
 _MAX_NOTE = 1024
@@ -72,15 +72,15 @@ def _message(status: LoRAFineTuneStatus, kind: ConditionType) -> str:
     return next((item.message for item in status.conditions if item.type == kind), "")
 
 
-def build_event(run: LoRAFineTune, event: EventSpec, now: datetime, instance: str) -> dict[str, Any]:
+def build_event(run: ObjectMeta, event: EventSpec, now: datetime, instance: str) -> dict[str, Any]:
     """The Event as a manifest of events.k8s.io/v1."""
     note = event.note if len(event.note) <= _MAX_NOTE else event.note[: _MAX_NOTE - 3] + "..."
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {
-            "name": f"{run.metadata.name}.{run.metadata.uid[:8]}.{event.attempt}.{event.reason.lower()}",
-            "namespace": run.metadata.namespace,
+            "name": f"{run.name}.{run.uid[:8]}.{event.attempt}.{event.reason.lower()}",
+            "namespace": run.namespace,
         },
         "eventTime": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "type": event.type,
@@ -92,8 +92,8 @@ def build_event(run: LoRAFineTune, event: EventSpec, now: datetime, instance: st
         "regarding": {
             "apiVersion": API_VERSION,
             "kind": KIND,
-            "name": run.metadata.name,
-            "namespace": run.metadata.namespace,
-            "uid": run.metadata.uid,
+            "name": run.name,
+            "namespace": run.namespace,
+            "uid": run.uid,
         },
     }

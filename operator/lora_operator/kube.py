@@ -1,10 +1,27 @@
-"""The only way to the API server: a thin client on raw JSON, with the official package for credentials.
+"""The only way to the API server: a thin client on raw JSON, with the official package for credentials and transport.
 
-Model classes of the official package are not used: they cost most of the memory and time (docs/decisions). What the
-operator may do, and therefore all that its RBAC role holds, is the table ``RBAC``.
+Model classes of the official package are not used: they cost most of the memory and time. What the operator may do,
+and therefore all that its RBAC role holds, is the table ``RBAC``.
 """
 
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+from kubernetes.aio import client as kubernetes_client
+from kubernetes.aio import config as kubernetes_config
+
+from lora_api import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneStatus
+from lora_api.finetune import ObjectMeta
+from lora_operator.children.names import MANAGER, RUN_LABEL
+from lora_operator.ratelimit import RateLimit
+from lora_operator.views import Raw, controller_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,3 +48,296 @@ RBAC: tuple[Rule, ...] = (
     Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
 )
+
+
+PATHS = {
+    PLURAL: f"/apis/{GROUP}/{VERSION}",
+    "jobs": "/apis/batch/v1",
+    "services": "/api/v1",
+    "configmaps": "/api/v1",
+    "pods": "/api/v1",
+    "events": "/apis/events.k8s.io/v1",
+}
+_RESOURCES = {"Service": "services", "ConfigMap": "configmaps", "Job": "jobs"}
+_ABSENT = "1"
+"""A resourceVersion that no object has: the API server itself wrote it. See ``apply_child``."""
+
+_TRIES = 5
+_MAX_RETRY_AFTER = 60.0
+_PAGE = 500
+
+Method = Literal["GET", "POST", "PATCH", "DELETE"]
+
+
+class KubeError(Exception):
+    """The API server refused a call, or did not answer it (status 0).
+
+    KubeError
+    |- NotFoundError: there is no such object
+    |- ConflictError: the object exists already, or is another one than was meant
+    NameConflictError (no KubeError: nothing was refused, but a child's name is taken)
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+
+
+class NotFoundError(KubeError):
+    """404."""
+
+
+class ConflictError(KubeError):
+    """409."""
+
+
+class NameConflictError(Exception):
+    """An object with the name of a child belongs to something else.
+
+    ``passing`` says that it will go by itself: it is being deleted, or belongs to an earlier run of the same name.
+    """
+
+    def __init__(self, message: str, *, passing: bool) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
+async def load_configuration(kubeconfig: str) -> kubernetes_client.Configuration:
+    """Credentials: of ``kubeconfig`` if given, else of the pod's service account, else of the user's kubeconfig.
+
+    Raises:
+        kubernetes.aio.config.ConfigException: there are none.
+    """
+    configuration = kubernetes_client.Configuration()
+    if kubeconfig:
+        await kubernetes_config.load_kube_config(config_file=kubeconfig, client_configuration=configuration)
+    elif "KUBERNETES_SERVICE_HOST" in os.environ:
+        kubernetes_config.load_incluster_config(client_configuration=configuration)
+    else:
+        await kubernetes_config.load_kube_config(client_configuration=configuration)
+    return configuration
+
+
+class KubeClient:
+    """Calls to the API server, each counted, limited in speed and in time."""
+
+    def __init__(
+        self,
+        configuration: kubernetes_client.Configuration,
+        limit: RateLimit,
+        timeout: float,
+        on_call: Callable[[str, str, int], None] = lambda verb, resource, code: None,
+    ) -> None:
+        self._api = kubernetes_client.ApiClient(configuration)
+        self._api.user_agent = f"{MANAGER}/v1alpha1"
+        self._limit = limit
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._on_call = on_call
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._api.close()
+
+    async def fetch_list(self, resource: str, namespace: str | None) -> AsyncIterator[Raw]:
+        """Every object of ``resource`` that belongs to a run, page by page."""
+        query = {"limit": str(_PAGE)}
+        if resource != PLURAL:
+            query["labelSelector"] = RUN_LABEL
+        while True:
+            page = await self._call_json("GET", "list", resource, namespace, query=query)
+            for item in page.get("items") or ():
+                yield item
+            more = page["metadata"].get("continue")
+            if not more:
+                return
+            query["continue"] = more
+
+    async def fetch_object(self, resource: str, namespace: str, name: str) -> Raw:
+        """One object.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        return await self._call_json("GET", "get", resource, namespace, name)
+
+    async def apply_child(self, child: Raw, run: LoRAFineTune) -> Raw:
+        """Creates ``child`` by server-side apply, or returns the one that is there, if it is this run's.
+
+        The apply carries a resourceVersion that no object has, so the API server creates the object, or answers 409
+        where one exists, whoever made it: a plain apply would merge our fields into somebody else's object.
+
+        Raises:
+            NameConflictError: it belongs to something else.
+        """
+        resource, metadata = _RESOURCES[child["kind"]], child["metadata"]
+        namespace, name = metadata["namespace"], metadata["name"]
+        body = {**child, "metadata": {**metadata, "resourceVersion": _ABSENT}}
+        try:
+            return await self._apply(resource, namespace, name, body)
+        except ConflictError:
+            found = await self.fetch_object(resource, namespace, name)
+        _check_owner(child["kind"], found, run)
+        return found
+
+    async def patch_status(self, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> Raw:
+        """Writes the whole status by server-side apply.
+
+        Raises:
+            NotFoundError: the run is gone.
+            ConflictError: another run has its name now.
+        """
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": KIND,
+            "metadata": {"name": metadata.name, "namespace": metadata.namespace, "uid": metadata.uid},
+            "status": status.to_wire(),
+        }
+        return await self._apply(PLURAL, metadata.namespace, metadata.name, body, "status")
+
+    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
+        """Deletes a Job; its pods follow. One that is gone, or has another uid, is left alone."""
+        options = {
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "propagationPolicy": "Background",
+            "preconditions": {"uid": uid},
+        }
+        try:
+            await self._call_json("DELETE", "delete", "jobs", namespace, name, body=options)
+        except (NotFoundError, ConflictError):
+            logger.debug("%s/%s: the Job is gone already", namespace, name)
+
+    async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
+        """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""
+        body = {"metadata": {"uid": uid}, "spec": {"maxFailedIndexes": 0}}
+        return await self._call_json(
+            "PATCH",
+            "patch",
+            "jobs",
+            namespace,
+            name,
+            query={"fieldManager": MANAGER},
+            body=body,
+            content_type="application/merge-patch+json",
+        )
+
+    async def fetch_log(self, namespace: str, pod: str, container: str, lines: int) -> str:
+        """The last ``lines`` of a container's log."""
+        query = {"container": container, "tailLines": str(lines)}
+        data = await self._call("GET", "get", "pods", namespace, pod, "log", query=query, accept="*/*")
+        return data.decode(errors="replace")
+
+    async def fetch_refusal(self, namespace: str, job: str, uid: str) -> str | None:
+        """Why the Job controller could not create the pods of ``job``, as its newest Event says."""
+        query = {"fieldSelector": f"regarding.kind=Job,regarding.name={job},regarding.uid={uid},reason=FailedCreate"}
+        page = await self._call_json("GET", "list", "events", namespace, query=query)
+        events = sorted(page.get("items") or (), key=lambda event: int(event["metadata"]["resourceVersion"]))
+        return str(events[-1].get("note", "")) if events else None
+
+    async def emit_event(self, event: Raw) -> None:
+        """Posts an Event. One that was posted already is left as it is."""
+        try:
+            await self._call_json("POST", "create", "events", event["metadata"]["namespace"], body=event)
+        except ConflictError:
+            logger.debug("event %s was posted before", event["metadata"]["name"])
+
+    async def _apply(self, resource: str, namespace: str, name: str, body: Raw, subresource: str = "") -> Raw:
+        return await self._call_json(
+            "PATCH",
+            "apply",
+            resource,
+            namespace,
+            name,
+            subresource,
+            query={"fieldManager": MANAGER, "force": "true"},
+            body=body,
+            content_type="application/apply-patch+yaml",
+        )
+
+    async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:
+        parsed: Raw = json.loads(await self._call(*args, **kwargs))
+        return parsed
+
+    async def _call(
+        self,
+        method: Method,
+        verb: str,
+        resource: str,
+        namespace: str | None,
+        name: str = "",
+        subresource: str = "",
+        *,
+        query: dict[str, str] | None = None,
+        body: Raw | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+    ) -> bytes:
+        """One call; tried again where the server asks for patience (429, or 503 with Retry-After)."""
+        parts = [PATHS[resource], *(["namespaces", namespace] if namespace else []), resource]
+        path = "/".join([*parts, *filter(None, (name, subresource))])
+        label = f"{resource}/{subresource}" if subresource else resource
+        for tries_left in reversed(range(_TRIES)):
+            await self._limit.wait()
+            status, retry_after, data = await self._send(method, path, query, body, content_type, accept)
+            self._on_call(verb, label, status)
+            if status < 400:
+                return data
+            if retry_after is None or not tries_left:
+                break
+            self._limit.hold(retry_after)
+        raise _error(status, data)
+
+    async def _send(
+        self,
+        method: Method,
+        path: str,
+        query: dict[str, str] | None,
+        body: Raw | None,
+        content_type: str,
+        accept: str,
+    ) -> tuple[int, float | None, bytes]:
+        """HTTP status, seconds of Retry-After where the server asks for patience, and the answer."""
+        _, url, headers, _, _ = await self._api.param_serialize(
+            method,
+            path,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": accept, "Content-Type": content_type},
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = await self._api.rest_client.request(
+                method, url, headers=headers, body=body, _request_timeout=self._timeout
+            )
+            data: bytes = await response.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise KubeError(0, f"{method} {path}: no answer: {error!r}") from error
+        retry_after = None
+        if response.status in (429, 503):
+            retry_after = _parse_retry_after(response.headers.get("Retry-After"))
+        return response.status, retry_after, data
+
+
+def _parse_retry_after(text: str | None) -> float | None:
+    return min(_MAX_RETRY_AFTER, float(text)) if text and text.isdecimal() else None
+
+
+def _error(status: int, data: bytes) -> KubeError:
+    try:
+        message = str(json.loads(data)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = data.decode(errors="replace")[:1000]
+    kinds = {404: NotFoundError, 409: ConflictError}
+    return kinds.get(status, KubeError)(status, message)
+
+
+def _check_owner(kind: str, found: Raw, run: LoRAFineTune) -> None:
+    metadata = found["metadata"]
+    owner = controller_of(metadata)
+    deleting = "deletionTimestamp" in metadata
+    if owner.get("uid") == run.metadata.uid and not deleting:
+        return
+    belongs = f"belongs to {owner['kind']} {owner['name']}" if owner else "belongs to no LoRAFineTune"
+    earlier = owner.get("kind") == KIND and owner.get("name") == run.metadata.name
+    message = f"{kind} {metadata['name']} exists already and {belongs}"
+    raise NameConflictError(message, passing=deleting or earlier)

@@ -1,4 +1,4 @@
-"""The state machine of a run: ``decide(observed, now, settings) -> Plan``. No IO and no clock.
+r"""The state machine of a run: ``decide(observed, now, settings) -> Plan``. No IO and no clock.
 
 The state is derived from what exists. Of the status only facts are read that cannot be derived again: the attempt,
 the failures so far, the restarts used up, and the terminal condition, which is sticky.
@@ -6,7 +6,7 @@ the failures so far, the restarts used up, and the terminal condition, which is 
     launch -> wait for pods -> run -> succeed
                  |              |
                  +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
-                                 \\-> record as final -> end the pods that still run, keep the others for their logs
+                                 \-> record as final -> end the pods that still run, keep the others for their logs
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTuneStatus, Phase
-
 from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of, with_remedy
 from lora_operator.observed import Observed
 from lora_operator.obstacles import diagnose_obstacle
+from lora_operator.progress import is_due
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
 
@@ -57,6 +57,9 @@ class Plan:
 
 NOTHING = Plan()
 
+REFUSAL_DELAY = 3.0
+"""Seconds that the Job controller has to make a Job's pods before the operator asks why it does not."""
+
 
 def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     """What to do next."""
@@ -94,11 +97,61 @@ def current_job(observed: Observed) -> JobView | None:
     return observed.jobs[max(observed.jobs)] if observed.jobs else None
 
 
+def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
+    """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended."""
+    pod = _rank_zero(observed)
+    if pod is None or pod.gone or not (pod.running or pod.ended):
+        return None
+    if pod.ended is not None:
+        return None if observed.reports.log_read_to_end else pod
+    return pod if is_due(observed.reports.log_read_at, now, settings.log_interval) else None
+
+
+def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+    """The Job whose Events are to be read now, because pods of it are missing."""
+    job = _live_job(observed)
+    if job is None or not is_short_of_pods(observed, job):
+        return None
+    late = is_due(job.created, now, REFUSAL_DELAY)
+    return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
+
+
+def is_short_of_pods(observed: Observed, job: JobView) -> bool:
+    """Whether the Job controller has not made all pods of ``job``."""
+    return len(observed.gang(job)) + len(job.failed_indexes) < observed.run.spec.parallelism.nodes
+
+
+def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
+    """Seconds until the run is to be looked at again without an event, or ``None``."""
+    times = [] if plan.requeue_after is None else [plan.requeue_after]
+    if plan.launch is not None:
+        times.append(REFUSAL_DELAY)
+    job = _live_job(observed)
+    if job is not None and not plan.ended:
+        pod = _rank_zero(observed)
+        if pod is not None and pod.running:
+            times.append(settings.log_interval)
+        elif is_short_of_pods(observed, job):
+            times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
+    return min(times, default=None)
+
+
+def _live_job(observed: Observed) -> JobView | None:
+    """The Job of an attempt that has no verdict yet."""
+    job, status = current_job(observed), observed.run.status
+    return None if job is None or is_finished(status) or has_failed(status, job.attempt) else job
+
+
+def _rank_zero(observed: Observed) -> PodView | None:
+    job = _live_job(observed)
+    return next((pod for pod in observed.gang(job) if pod.index == 0), None) if job else None
+
+
 def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
     """Creates the children of ``attempt``, once the pods of earlier Jobs are gone: they hold GPUs and names."""
     waiting = _wait_for_leftovers(observed, now, settings)
     if waiting is not None:
-        return replace(waiting, attempt=observed.run.status.attempt)
+        return waiting
     reason = "Restarting" if attempt > 1 else "Starting"
     return Plan(
         phase=Phase.RESTARTING if attempt > 1 else Phase.STARTING,
@@ -130,13 +183,14 @@ def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -
             waits.append((until - now).total_seconds())
     if not waits:
         return None
-    restarting = observed.run.status.attempt > 0
-    return Plan(
-        phase=Phase.RESTARTING if restarting else Phase.PENDING,
-        reason="WaitingForPodsToEnd",
-        message="Waiting for the pods of the attempt before to end",
-        requeue_after=max(waits),
-    )
+    if observed.run.status.attempt > 0:
+        return Plan(requeue_after=max(waits))  # the status says why the run restarts, which is worth more
+    return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", max(waits))
+
+
+def decide_wait(reason: str, message: str, requeue_after: float) -> Plan:
+    """Nothing can be created yet."""
+    return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
 
 
 def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
@@ -175,7 +229,7 @@ def _decide_failing(
         return decide_failure(observed, job.attempt, failure, settings)
     message = f"{symptoms[0].message.rstrip('.')}. Waiting a moment for the last words of the other pods"
     return Plan(
-        phase=observed.run.status.phase or Phase.STARTING,
+        phase=Phase.RUNNING,
         reason="PodFailed",
         message=message,
         attempt=job.attempt,
@@ -185,9 +239,7 @@ def _decide_failing(
     )
 
 
-def _decide_healthy(
-    observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: Settings
-) -> Plan:
+def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: Settings) -> Plan:
     nodes = observed.run.spec.parallelism.nodes
     scheduled = len(pods) == nodes and all(pod.scheduled for pod in pods)
     started = len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from lora_api import LoRAFineTune, Progress
-
 from lora_operator.views import JobView, PodView
 
 
@@ -16,6 +15,7 @@ class Reports:
     stage: str = ""
     progress: Progress | None = None
     log_read_at: datetime | None = None
+    log_read_to_end: bool = False
     refused: str | None = None
     refusal_read_at: datetime | None = None
     failing_since: datetime | None = None

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from lora_api import RULES, FailureClass
-
 from lora_operator.diagnose import Obstacle
 from lora_operator.views import JobView, PodView
 

@@ -55,12 +55,14 @@ def compute_progress(previous: Progress | None, lines: Sequence[ProgressLine], *
     )
 
 
-def compute_finished_progress(progress: Progress | None) -> Progress | None:
-    """The progress of a run that succeeded: nothing is left to wait for."""
-    if progress is None or not progress.total_steps:
-        return progress
-    done = {"step": progress.total_steps, "percent": 100, "summary": "100%", "eta_seconds": None, "eta": None}
-    return progress.model_copy(update=done)
+def compute_stopped_progress(progress: Progress | None, *, succeeded: bool) -> Progress | None:
+    """The progress of an attempt that has ended: no time is left, and after success no step."""
+    if progress is None:
+        return None
+    stopped: dict[str, object] = {"eta_seconds": None, "eta": None}
+    if succeeded and progress.total_steps:
+        stopped |= {"step": progress.total_steps, "percent": 100, "summary": "100%"}
+    return progress.model_copy(update=stopped)
 
 
 def merge_history(
@@ -78,7 +80,8 @@ def merge_history(
     newest = points[-1]
     count = newest[0] / logging_steps
     stride = logging_steps * 2 ** max(0, math.ceil(math.log2(max(count, 1) / (MAX_HISTORY - 1))))
-    return [point for point in points[:-1] if point[0] % stride == 0][-(MAX_HISTORY - 1) :] + [newest]
+    kept = [point for point in points[:-1] if point[0] % stride == 0]
+    return [*kept[-(MAX_HISTORY - 1) :], newest]
 
 
 def _estimate_seconds(steps: Sequence[ProgressLine], step: int, total: int) -> int | None:

@@ -36,9 +36,7 @@ class Settings:
         "", "LORA_KUBECONFIG", "Kubeconfig file. Empty: the pod's service account, else $KUBECONFIG or ~/.kube/config."
     )
     http_host: str = _setting("0.0.0.0", "LORA_HTTP_HOST", "Address to listen on.")  # noqa: S104
-    http_port: int = _setting(
-        8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one."
-    )
+    http_port: int = _setting(8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one.")
     concurrency: int = _setting(8, "LORA_CONCURRENCY", "Runs that are looked at at the same time.")
     api_qps: float = _setting(100.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
     api_burst: int = _setting(200, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
@@ -87,7 +85,7 @@ class Settings:
         for setting in fields(cls):
             metadata = setting.metadata
             text = environment.get(metadata["env"])
-            shown = ",".join(setting.default) if setting.name == "namespaces" else setting.default
+            shown = "" if setting.name == "namespaces" else setting.default
             parser.add_argument(
                 "--" + setting.name.replace("_", "-"),
                 type=_reader(setting.name, setting.default),

@@ -6,10 +6,9 @@ from typing import Literal
 
 from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.status import MAX_FAILURES
-
 from lora_operator.lifecycle import Mark, Plan
 from lora_operator.observed import Reports
-from lora_operator.progress import compute_finished_progress
+from lora_operator.progress import compute_stopped_progress
 
 _ORDER = list(ConditionType)
 _MAX_MESSAGE = 8192
@@ -22,16 +21,16 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         return old
     progress = reports.progress or old.progress
     failures = [*old.failures, plan.failure][-MAX_FAILURES:] if plan.failure else old.failures
-    started = plan.launch is not None or plan.attempt > 0
+    stopped = plan.ended or plan.failure is not None
     return LoRAFineTuneStatus(
         observed_generation=run.metadata.generation,
         phase=plan.phase,
         reason=plan.reason,
         attempt=plan.attempt,
-        start_time=old.start_time or (now if started else None),
+        start_time=old.start_time or (now if plan.attempt else None),
         completion_time=now if plan.ended else None,
         conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
-        progress=compute_finished_progress(progress) if plan.phase == Phase.SUCCEEDED else progress,
+        progress=compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED) if stopped else progress,
         failures=failures,
         charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
         adapter=plan.adapter,

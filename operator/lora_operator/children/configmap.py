@@ -6,7 +6,6 @@ from typing import Any
 
 from lora_api import LoRAFineTune, build_run_spec
 from lora_api.run import RUN_FILE
-
 from lora_operator.children.names import build_metadata
 
 

@@ -1,4 +1,4 @@
-"""Names and labels of the children. All are functions of the run's name and the attempt, so nothing is ever made twice."""
+"""Names and labels of the children: functions of the run's name and the attempt, so that nothing is made twice."""
 
 from lora_api import API_VERSION, GROUP, KIND, LoRAFineTune
 

@@ -4,12 +4,11 @@ from typing import Any
 
 from lora_api import LoRAFineTune
 from lora_api.run import MASTER_PORT
-
 from lora_operator.children.names import JOB_NAME_LABEL, build_metadata, child_name
 
 
 def build_service(run: LoRAFineTune, attempt: int) -> dict[str, Any]:
-    """The Service of ``attempt``. Names are published before pods are ready: the rendezvous is what makes them ready."""
+    """The Service of ``attempt``. Names are published before the pods are ready: they need them to get ready."""
     return {
         "apiVersion": "v1",
         "kind": "Service",

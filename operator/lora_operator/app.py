@@ -1,0 +1,145 @@
+"""The operator as an object: cache, queue, watches and reconciler, started and stopped together."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import kopf
+
+from lora_operator.cache import Cache, ObjectKey, Resource
+from lora_operator.kube import KubeClient, KubeError, NotFoundError, load_configuration
+from lora_operator.metrics import Metrics
+from lora_operator.queue import WorkQueue
+from lora_operator.ratelimit import RateLimit
+from lora_operator.reconcile import Reconciler
+from lora_operator.settings import Settings
+from lora_operator.views import Key
+from lora_operator.watch import Confirmations, apply_event, build_kopf_settings, build_registry
+
+logger = logging.getLogger(__name__)
+
+STUCK_AFTER = 300.0
+"""Seconds after which a look at one run that does not end makes the operator unhealthy."""
+
+
+def utc_now() -> datetime:
+    """The time of day, with its zone."""
+    return datetime.now(UTC)
+
+
+class Operator:
+    """One running operator. ``make_client`` and ``clock`` can be replaced by tests."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        make_client: Callable[..., KubeClient] = KubeClient,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.settings = settings
+        self.cache = Cache()
+        self.metrics = Metrics(self.cache.runs_by_phase, self._queue_depth)
+        self.ready = False
+        self._make_client = make_client
+        self._clock = clock
+        self._queue: WorkQueue[Key] | None = None
+        self._confirmations: Confirmations | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Works until ``stop`` is set, or a signal comes, or the watches fail for good."""
+        configuration = await load_configuration(self.settings.kubeconfig)
+        limit = RateLimit(self.settings.api_qps, self.settings.api_burst)
+        kube = self._make_client(configuration, limit, self.settings.api_timeout, self._count_call)
+        reconciler = Reconciler(self.cache, kube, self.settings, self.metrics, self._clock, socket.gethostname())
+        self._queue = queue = WorkQueue(self._timed(reconciler), self.settings.concurrency)
+        self._confirmations = confirmations = Confirmations(
+            self.cache,
+            self.settings.confirm_after,
+            lambda key: self._check(kube, key),
+            by_namespace=bool(self.settings.namespaces),
+        )
+        try:
+            await self._fill(kube)
+            for resource in Resource:
+                for namespace in self._scopes():
+                    confirmations.begin(resource, namespace)
+            queue.start()
+            for key in self.cache.run_keys():
+                queue.wake(key)
+            self.ready = True
+            logger.info("ready: %d runs", len(self.cache.run_keys()))
+            await self._watch(stop)
+        finally:
+            self.ready = False
+            await queue.stop()
+            await confirmations.stop()
+            await kube.close()
+
+    def healthy(self) -> str | None:
+        """What is wrong with this process, or ``None``."""
+        if self._queue is None:
+            return None
+        now = asyncio.get_running_loop().time()
+        stuck = [key for key, since in self._queue.busy_since.items() if now - since > STUCK_AFTER]
+        return f"no end of the look at {stuck[0]}" if stuck else None
+
+    async def _fill(self, kube: KubeClient) -> None:
+        """One LIST of each kind, complete before the first decision: a run without its Job looks as if it failed."""
+        for resource in (Resource.PODS, Resource.JOBS, Resource.RUNS):
+            for namespace in self._scopes():
+                async for raw in kube.fetch_list(resource, namespace):
+                    self.cache.put(resource, raw)
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        await kopf.operator(
+            registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
+            settings=build_kopf_settings(self.settings),
+            clusterwide=not self.settings.namespaces,
+            namespaces=self.settings.namespaces,
+            stop_flag=stop,
+        )
+
+    def _scopes(self) -> tuple[str | None, ...]:
+        return self.settings.namespaces or (None,)
+
+    def _on_event(self, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> None:
+        if self._confirmations is not None:
+            self._confirmations.see(resource, event_type, raw["metadata"])
+        self._wake(apply_event(self.cache, resource, event_type, raw))
+
+    def _wake(self, key: Key | None) -> None:
+        if key is not None and self._queue is not None:
+            self._queue.wake(key)
+
+    async def _check(self, kube: KubeClient, key: ObjectKey) -> None:
+        """Looks up an object that a new LIST did not show."""
+        try:
+            self._wake(self.cache.put(key[0], await kube.fetch_object(*key)))
+        except NotFoundError:
+            self._wake(self.cache.discard(key))
+        except KubeError as error:
+            logger.warning("%s %s/%s: not looked up: %s", *key, error)
+
+    def _timed(self, reconciler: Reconciler) -> Callable[[Key], Any]:
+        """``reconcile``, with its duration counted."""
+
+        async def handle(key: Key) -> float | None:
+            begin, outcome = asyncio.get_running_loop().time(), "error"
+            try:
+                again_after = await reconciler.reconcile(key)
+                outcome = "ok"
+            finally:
+                seconds = asyncio.get_running_loop().time() - begin
+                self.metrics.reconciles.labels(outcome).observe(seconds)
+            return again_after
+
+        return handle
+
+    def _count_call(self, verb: str, resource: str, code: int) -> None:
+        self.metrics.calls.labels(verb, resource, str(code)).inc()
+
+    def _queue_depth(self) -> int:
+        return len(self._queue) if self._queue is not None else 0

@@ -1,0 +1,234 @@
+"""The operator on one screen: what happens each time something about a run may have changed.
+
+    watch event -> wake(key) -> queue -> reconcile(key)
+
+``reconcile`` looks at the whole run every time and needs no memory of what happened before (level-triggered). A
+function that starts with fetch_, apply_, patch_, delete_ or emit_ talks to the API server; parse_, build_, decide_,
+compute_ and diagnose_ are pure. An operator that is killed between any two calls leaves a state from which the next one
+goes on.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+
+from lora_api import Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
+from lora_api.failures import RULES
+from lora_api.finetune import ObjectMeta
+from lora_api.run import CONTAINER_NAME
+from lora_operator.cache import Cache, Resource
+from lora_operator.children.configmap import build_configmap
+from lora_operator.children.job import build_job
+from lora_operator.children.service import build_service
+from lora_operator.events import build_event, compute_events
+from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
+from lora_operator.lifecycle import (
+    Plan,
+    compute_next_look,
+    decide,
+    decide_failure,
+    decide_wait,
+    is_short_of_pods,
+    wants_log,
+    wants_refusal,
+)
+from lora_operator.metrics import Metrics
+from lora_operator.observed import Observed, Reports
+from lora_operator.parse import InvalidRunError, parse_run
+from lora_operator.progress import compute_progress, compute_stage, is_due, parse_progress
+from lora_operator.settings import Settings
+from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
+from lora_operator.views import Key, PodView
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_LINES = 200
+LAST_LINES = 40
+LAST_CHARACTERS = 4000
+CLEANUP_DELAY = 2.0
+
+
+class Reconciler:
+    """Brings one run at a time to where it should be."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        kube: KubeClient,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], datetime],
+        instance: str,
+    ) -> None:
+        self._cache = cache
+        self._kube = kube
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self._instance = instance
+        self._reports: dict[Key, Reports] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Looks at one run; returns the seconds after which to look again without an event, or ``None``."""
+        raw = self._cache.run(key)
+        if raw is None:
+            self._reports.pop(key, None)
+            return None
+        try:
+            run = parse_run(raw)
+        except InvalidRunError as error:
+            await self._patch_invalid(key, error)
+            return None
+        observed = await self._fetch_reports(key, self._observe(key, run))
+        plan = decide(observed, self._clock(), self._settings)
+        plan = await self._apply(observed, plan)
+        wait = await self._patch_status(key, observed, plan)
+        waits = [wait, compute_next_look(observed, plan, self._settings)]
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    def _observe(self, key: Key, run: LoRAFineTune) -> Observed:
+        """What is there. Jobs of an earlier run of the same name are none of this run's."""
+        jobs = self._cache.jobs(key)
+        return Observed(
+            run=run,
+            jobs={job.attempt: job for job in jobs if job.owner_uid == run.metadata.uid},
+            pods=tuple(self._cache.pods(key)),
+            job_uids=frozenset(job.uid for job in jobs),
+            reports=self._reports.get(key, Reports()),
+        )
+
+    async def _fetch_reports(self, key: Key, observed: Observed) -> Observed:
+        """Reads, seldom and only while it matters, what no watch shows: rank 0's log, and why pods are missing."""
+        now, reports = self._clock(), observed.reports
+        pod = wants_log(observed, now, self._settings)
+        if pod is not None:
+            log = await self._fetch_log(pod, PROGRESS_LINES)
+            lines = parse_progress(log or "")
+            reports = replace(
+                reports,
+                stage=compute_stage(lines, reports.stage),
+                progress=compute_progress(
+                    reports.progress or observed.run.status.progress,
+                    lines,
+                    logging_steps=observed.run.spec.training.logging_steps,
+                ) if lines else reports.progress,
+                log_read_at=now,
+                log_read_to_end=pod.ended is not None,
+            )  # fmt: skip
+        job = wants_refusal(observed, now, self._settings)
+        if job is not None:
+            refused = await self._kube.fetch_refusal(job.namespace, job.name, job.uid)
+            reports = replace(reports, refused=refused, refusal_read_at=now)
+        elif reports.refused and not any(is_short_of_pods(observed, job) for job in observed.jobs.values()):
+            reports = replace(reports, refused=None)
+        self._reports[key] = reports
+        return replace(observed, reports=reports)
+
+    async def _apply(self, observed: Observed, plan: Plan) -> Plan:
+        """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
+        run = observed.run
+        if plan.launch is not None:
+            try:
+                await self._kube.apply_child(build_service(run, plan.launch), run)
+                await self._kube.apply_child(build_configmap(run, plan.launch), run)
+                job = await self._kube.apply_child(build_job(run, plan.launch, self._settings), run)
+            except NameConflictError as conflict:
+                return self._decide_conflict(observed, plan.launch, conflict)
+            self._cache.put(Resource.JOBS, job)
+        if plan.delete is not None:
+            await self._kube.delete_job(plan.delete.namespace, plan.delete.name, plan.delete.uid)
+            self._cache.remove_job(plan.delete)
+            return replace(plan, requeue_after=0.0)
+        if plan.stop is not None:
+            job = await self._kube.patch_job_stop(plan.stop.namespace, plan.stop.name, plan.stop.uid)
+            self._cache.put(Resource.JOBS, job)
+        return plan
+
+    def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:
+        if conflict.passing:
+            return decide_wait("WaitingForCleanup", f"{conflict} and is on its way out", CLEANUP_DELAY)
+        failure = Failure(
+            attempt=attempt,
+            failure_class=FailureClass.NAME_CONFLICT,
+            reason="NameConflict",
+            message=str(conflict),
+            remedy=RULES[FailureClass.NAME_CONFLICT].remedy,
+            at=self._clock(),
+        )
+        return decide_failure(observed, attempt, failure, self._settings)
+
+    async def _patch_status(self, key: Key, observed: Observed, plan: Plan) -> float | None:
+        """Writes the status if it changed, and then tells what happened; returns when a held-back write is due."""
+        now, old = self._clock(), observed.run.status
+        if plan.failure is not None:
+            plan = replace(plan, failure=await self._fetch_last_lines(observed, plan.failure))
+        reports = self._compute_reports(observed.reports, plan, now)
+        self._reports[key] = reports
+        new = compute_status(observed.run, plan, reports, now)
+        if new.to_wire() == old.to_wire():
+            return None
+        interval = self._settings.progress_interval
+        if is_progress_only(old, new) and not is_due(reports.status_written_at, now, interval):
+            written = reports.status_written_at or now
+            return interval - (now - written).total_seconds()
+        if not await self._write(key, observed.run.metadata, new):
+            return None
+        self._reports[key] = replace(reports, status_written_at=now)
+        if plan.failure is not None:
+            self._metrics.failures.labels(str(plan.failure.failure_class)).inc()
+        await self._emit_events(observed.run.metadata, old, new)
+        # A launch or a verdict calls for the next step at once; nobody else would ask for it.
+        return 0.0 if plan.failure is not None and not plan.ended else None
+
+    def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
+        """A new attempt starts with no reports of the one before."""
+        if plan.launch is not None or plan.failure is not None:
+            return Reports(progress=reports.progress, status_written_at=reports.status_written_at)
+        if plan.failing:
+            return replace(reports, failing_since=reports.failing_since or now)
+        return replace(reports, failing_since=None)
+
+    async def _write(self, key: Key, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> bool:
+        """Writes the status; ``False`` if the run is gone."""
+        try:
+            self._cache.put(Resource.RUNS, await self._kube.patch_status(metadata, status))
+        except (NotFoundError, ConflictError):
+            logger.info("%s/%s: gone", *key)
+            self._cache.forget_run(key)
+            return False
+        logger.info("%s/%s: %s, attempt %d: %s", *key, status.phase, status.attempt, status.reason)
+        return True
+
+    async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
+        """Says which field of the specification this operator cannot read."""
+        status = compute_invalid_status(error.status, error.metadata.generation, str(error), self._clock())
+        if status.to_wire() != error.status.to_wire() and await self._write(key, error.metadata, status):
+            await self._emit_events(error.metadata, error.status, status)
+
+    async def _emit_events(self, metadata: ObjectMeta, old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> None:
+        """Posts Events. They are for people, so a refused one (a namespace that is going) holds nothing up."""
+        for event in compute_events(old, new):
+            try:
+                await self._kube.emit_event(build_event(metadata, event, self._clock(), self._instance))
+            except KubeError as error:
+                logger.warning("%s/%s: event not posted: %s", metadata.namespace, metadata.name, error)
+
+    async def _fetch_last_lines(self, observed: Observed, failure: Failure) -> Failure:
+        """``failure`` with the last lines of the failing pod's log."""
+        pod = next((pod for pod in observed.pods if pod.name == failure.pod and not pod.gone), None)
+        if pod is None or not (pod.running or pod.ended):
+            return failure
+        log = await self._fetch_log(pod, LAST_LINES)
+        return failure.model_copy(update={"log_tail": log[-LAST_CHARACTERS:]}) if log else failure
+
+    async def _fetch_log(self, pod: PodView, lines: int) -> str | None:
+        """The end of the pod's log, or ``None`` where it cannot be read: logs go with their pods and nodes."""
+        try:
+            return await self._kube.fetch_log(pod.namespace, pod.name, CONTAINER_NAME, lines)
+        except NotFoundError:
+            logger.info("%s/%s: the pod is gone, and no watch said so", pod.namespace, pod.name)
+            self._cache.discard((Resource.PODS, pod.namespace, pod.name))
+        except KubeError as error:
+            logger.warning("%s/%s: log not read: %s", pod.namespace, pod.name, error)
+        return None

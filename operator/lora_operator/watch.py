@@ -1,0 +1,148 @@
+"""The watches, by kopf: handlers that fill the cache and wake a key, and nothing else.
+
+Only ``on.event`` is used: it leaves no finalizers and no annotations on objects, and handlers return None, so kopf
+never writes. What kopf does not tell is which objects went away while it had no watch: after a new LIST, objects that
+it did not show are looked up one by one (``Confirmations``).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kopf
+from kubernetes.aio import client as kubernetes_client
+
+from lora_api import GROUP, PLURAL, VERSION
+from lora_operator.cache import Cache, ObjectKey, Resource
+from lora_operator.children.names import RUN_LABEL
+from lora_operator.settings import Settings
+from lora_operator.views import Key
+
+logger = logging.getLogger(__name__)
+
+_CREDENTIALS_LIFETIME = timedelta(minutes=10)
+_SELECTORS: dict[Resource, tuple[str, str, str]] = {
+    Resource.RUNS: (GROUP, VERSION, PLURAL),
+    Resource.JOBS: ("batch", "v1", "jobs"),
+    Resource.PODS: ("", "v1", "pods"),
+}
+
+
+def build_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
+    """Settings that make kopf a watcher: no peering, no Events of its own, no look at CRDs and namespaces."""
+    ours = kopf.OperatorSettings()
+    ours.peering.standalone = True
+    ours.posting.enabled = False
+    ours.scanning.disabled = True
+    ours.queueing.idle_timeout = 0.2
+    ours.watching.chunk_size = 500
+    ours.watching.server_timeout = 540
+    ours.watching.client_timeout = 600
+    ours.watching.connect_timeout = 10
+    ours.networking.request_timeout = settings.api_timeout
+    ours.process.ultimate_exiting_timeout = 20
+    for resource in (Resource.JOBS, Resource.PODS):
+        ours.watching.label_selectors[_SELECTORS[resource]] = RUN_LABEL
+    return ours
+
+
+def build_registry(
+    on_event: Callable[[Resource, str | None, dict[str, Any]], None],
+    login: Callable[[], Coroutine[None, None, kubernetes_client.Configuration]],
+) -> kopf.OperatorRegistry:
+    """Handlers that pass each watch event to ``on_event(resource, type, object)``. Type None: from a LIST."""
+    registry = kopf.OperatorRegistry()
+
+    def watch(resource: Resource) -> None:
+        @kopf.on.event(*_SELECTORS[resource], registry=registry, id=f"see-{resource}")
+        async def see(event: Any, **_: Any) -> None:
+            on_event(resource, event["type"], event["object"])
+
+    for resource in Resource:
+        watch(resource)
+
+    @kopf.on.login(registry=registry)
+    async def login_as_client(**_: Any) -> kopf.ConnectionInfo:
+        return build_connection(await login(), datetime.now(UTC))
+
+    return registry
+
+
+def build_connection(configuration: kubernetes_client.Configuration, now: datetime) -> kopf.ConnectionInfo:
+    """The same credentials for kopf as for our own calls. They are read anew from time to time, as tokens rotate."""
+    scheme, _, token = str(configuration.api_key.get("BearerToken") or "").rpartition(" ")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        insecure=not configuration.verify_ssl,
+        username=configuration.username or None,
+        password=configuration.password or None,
+        scheme=(scheme or "Bearer") if token else None,
+        token=token or None,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        proxy_url=configuration.proxy,
+        expiration=now + _CREDENTIALS_LIFETIME if token else None,
+    )
+
+
+class Confirmations:
+    """Finds objects that went away unseen: between two LISTs of kopf, or between our LIST and kopf's first.
+
+    A new LIST of kopf shows every object that exists, as events without a type. The first such event of a resource
+    puts all other known objects of it on a list; each one that is shown leaves the list; what is left after ``delay``
+    seconds is looked up by ``check``.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        delay: float,
+        check: Callable[[ObjectKey], Coroutine[None, None, None]],
+        *,
+        by_namespace: bool,
+    ) -> None:
+        self._cache = cache
+        self._delay = delay
+        self._check = check
+        self._by_namespace = by_namespace
+        self._open: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, resource: Resource, namespace: str | None) -> set[ObjectKey]:
+        """Puts every known object of ``resource`` on the list."""
+        scope = resource, namespace if self._by_namespace else None
+        if scope not in self._open:
+            self._open[scope] = self._cache.object_keys(*scope)
+            task = asyncio.get_running_loop().create_task(self._finish(scope))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return self._open[scope]
+
+    def see(self, resource: Resource, event_type: str | None, metadata: dict[str, Any]) -> None:
+        """Takes an object off the list that an event shows."""
+        namespace, key = metadata["namespace"], (resource, metadata["namespace"], metadata["name"])
+        scope = resource, namespace if self._by_namespace else None
+        listed = self.begin(resource, namespace) if event_type is None else self._open.get(scope, set())
+        listed.discard(key)
+
+    async def stop(self) -> None:
+        """Cancels what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _finish(self, scope: tuple[Resource, str | None]) -> None:
+        await asyncio.sleep(self._delay)
+        for key in self._open.pop(scope):
+            logger.info("%s %s/%s is not in the new list", *key)
+            await self._check(key)
+
+
+def apply_event(cache: Cache, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> Key | None:
+    """Brings ``cache`` up to a watch event; returns the run to look at, if it was news."""
+    if event_type == "DELETED":
+        return cache.remove(resource, raw)
+    return cache.put(resource, raw)
