@@ -1,0 +1,168 @@
+"""The chart on a real API server: every object is taken, and a release lives its life."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import devcluster
+from devcluster import binaries
+
+pytestmark = pytest.mark.controlplane
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "lora-operator"
+SPACE = "lora-system"
+CRD = "crd/lorafinetunes.lorafinetune.io"
+RUN_KIND = "lorafinetunes.lorafinetune.io"
+LABEL = "--selector=app.kubernetes.io/instance=lora-operator"
+
+Helm = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def cp() -> Iterator[devcluster.ControlPlane]:
+    """A control plane without our CRD, with the namespace of the release under the strictest Pod Security."""
+    with devcluster.control_plane() as running:
+        for name in (SPACE, "team-a", "team-b"):
+            running.kubectl("create", "namespace", name)
+        for mode in ("enforce", "warn"):
+            running.kubectl("label", "namespace", SPACE, f"pod-security.kubernetes.io/{mode}=restricted")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def helm(cp: devcluster.ControlPlane) -> Helm:
+    program = binaries.ensure(["tools"])["helm"]
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(program), f"--kubeconfig={cp.kubeconfig}", f"--namespace={SPACE}", *arguments],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+VALUES: dict[str, list[str]] = {
+    "the defaults": [],
+    "two namespaces": ['namespaces=["team-a","team-b"]'],
+    "everything at once": [
+        f'image={{"digest":"sha256:{"0" * 64}"}}',
+        'imagePullSecrets=[{"name":"registry"}]',
+        'serviceAccount.annotations={"example.org/role":"x"}',
+        'metrics.service.annotations={"prometheus.io/scrape":"true"}',
+        'nodeSelector={"pool":"system"}',
+        'tolerations=[{"key":"system","operator":"Exists","effect":"NoSchedule"}]',
+        'affinity={"nodeAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":{"nodeSelectorTerms":'
+        '[{"matchExpressions":[{"key":"gpu","operator":"DoesNotExist"}]}]}}}',
+        'podLabels={"team":"ml"}',
+        'podAnnotations={"example.org/x":"y"}',
+    ],
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_every_object_is_taken_by_the_api_server(cp: devcluster.ControlPlane, helm: Helm, case: str) -> None:
+    manifests = helm("template", "lora-operator", str(CHART), *(f"--set-json={value}" for value in VALUES[case]))
+    answer = cp.kubectl("apply", "--filename=-", "--dry-run=server", "--validate=strict", input=manifests)
+    count = len([document for document in yaml.safe_load_all(manifests) if document])
+    assert answer.count("created (server dry run)") == count
+    assert count >= 10
+
+
+def test_the_pod_is_taken_under_restricted_pod_security(cp: devcluster.ControlPlane, helm: Helm) -> None:
+    """Checked on a pod: the API server takes any Deployment, and refuses its pods later."""
+    manifests = helm("template", "lora-operator", str(CHART), "--show-only=templates/deployment.yaml")
+    template: dict[str, Any] = yaml.safe_load(manifests)["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "operator", "namespace": SPACE}}
+    cp.kubectl("apply", "--filename=-", "--dry-run=server", input=json.dumps(pod))
+    pod["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalation"] = True
+    with pytest.raises(devcluster.DevclusterError, match='violates PodSecurity "restricted'):
+        cp.kubectl("apply", "--filename=-", "--dry-run=server", input=json.dumps(pod))
+
+
+RUN = """
+apiVersion: lorafinetune.io/v1alpha1
+kind: LoRAFineTune
+metadata: {name: kept, namespace: team-a}
+spec:
+  baseModel: {uri: hf://org/model}
+  dataset: {train: {uri: hf://org/data}}
+  training: {epochs: 1}
+  publish: {store: s3://bucket}
+"""
+
+
+@pytest.fixture
+def older_chart(tmp_path: Path) -> Path:
+    """The chart of a release whose CRD had no short name and no field ``lora``."""
+    older = tmp_path / "older"
+    shutil.copytree(CHART, older)
+    (file,) = (older / "files" / "crds").iterdir()
+    crd = yaml.safe_load(file.read_text())
+    del crd["spec"]["names"]["shortNames"]
+    del crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["lora"]
+    file.write_text(yaml.safe_dump(crd, sort_keys=False))
+    return older
+
+
+def test_a_release_is_installed_upgraded_and_uninstalled(
+    cp: devcluster.ControlPlane, helm: Helm, older_chart: Path
+) -> None:
+    notes = helm("install", "lora-operator", str(older_chart))
+    assert f"kubectl --namespace {SPACE} rollout status deployment/lora-operator" in notes
+    cp.kubectl("wait", "--for=condition=Established", CRD, "--timeout=30s")
+    cp.kubectl("apply", "--filename=-", input=RUN)
+
+    # An upgrade brings the CRD up to date too, which Helm does not do for a chart's crds/ folder.
+    helm("upgrade", "lora-operator", str(CHART), "--set=operator.logLevel=debug")
+    assert cp.kubectl("get", CRD, "--output=jsonpath={.spec.names.shortNames[0]}") == "lft"
+    assert cp.kubectl("get", RUN_KIND, "kept", "--namespace=team-a", "--output=jsonpath={.spec.lora.r}") == "16"
+    arguments = "--output=jsonpath={.spec.template.spec.containers[0].args}"
+    assert "--log-level=debug" in cp.kubectl("get", "deployment/lora-operator", f"--namespace={SPACE}", arguments)
+
+    helm("uninstall", "lora-operator")
+    assert cp.kubectl("get", "deployments,services,serviceaccounts", f"--namespace={SPACE}", "--output=name") == ""
+    assert cp.kubectl("get", "clusterroles,clusterrolebindings", LABEL, "--output=name") == ""
+    assert cp.kubectl("get", RUN_KIND, "--namespace=team-a", "--output=name") == "lorafinetune.lorafinetune.io/kept\n"
+
+    # The same release can be installed again over the CRD that was kept.
+    helm("install", "lora-operator", str(CHART))
+    helm("uninstall", "lora-operator")
+
+
+def may(cp: devcluster.ControlPlane, user: str, verb: str, resource: str, namespace: str) -> bool:
+    """Whether RBAC lets a ServiceAccount of the release's namespace do something."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {
+            "user": f"system:serviceaccount:{SPACE}:{user}",
+            "resourceAttributes": {
+                "verb": verb,
+                "group": "batch" if resource == "jobs" else "",
+                "resource": resource,
+                "namespace": namespace,
+            },
+        },
+    }
+    answer = cp.kubectl("create", "--filename=-", "--output=jsonpath={.status.allowed}", input=json.dumps(review))
+    return answer == "true"
+
+
+def test_in_namespaced_mode_the_operator_can_do_nothing_elsewhere(cp: devcluster.ControlPlane, helm: Helm) -> None:
+    helm("install", "narrow", str(CHART), "--set=crds.enabled=false", '--set-json=namespaces=["team-a"]')
+    assert may(cp, "narrow", "create", "jobs", "team-a")
+    assert not may(cp, "narrow", "create", "jobs", "team-b")
+    assert not may(cp, "narrow", "get", "secrets", "team-a")
+    helm("uninstall", "narrow")
+    assert not may(cp, "narrow", "create", "jobs", "team-a")
