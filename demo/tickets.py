@@ -8,11 +8,7 @@ import json
 import random
 from pathlib import Path
 
-NAMES = (
-    "Ada Alan Amara Anna Boris Carla Chen Dario Elif Emil Fatima Felix Greta Hana Hugo Ines Ivan Jamal Jonas Kaito Lena "
-    "Leo Maja Marco Mei Milan Nadia Nils Noor Olga Omar Paula Pedro Priya Quinn Rosa Samir Sofia Tariq Uma Vera Viktor "
-    "Wanda Yara Yusuf Zoe"
-).split()
+NAMES = ["Ada", "Alan", "Amara", "Anna", "Boris", "Carla", "Chen", "Dario", "Elif", "Emil", "Fatima", "Felix", "Greta", "Hana", "Hugo", "Ines", "Ivan", "Jamal", "Jonas", "Kaito", "Lena", "Leo", "Maja", "Marco", "Mei", "Milan", "Nadia", "Nils", "Noor", "Olga", "Omar", "Paula", "Pedro", "Priya", "Quinn", "Rosa", "Samir", "Sofia", "Tariq", "Uma", "Vera", "Viktor", "Wanda", "Yara", "Yusuf", "Zoe"]
 PROBLEMS = {
     "login": ("cannot sign in to", "am locked out of", "forgot my password for"),
     "billing": ("was charged twice for", "need an invoice for", "want a refund for"),

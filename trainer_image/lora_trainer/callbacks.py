@@ -1,6 +1,7 @@
 """What happens around the steps of the training loop: progress, orderly stops, evaluations on the way."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -74,3 +75,22 @@ class StopCallback(TrainerCallback):
         """
         if self.stopping:
             raise StoppedError(f"asked to stop; the checkpoint of step {state.global_step} is complete")
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates every so many steps (training.evalEverySteps), except at the last, after which a run evaluates anyway."""
+
+    def __init__(self, every: int | None, progress: Progress) -> None:
+        self.every = every
+        self.progress = progress
+        self.evaluate: Callable[[], float | None] = lambda: None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluates on all ranks, and keeps the loss in the trainer's history."""
+        step = state.global_step
+        if self.every is None or step % self.every or step >= state.max_steps:
+            return
+        loss = self.evaluate()
+        if loss is not None:
+            state.log_history.append({"step": step, "eval_loss": loss})
+            self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, eval_loss=loss)

@@ -1,6 +1,105 @@
-"""Command line of the trainer."""
+"""Command line of the trainer: ``python -m lora_trainer``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_api.failures import FAILURE_RULES
+from lora_api.run import RUN_FILE
+
+EXIT_CODES = "exit codes:\n  0 success\n" + "\n".join(
+    f"  {rule.exit_code} {rule.failure_class.value}: {rule.meaning}" for rule in FAILURE_RULES if rule.exit_code
+)
 
 
-def main() -> int:
-    """Entry."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    parser = argparse.ArgumentParser(
+        prog="lora_trainer",
+        description="Fine-tunes a language model with QLoRA on one or more nodes and publishes the adapter.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    launch = commands.add_parser(
+        "launch",
+        help="run this pod's part of a fine-tune: one training process per GPU, or one on the CPU",
+        description="Starts the training processes of this pod and waits for them. The gang's shape comes from "
+        "PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, MASTER_ADDR and MASTER_PORT; without PET_NNODES all processes "
+        "of the run are started here. Scratch files go to LORA_WORK (default /work), the termination message to "
+        "LORA_TERMINATION_LOG (default /dev/termination-log).",
+    )
+    launch.add_argument("run", type=Path, nargs="?", default=Path(RUN_FILE), help="run document (default: %(default)s)")
+
+    train = commands.add_parser(
+        "train",
+        help="run one training process; launch starts it",
+        description="Runs one training process. Its place comes from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+        "MASTER_PORT, as launch sets them; without them it is alone.",
+    )
+    train.add_argument("run", type=Path, help="run document")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a base model, with or without an adapter, on a dataset",
+        description="Evaluation loss on a dataset and, for records with an answer, the share of answers that are "
+        "exactly right (greedy generation). In one process, on a GPU if there is one.",
+    )
+    evaluate.add_argument("--model", required=True, help="base model: s3://, hf://, pvc:// or file:// URI")
+    evaluate.add_argument("--data", required=True, help="dataset: s3://, hf://, pvc:// or file:// URI")
+    evaluate.add_argument("--adapter", help="adapter's directory: s3:// or file:// URI; none: the base model alone")
+    evaluate.add_argument("--format", default="auto", choices=("auto", "messages", "prompt-completion", "text"))
+    evaluate.add_argument("--quantization", default="nf4", choices=("nf4", "none"), help="default: %(default)s")
+    evaluate.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a record (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="answers at a time (default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, help="records to use at most (default: all)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
+    evaluate.add_argument("--samples", type=int, default=2, help="answers to show (default: %(default)s)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry. Returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.command == "launch":
+        from lora_trainer.launch import launch
+
+        return launch(arguments.run)
+    if arguments.command == "train":
+        from lora_trainer.worker import end_process, run_worker
+
+        end_process(run_worker(arguments.run))
+    return _evaluate(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from lora_trainer.measure import Measurement, measure
+    from lora_trainer.worker import exit_code, quiet_libraries
+
+    quiet_libraries()
+    from lora_trainer.errors import classify, describe
+
+    try:
+        found: Measurement = measure(
+            model=arguments.model,
+            data=arguments.data,
+            adapter=arguments.adapter,
+            data_format=arguments.format,
+            quantization=arguments.quantization,
+            max_seq_length=arguments.max_seq_length,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    except Exception as error:  # noqa: BLE001 - classified
+        sys.stderr.write(f"{classify(error).value}: {describe(error)}\n")
+        return exit_code(classify(error))
+    if arguments.json:
+        print(json.dumps(found.to_wire(arguments.samples)))
+    else:
+        print(found.to_text(arguments.samples))
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_api.finetune import Dataset
-
 from lora_trainer.errors import BadDataError
 from lora_trainer.sources import Sources
 

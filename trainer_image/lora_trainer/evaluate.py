@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from lora_api.finetune import Publish
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lora_api.finetune import Publish
 from lora_trainer.data import Record, Records
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.settings import Place
@@ -102,6 +102,30 @@ def collate(dataset: Dataset, indices: list[int], pad_token: int, device: torch.
     return {name: torch.tensor(values, device=device) for name, values in columns.items()}
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates one model, again and again, on the same records and questions."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    dataset: Dataset | None
+    questions: list[tuple[Prompt, str | None]]
+    token_budget: int
+    place: Place
+    device: torch.device
+
+    def loss(self) -> float | None:
+        """Evaluation loss in nats per token; ``None`` without evaluation records. All ranks call it."""
+        if self.dataset is None:
+            return None
+        pad = int(self.tokenizer.pad_token_id)
+        return evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device)
+
+    def run(self) -> Evaluation:
+        """Loss and answers. All ranks call it."""
+        return Evaluation(self.loss(), answer_questions(self.model, self.tokenizer, self.questions, self.device))
+
+
 @torch.no_grad()
 def evaluate_loss(
     model: torch.nn.Module, dataset: Dataset, pad_token: int, token_budget: int, place: Place, device: torch.device
@@ -177,6 +201,14 @@ def show_prompt(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
+def longest_answer(tokenizer: Tokenizer, questions: list[tuple[Prompt, str | None]], limit: int) -> int:
+    """Tokens that an answer may have: a little more than the longest expected one, where all are known."""
+    expected = [answer for _, answer in questions if answer is not None]
+    if len(expected) < len(questions) or not expected:
+        return limit
+    return min(limit, max(len(tokenizer(answer)["input_ids"]) for answer in expected) + 4)
+
+
 def answer_questions(
     model: torch.nn.Module,
     tokenizer: Tokenizer,
@@ -185,7 +217,8 @@ def answer_questions(
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Sample]:
     """The model's answers to ``questions``."""
-    answers = generate(model, tokenizer, [prompt for prompt, _ in questions], device, max_new_tokens)
+    longest = longest_answer(tokenizer, questions, max_new_tokens)
+    answers = generate(model, tokenizer, [prompt for prompt, _ in questions], device, longest)
     return [
         Sample(show_prompt(prompt), expected, answer)
         for (prompt, expected), answer in zip(questions, answers, strict=True)

@@ -120,6 +120,6 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:  # noqa: FBT001
+def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on any process."""
     return sum_over_ranks([float(flag)], device)[0] > 0

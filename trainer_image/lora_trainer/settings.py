@@ -42,6 +42,11 @@ def work_directory(env: Mapping[str, str] = os.environ) -> Path:
     return Path(env.get("LORA_WORK", WORK_DIRECTORY))
 
 
+def state_directory(env: Mapping[str, str] = os.environ) -> Path:
+    """Directory of this start of the trainer, below the scratch directory. The launcher makes it (LORA_STATE_DIR)."""
+    return Path(env.get(STATE_DIRECTORY, str(work_directory(env) / "run")))
+
+
 def termination_log(env: Mapping[str, str] = os.environ) -> Path:
     """Where the kubelet looks for the last words (LORA_TERMINATION_LOG)."""
     return Path(env.get("LORA_TERMINATION_LOG", TERMINATION_LOG))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lora_api.finetune import BaseModelSource, DataSource
 from lora_api.run import PVC_ROOT, RunSpec
-
 from lora_trainer.errors import ModelNotFoundError
 from lora_trainer.settings import Place
 from lora_trainer.store import ObjectNotFoundError, Store, split_uri

@@ -25,9 +25,14 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
+    def check(self) -> None:
+        """Raises StoppedError if a request was noted."""
+        if self.requested:
+            raise StoppedError("asked to stop after the last step, whose checkpoint is complete")
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within it, a request is noted and nothing more. One that was noted before still counts afterwards."""
+        """Within it, a request is noted and nothing more."""
         self._deferred = True
         try:
             yield

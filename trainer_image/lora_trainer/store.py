@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import obstore
-from lora_api.adapter import StoredFile
 from obstore.exceptions import (
     AlreadyExistsError,
     GenericError,
@@ -25,6 +24,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, S3Store
 
+from lora_api.adapter import StoredFile
 from lora_trainer.errors import AuthDeniedError, BadSpecError, ModelNotFoundError, StoreUnavailableError
 from lora_trainer.settings import store_retry_seconds
 
@@ -161,7 +161,9 @@ class Store:
             with ThreadPoolExecutor(CONNECTIONS) as pool:
                 list(pool.map(fetch, range(0, length, CHUNK)))
 
-    def download_directory(self, prefix: str, target: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    def download_directory(
+        self, prefix: str, target: Path, wanted: Callable[[str], bool] = lambda name: True
+    ) -> list[Path]:
         """Copies the objects below ``prefix`` whose relative name is ``wanted`` to ``target``. Returns the files.
 
         Objects directly at ``prefix`` count too, so that ``prefix`` may name one object.
@@ -207,4 +209,3 @@ def _raise_disk_full(error: BaseException) -> None:
     """A full disk behind a file:// store is no failing store."""
     if "No space left on device" in str(error):
         raise OSError(28, "No space left on device") from error
-

@@ -1,28 +1,27 @@
 """TRL's SFTTrainer, set up from a run document: sharding, exact epochs, checkpoints in the store, finite gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from lora_api.run import BatchPlan, RunSpec, plan_batch
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.data import Records
 from lora_trainer.errors import BadDataError, BadSpecError, DivergedError
 from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
-from lora_trainer.settings import Place
 
 if TYPE_CHECKING:
-    from lora_trainer.checkpoint import Checkpoints
+    from lora_trainer.checkpoint import Checkpoints, Resume
 
-RESUME = "checkpoint-from-store"
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 class EpochSampler(Sampler[int]):
@@ -71,7 +70,15 @@ class LoRATrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer for a gang of processes."""
 
     checkpoints: "Checkpoints | None" = None
-    sampler_plan: BatchPlan
+
+    def train_to_end(self, resume: "Resume | None") -> None:
+        """Trains the steps that are left. A checkpoint of the last step leaves none."""
+        if resume is None:
+            self.train()
+        elif resume.step < self.args.max_steps:
+            self.train(resume_from_checkpoint=str(resume.directory))
+        else:
+            self.state = TrainerState.load_from_json(str(resume.directory / TRAINER_STATE_NAME))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Makes FSDP2 real on CPUs too."""
@@ -157,13 +164,12 @@ def training_config(run: RunSpec, plan: BatchPlan, steps: int, device: torch.dev
 
 def build_trainer(
     run: RunSpec,
-    place: Place,
     model: PeftModel,
     tokenizer: Tokenizer,
     records: Records,
     device: torch.device,
     directory: Path,
-    callbacks: list[TrainerCallback],
+    callbacks: Sequence[TrainerCallback],
 ) -> LoRATrainer:
     """The trainer of ``run``: its datasets are tokenized, its model is not sharded yet.
 
@@ -182,7 +188,7 @@ def build_trainer(
         train_dataset=Dataset.from_list(records.train),
         eval_dataset=Dataset.from_list(records.eval) if records.eval else None,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
     _restore_adapter_precision(model)
     for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):

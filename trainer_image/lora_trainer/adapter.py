@@ -1,0 +1,85 @@
+"""The trained adapter as files that PEFT and vLLM load as they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save
+
+from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lora_api.run import RunSpec
+from lora_trainer.errors import InternalError
+from lora_trainer.parallel import full_tensor
+from lora_trainer.store import split_uri
+
+ADAPTER = "default"
+"""PEFT's name of the adapter that is trained."""
+
+
+def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The whole adapter on the CPU, by PEFT's names. All ranks call it.
+
+    Raises:
+        InternalError: it is not a complete, finite, trained adapter.
+    """
+    tensors = {
+        name.replace(f".{ADAPTER}.", "."): full_tensor(parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    check_adapter(tensors, expected_shapes(model))
+    return tensors
+
+
+def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
+    """Shape of each matrix that the adapter must have: A (rank, inputs) and B (outputs, rank) for each module."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            rank = int(module.r[ADAPTER])
+            shapes[f"{name}.lora_A.weight"] = (rank, int(module.in_features))
+            shapes[f"{name}.lora_B.weight"] = (int(module.out_features), rank)
+    return shapes
+
+
+def check_adapter(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, int]]) -> None:
+    """Raises InternalError unless ``tensors`` is an adapter worth publishing.
+
+    Each of these has been published by some trainer without a word: an empty file, the slice of one rank, values that
+    are not finite, and an adapter that was never trained.
+    """
+    if not shapes or set(tensors) != set(shapes):
+        missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+        raise InternalError(f"the adapter has not the right weights: missing {missing[:3]}, not expected {extra[:3]}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise InternalError(f"the adapter's {name} has shape {tuple(tensor.shape)} instead of {shapes[name]}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise InternalError(f"the adapter's {name} has values that are not finite numbers")
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name):
+        raise InternalError("every B matrix of the adapter is zero: training changed nothing")
+
+
+def model_name(uri: str) -> str:
+    """The base model as others know it: the hub's name without hf://, or the URI as the user gave it."""
+    scheme, rest = split_uri(uri)
+    return rest if scheme == "hf" else uri
+
+
+def write_adapter(tensors: dict[str, torch.Tensor], model: PeftModel, run: RunSpec, directory: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors. Equal weights give equal bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in model.peft_config[ADAPTER].to_dict().items()
+    }
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = model_name(run.base_model.uri)
+    config["revision"] = run.base_model.revision
+    config["target_modules"] = sorted(config["target_modules"])
+    (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    ordered = {name: tensors[name].to(torch.float32).contiguous() for name in sorted(tensors)}
+    (directory / ADAPTER_WEIGHTS).write_bytes(save(ordered, metadata={"format": "pt"}))

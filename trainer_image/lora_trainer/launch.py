@@ -1,0 +1,335 @@
+"""The pods' first process: starts one training process per GPU, waits for them, and says how it ended.
+
+Not torchrun: that ends with exit code 1 for every reason, hides which rank failed first, and restarts on stale state
+(FACTS of torch 2.13). Here the exit code is that of the failure table, the termination message has the root cause, and
+no training process outlives the launcher. Imports no torch, so that it starts at once.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from pydantic import ValidationError
+
+from lora_api.failures import CLASS_BY_EXIT_CODE, RULES, FailureClass
+from lora_api.messages import Termination
+from lora_api.run import MASTER_PORT, RunSpec
+from lora_trainer.errors import BadSpecError, PeerLostError, TrainerError
+from lora_trainer.oom import count_oom_kills
+from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
+from lora_trainer.settings import (
+    STATE_DIRECTORY,
+    peer_grace_seconds,
+    rendezvous_seconds,
+    stop_grace_seconds,
+    termination_log,
+    work_directory,
+)
+
+POLL_SECONDS = 0.05
+KILLED_CODE = 128 + signal.SIGKILL
+STOPPED_CODE = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this pod is in the gang, and where rank 0 listens."""
+
+    nodes: int
+    processes: int
+    node_rank: int
+    master_address: str
+    master_port: int
+
+    @property
+    def world_size(self) -> int:
+        """Training processes over all pods."""
+        return self.nodes * self.processes
+
+
+def read_topology(run: RunSpec, env: Mapping[str, str] = os.environ) -> Topology:
+    """The gang's shape from the pod's environment. Without one, all processes of the run are started here.
+
+    Raises:
+        BadSpecError: environment and run document do not fit.
+    """
+    alone = "PET_NNODES" not in env
+    nodes = 1 if alone else int(env["PET_NNODES"])
+    default = run.parallelism.world_size if alone else run.parallelism.processes_per_node
+    processes = int(env.get("PET_NPROC_PER_NODE", default))
+    topology = Topology(
+        nodes,
+        processes,
+        int(env.get("PET_NODE_RANK", 0)),
+        env.get("MASTER_ADDR", "127.0.0.1"),
+        int(env.get("MASTER_PORT", free_port() if alone else MASTER_PORT)),
+    )
+    if topology.world_size != run.parallelism.world_size:
+        raise BadSpecError(
+            f"parallelism asks for {run.parallelism.world_size} processes, the pods are set up for {nodes} nodes with "
+            f"{processes} each"
+        )
+    return topology
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def worker_environment(run: RunSpec, topology: Topology, local_rank: int, state: Path) -> dict[str, str]:
+    """Environment of one training process. What the pod sets itself wins where it is a setting."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    work = work_directory()
+    uris = [run.base_model.uri, run.dataset.train.uri, run.dataset.eval.uri if run.dataset.eval else ""]
+    defaults = {
+        "HOME": str(work),
+        "USER": "lora",  # a user without an entry in /etc/passwd has no name, and torch asks for one
+        "HF_HOME": str(work / "hf"),
+        "HF_HUB_OFFLINE": "0" if any(uri.startswith("hf://") for uri in uris) else "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(max(1, cores // topology.processes)),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    own = {STATE_DIRECTORY: str(state), "PYTHONUNBUFFERED": "1"}
+    if topology.world_size > 1:  # one process alone must not look distributed: it would be wrapped in DDP
+        own |= {
+            "RANK": str(topology.node_rank * topology.processes + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(topology.world_size),
+            "LOCAL_WORLD_SIZE": str(topology.processes),
+            "MASTER_ADDR": topology.master_address,
+            "MASTER_PORT": str(topology.master_port),
+        }
+    inherited = dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        inherited.pop(name, None)
+    return {**defaults, **inherited, **own}
+
+
+class Gang:
+    """The training processes of this pod."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, int] = {}
+        self.exits: dict[int, int] = {}
+        self.stop_asked_at: float | None = None
+        self.first_failure_at: float | None = None
+
+    def install_handlers(self) -> None:
+        """Takes over SIGTERM and SIGINT: they are passed on to the training processes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+
+    def start(self, run_file: Path, environments: list[dict[str, str]]) -> None:
+        """Starts one process for each environment, each in a session of its own."""
+        for local_rank, environment in enumerate(environments):
+            command = [sys.executable, "-m", "lora_trainer", "train", str(run_file)]
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            process.returncode = 0  # reaped below, for all children at once; Popen must not wait for it too
+            self.running[process.pid] = local_rank
+        if self.stop_asked_at is not None:
+            self._signal_all(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Returns when every training process has ended. One that outstays a grace period is killed."""
+        while self.running:
+            self._reap()
+            now = time.monotonic()
+            if self.first_failure_at is not None and now - self.first_failure_at > peer_grace_seconds():
+                self._signal_all(signal.SIGKILL)
+            if self.stop_asked_at is not None and now - self.stop_asked_at > stop_grace_seconds():
+                self._signal_all(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+
+    def kill(self) -> None:
+        """Ends what is left."""
+        self._signal_all(signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Collects ended children, also orphans that the kernel gave to the first process of the pod."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.running.clear()
+                return
+            if pid == 0:
+                return
+            local_rank = self.running.pop(pid, None)
+            if local_rank is None:
+                continue
+            self.exits[local_rank] = os.waitstatus_to_exitcode(status)
+            if self.exits[local_rank] != 0 and self.first_failure_at is None:
+                self.first_failure_at = time.monotonic()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_asked_at is None:
+            self.stop_asked_at = time.monotonic()
+        self._signal_all(signal.SIGTERM)
+
+    def _signal_all(self, number: int) -> None:
+        for pid in list(self.running):
+            try:
+                os.killpg(pid, number)
+            except ProcessLookupError:
+                continue
+
+
+def launch(run_file: Path) -> int:
+    """Runs this pod's part of the gang. Returns the exit code of the failure table and writes the last words."""
+    gang = Gang()
+    gang.install_handlers()
+    state: Path | None = None
+    try:
+        run = read_run(run_file)
+        topology = read_topology(run)
+        oom_kills = count_oom_kills()
+        state = make_state_directory()
+        wait_for_name(topology, gang)
+        gang.start(run_file, [worker_environment(run, topology, rank, state) for rank in range(topology.processes)])
+        gang.wait()
+        code, words = conclude(gang, state, topology, killed_by_memory=count_oom_kills() > oom_kills)
+    except TrainerError as error:
+        code, words = _failure(error.failure_class, str(error))
+    except OSError as error:
+        found = FailureClass.DISK_FULL if error.errno == 28 else FailureClass.INTERNAL
+        code, words = _failure(found, f"launcher: {error}")
+    finally:
+        gang.kill()
+        if state is not None:
+            shutil.rmtree(state, ignore_errors=True)
+            shutil.rmtree(fallback_directory(state), ignore_errors=True)
+    say(words)
+    return code
+
+
+def read_run(run_file: Path) -> RunSpec:
+    """The run document.
+
+    Raises:
+        BadSpecError: it is not there or not valid.
+    """
+    try:
+        return RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadSpecError(f"there is no run document at {run_file}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadSpecError(f"{run_file}: {where}: {first['msg']} ({error.error_count()} in all)") from error
+
+
+def make_state_directory() -> Path:
+    """A fresh directory below the scratch directory, for this start alone."""
+    work = work_directory()
+    work.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="run-", dir=work))
+
+
+def wait_for_name(topology: Topology, gang: Gang) -> None:
+    """Waits until rank 0's name resolves: its pod may start later than this one.
+
+    Raises:
+        PeerLostError: not within LORA_RENDEZVOUS_SECONDS.
+    """
+    deadline = time.monotonic() + rendezvous_seconds()
+    while gang.stop_asked_at is None:
+        try:
+            socket.getaddrinfo(topology.master_address, topology.master_port)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PeerLostError(f"{topology.master_address}, the pod of rank 0, has no address: {error}") from error
+            time.sleep(0.5)
+        else:
+            return
+
+
+def conclude(gang: Gang, state: Path, topology: Topology, *, killed_by_memory: bool) -> tuple[int, Termination]:
+    """Exit code and last words, from what the training processes left and how they ended."""
+    if all(code == 0 for code in gang.exits.values()) and len(gang.exits) == topology.processes:
+        return 0, Termination(outcome="succeeded", at=datetime.now(UTC), adapter=read_result(state))
+    if killed_by_memory and -signal.SIGKILL in gang.exits.values():
+        rank = next(rank for rank, code in gang.exits.items() if code == -signal.SIGKILL)
+        return KILLED_CODE, _words(
+            FailureClass.HOST_OUT_OF_MEMORY,
+            "a training process passed the pod's memory limit and was ended by the kernel",
+            rank=topology.node_rank * topology.processes + rank,
+        )
+    cause = root_cause([*read_errors(state), *_unexplained(gang, state, topology)])
+    if cause is None:
+        return _failure(FailureClass.INTERNAL, "the training processes were not started")
+    words = _words(cause.failure_class, cause.message, rank=cause.rank, step=cause.step)
+    code = RULES[cause.failure_class].exit_code
+    return STOPPED_CODE if code is None else code, words
+
+
+def _unexplained(gang: Gang, state: Path, topology: Topology) -> list[WorkerError]:
+    """Errors for the processes that ended without leaving one."""
+    explained = {error.rank for error in read_errors(state)}
+    found = []
+    for local_rank, code in gang.exits.items():
+        rank = topology.node_rank * topology.processes + local_rank
+        if code == 0 or rank in explained:
+            continue
+        kind, message = _explain_exit(code, stopped=gang.stop_asked_at is not None, grace=bool(explained))
+        found.append(WorkerError(rank, kind, message, time.time()))
+    return found
+
+
+def _explain_exit(code: int, *, stopped: bool, grace: bool) -> tuple[FailureClass, str]:
+    if code == -signal.SIGKILL and stopped:
+        return FailureClass.POD_LOST, (
+            f"asked to stop, and no checkpoint was complete within {stop_grace_seconds():.0f} s; the next attempt goes "
+            "on from the last complete checkpoint"
+        )
+    if code == -signal.SIGKILL and grace:
+        return FailureClass.PEER_LOST, "ended by the launcher after another process of the pod had failed"
+    if code < 0:
+        return FailureClass.INTERNAL, f"the training process was ended by {signal.Signals(-code).name}"
+    return CLASS_BY_EXIT_CODE.get(code, FailureClass.INTERNAL), (
+        f"the training process ended with exit code {code} without a word; see the log"
+    )
+
+
+def _words(
+    failure_class: FailureClass, message: str, *, rank: int | None = None, step: int | None = None
+) -> Termination:
+    return Termination(
+        outcome="failed",
+        failure_class=failure_class,
+        message=message[:65536],
+        remedy=RULES[failure_class].remedy,
+        rank=rank,
+        step=step,
+        at=datetime.now(UTC),
+    )
+
+
+def _failure(failure_class: FailureClass, message: str) -> tuple[int, Termination]:
+    code = RULES[failure_class].exit_code
+    return STOPPED_CODE if code is None else code, _words(failure_class, message)
+
+
+def say(words: Termination) -> None:
+    """Writes the last words where the kubelet reads them, and on standard error for people."""
+    text = words.to_message()
+    try:
+        termination_log().write_text(text, encoding="utf-8")
+    except OSError as error:
+        sys.stderr.write(f"no termination message could be written: {error}\n")
+    sys.stderr.write(text + "\n")

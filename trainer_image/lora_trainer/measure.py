@@ -1,0 +1,118 @@
+"""Measures a base model, with or without a published adapter: what ``lora_trainer evaluate`` does."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from trl import SFTConfig, SFTTrainer
+
+from lora_api.adapter import ADAPTER_FILES
+from lora_api.finetune import BaseModelSource, DataSource, Quantization
+from lora_trainer.data import Record, read_records
+from lora_trainer.evaluate import Sample, answer_questions, evaluate_loss, question
+from lora_trainer.model import load_base_model, load_tokenizer
+from lora_trainer.settings import Place
+from lora_trainer.sources import fetch_data, fetch_model
+from lora_trainer.store import Store
+
+TOKEN_BUDGET = 4096
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """``loss`` in nats per token. ``answers`` are of the records that expect one."""
+
+    loss: float
+    records: int
+    answers: list[Sample]
+
+    @property
+    def exact(self) -> int:
+        """Answers that are exactly what the record expects, but for space around them."""
+        return sum(answer.expected is not None and answer.answer == answer.expected.strip() for answer in self.answers)
+
+    @property
+    def exact_rate(self) -> float | None:
+        """Share of right answers, 0 to 1; ``None`` without questions."""
+        return self.exact / len(self.answers) if self.answers else None
+
+    def to_wire(self, samples: int) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "evalLoss": self.loss,
+            "records": self.records,
+            "exact": self.exact,
+            "answered": len(self.answers),
+            "exactRate": self.exact_rate,
+            "samples": [vars(answer) for answer in self.answers[:samples]],
+        }
+
+    def to_text(self, samples: int) -> str:
+        """For people."""
+        lines = [f"evaluation loss {self.loss:.4f} on {self.records} records"]
+        if self.answers:
+            lines.append(f"exactly right {self.exact} of {len(self.answers)} ({self.exact_rate:.0%})")
+        for answer in self.answers[:samples]:
+            lines += ["", answer.prompt, f"  expected: {answer.expected}", f"  answered: {answer.answer}"]
+        return "\n".join(lines)
+
+
+def measure(
+    *,
+    model: str,
+    data: str,
+    adapter: str | None,
+    data_format: str = "auto",
+    quantization: str = "nf4",
+    max_seq_length: int = 2048,
+    batch_size: int = 16,
+    limit: int | None = None,
+    max_new_tokens: int = 64,
+) -> Measurement:
+    """Measures ``model`` (with ``adapter``) on ``data``, in this process alone.
+
+    Raises:
+        TrainerError: a source is not there, a record is bad, ...
+    """
+    with tempfile.TemporaryDirectory(dir=os.environ.get("LORA_WORK")) as scratch:
+        work = Path(scratch)
+        directory = fetch_model(BaseModelSource(uri=model), work / "model")
+        _, records = read_records(fetch_data(DataSource(uri=data), work / "data"), data_format)
+        records = records[:limit]
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        tokenizer = load_tokenizer(directory)
+        network: Any = load_base_model(directory, Quantization(type=quantization), device)  # type: ignore[arg-type]
+        if adapter is not None:
+            files = work / "adapter"
+            Store(adapter).download_directory("", files, lambda name: name in ADAPTER_FILES)
+            network = PeftModel.from_pretrained(network, files)
+        dataset = _tokenize(network, tokenizer, records, max_seq_length, work)
+        place = Place(0, 0, 1)
+        loss = evaluate_loss(network, dataset, int(tokenizer.pad_token_id), TOKEN_BUDGET, place, device)
+        questions = [asked for record in records if (asked := question(record)) is not None]
+        answers: list[Sample] = []
+        for start in range(0, len(questions), batch_size):
+            part = questions[start : start + batch_size]
+            answers += answer_questions(network, tokenizer, part, device, max_new_tokens)
+    return Measurement(loss, len(records), answers)
+
+
+def _tokenize(network: Any, tokenizer: Any, records: list[Record], length: int, work: Path) -> Dataset:
+    """The records as a training run tokenizes them: SFTTrainer does it, and gives the model the same loss."""
+    config = SFTConfig(
+        output_dir=str(work / "trainer"),
+        max_length=length,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    prepared = SFTTrainer(
+        model=network, args=config, train_dataset=Dataset.from_list(records), processing_class=tokenizer
+    )
+    return prepared.train_dataset

@@ -1,0 +1,131 @@
+"""Publishes an adapter: files under their digest, the manifest last, then a version that counts up.
+
+Cut at any point, it leaves either no manifest or a whole adapter. Run again, it goes on where it was cut: files are
+named by their content, and the manifest and the version are created only once.
+"""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_api.adapter import (
+    ADAPTER_FILES,
+    MANIFEST_FILE,
+    AdapterManifest,
+    StoredFile,
+    VersionPointer,
+    adapter_prefix,
+    compute_digest,
+    digest_directory,
+    parse_version_path,
+    serving_max_lora_rank,
+    version_path,
+)
+from lora_api.run import RunSpec
+from lora_api.status import AdapterStatus
+from lora_trainer.adapter import model_name
+from lora_trainer.store import ObjectNotFoundError, Store, describe_file, join
+
+
+def publish_adapter(
+    store: Store,
+    run: RunSpec,
+    directory: Path,
+    extras: list[str],
+    losses: tuple[float | None, float | None],
+    created_by: dict[str, Any],
+) -> AdapterStatus:
+    """Publishes the adapter in ``directory``. ``extras`` are names of further files, for people, in it.
+
+    ``losses`` are the evaluation losses before and after training. Publishing the same bytes again gives the same
+    version.
+    """
+    root = adapter_prefix(run.namespace, run.adapter_name)
+    files = [describe_file(directory / name, name) for name in ADAPTER_FILES]
+    digest = compute_digest(files)
+    target = join(root, digest_directory(digest))
+    if not _has_manifest(store, target):
+        for file in files:
+            store.upload(directory / file.path, join(target, file.path))
+        manifest = AdapterManifest(
+            digest=digest,
+            name=run.adapter_name,
+            namespace=run.namespace,
+            base_model=model_name(run.base_model.uri),
+            base_model_revision=run.base_model.revision,
+            rank=run.lora.r,
+            files=files,
+            extras=[_create_extra(store, directory / name, join(target, name)) for name in extras],
+            eval_loss_before=losses[0],
+            eval_loss_after=losses[1],
+            created_at=datetime.now(UTC),
+            created_by=created_by,
+        )
+        store.create(join(target, MANIFEST_FILE), json.dumps(manifest.to_wire(), indent=1).encode())
+    version = claim_version(store, root, digest, run.uid)
+    return describe_published(store, root, digest, version)
+
+
+def claim_version(store: Store, root: str, digest: str, uid: str) -> int:
+    """The version of ``digest``: the one it has, or the next number. Safe among concurrent publishers."""
+    while True:
+        pointers = read_pointers(store, root)
+        for pointer in pointers.values():
+            if pointer.digest == digest:
+                return pointer.version
+        version = max(pointers, default=0) + 1
+        pointer = VersionPointer(version=version, digest=digest, run_uid=uid, created_at=datetime.now(UTC))
+        if store.create(join(root, version_path(version)), json.dumps(pointer.to_wire()).encode()):
+            return version
+
+
+def read_pointers(store: Store, root: str) -> dict[int, VersionPointer]:
+    """All version pointers below an adapter's name, by version."""
+    found = {}
+    for path in store.sizes(join(root, "versions")):
+        version = parse_version_path(path)
+        if version is not None:
+            found[version] = VersionPointer.model_validate_json(store.get(path))
+    return found
+
+
+def find_published(store: Store, run: RunSpec) -> AdapterStatus | None:
+    """What an earlier attempt of this run has published already, if it was cut right after it."""
+    root = adapter_prefix(run.namespace, run.adapter_name)
+    for pointer in read_pointers(store, root).values():
+        if pointer.run_uid == run.uid:
+            return describe_published(store, root, pointer.digest, pointer.version)
+    return None
+
+
+def describe_published(store: Store, root: str, digest: str, version: int) -> AdapterStatus:
+    """The published adapter, read back from its manifest."""
+    target = join(root, digest_directory(digest))
+    manifest = AdapterManifest.model_validate_json(store.get(join(target, MANIFEST_FILE)))
+    return AdapterStatus(
+        uri=store.url(target),
+        digest=digest,
+        version=version,
+        served_name=f"{manifest.name}-v{version}",
+        rank=manifest.rank,
+        serving_max_lora_rank=serving_max_lora_rank(manifest.rank),
+        size_bytes=sum(file.size for file in manifest.files),
+        eval_loss_before=manifest.eval_loss_before,
+        eval_loss_after=manifest.eval_loss_after,
+    )
+
+
+def _has_manifest(store: Store, target: str) -> bool:
+    try:
+        store.get(join(target, MANIFEST_FILE))
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _create_extra(store: Store, source: Path, path: str) -> StoredFile:
+    """Uploads a file for people, once: the manifest describes the bytes that are there, whoever wrote them first."""
+    if not store.create(path, source.read_bytes()):
+        source.write_bytes(store.get(path))
+    return describe_file(source, source.name)

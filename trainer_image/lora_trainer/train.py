@@ -1,0 +1,92 @@
+"""One run, from the base model to the published adapter. Every process of the gang runs this page."""
+
+from importlib.metadata import version
+
+from transformers import PrinterCallback
+
+from lora_api.run import RunSpec
+from lora_api.status import AdapterStatus
+from lora_trainer import __version__
+from lora_trainer.adapter import gather_adapter, write_adapter
+from lora_trainer.callbacks import EvaluationCallback, ProgressCallback, StopCallback
+from lora_trainer.card import build_card
+from lora_trainer.checkpoint import Checkpoints
+from lora_trainer.data import load_records
+from lora_trainer.evaluate import Evaluator, sample_questions
+from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
+from lora_trainer.parallel import shard_model, start_process_group
+from lora_trainer.progress import Progress
+from lora_trainer.publish import find_published, publish_adapter
+from lora_trainer.report import RunResult, build_report, split_history
+from lora_trainer.settings import Place, state_directory
+from lora_trainer.sources import fetch_sources
+from lora_trainer.stop import StopRequest
+from lora_trainer.store import Store
+from lora_trainer.trainer import build_trainer
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+
+
+def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> AdapterStatus | None:
+    """Trains, evaluates and publishes ``run``. Rank 0 returns the published adapter, the others ``None``.
+
+    Raises:
+        TrainerError: with its row of the failure table; exceptions of libraries are told apart by ``errors.classify``.
+    """
+    work = state_directory()
+    store = Store(run.publish.store)
+    if run.attempt > 1 and (published := find_published(store, run)):
+        return published
+    progress.stage("loading")
+    sources = fetch_sources(run, place, work / "sources")
+    records = load_records(run.dataset, sources)
+    device = training_device(run, place.local_rank)
+    start_process_group(place, device)
+
+    tokenizer = load_tokenizer(sources.model)
+    check_chat_template(tokenizer, records)
+    base = load_base_model(sources.model, run.quantization, device)
+    model = add_adapter(base, run.lora, run.training.seed)
+    in_between = EvaluationCallback(run.training.eval_every_steps, progress)
+    callbacks = [ProgressCallback(progress), in_between, StopCallback(stop)]
+    trainer = build_trainer(run, model, tokenizer, records, device, work / "trainer", callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.checkpoints = checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress)
+    shard_model(trainer.accelerator, model)
+    checkpoints.check_writable()
+    resume = checkpoints.restore(model)
+
+    budget = run.training.micro_batch_size * run.dataset.max_seq_length
+    questions = sample_questions(run.publish, records)
+    evaluator = Evaluator(model, tokenizer, trainer.eval_dataset, questions, budget, place, device)
+    in_between.evaluate = evaluator.loss
+    progress.stage("evaluating")
+    before = checkpoints.before = resume.before if resume else evaluator.run()
+    progress.report_eval(step=0, total_steps=trainer.args.max_steps, eval_loss=before.loss)
+
+    progress.stage("training")
+    with stop.deferred():
+        trainer.train_to_end(resume)
+    stop.check()
+    progress.stage("evaluating")
+    after = evaluator.run()
+    progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, eval_loss=after.loss)
+
+    tensors = gather_adapter(model)
+    if not place.is_main:
+        return None
+    progress.stage("publishing")
+    versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
+    curves = split_history(trainer.state.log_history)
+    counts = (trainer.args.max_steps, len(records.train), len(records.eval))
+    result = RunResult(before, after, *curves, *counts, versions)
+    with stop.deferred():
+        directory = work / "adapter"
+        write_adapter(tensors, model, run, directory)
+        (directory / "README.md").write_text(build_card(run, result), encoding="utf-8")
+        (directory / "report.html").write_text(build_report(run, result), encoding="utf-8")
+        extras = ["README.md", "report.html"]
+        adapter = publish_adapter(store, run, directory, extras, (before.loss, after.loss), versions)
+        checkpoints.delete_all()
+    progress.stage("done")
+    return adapter
