@@ -5,7 +5,20 @@
 
 from devcluster.cluster import Cluster, find
 from devcluster.controlplane import ControlPlane, control_plane
+from devcluster.external import external_cluster
+from devcluster.images import Image, ensure_images
 from devcluster.progress import DevclusterError
 from devcluster.start import down, up
 
-__all__ = ["Cluster", "ControlPlane", "DevclusterError", "control_plane", "down", "find", "up"]
+__all__ = [
+    "Cluster",
+    "ControlPlane",
+    "DevclusterError",
+    "Image",
+    "control_plane",
+    "down",
+    "ensure_images",
+    "external_cluster",
+    "find",
+    "up",
+]

@@ -34,15 +34,17 @@ class ApiClient:
             connection.close()
 
     def ready(self) -> bool:
+        """Return whether the server is ready for work."""
         # The namespace is made shortly after the server calls itself ready.
         return self.answers("/readyz") and self.answers("/api/v1/namespaces/default")
 
-    def kubectl(self, *args: str, input: str | None = None, timeout: float = 60) -> str:
+    def kubectl(self, *args: str, input: str | None = None, timeout: float = 60) -> str:  # noqa: A002 - as subprocess.run has it
         """Run kubectl and return what it prints; raise :class:`DevclusterError` with its message."""
         return run_kubectl(self._kubectl, self._kubeconfig, *args, input=input, timeout=timeout)
 
 
-def run_kubectl(kubectl: Path, kubeconfig: Path, *args: str, input: str | None = None, timeout: float = 60) -> str:
+def run_kubectl(kubectl: Path, kubeconfig: Path, *args: str, input: str | None = None, timeout: float = 60) -> str:  # noqa: A002 - as subprocess.run has it
+    """Run kubectl with a kubeconfig; return what it prints, or raise with its message."""
     argv = [str(kubectl), f"--kubeconfig={kubeconfig}", *args]
     try:
         done = subprocess.run(argv, input=input, capture_output=True, text=True, timeout=timeout)

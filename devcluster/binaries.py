@@ -29,7 +29,11 @@ def _go_version() -> str:
     if shutil.which("go") is None:
         raise DevclusterError(f"no `go` on PATH. {how}.")
     version = subprocess.run(
-        ["go", "env", "GOVERSION"], check=True, capture_output=True, text=True, env=os.environ | {"GOTOOLCHAIN": "local"}
+        ["go", "env", "GOVERSION"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"GOTOOLCHAIN": "local"},
     ).stdout.strip()
     match = re.match(r"go(\d+)\.(\d+)", version)
     if match is None or tuple(map(int, match.groups())) < pins.GO_VERSION:
@@ -79,7 +83,9 @@ def ensure(groups: Iterable[str] = pins.GROUPS) -> dict[str, Path]:
     wanted = set(groups)
     unknown = wanted - set(pins.GROUPS)
     if unknown:
-        raise DevclusterError(f"no such group of binaries: {', '.join(sorted(unknown))}; there are {', '.join(pins.GROUPS)}")
+        raise DevclusterError(
+            f"no such group of binaries: {', '.join(sorted(unknown))}; there are {', '.join(pins.GROUPS)}"
+        )
     paths = {binary.name: _path(binary) for binary in pins.BINARIES if binary.group in wanted}
     for binary in pins.BINARIES:
         target = paths.get(binary.name)

@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from devcluster import binaries, pins
 from devcluster.cluster import Cluster, find, home
 from devcluster.external import external_cluster
+from devcluster.images import Image, ensure_images
+from devcluster.paths import REPOSITORY
 from devcluster.progress import DevclusterError, say, tail
 from devcluster.start import DEFAULT_NAME, down, up
 
@@ -54,6 +57,17 @@ def _logs(options: argparse.Namespace) -> None:
         print(f"{log.stem}: {tail(log, options.lines)}\n")
 
 
+def _image(options: argparse.Namespace) -> None:
+    arguments = tuple((name, value) for name, _, value in (word.partition("=") for word in options.build_arg))
+    image = Image(options.tag, options.file, options.context, arguments)
+    print(ensure_images(_running(options), [image])[image.tag])
+
+
+def _images(options: argparse.Namespace) -> None:
+    for name in ensure_images(_running(options)).values():
+        print(name)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m devcluster", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -79,6 +93,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("part", nargs="?", help="one part (kubelet-node-a, kube-apiserver, ...)")
     command.add_argument("--lines", type=int, default=10, help="how many lines of each (10)")
     command.set_defaults(run=_logs)
+    command = commands.add_parser("image", parents=[named], help="build an image and bring it to a cluster's nodes")
+    command.add_argument("--file", type=Path, required=True, help="its Dockerfile")
+    command.add_argument("--tag", required=True, help="its name, DOMAIN/NAME:TAG")
+    command.add_argument("--context", type=Path, default=REPOSITORY, help="the folder that it is built from")
+    command.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
+    command.set_defaults(run=_image)
+    command = commands.add_parser(
+        "images", parents=[named], help="build the operator's and the trainer's image likewise"
+    )
+    command.set_defaults(run=_images)
     return parser
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from devcluster import binaries, namespaces
 from devcluster.apiclient import run_kubectl
-from devcluster.namespaces import Network
 from devcluster.node import Node
 from devcluster.paths import cache, file_lock
 from devcluster.progress import DevclusterError, wait_for
@@ -44,7 +43,6 @@ class Cluster:
     bucket: str
     directory: Path
     nodes: tuple[str, ...] = ()
-    network_number: int = 0
     external: bool = False
 
     def kubectl(self, *args: str, input: str | None = None, timeout: float = 60) -> str:  # noqa: A002 as subprocess.run
@@ -88,10 +86,10 @@ class Cluster:
     def inside(self, argv: Sequence[str]) -> list[str]:
         """Return the command that runs ``argv`` in the cluster's namespaces."""
         self._own()
-        found = self.pids()
-        if not found:
+        init = namespaces.find_init(self.directory)
+        if init is None:
             raise DevclusterError(f"the cluster {self.name} does not run")
-        return namespaces.inside(found[-1], argv)
+        return namespaces.inside(init, argv)
 
     def node(self, name: str) -> Node:
         """Return the paths and names of one node."""
@@ -189,7 +187,14 @@ def _readiness(node: dict[str, Any]) -> str:
 
 def _renewed(cluster: Cluster, node: str) -> str:
     """Return when the kubelet of a node last said that it lives; "" when it never did."""
-    lease = ("get", "lease", node, "--namespace=kube-node-lease", "--ignore-not-found", "--output=jsonpath={.spec.renewTime}")
+    lease = (
+        "get",
+        "lease",
+        node,
+        "--namespace=kube-node-lease",
+        "--ignore-not-found",
+        "--output=jsonpath={.spec.renewTime}",
+    )
     return cluster.kubectl(*lease)
 
 
@@ -215,8 +220,5 @@ def find(name: str) -> Cluster | None:
 def clean(name: str) -> None:
     """End what there is of the cluster ``name``, dead or alive. The caller holds its lock."""
     directory = home(name) / "run"
-    network = None
-    if (directory / "network").exists():
-        network = Network(int((directory / "network").read_text()))
-    namespaces.destroy(directory, network, [node.cgroup for node in make_nodes(name, 2)])
+    namespaces.destroy(directory, [node.cgroup for node in make_nodes(name, 2)])
     shutil.rmtree(directory, ignore_errors=True)

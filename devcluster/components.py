@@ -57,18 +57,21 @@ class ControlPlaneFiles:
                 "kube-apiserver",
                 hosts=["localhost", "127.0.0.1", KUBERNETES_SERVICE_IP, *kubernetes, *addresses],
             ),
-            kubelet_client=authority.issue("apiserver-kubelet-client", "kube-apiserver-kubelet-client", ["system:masters"]),
+            kubelet_client=authority.issue(
+                "apiserver-kubelet-client", "kube-apiserver-kubelet-client", ["system:masters"]
+            ),
             admin=authority.issue("admin", "devcluster-admin", ["system:masters"]),
             service_accounts=create_signing_pair(pki, "service-accounts"),
         )
 
     @property
     def audit_log(self) -> Path:
+        """The requests so far, one JSON object a line."""
         return self.directory / "audit.log"
 
 
 def etcd_service(binary: Path, files: ControlPlaneFiles, port: int, peer_port: int) -> Service:
-    """etcd on 127.0.0.1, spoken to with client certificates only."""
+    """Etcd on 127.0.0.1, spoken to with client certificates only."""
     url, peer = f"https://127.0.0.1:{port}", f"https://127.0.0.1:{peer_port}"
     argv: list[str | Path] = [binary, "--name=devcluster", f"--data-dir={files.directory / 'etcd'}"]
     argv += [f"--listen-client-urls={url}", f"--advertise-client-urls={url}"]
@@ -165,6 +168,7 @@ def controller_manager_service(binary: Path, files: ControlPlaneFiles, kubeconfi
 
 
 def scheduler_service(binary: Path, files: ControlPlaneFiles, kubeconfig: Path, port: int) -> Service:
+    """Kube-scheduler."""
     return Service(
         "kube-scheduler",
         [

@@ -49,9 +49,7 @@ class ControlPlane:
         self.files = ControlPlaneFiles.create(directory, [])
         self.ca = self.files.authority.certificate
         self.kubeconfig = self.write_kubeconfig("admin", "devcluster-admin", ["system:masters"])
-        self._client = ApiClient(
-            self.url, self.ca, self.files.admin, self._binaries["kubectl"], self.kubeconfig
-        )
+        self._client = ApiClient(self.url, self.ca, self.files.admin, self._binaries["kubectl"], self.kubeconfig)
         self._etcd = etcd_service(self._binaries["etcd"], self.files, etcd_port, peer_port)
         self._apiserver = apiserver_service(
             self._binaries["kube-apiserver"],
@@ -92,7 +90,7 @@ class ControlPlane:
             pair=pair,
         )
 
-    def kubectl(self, *args: str, input: str | None = None, timeout: float = 60) -> str:
+    def kubectl(self, *args: str, input: str | None = None, timeout: float = 60) -> str:  # noqa: A002 - as subprocess.run has it
         """Run kubectl as the administrator; return what it prints, or raise with its message."""
         return self._client.kubectl(*args, input=input, timeout=timeout)
 
@@ -102,7 +100,7 @@ class ControlPlane:
         self._processes.wait_until_up(self._apiserver.name, self._client.ready, _READY_SECONDS)
 
     def kill_api_server(self) -> None:
-        """kill -9 the API server and wait for its end."""
+        """Kill -9 the API server and wait for its end."""
         self._processes.stop(self._apiserver.name, kill=True)
 
     def start_etcd(self) -> None:
@@ -112,13 +110,15 @@ class ControlPlane:
             self._processes.wait_until_up(self._apiserver.name, self._client.ready, _READY_SECONDS)
 
     def kill_etcd(self) -> None:
-        """kill -9 etcd and wait for its end."""
+        """Kill -9 etcd and wait for its end."""
         self._processes.stop(self._etcd.name, kill=True)
 
     def stop_controller_manager(self) -> None:
+        """Kill -9 the controllers."""
         self._processes.stop(self._manager.name, kill=True)
 
     def start_controller_manager(self) -> None:
+        """Start the controllers again."""
         self._processes.start(self._manager)
 
     def pids(self) -> dict[str, int]:
@@ -138,6 +138,7 @@ class ControlPlane:
         return [entry for entry in entries if user_agent in entry.get("userAgent", "")]
 
     def end(self) -> None:
+        """End every process."""
         self._supervisor.end()
         for lease in self._leases:
             lease.release()

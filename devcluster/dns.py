@@ -34,6 +34,7 @@ def corefile(kubeconfig: Path, address: str) -> str:
 
 
 def dns_service(binary: Path, directory: Path, kubeconfig: Path, address: str) -> Service:
+    """CoreDNS, on the address that the Service leads to."""
     path = directory / "Corefile"
     path.write_text(corefile(kubeconfig, address))
     return Service("coredns", [binary, f"-conf={path}"])
@@ -75,7 +76,10 @@ def manifests(address: str) -> list[dict[str, Any]]:
             "metadata": {
                 "name": "kube-dns",
                 "namespace": namespace,
-                "labels": {"kubernetes.io/service-name": "kube-dns", "endpointslice.kubernetes.io/managed-by": "devcluster"},
+                "labels": {
+                    "kubernetes.io/service-name": "kube-dns",
+                    "endpointslice.kubernetes.io/managed-by": "devcluster",
+                },
             },
             "addressType": "IPv4",
             "endpoints": [{"addresses": [address], "conditions": {"ready": True}}],

@@ -16,9 +16,7 @@ def write_kubeconfig(path: Path, *, cluster: str, server: str, authority: Path, 
     document = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [
-            {"name": cluster, "cluster": {"server": server, "certificate-authority-data": _data(authority)}}
-        ],
+        "clusters": [{"name": cluster, "cluster": {"server": server, "certificate-authority-data": _data(authority)}}],
         "users": [
             {
                 "name": user,

@@ -7,6 +7,7 @@ control groups of the pods are left to remove by hand.
 
 import contextlib
 import functools
+import hashlib
 import ipaddress
 import json
 import os
@@ -74,33 +75,52 @@ def networks_in_use() -> list[str]:
     return [route["dst"] for route in json.loads(listing.stdout) if route["dst"] != "default"]
 
 
+def _claim(directory: Path) -> str:
+    """Return the mark on the interface of the cluster in ``directory``."""
+    # Not its number, which another cluster may bear by the time that this one is cleaned.
+    return f"devcluster {hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
+
+
+def _interfaces(directory: Path) -> list[Path]:
+    claim = _claim(directory)
+    found = []
+    for alias in Path("/sys/class/net").glob("lora*/ifalias"):
+        with contextlib.suppress(OSError):
+            if alias.read_text().strip() == claim:
+                found.append(alias.parent)
+    return found
+
+
 def _run(*argv: str) -> None:
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode != 0:
         raise DevclusterError(f"{shlex.join(argv)}: {done.stderr.strip() or done.stdout.strip()}")
 
 
-def init_arguments(directory: Path) -> list[str]:
-    """Return the supervisor's command line, by which it is found again as well."""
-    return [sys.executable, "-I", str(SCRIPT), "--listen", str(directory)]
-
-
-def find_processes(directory: Path) -> list[int]:
-    """Return the pids of the launcher and of the init of the cluster in ``directory``.
+def _commands(directory: Path) -> dict[int, list[str]]:
+    """Return pid -> command of the launcher and the init of the cluster in ``directory``.
 
     Found by their command line, so that no pid file can be stale or missing.
     """
-    marker = b"\0".join(part.encode() for part in ["-I", str(SCRIPT), "--listen", str(directory)]) + b"\0"
-    found = []
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if command.endswith(marker):
-                found.append(int(entry.name))
-    return sorted(found)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                command = (entry / "cmdline").read_text(errors="replace").split("\0")[:-1]
+                if command[-2:] == ["--listen", str(directory)] and command[-3].endswith(f"/{SCRIPT.name}"):
+                    found[int(entry.name)] = command
+    return found
+
+
+def find_processes(directory: Path) -> list[int]:
+    """Return the pids of the launcher and the init of the cluster in ``directory``."""
+    return sorted(_commands(directory))
+
+
+def find_init(directory: Path) -> int | None:
+    """Return the pid of the init of the cluster in ``directory``, as this machine counts."""
+    # The launcher's command is the same with its own words before it.
+    return next((pid for pid, command in _commands(directory).items() if command[1] == "-I"), None)
 
 
 def connect(directory: Path) -> Supervision:
@@ -147,28 +167,32 @@ def create(directory: Path, network: Network) -> int:
         (directory / "sysctl" / name.replace("/", ".")).write_text(f"{value}\n")
     log = logs / "supervisor.log"
     with log.open("ab") as output:
-        launcher = subprocess.Popen(
+        # setsid --fork: nobody's child, so that it outlives this process and is not its zombie.
+        subprocess.run(
             [
-                *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL"),
+                *("setsid", "--fork", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child=KILL"),
                 *("--mount-proc", "--propagation=private"),
-                *init_arguments(directory),
+                *(sys.executable, "-I", str(SCRIPT), "--listen", str(directory)),
             ],
+            check=True,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=os.environ | {"PATH": SYSTEM_PATH, "TMPDIR": str(directory / "tmp")},
             cwd="/",
-            start_new_session=True,
         )
-
-    def ended() -> str | None:
-        return None if launcher.poll() is None else f"it ended with exit code {launcher.returncode}"
-
-    wait_for("the supervisor", (directory / "supervisor.sock").exists, 10, log=log, failed=ended)
-    init = next(pid for pid in find_processes(directory) if pid != launcher.pid)
-    # It outlives this process on purpose; without this, Python would warn of it.
-    launcher.returncode = 0
+    wait_for(
+        "the supervisor",
+        (directory / "supervisor.sock").exists,
+        10,
+        log=log,
+        failed=lambda: None if find_processes(directory) else "it ended",
+    )
+    init = find_init(directory)
+    if init is None:
+        raise DevclusterError(f"the supervisor ended at once; {tail(log)}")
     _run(*("ip", "link", "add", network.interface, "type", "veth", "peer", "name", "eth0", "netns", str(init)))
+    _run("ip", "link", "set", network.interface, "alias", _claim(directory))
     _run("ip", "addr", "add", f"{network.host_ip}/24", "dev", network.interface)
     _run("ip", "link", "set", network.interface, "up")
     script = setup_script(directory) + f"ip addr add {network.node_ip}/24 dev eth0\nip link set eth0 up\n"
@@ -225,7 +249,7 @@ def _remove_cgroup(group: Path) -> bool:
     return True
 
 
-def destroy(directory: Path, network: Network | None, cgroups: Iterable[str]) -> None:
+def destroy(directory: Path, cgroups: Iterable[str]) -> None:
     """End the cluster in ``directory`` and all that it left, whatever state it is in."""
     # By descriptor: a pid may be given to another process, and an init that is on its way
     # out has no command line any more although its children still live.
@@ -243,11 +267,10 @@ def destroy(directory: Path, network: Network | None, cgroups: Iterable[str]) ->
         os.close(handle)
         if not ended:
             raise DevclusterError(f"the processes of {directory} did not end within 30 s of kill -9")
-    if network is not None:
+    for interface in _interfaces(directory):
         # The kernel removes it with the namespace, but some time later.
-        subprocess.run(["ip", "link", "delete", network.interface], capture_output=True)
-        gone = Path("/sys/class/net", network.interface)
-        wait_for(f"the interface {network.interface} to go", lambda: not gone.exists(), 10)
+        subprocess.run(["ip", "link", "delete", interface.name], capture_output=True)
+    wait_for("the cluster's interface to go", lambda: not _interfaces(directory), 10)
     for name in cgroups:
         for root in _cgroup_hierarchies():
             group = root / name

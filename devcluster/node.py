@@ -26,38 +26,47 @@ class Node:
 
     @property
     def name(self) -> str:
+        """Its name in the cluster."""
         return f"node-{'ab'[self.index]}"
 
     @property
     def cgroup(self) -> str:
+        """The control group that all its pods are in."""
         return f"devcluster-{self.cluster}-{self.name}"
 
     @property
     def runtime(self) -> Path:
+        """Its sockets and other state that ends with the cluster."""
         return Path("/run/devcluster") / self.name
 
     @property
     def socket(self) -> Path:
+        """Where its containerd listens."""
         return self.runtime / "containerd.sock"
 
     @property
     def files(self) -> Path:
+        """Its configuration, volumes and logs."""
         return self.directory / self.name
 
     @property
     def kubelet_port(self) -> int:
+        """Where the API server reaches its kubelet."""
         return 10250 + 10 * self.index
 
     @property
     def health_port(self) -> int:
+        """Where its kubelet says that it is well."""
         return 10248 + 10 * self.index
 
     @property
     def containerd(self) -> str:
+        """The name of its containerd among the processes."""
         return f"containerd-{self.name}"
 
     @property
     def kubelet(self) -> str:
+        """The name of its kubelet among the processes."""
         return f"kubelet-{self.name}"
 
 
@@ -177,6 +186,7 @@ def prepare_node(node: Node, authority: Authority, server: str, address: str, cn
 
 
 def containerd_service(node: Node) -> Service:
+    """A containerd of the node's own."""
     return Service(node.containerd, ["containerd", f"--config={node.files / 'containerd.toml'}"])
 
 

@@ -1,6 +1,6 @@
 """Certificates: a real authority, and one key pair for each part that speaks."""
 
-import datetime
+import datetime as dt
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-_LIFETIME = datetime.timedelta(days=365)
-_SKEW = datetime.timedelta(hours=1)
+_LIFETIME = dt.timedelta(days=365)
+_SKEW = dt.timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,27 @@ def _alternative(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
+_USAGES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
+
+def _usage(*allowed: str) -> x509.KeyUsage:
+    return x509.KeyUsage(**{usage: usage in allowed for usage in _USAGES})
+
+
 def create_signing_pair(directory: Path, name: str) -> Pair:
     """Write a bare key pair (``.pub``, ``.key``), as service-account tokens are signed with."""
     key = ec.generate_private_key(ec.SECP256R1())
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return Pair(_write(directory / f"{name}.pub", public, 0o644), _write(directory / f"{name}.key", _pem(key), 0o600))
 
 
@@ -68,16 +83,18 @@ class Authority:
             self._builder(self._subject, self._key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(
-                x509.KeyUsage(True, False, False, False, False, True, True, False, False),
+                _usage("digital_signature", "key_cert_sign", "crl_sign"),
                 critical=True,
             )
             .sign(self._key, hashes.SHA256())
         )
-        self.certificate = _write(directory / f"{name}.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+        self.certificate = _write(
+            directory / f"{name}.crt", certificate.public_bytes(serialization.Encoding.PEM), 0o644
+        )
         self.key = _write(directory / f"{name}.key", _pem(self._key), 0o600)
 
     def _builder(self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        now = datetime.datetime.now(datetime.UTC)
+        now = dt.datetime.now(dt.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -90,20 +107,19 @@ class Authority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
 
-    def issue(
-        self, name: str, common_name: str, organizations: Iterable[str] = (), hosts: Iterable[str] = ()
-    ) -> Pair:
+    def issue(self, name: str, common_name: str, organizations: Iterable[str] = (), hosts: Iterable[str] = ()) -> Pair:
         """Write ``<name>.crt`` and ``<name>.key``, good as a client, and as a server for ``hosts``."""
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
             self._builder(_name(common_name, organizations), key.public_key())
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(
-                x509.KeyUsage(True, False, False, False, False, False, False, False, False),
+                _usage("digital_signature"),
                 critical=True,
             )
             .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]),
+                critical=False,
             )
         )
         alternatives = [_alternative(host) for host in hosts]

@@ -51,4 +51,5 @@ class PortLease:
         return True
 
     def release(self) -> None:
+        """Let others have the port."""
         self._lock.close()

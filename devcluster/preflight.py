@@ -56,8 +56,8 @@ def require_root() -> None:
         )
     if os.geteuid() != 0:
         raise DevclusterError(
-            "the development cluster needs root, for network and mount namespaces: run this with sudo, or set KUBECONFIG"
-            " to a cluster that runs already (kind, a GPU cluster), and it is used instead"
+            "the development cluster needs root, for network and mount namespaces: run this with sudo, or set"
+            " KUBECONFIG to a cluster that runs already (kind, a GPU cluster), and it is used instead"
         )
 
 
@@ -104,8 +104,8 @@ def require_free(path: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise DevclusterError(
-            f"{what} needs {needed >> 30} GB and {existing} has {free / 2**30:.1f} GB free: free some, or set LORA_CACHE"
-            " to a folder on a larger disk"
+            f"{what} needs {needed >> 30} GB and {existing} has {free / 2**30:.1f} GB free: free some, or set"
+            " LORA_CACHE to a folder on a larger disk"
         )
 
 
@@ -133,7 +133,9 @@ def check_cluster(directory: Path) -> None:
     resolved = directory.resolve()
     for hidden in _HIDDEN:
         if resolved.is_relative_to(hidden):
-            raise DevclusterError(f"the cluster has a {hidden} of its own: set LORA_CACHE to a folder elsewhere than {resolved}")
+            raise DevclusterError(
+                f"the cluster has a {hidden} of its own: set LORA_CACHE to a folder elsewhere than {resolved}"
+            )
     directory.mkdir(parents=True, exist_ok=True)
     kind = _filesystem(directory)
     if kind in ("overlayfs", "tmpfs", "ramfs"):

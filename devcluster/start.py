@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 from devcluster import binaries, components, dns, namespaces, preflight, store
@@ -19,7 +18,7 @@ from devcluster.kubeconfig import write_kubeconfig
 from devcluster.node import BUSYBOX_IMAGE, Node
 from devcluster.paths import cache, file_lock
 from devcluster.progress import DevclusterError, say
-from devcluster.supervision import Service, Supervision
+from devcluster.supervision import Service
 
 DEFAULT_NAME = "dev"
 API_PORT = 6443
@@ -117,7 +116,6 @@ class _Start:
         # The choice of a network is the only thing that clusters share.
         with file_lock(cache() / "clusters" / ".network.lock"):
             self.network = namespaces.choose_network(namespaces.networks_in_use())
-            (self.directory / "network").write_text(str(self.network.number))
             self.init = namespaces.create(self.directory, self.network)
         self.ip = self.network.node_ip
         self.server = f"https://{self.ip}:{API_PORT}"
@@ -145,7 +143,7 @@ class _Start:
                 self.files,
                 port=API_PORT,
                 etcd_port=2379,
-                bind="0.0.0.0",  # noqa: S104 the namespace has the cluster's own address only
+                bind="0.0.0.0",
                 advertise=self.ip,
             )
         )
@@ -242,5 +240,4 @@ class _Start:
             bucket=store.BUCKET,
             directory=self.directory,
             nodes=tuple(node.name for node in self.nodes),
-            network_number=self.network.number,
         )

@@ -23,6 +23,7 @@ class Credentials:
 
     @classmethod
     def generate(cls) -> "Credentials":
+        """Make a new pair."""
         return cls(access_key=secrets.token_hex(10).upper(), secret_key=secrets.token_hex(20))
 
 

@@ -47,6 +47,7 @@ class Supervision:
         return cls(connection, logs)
 
     def close(self) -> None:
+        """Hang up; a supervisor that lives by this connection ends."""
         self._reader.close()
         self._connection.close()
 
@@ -67,6 +68,7 @@ class Supervision:
         return answer
 
     def log(self, name: str) -> Path:
+        """Return where a process writes."""
         return self.logs / f"{name}.log"
 
     def start(self, service: Service) -> int:
@@ -125,6 +127,6 @@ class LocalSupervisor:
         self.processes = Supervision(near, logs)
 
     def end(self) -> None:
+        """End it and every process that it started, and wait for that."""
         self.processes.close()
         self._process.wait(timeout=30)
-

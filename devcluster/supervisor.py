@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -42,7 +43,7 @@ class Supervisor:
         running = self.children.get(name)
         if running is not None and running.returncode is None:
             raise ValueError(f"{name} is running already")
-        with open(log, "ab") as output:
+        with Path(log).open("ab") as output:
             child = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -161,6 +162,7 @@ def _serve(supervisor: Supervisor, selector: selectors.BaseSelector, lifeline: b
 
 
 def main() -> int:
+    """Serve until the parent or the connection is gone, or for ever."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int)
     parser.add_argument("--listen")

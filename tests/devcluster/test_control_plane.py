@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import devcluster
 import pytest
+
+import devcluster
 from devcluster.progress import wait_for
 
 pytestmark = pytest.mark.controlplane
