@@ -51,7 +51,7 @@ lint: venv ## Style, types, layers and generated files
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	.venv/bin/lint-imports --no-cache | tail -n 6
+	.venv/bin/lint-imports --no-cache --no-logo
 	$(RUN) tools/generate.py --check
 
 .PHONY: generate

@@ -17,6 +17,7 @@ from demo import stack
 from demo.bar import LiveLine, format_bar
 from demo.stack import Store
 from devcluster import Cluster, DevclusterError
+from devcluster.external import external_cluster
 from devcluster.paths import REPOSITORY
 from devcluster.progress import say
 from lora_api import AdapterStatus, LoRAFineTune, Phase
@@ -33,12 +34,12 @@ def up() -> int:
     """The whole demo, stage by stage. Returns 0 when the run succeeded."""
     cluster = devcluster.up()
     say(f"cluster {cluster.name} is ready (export KUBECONFIG={cluster.kubeconfig})")
-    stack.load_images(cluster)
+    images = stack.load_images(cluster)
     say("images are on the nodes")
     store = Store(cluster)
     stack.upload_demo_data(store)
     say("the base model (SmolLM2-135M-Instruct) and the tickets are in the store")
-    stack.install_operator(cluster)
+    stack.install_operator(cluster, images)
     say("the operator runs")
     name = submit(cluster)
     say(f"applied {MANIFEST.relative_to(REPOSITORY)}; follow it yourself: kubectl get lft -n {NAMESPACE} --watch")
@@ -55,7 +56,7 @@ def up() -> int:
 
 def down() -> int:
     """Ends the demo's cluster; on a cluster that was not started here, removes what the demo put there."""
-    cluster = devcluster.external_cluster()
+    cluster = external_cluster()
     if cluster is None:
         devcluster.down()
         say("the cluster is gone; its programs and images are kept in the cache for the next time")
@@ -123,11 +124,11 @@ def report(store: Store, adapter: AdapterStatus, before: dict[str, Any], after: 
     print(f"\n  adapter      {adapter.uri}")
     print(f"  digest       {adapter.digest} (version {adapter.version}, {adapter.size_bytes / 1e6:.1f} MB)")
     print(f"  eval loss    {before['evalLoss']:.4f} -> {after['evalLoss']:.4f}")
-    rows = after["rows"]
-    print(f"  exact match  {before['exactMatch']:.0%} -> {after['exactMatch']:.0%} of {rows} held-out rows\n")
+    rows = f"{after['answered']} held-out rows"
+    print(f"  exact match  {before['exactRate']:.0%} -> {after['exactRate']:.0%} of {rows}\n")
     for old, new in list(zip(before["samples"], after["samples"], strict=True))[:SAMPLES]:
         print(f"  prompt   {old['prompt'].strip()!r}")
-        print(f"  wanted   {old['wanted'].strip()}")
+        print(f"  wanted   {old['expected'].strip()}")
         print(f"  before   {old['answer'].strip()!r}")
         print(f"  after    {new['answer'].strip()}\n")
     print(f"  report       {page}")

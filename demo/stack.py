@@ -13,7 +13,7 @@ from obstore.store import S3Store
 from demo.model import make_model
 from demo.tickets import write_tickets
 from devcluster import Cluster, DevclusterError, binaries
-from devcluster.images import Image, ensure_images
+from devcluster.images import ensure_images
 from devcluster.paths import REPOSITORY, cache
 from lora_api import LoRAFineTune
 
@@ -25,18 +25,19 @@ REGION = "us-east-1"
 MODEL_PATH = "base/smollm2-135m-instruct"
 DATA_PATH = "data/tickets"
 
-IMAGES = (
-    Image("localhost/lora-operator:dev", REPOSITORY / "operator" / "Dockerfile"),
-    Image("localhost/lora-trainer:dev", REPOSITORY / "trainer_image" / "Dockerfile"),
-)
+TICKETS = {"train": 1200, "evaluation": 64, "seed": 7}
 
 
-def load_images(cluster: Cluster) -> None:
-    """Builds both images where their content changed, and brings them to the nodes."""
-    ensure_images(cluster, IMAGES)
+def load_images(cluster: Cluster) -> dict[str, Any]:
+    """Builds both images where their content changed and brings them to the nodes. Returns the chart values for them."""
+    operator, trainer = ensure_images(cluster).values()
+    values: dict[str, Any] = {}
+    for key, name in (("image", operator), ("trainer.image", trainer)):
+        values[f"{key}.repository"], _, values[f"{key}.tag"] = name.rpartition(":")
+    return values
 
 
-def install_operator(cluster: Cluster, values: Mapping[str, Any] | None = None, timeout: int = 120) -> None:
+def install_operator(cluster: Cluster, values: Mapping[str, Any], timeout: int = 120) -> None:
     """Installs or upgrades the chart with the demo's values, ``values`` over them, and waits until it is ready.
 
     Raises:
@@ -45,7 +46,7 @@ def install_operator(cluster: Cluster, values: Mapping[str, Any] | None = None, 
     helm = binaries.ensure(["tools"])["helm"]
     command = [helm, "upgrade", "--install", RELEASE, CHART, "--namespace", SYSTEM_NAMESPACE, "--create-namespace"]
     command += ["--kubeconfig", cluster.kubeconfig, "--values", REPOSITORY / "demo" / "values.yaml"]
-    for key, value in (values or {}).items():
+    for key, value in values.items():
         command += ["--set-json", f"{key}={json.dumps(value)}"]
     done = subprocess.run([*command, "--wait", "--timeout", f"{timeout}s"], capture_output=True, text=True)
     if done.returncode:
@@ -133,6 +134,6 @@ def upload_demo_data(store: Store) -> Path:
     make_model(model)
     store.upload(model, MODEL_PATH)
     tickets = cache() / "data" / "tickets"
-    write_tickets(tickets)
+    write_tickets(tickets, **TICKETS)
     store.upload(tickets, DATA_PATH)
     return tickets

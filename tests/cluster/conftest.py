@@ -1,7 +1,7 @@
 """A real cluster with the real images and the operator from its chart, once for all tests here."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from demo.stack import Store
 from devcluster import Cluster
 from tests.cluster.runs import Runs
 
+Install = Callable[..., None]
 NAMESPACE = "lora-tests"
 TINY_MODEL = "base/tiny-llama"
 TINY_DATA = "data/tiny"
@@ -20,11 +21,20 @@ TINY_DATA = "data/tiny"
 
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    """Up with images and operator; left up for the next time (``make cluster-down`` ends it)."""
-    cluster = devcluster.up()
-    stack.load_images(cluster)
-    stack.install_operator(cluster)
-    return cluster
+    """The cluster; left up for the next time (``make cluster-down`` ends it)."""
+    return devcluster.up()
+
+
+@pytest.fixture(scope="session")
+def install(cluster: Cluster) -> Install:
+    """Installs the operator with changed chart values; called without any, as the tests want it."""
+    images = stack.load_images(cluster)
+
+    def install(**values: Any) -> None:
+        stack.install_operator(cluster, {**images, **values})
+
+    install()
+    return install
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +55,7 @@ def tiny_data(store: Store, tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
-def runs(cluster: Cluster, store: Store, tiny_data: None) -> Iterator[Runs]:
+def runs(cluster: Cluster, install: Install, store: Store, tiny_data: None) -> Iterator[Runs]:
     """Submits runs into the tests' namespace and removes them after the test."""
     stack.make_namespace(cluster, NAMESPACE)
     runs = Runs(cluster, store, NAMESPACE)

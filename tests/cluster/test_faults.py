@@ -7,6 +7,7 @@ import pytest
 
 from demo import stack
 from lora_api import FailureClass, Phase
+from tests.cluster.conftest import Install
 from tests.cluster.runs import Runs, find_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -94,13 +95,13 @@ def test_a_secret_that_is_missing_is_said_at_once(runs: Runs) -> None:
     assert find_condition(run, "Running").status == "False"
 
 
-def test_an_image_that_cannot_be_pulled_is_said_at_once(runs: Runs) -> None:
-    stack.install_operator(runs.cluster, {"trainer.image.tag": "not-built"})
+def test_an_image_that_cannot_be_pulled_is_said_at_once(runs: Runs, install: Install) -> None:
+    install(**{"trainer.image.tag": "not-built"})
     try:
         name = runs.submit("no-image")
         run = runs.wait(name, "a condition names the image", lambda run: "not-built" in str(run.status.conditions), 90)
     finally:
-        stack.install_operator(runs.cluster)
+        install()
 
     condition = find_condition(run, "Running")
     assert condition.status == "False"

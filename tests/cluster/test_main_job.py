@@ -63,8 +63,8 @@ def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> 
     assert adapter.eval_loss_before == pytest.approx(before["evalLoss"], rel=1e-3)
     assert adapter.eval_loss_after == pytest.approx(after["evalLoss"], rel=1e-3)
     assert after["evalLoss"] < before["evalLoss"] / 2
-    assert before["exactMatch"] < 0.05
-    assert after["exactMatch"] > 0.8
+    assert before["exactRate"] < 0.05
+    assert after["exactRate"] > 0.8
 
     # What a person sees.
     table = runs.kubectl("get", "lft", "tickets")
