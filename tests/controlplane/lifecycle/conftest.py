@@ -1,0 +1,86 @@
+"""One control plane with controllers a worker; a namespace of its own for every test."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import devcluster
+from lora_operator.settings import Settings
+from tests.support.api import Api
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run
+from tests.support.wait import eventually
+
+CRD = Path(__file__).parents[3] / "crds" / "lorafinetunes.lorafinetune.io.yaml"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def cp() -> Iterator[devcluster.ControlPlane]:
+    with devcluster.control_plane(controller_manager=True, audit_log=True) as running:
+        running.kubectl("apply", "-f", str(CRD))
+        running.kubectl("wait", "--for=condition=Established", "-f", str(CRD))
+        yield running
+
+
+@pytest.fixture(scope="session")
+def api(cp: devcluster.ControlPlane) -> Api:
+    return Api(cp.kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def make_namespace(api: Api) -> Callable[[], str]:
+    """Makes namespaces under the restricted Pod Security standard."""
+
+    def make() -> str:
+        name = f"test-{next(_numbers)}"
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        api.create("/api/v1/namespaces", {"metadata": {"name": name, "labels": labels}})
+        accounts = f"/api/v1/namespaces/{name}/serviceaccounts"
+        eventually("the default service account", lambda: api.items(accounts))
+        return name
+
+    return make
+
+
+@pytest.fixture
+def namespace(make_namespace: Callable[[], str]) -> str:
+    return make_namespace()
+
+
+@pytest.fixture
+def run(api: Api, namespace: str) -> Run:
+    return Run(api, namespace)
+
+
+@pytest.fixture(scope="session")
+def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
+    """Settings under which nothing takes long."""
+
+    def make(namespace: str, **changes: object) -> Settings:
+        values: dict[str, object] = {
+            "kubeconfig": str(cp.kubeconfig),
+            "namespaces": (namespace,),
+            "concurrency": 2,
+            "failure_grace": 1.0,
+            "start_timeout": 2.0,
+            "log_interval": 0.2,
+            "progress_interval": 0.3,
+            "confirm_after": 3.0,
+        }
+        return Settings(**{**values, **changes})  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def settings(fast_settings: Callable[..., Settings], namespace: str) -> Settings:
+    return fast_settings(namespace)
+
+
+@pytest.fixture
+def operator(settings: Settings) -> Iterator[OperatorThread]:
+    with OperatorThread(settings) as running:
+        yield running
