@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from lora_api import finetune
-from lora_api._base import ApiModel, RecordModel
+from lora_api._base import ApiModel, CelRule, RecordModel
 from lora_api.finetune import LoRAFineTune
 
 Schema = dict[str, Any]
@@ -94,6 +94,12 @@ def _convert(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schem
             schema[limit] = True
     if schema.get("format") == "date-time":
         schema["type"] = "string"
+    maximum = schema.get("maximum")
+    if isinstance(maximum, float) and not maximum.is_integer():
+        # Of `learningRate: 2` the API server only says that it should be at most 0: for a value without a point it
+        # also cuts the bound to a whole number. This says it right, beside that.
+        rule = CelRule(rule=f"self <= {maximum}", message=f"may be at most {maximum}")
+        schema["x-kubernetes-validations"] = [rule.to_wire()]
     if "items" in node:
         schema["items"] = _convert(node["items"], definitions)
     if "properties" in node:

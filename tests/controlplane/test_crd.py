@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -94,7 +95,7 @@ OTHERWISE: Spec = {
 }
 
 
-class Api:
+class DryRun:
     """The API server, asked to create runs without keeping them."""
 
     def __init__(self, cp: devcluster.ControlPlane) -> None:
@@ -140,10 +141,10 @@ def cp(control_plane: devcluster.ControlPlane) -> devcluster.ControlPlane:
 
 
 @pytest.fixture(scope="module")
-def api(cp: devcluster.ControlPlane) -> Iterator[Api]:
-    api = Api(cp)
-    yield api
-    api.close()
+def dry(cp: devcluster.ControlPlane) -> Iterator[DryRun]:
+    dry = DryRun(cp)
+    yield dry
+    dry.close()
 
 
 # -- What is refused ---------------------------------------------------------------------------------------------------
@@ -270,6 +271,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "epochs and steps": ({"training.epochs": 1}, "spec.training.maxSteps", "exactly one of epochs and maxSteps"),
     "no epochs at all": ({"training": {"epochs": 0}}, "spec.training.epochs", "greater than 0"),
     "a learning rate of 0": ({"training.learningRate": 0}, "spec.training.learningRate", "greater than 0"),
+    "a learning rate of 2, as a whole number": (
+        {"training.learningRate": 2},
+        "spec.training.learningRate",
+        "may be at most 0.1",
+    ),
+    "all data held out, as a whole number": ({"dataset.evalFraction": 1}, "spec.dataset.evalFraction", "at most 0.5"),
     "a learning rate of 0.2": (
         {"training.learningRate": 0.2},
         "spec.training.learningRate",
@@ -433,12 +440,12 @@ def test_there_are_enough_bad_manifests() -> None:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_manifest_is_refused_with_its_field(api: Api, case: str) -> None:
+def test_a_bad_manifest_is_refused_with_its_field(dry: DryRun, case: str) -> None:
     changes, field, words = BAD[case]
     spec = MINIMAL
     for path, value in changes.items():
         spec = place(spec, path, value)
-    code, answer = api.create_run(spec)
+    code, answer = dry.create_run(spec)
     assert code == 422, answer
     found = {cause["field"]: cause["message"] for cause in answer["details"]["causes"] if words in cause["message"]}
     assert field in found, answer["message"]
@@ -452,16 +459,16 @@ NAMES = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_a_name_that_a_child_cannot_have_is_refused(api: Api, case: str) -> None:
+def test_a_name_that_a_child_cannot_have_is_refused(dry: DryRun, case: str) -> None:
     name, words = NAMES[case]
-    code, answer = api.create_run(MINIMAL, name)
+    code, answer = dry.create_run(MINIMAL, name)
     assert code == 422
     assert words in answer["message"]
 
 
-def test_the_longest_name_is_legal_for_every_child(api: Api) -> None:
+def test_the_longest_name_is_legal_for_every_child(dry: DryRun) -> None:
     name = "a" * 52
-    assert api.create_run(MINIMAL, name)[0] == 201
+    assert dry.create_run(MINIMAL, name)[0] == 201
     child = {"name": f"{name}-999"}
     job = {
         "apiVersion": "batch/v1",
@@ -492,7 +499,7 @@ def test_the_longest_name_is_legal_for_every_child(api: Api) -> None:
         ("/apis/batch/v1/namespaces/default/jobs", job),
         ("/api/v1/namespaces/default/services", service),
     ):
-        code, answer = api.create(path, body)
+        code, answer = dry.create(path, body)
         assert code == 201, answer
 
 
@@ -568,7 +575,7 @@ def test_a_good_manifest_comes_back_as_pydantic_reads_it(cp: devcluster.ControlP
         assert stored["spec"] == spec
 
 
-def test_every_default_is_the_same_on_both_sides(api: Api) -> None:
+def test_every_default_is_the_same_on_both_sides(dry: DryRun) -> None:
     """Also where a section is given in part, so that the API server fills in the rest."""
     for path, node in PATHS.items():
         if "properties" in node and "default" in node:
@@ -580,9 +587,33 @@ def test_every_default_is_the_same_on_both_sides(api: Api) -> None:
                     spec = place(
                         {**MINIMAL, "training": {"maxSteps": 1, "globalBatchSize": 48}}, f"{path}.{name}", value
                     )
-                    code, answer = api.create_run(spec)
-                    if code == 201:
-                        assert answer["spec"] == LoRAFineTuneSpec.model_validate(spec).to_wire(), path
+                    code, answer = dry.create_run(spec)
+                    assert code == 201, answer["message"]
+                    assert answer["spec"] == LoRAFineTuneSpec.model_validate(spec).to_wire(), path
+
+
+def documented() -> dict[str, dict[str, Any]]:
+    """Every LoRAFineTune that a reader may copy: whole files in examples/, and blocks of the documents."""
+    found = {}
+    texts = {path: [path.read_text()] for path in (ROOT / "examples").glob("*.yaml")}
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        texts[path] = re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+    for path, blocks in texts.items():
+        for document in (document for block in blocks for document in yaml.safe_load_all(block)):
+            if isinstance(document, dict) and document.get("kind") == "LoRAFineTune":
+                found[f"{path.relative_to(ROOT)}:{document['metadata']['name']}"] = document
+    return found
+
+
+DOCUMENTED = documented()
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_a_manifest_that_is_shown_to_readers_is_good(dry: DryRun, name: str) -> None:
+    document = DOCUMENTED[name]
+    code, answer = dry.create_run(document["spec"], document["metadata"]["name"])
+    assert code == 201, answer["message"]
+    assert answer["spec"] == LoRAFineTuneSpec.model_validate(document["spec"]).to_wire()
 
 
 # -- One definition, two judges ----------------------------------------------------------------------------------------
@@ -602,9 +633,9 @@ def by_rule_alone(message: str) -> bool:
     return any(text in message for text in RULE_MESSAGES) or "Duplicate value" in message
 
 
-def judge(api: Api, spec: Any) -> tuple[bool, bool, str]:
+def judge(dry: DryRun, spec: Any) -> tuple[bool, bool, str]:
     """Whether the schema takes ``spec``, whether pydantic does, and what the API server said."""
-    code, answer = api.create_run(spec)
+    code, answer = dry.create_run(spec)
     causes = (answer.get("details") or {}).get("causes", [])
     # While something is missing or too long, rules are not looked at, which the API server adds as an error.
     served = code == 201 or (
@@ -679,11 +710,11 @@ def candidates() -> list[tuple[Spec, str, Any]]:
 CANDIDATES = candidates()
 
 
-def test_every_bound_is_the_same_for_the_api_server_and_for_pydantic(api: Api) -> None:
+def test_every_bound_is_the_same_for_the_api_server_and_for_pydantic(dry: DryRun) -> None:
     assert len(CANDIDATES) > 1000
     taken, different = 0, []
     for spec, path, value in CANDIDATES:
-        served, read, message = judge(api, place(spec, path, value))
+        served, read, message = judge(dry, place(spec, path, value))
         taken += served and read
         if served != read:
             different.append(f"{path} = {str(value)[:60]!r}: API server {served}, pydantic {read}: {message[:200]}")
@@ -693,26 +724,26 @@ def test_every_bound_is_the_same_for_the_api_server_and_for_pydantic(api: Api) -
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from([case for case in CANDIDATES if case[0] is MAXIMAL]), min_size=1, max_size=4))
-def test_the_two_agree_on_several_changes_at_once(api: Api, cases: list[tuple[Spec, str, Any]]) -> None:
+def test_the_two_agree_on_several_changes_at_once(dry: DryRun, cases: list[tuple[Spec, str, Any]]) -> None:
     spec: Any = MAXIMAL
     for _, path, value in cases:
         try:
             spec = place(spec, path, value)
         except (TypeError, KeyError, AttributeError, IndexError):
             continue  # an earlier change took away what this one would change
-    served, read, message = judge(api, spec)
+    served, read, message = judge(dry, spec)
     assert served == read, message
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 65536), st.integers(1, 64), st.integers(1, 16), st.integers(0, 16))
-def test_the_advice_on_batch_sizes_is_the_trainers(api: Api, size: int, micro: int, nodes: int, gpus: int) -> None:
+def test_the_advice_on_batch_sizes_is_the_trainers(dry: DryRun, size: int, micro: int, nodes: int, gpus: int) -> None:
     spec = {
         **MINIMAL,
         "training": {"maxSteps": 1, "globalBatchSize": size, "microBatchSize": micro},
         "parallelism": {"nodes": nodes, "gpusPerNode": gpus},
     }
-    code, answer = api.create_run(spec)
+    code, answer = dry.create_run(spec)
     read = LoRAFineTuneSpec.model_validate(spec)
     if code == 201:
         assert plan_batch(read.training, read.parallelism).global_batch_size == size
@@ -727,7 +758,7 @@ def test_the_advice_on_batch_sizes_is_the_trainers(api: Api, size: int, micro: i
 
 
 @pytest.fixture
-def run(cp: devcluster.ControlPlane) -> Iterator[str]:
+def living(cp: devcluster.ControlPlane) -> Iterator[str]:
     cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(MINIMAL, "living")))
     yield "living"
     cp.kubectl("delete", "lft", "living")
@@ -746,31 +777,31 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_the_spec_cannot_be_changed(cp: devcluster.ControlPlane, run: str, case: str) -> None:
+def test_the_spec_cannot_be_changed(cp: devcluster.ControlPlane, living: str, case: str) -> None:
     with pytest.raises(
         devcluster.DevclusterError, match="spec cannot be changed once created: delete this LoRAFineTune"
     ):
-        cp.kubectl("patch", "lft", run, "--type=merge", "--patch", json.dumps({"spec": CHANGES[case]}))
+        cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": CHANGES[case]}))
 
 
-def test_metadata_can_be_changed_and_the_same_manifest_applied_again(cp: devcluster.ControlPlane, run: str) -> None:
-    cp.kubectl("label", "lft", run, "team=support")
-    assert "unchanged" in cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(MINIMAL, run)))
-    assert read_run(cp, run)["metadata"]["generation"] == 1
+def test_metadata_can_be_changed_and_the_same_manifest_applied_again(cp: devcluster.ControlPlane, living: str) -> None:
+    cp.kubectl("label", "lft", living, "team=support")
+    assert "unchanged" in cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(MINIMAL, living)))
+    assert read_run(cp, living)["metadata"]["generation"] == 1
 
 
-def test_status_and_spec_are_written_apart(cp: devcluster.ControlPlane, run: str) -> None:
+def test_status_and_spec_are_written_apart(cp: devcluster.ControlPlane, living: str) -> None:
     both = {"spec": {"lora": {"r": 32}}, "status": {"phase": "Running"}}
-    cp.kubectl("patch", "lft", run, "--subresource=status", "--type=merge", "--patch", json.dumps(both))
-    stored = read_run(cp, run)
+    cp.kubectl("patch", "lft", living, "--subresource=status", "--type=merge", "--patch", json.dumps(both))
+    stored = read_run(cp, living)
     assert stored["status"]["phase"] == "Running"
     assert stored["spec"]["lora"]["r"] == 16
     assert stored["metadata"]["generation"] == 1
-    cp.kubectl("patch", "lft", run, "--type=merge", "--patch", '{"status": {"phase": "Failed"}}')
-    assert read_run(cp, run)["status"]["phase"] == "Running"
+    cp.kubectl("patch", "lft", living, "--type=merge", "--patch", '{"status": {"phase": "Failed"}}')
+    assert read_run(cp, living)["status"]["phase"] == "Running"
 
 
-def test_a_status_of_nonsense_is_refused(cp: devcluster.ControlPlane, run: str) -> None:
+def test_a_status_of_nonsense_is_refused(cp: devcluster.ControlPlane, living: str) -> None:
     for status, field in (
         ({"phase": "Dancing"}, "status.phase"),
         ({"progress": {"percent": 101}}, "status.progress.percent"),
@@ -779,7 +810,13 @@ def test_a_status_of_nonsense_is_refused(cp: devcluster.ControlPlane, run: str) 
     ):
         with pytest.raises(devcluster.DevclusterError, match=field):
             cp.kubectl(
-                "patch", "lft", run, "--subresource=status", "--type=merge", "--patch", json.dumps({"status": status})
+                "patch",
+                "lft",
+                living,
+                "--subresource=status",
+                "--type=merge",
+                "--patch",
+                json.dumps({"status": status}),
             )
 
 
@@ -804,11 +841,11 @@ def condition(kind: str, status: str) -> dict[str, str]:
     return {"type": kind, "status": status, "reason": "Test", "lastTransitionTime": "2026-11-23T18:00:00Z"}
 
 
-def test_conditions_of_two_writers_merge_by_type(cp: devcluster.ControlPlane, run: str) -> None:
-    apply_status(cp, run, "operator", {"phase": "Running", "conditions": [condition("Ready", "False")]})
-    apply_status(cp, run, "another", {"conditions": [condition("Approved", "True")]})
-    apply_status(cp, run, "operator", {"phase": "Running", "conditions": [condition("Ready", "True")]})
-    stored = LoRAFineTune.model_validate(read_run(cp, run)).status
+def test_conditions_of_two_writers_merge_by_type(cp: devcluster.ControlPlane, living: str) -> None:
+    apply_status(cp, living, "operator", {"phase": "Running", "conditions": [condition("Ready", "False")]})
+    apply_status(cp, living, "another", {"conditions": [condition("Approved", "True")]})
+    apply_status(cp, living, "operator", {"phase": "Running", "conditions": [condition("Ready", "True")]})
+    stored = LoRAFineTune.model_validate(read_run(cp, living)).status
     assert {entry.type: entry.status for entry in stored.conditions} == {"Ready": "True", "Approved": "True"}
 
 
@@ -838,20 +875,20 @@ FULL_STATUS: dict[str, Any] = {
 }
 
 
-def test_the_columns_are_what_people_see(cp: devcluster.ControlPlane, run: str) -> None:
-    apply_status(cp, run, "operator", FULL_STATUS)
-    header, row = cp.kubectl("get", "lft", run).splitlines()
+def test_the_columns_are_what_people_see(cp: devcluster.ControlPlane, living: str) -> None:
+    apply_status(cp, living, "operator", FULL_STATUS)
+    header, row = cp.kubectl("get", "lft", living).splitlines()
     assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "ADAPTER", "AGE"]
     assert row.split()[:-1] == ["living", "Running", "50%", "0.5123", "1m20s", "living-v1"]
-    wide, row = cp.kubectl("get", "lft", run, "--output=wide").splitlines()
+    wide, row = cp.kubectl("get", "lft", living, "--output=wide").splitlines()
     assert wide.split()[1:] == [str(column["name"]).upper() for column in PRINTER_COLUMNS]
     assert row.split()[-6:] == ["9", "1234.5", "1", "2", MINIMAL["baseModel"]["uri"], "Training"]
     assert "living" in cp.kubectl("get", "all")
 
 
-def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, run: str) -> None:
-    apply_status(cp, run, "operator", FULL_STATUS)
-    status = LoRAFineTune.model_validate(read_run(cp, run)).status
+def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, living: str) -> None:
+    apply_status(cp, living, "operator", FULL_STATUS)
+    status = LoRAFineTune.model_validate(read_run(cp, living)).status
     assert status.to_wire() == {
         **FULL_STATUS,
         "observedGeneration": 0,
@@ -867,7 +904,7 @@ def test_explain_shows_a_field_with_its_text(cp: devcluster.ControlPlane) -> Non
     assert "ENUM: constant linear cosine" in " ".join(cp.kubectl("explain", "lft.spec.training.scheduler").split())
 
 
-def test_describe_shows_a_remedy_to_a_newcomer(cp: devcluster.ControlPlane, run: str) -> None:
+def test_describe_shows_a_remedy_to_a_newcomer(cp: devcluster.ControlPlane, living: str) -> None:
     failure = {
         "attempt": 1,
         "class": "BadData",
@@ -875,7 +912,7 @@ def test_describe_shows_a_remedy_to_a_newcomer(cp: devcluster.ControlPlane, run:
         "remedy": "Correct the records.",
         "at": "2026-11-23T18:00:00Z",
     }
-    apply_status(cp, run, "operator", {"phase": "Failed", "failures": [failure]})
-    text = cp.kubectl("describe", "lft", run)
+    apply_status(cp, living, "operator", {"phase": "Failed", "failures": [failure]})
+    text = cp.kubectl("describe", "lft", living)
     assert "train.jsonl: record 17 has no messages" in text
     assert "Correct the records." in text

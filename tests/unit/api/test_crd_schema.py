@@ -119,15 +119,13 @@ def test_lists_with_keys_merge_by_them() -> None:
         assert set(names) <= set(NODES[path]["items"]["required"])
 
 
-def test_every_rule_names_the_field_that_breaks_it() -> None:
+def test_every_rule_of_a_section_names_the_field_that_breaks_it() -> None:
     """All but the two on metadata, whose fields a CRD cannot point at, and the one on the spec as a whole."""
-    without = [
-        rule["message"]
-        for node in NODES.values()
-        for rule in node.get("x-kubernetes-validations", [])
-        if "fieldPath" not in rule
-    ]
-    assert [message.split(" ")[0] for message in without] == ["metadata.name", "metadata.name", "spec"]
+    sections = [node for node in NODES.values() if node["type"] == "object"]
+    rules = [rule for node in sections for rule in node.get("x-kubernetes-validations", [])]
+    assert len(rules) > 30
+    without = [rule["message"].split(" ")[0] for rule in rules if "fieldPath" not in rule]
+    assert without == ["metadata.name", "metadata.name", "spec"]
 
 
 def test_a_field_path_of_a_rule_leads_to_a_field() -> None:
