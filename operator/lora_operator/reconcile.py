@@ -178,8 +178,8 @@ class Reconciler:
         if plan.failure is not None:
             self._metrics.failures.labels(str(plan.failure.failure_class)).inc()
         await self._emit_events(observed.run.metadata, old, new)
-        # A launch or a verdict calls for the next step at once; nobody else would ask for it.
-        return 0.0 if plan.failure is not None and not plan.ended else None
+        # A verdict calls for the next step, and no event will.
+        return 0.0 if plan.failure is not None or plan.ended else None
 
     def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
         """A new attempt starts with no reports of the one before."""

@@ -123,7 +123,9 @@ class Run:
             self.set_pod(pod, running())
 
     def set_ended(self, attempt: int, index: int, exit_code: int, message: str = "", reason: str = "Error") -> None:
-        pod = next(pod for pod in self.gang(attempt) if pod["metadata"]["name"].startswith(f"{self.name}-{attempt}-{index}-"))
+        pod = next(
+            pod for pod in self.gang(attempt) if pod["metadata"]["name"].startswith(f"{self.name}-{attempt}-{index}-")
+        )
         self.set_pod(pod, ended(exit_code, message, reason))
 
     def set_failed(self, attempt: int, failure_class: str, exit_code: int, message: str = "it broke") -> None:

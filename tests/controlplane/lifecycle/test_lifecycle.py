@@ -1,16 +1,32 @@
 """Whole lifecycles on a real API server and Job controller."""
 
+import json
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from lora_api import FAILURE_RULES, RULES, FailureClass, FailureRule
+from lora_operator.settings import Settings
+from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
-from tests.support.runs import ADAPTER, Run
+from tests.support.runs import ADAPTER, Run, ended, now, running, termination, unschedulable, waiting
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
+
+EXITS = [rule for rule in FAILURE_RULES if rule.exit_code is not None]
+
+
+def own_calls(operator: OperatorThread) -> list[str]:
+    """Calls of one life: without the LISTs at start, Events and logs."""
+    return [call for call in operator.calls if "/log" not in call and "/events" not in call and call[:4] != "GET "]
 
 
 def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
     run.create()
     assert run.wait_phase("Starting")["attempt"] == 1
+    assert len(own_calls(operator)) == 4, "Service, ConfigMap, Job, status"
     run.set_running(1)
     run.wait_phase("Running")
     assert run.condition("Scheduled")["status"] == "True"
@@ -27,3 +43,309 @@ def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
         "Published": "True",
         "Complete": "True",
     }
+    reasons = ["Started", "Running", "Succeeded"]
+    eventually("three Events", lambda: [event["reason"] for event in run.events()] == reasons)
+    assert len(own_calls(operator)) <= 12, own_calls(operator)
+
+
+def test_the_children_belong_to_the_run_and_are_as_the_builders_made_them(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    run.gang(1)
+    uid = run.raw["metadata"]["uid"]
+    for child in (*run.jobs(), *run.services(), *run.configmaps()):
+        assert child["metadata"]["name"] == "run-1"
+        assert [owner["uid"] for owner in child["metadata"]["ownerReferences"]] == [uid]
+        assert child["metadata"]["managedFields"][0]["manager"] == "lora-operator"
+    document = json.loads(run.configmaps()[0]["data"]["run.json"])
+    assert (document["uid"], document["attempt"], document["training"]["maxSteps"]) == (uid, 1, 18)
+    assert run.services()[0]["spec"]["clusterIP"] == "None"
+    job = run.jobs()[0]["spec"]
+    assert (job["completions"], job["backoffLimitPerIndex"], job["podReplacementPolicy"]) == (2, 0, "Failed")
+
+
+@pytest.mark.parametrize("rule", EXITS, ids=lambda rule: str(rule.failure_class))
+def test_a_failed_rank_is_named_with_its_remedy(
+    api: Api, namespace: str, operator: OperatorThread, rule: FailureRule
+) -> None:
+    run = Run(api, namespace).create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.set_failed(1, str(rule.failure_class), rule.exit_code or 0, "record 7 is broken")
+    if rule.retried:
+        status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        assert status["chargedRestarts"] == int(rule.charged)
+        run.gang(2)
+        assert [job["metadata"]["name"] for job in run.jobs()] == ["run-2"]
+        assert run.pods(1) == []
+    else:
+        status = run.wait_phase("Failed")
+        message = f"record 7 is broken. Remedy: {rule.remedy}"
+        for kind, value in {"Ready": "False", "Stalled": "True", "Failed": "True"}.items():
+            condition = run.condition(kind)
+            assert (condition["status"], condition["reason"]) == (value, str(rule.failure_class))
+            assert condition["message"] == message
+        assert len(run.pods(1)) == 2, "the pods are kept for their logs"
+    failure = status["failures"][0]
+    if rule.failure_class is FailureClass.PEER_LOST:  # both ranks only lost each other
+        return
+    assert (failure["class"], failure["attempt"]) == (str(rule.failure_class), 1)
+    if rule.failure_class is FailureClass.CHECKPOINTED:  # one rank says so, the other lost it
+        return
+    assert failure["message"] == "record 7 is broken"
+    assert (failure["rank"], failure["exitCode"], failure["remedy"]) == (1, rule.exit_code, rule.remedy)
+    assert failure["pod"].startswith("run-1-1-")
+
+
+def test_restarts_end_with_max_restarts(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 1}))
+    for attempt in (1, 2):
+        run.gang(attempt)
+        run.set_failed(attempt, "StoreUnavailable", 74, "503 Slow Down")
+    status = run.wait_phase("Failed")
+    assert (status["attempt"], status["chargedRestarts"], len(status["failures"])) == (2, 1, 2)
+    message = run.condition("Ready")["message"]
+    assert message.startswith("503 Slow Down (after 1 of runPolicy.maxRestarts = 1 restarts). Remedy: ")
+    reasons = ["Started", "StoreUnavailable", "Started", "StoreUnavailable"]
+    eventually("four Events", lambda: [event["reason"] for event in run.events()] == reasons)
+
+
+def test_restarts_that_are_not_charged_have_a_limit_too(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, max_uncharged_restarts=1)):
+        run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+        for attempt in (1, 2):
+            run.gang(attempt)
+            run.set_failed(attempt, "Checkpointed", 75)
+        status = run.wait_phase("Failed")
+    assert (status["attempt"], status.get("chargedRestarts", 0)) == (2, 0)
+    assert "after 1 restarts that runPolicy.maxRestarts does not count" in run.condition("Ready")["message"]
+
+
+def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.set_ended(1, 1, 137, reason="OOMKilled")
+    run.wait("a word at once", lambda status: status["reason"] == "PodFailed")
+    status = run.wait_phase("Failed")
+    assert status["reason"] == "HostOutOfMemory"
+    assert status["failures"][0]["rank"] == 1
+    assert RULES[FailureClass.HOST_OUT_OF_MEMORY].remedy in run.condition("Ready")["message"]
+    eventually("only the failed pod is kept", lambda: [pod["status"]["phase"] for pod in run.pods(1)] == ["Failed"])
+
+
+def test_a_deleted_pod_restarts_the_gang(run: Run, operator: OperatorThread, api: Api) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    api.delete(f"/api/v1/namespaces/{run.namespace}/pods/{run.pods(1)[0]['metadata']['name']}")
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    assert (status["failures"][0]["class"], status.get("chargedRestarts", 0)) == ("PodLost", 0)
+    run.gang(2)
+
+
+def test_a_deleted_job_restarts_the_gang(run: Run, operator: OperatorThread, api: Api) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    api.delete(f"/apis/batch/v1/namespaces/{run.namespace}/jobs/run-1", propagationPolicy="Background")
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    assert (status["failures"][0]["class"], status["failures"][0]["reason"]) == ("PodLost", "JobDeleted")
+
+
+def test_an_evicted_pod_is_not_charged(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    target = {
+        "type": "DisruptionTarget",
+        "status": "True",
+        "reason": "PreemptionByScheduler",
+        "message": "default-scheduler: preempting to accommodate a higher priority pod",
+        "lastTransitionTime": now(),
+    }
+    pods = run.gang(1)
+    run.set_pod(pods[0], ended(73, termination("PeerLost", "Connection closed by peer", rank=0)))
+    run.set_pod(pods[1], {**ended(75, termination("Checkpointed", "saved step 9")), "conditions": [target]})
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    failure = status["failures"][0]
+    assert (failure["class"], failure["reason"]) == ("Evicted", "PreemptionByScheduler")
+    assert "preempting to accommodate" in failure["message"]
+
+
+@pytest.mark.parametrize("message", ["", "not ours", termination()[:-40]])
+def test_success_without_a_word_is_none(run: Run, operator: OperatorThread, message: str) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    run.set_running(1)
+    run.set_ended(1, 1, 0)
+    run.set_ended(1, 0, 0, message)
+    assert run.wait_phase("Failed")["failures"][0]["class"] == "Internal"
+
+
+@pytest.mark.parametrize(
+    ("reason", "detail", "failure_class"),
+    [
+        ("ErrImagePull", "trainer:nope: not found", "ImagePullFailed"),
+        ("InvalidImageName", "couldn't parse image name", "ImagePullFailed"),
+        ("CreateContainerConfigError", 'secret "lora-store" not found', "PodNotStarted"),
+    ],
+)
+def test_what_keeps_a_pod_from_starting_is_shown_and_then_ends_the_run(
+    run: Run, operator: OperatorThread, reason: str, detail: str, failure_class: str
+) -> None:
+    run.create()
+    run.set_pod(run.gang(1)[0], waiting(reason, detail))
+    run.wait("a condition", lambda status: run.condition("Running").get("reason") == failure_class)
+    condition = run.condition("Running")
+    assert (condition["status"], run.condition("Stalled")["status"]) == ("False", "False")
+    remedy = RULES[FailureClass(failure_class)].remedy
+    assert f"{reason}: {detail}. Remedy: {remedy}" in condition["message"]
+    status = run.wait_phase("Failed")
+    assert status["failures"][0]["class"] == failure_class
+    assert detail in run.condition("Ready")["message"]
+    eventually("pods that never ran are taken away", lambda: run.pods(1) == [])
+
+
+def test_an_image_that_comes_late_is_no_failure(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, start_timeout=60.0)):
+        run.create()
+        run.set_pod(run.gang(1)[0], waiting("ImagePullBackOff", "Back-off pulling image"))
+        run.wait("a condition", lambda status: run.condition("Running").get("reason") == "ImagePullFailed")
+        run.set_running(1)
+        run.wait_phase("Running")
+        assert run.condition("Running")["reason"] == "PodsRunning"
+
+
+def test_a_gang_that_fits_nowhere_says_so_and_waits(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    words = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+    for pod in run.gang(1):
+        run.set_pod(pod, unschedulable(words))
+    run.wait("a condition", lambda status: run.condition("Scheduled").get("reason") == "Unschedulable")
+    assert words in run.condition("Scheduled")["message"]
+    assert "Remedy: " in run.condition("Scheduled")["message"]
+    run.set_running(1)
+    run.wait_phase("Running")
+
+
+def test_a_quota_that_is_full_is_shown(run: Run, operator: OperatorThread, api: Api) -> None:
+    quota = {"metadata": {"name": "few"}, "spec": {"hard": {"pods": "0"}}}
+    api.create(f"/api/v1/namespaces/{run.namespace}/resourcequotas", quota)
+    run.create()
+    run.wait("a condition", lambda status: run.condition("Scheduled").get("reason") == "QuotaExceeded")
+    assert "exceeded quota: few" in run.condition("Scheduled")["message"]
+    assert run.status["phase"] == "Starting"
+
+
+def test_pods_that_admission_refuses_end_the_run(run: Run, operator: OperatorThread, api: Api) -> None:
+    limit = {"type": "Container", "max": {"memory": "1Gi"}}
+    api.create(
+        f"/api/v1/namespaces/{run.namespace}/limitranges", {"metadata": {"name": "small"}, "spec": {"limits": [limit]}}
+    )
+    resources = {"requests": {"memory": "2Gi"}, "limits": {"memory": "2Gi"}}
+    run.create(lambda spec: spec.update(podTemplate={"resources": resources}))
+    status = run.wait_phase("Failed")
+    assert status["failures"][0]["class"] == "PodNotStarted"
+    assert "maximum memory usage per Container is 1Gi" in run.condition("Ready")["message"]
+
+
+@pytest.mark.parametrize("kind", ["services", "configmaps", "jobs"])
+def test_a_foreign_object_with_a_childs_name_is_left_alone(
+    api: Api, run: Run, operator: OperatorThread, kind: str
+) -> None:
+    foreign: dict[str, Any] = {
+        "services": {"spec": {"clusterIP": "None", "ports": [{"port": 80}]}},
+        "configmaps": {"data": {"mine": "yes"}},
+        "jobs": {"spec": {"suspend": True, "template": _any_pod()}},
+    }[kind]
+    group = "/apis/batch/v1" if kind == "jobs" else "/api/v1"
+    path = f"{group}/namespaces/{run.namespace}/{kind}"
+    before = api.create(path, {"metadata": {"name": "run-1"}, **foreign})
+    run.create()
+    status = run.wait_phase("Failed")
+    assert status["failures"][0]["class"] == "NameConflict"
+    assert "run-1 exists already and belongs to no LoRAFineTune" in run.condition("Ready")["message"]
+    after = api.get(f"{path}/run-1")
+    assert (after["metadata"]["uid"], after["metadata"].get("ownerReferences")) == (before["metadata"]["uid"], None)
+    assert after["spec" if kind != "configmaps" else "data"] == before["spec" if kind != "configmaps" else "data"]
+
+
+def _any_pod() -> dict[str, Any]:
+    return {"spec": {"restartPolicy": "Never", "containers": [{"name": "any", "image": "any"}]}}
+
+
+def test_deleting_the_run_takes_everything_along(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.delete()
+    for what, look in {"Jobs": run.jobs, "Services": run.services, "ConfigMaps": run.configmaps}.items():
+        eventually(f"no {what}", lambda look=look: look() == [])
+    eventually("no pods", lambda: run.pods(1) == [])
+    with pytest.raises(ApiError):
+        _ = run.raw
+
+
+def test_a_run_created_again_under_its_name_starts_anew(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    old = run.jobs()[0]["metadata"]["uid"]
+    run.delete()
+    run.create()
+    status = run.wait_phase("Starting", seconds=60)
+    assert (status["attempt"], status.get("failures", [])) == (1, [])
+    assert run.jobs()[0]["metadata"]["uid"] != old
+    run.gang(1)
+
+
+def test_progress_comes_from_the_log_of_rank_0(run: Run, operator: OperatorThread) -> None:
+    def line(step: int, second: int) -> str:
+        at = f"2026-11-23T10:00:{second:02}Z"
+        words = {
+            "event": "step",
+            "at": at,
+            "step": step,
+            "totalSteps": 18,
+            "loss": 3.0 / step,
+            "tokensPerSecond": 100.0,
+        }
+        return json.dumps({"lora": words}) + "\n"
+
+    operator.logs["run-1-0-"] = "noise\n" + line(1, 0) + line(2, 3)
+    run.create()
+    run.set_running(1)
+    progress = run.wait("progress", lambda status: status.get("progress"))["progress"]
+    assert (progress["step"], progress["summary"], progress["eta"]) == (2, "11%", "48s")
+    operator.logs["run-1-0-"] += line(9, 24)
+    progress = run.wait("more progress", lambda status: status["progress"]["step"] == 9)["progress"]
+    assert progress["history"] == [[1, 3.0], [2, 1.5], [9, pytest.approx(1 / 3)]]
+    operator.logs["run-1-0-"] += json.dumps({"lora": {"event": "stage", "stage": "publishing", "at": now()}})
+    run.wait_phase("Publishing")
+    run.set_succeeded(1)
+    assert run.wait_phase("Succeeded")["progress"]["summary"] == "100%"
+
+
+def test_the_last_lines_of_the_failed_pod_are_kept(run: Run, operator: OperatorThread) -> None:
+    operator.logs["run-1-1-"] = "Traceback\nValueError: broken\n"
+    run.create()
+    run.set_running(1)
+    run.set_failed(1, "BadData", 65)
+    assert run.wait_phase("Failed")["failures"][0]["logTail"].endswith("ValueError: broken\n")
+
+
+def test_a_silent_pod_is_suspected_when_its_peer_gives_up(run: Run, operator: OperatorThread) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.set_ended(1, 0, 73, termination("PeerLost", "Timed out waiting 1800000ms for send operation", rank=0))
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    failure = status["failures"][0]
+    assert (failure["class"], failure["reason"]) == ("PeerLost", "PeerSilent")
+    assert failure["pod"].startswith("run-1-1-")
+
+
+__all__ = ["running"]

@@ -1,0 +1,267 @@
+"""The operator is cut, killed, doubled or left alone, and nothing is lost, done twice, or asked for without need."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import devcluster
+from devcluster.ports import PortLease
+from lora_operator.kube import RBAC
+from lora_operator.settings import Settings
+from tests.support.api import Api
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.controlplane
+
+ROOT = Path(__file__).parents[3]
+QUIET_SECONDS = 2.0
+
+
+def live(run: Run, is_over: Callable[[], bool] = lambda: False) -> None:
+    """Plays the nodes for a whole life: attempt 1 fails, attempt 2 succeeds. Stops early when ``is_over``."""
+    steps: list[Callable[[], object]] = [
+        lambda: _running(run, 1),
+        lambda: run.set_failed(1, "StoreUnavailable", 74, "503 Slow Down"),
+        lambda: _running(run, 2),
+        lambda: run.set_succeeded(2),
+    ]
+    attempts = [1, 1, 2, 2]
+    for attempt, step in zip(attempts, steps, strict=True):
+        eventually(f"pods of attempt {attempt}", lambda attempt=attempt: is_over() or len(run.pods(attempt)) == 2, 60)
+        if is_over():
+            return
+        step()
+
+
+def _running(run: Run, attempt: int) -> None:
+    run.set_running(attempt)
+
+
+def replay(run: Run) -> None:
+    """Goes on with ``live`` from wherever the pods are."""
+    if run.status.get("phase") == "Succeeded":
+        return
+    second = run.pods(2)
+    if not second:
+        first = eventually("a gang", lambda: (len(run.pods(1)) == 2 and run.pods(1)) or run.pods(2), 60)
+        if not run.pods(2) and all(pod["status"]["phase"] in ("Pending", "Running") for pod in first):
+            run.set_running(1)
+            run.set_failed(1, "StoreUnavailable", 74, "503 Slow Down")
+        eventually("attempt 2", lambda: len(run.pods(2)) == 2, 60)
+    if any(pod["status"]["phase"] != "Succeeded" for pod in run.pods(2)):
+        run.set_running(2)
+        run.set_succeeded(2)
+
+
+def check_end(run: Run) -> None:
+    """The one end state, however it was reached."""
+    status = run.wait_phase("Succeeded", 60)
+    assert (status["attempt"], status["chargedRestarts"]) == (2, 1)
+    assert [failure["class"] for failure in status["failures"]] == ["StoreUnavailable"]
+    assert [job["metadata"]["name"] for job in run.jobs()] == ["run-2"]
+    assert [item["metadata"]["name"] for item in run.services()] == ["run-1", "run-2"]
+    assert [item["metadata"]["name"] for item in run.configmaps()] == ["run-1", "run-2"]
+    uid = run.raw["metadata"]["uid"]
+    assert {job["metadata"]["ownerReferences"][0]["uid"] for job in run.jobs()} == {uid}
+    reasons = [event["reason"] for event in run.events()]
+    assert len(reasons) == len(set(reasons)) + (1 if reasons.count("Started") == 2 else 0) + (
+        1 if reasons.count("Running") == 2 else 0
+    ), reasons
+
+
+def jobs_created(cp: devcluster.ControlPlane, namespace: str) -> list[str]:
+    """Names of the Jobs that were ever created in ``namespace``, as the audit log has them."""
+    names = []
+    for entry in cp.audit_entries("lora-operator"):
+        reference = entry.get("objectRef", {})
+        is_job = (reference.get("resource"), reference.get("namespace")) == ("jobs", namespace)
+        if is_job and entry["verb"] == "patch" and entry.get("responseStatus", {}).get("code") == 201:
+            names.append(reference["name"])
+    return sorted(names)
+
+
+def test_an_operator_cut_after_any_call_is_continued_by_the_next(
+    cp: devcluster.ControlPlane,
+    api: Api,
+    make_namespace: Callable[[], str],
+    fast_settings: Callable[..., Settings],
+) -> None:
+    """THE property: for every k, cut after the k-th call; a fresh operator reaches the same end."""
+
+    def live_with_cut(k: int | None) -> int:
+        namespace = make_namespace()
+        run = Run(api, namespace).create()
+        settings = fast_settings(namespace, log_interval=60.0, progress_interval=60.0)
+        first = OperatorThread(settings, cut_after=k).start()
+        try:
+            live(run, is_over=lambda: first.is_cut)
+            eventually("the cut or the end", lambda: first.is_cut or run.status.get("phase") == "Succeeded", 60)
+            if k is None:
+                eventually("the last Event", lambda: any(event["reason"] == "Succeeded" for event in run.events()))
+        finally:
+            first.stop()
+        if k is not None:
+            with OperatorThread(settings):
+                replay(run)
+                check_end(run)
+        else:
+            check_end(run)
+        assert jobs_created(cp, namespace) == ["run-1", "run-2"], f"k={k}"
+        return len(first.calls)
+
+    calls = live_with_cut(None)
+    assert 20 <= calls <= 40, calls
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(live_with_cut, range(1, calls + 1)))
+
+
+def test_two_operators_at_once_make_one_run(run: Run, settings: Settings, cp: devcluster.ControlPlane) -> None:
+    with OperatorThread(settings), OperatorThread(settings):
+        run.create()
+        live(run)
+        check_end(run)
+    assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
+
+
+def test_events_are_not_posted_twice_by_a_restarted_operator(run: Run, settings: Settings) -> None:
+    run.create()
+    for step in (lambda: run.gang(1), lambda: run.set_running(1), lambda: run.wait_phase("Running"), lambda: None):
+        with OperatorThread(settings) as operator:
+            eventually("ready", lambda operator=operator: operator.operator.ready)
+            step()
+    reasons = ["Started", "Running"]
+    eventually("the Events", lambda: [event["reason"] for event in run.events()] == reasons)
+
+
+def test_nothing_is_asked_for_while_nothing_changes(run: Run, settings: Settings, cp: devcluster.ControlPlane) -> None:
+    def requests() -> list[str]:
+        entries = [entry for entry in cp.audit_entries("") if entry.get("verb") != "watch"]
+        return [entry["requestURI"] for entry in entries if run.namespace in entry["requestURI"] and _ours(entry)]
+
+    def stays_quiet(operator: OperatorThread) -> None:
+        """Two equal counts QUIET_SECONDS apart."""
+        begin = time.monotonic()
+        counts = [(len(operator.calls), len(requests()))]
+
+        def quiet() -> bool:
+            count = len(operator.calls), len(requests())
+            if count != counts[-1]:
+                counts.append(count)
+            return time.monotonic() - begin > QUIET_SECONDS
+
+        eventually("quiet time", quiet)
+        assert len(counts) == 1, operator.calls[counts[0][0] :]
+
+    with OperatorThread(settings) as operator:
+        run.create()
+        run.gang(1)
+        run.wait_phase("Starting")
+        eventually("the first Event", run.events)
+        eventually("confirmed", lambda: not operator.operator._confirmations._open, 10)
+        stays_quiet(operator)
+        run.set_running(1)
+        run.set_succeeded(1)
+        run.wait_phase("Succeeded")
+        eventually("the last Event", lambda: len(run.events()) >= 2)
+        eventually("no active pods", lambda: not run.jobs()[0]["status"].get("active"))
+        stays_quiet(operator)
+    with OperatorThread(settings) as restarted:
+        eventually("ready", lambda: restarted.operator.ready)
+        eventually("confirmed", lambda: not restarted.operator._confirmations._open, 10)
+        assert [call.split()[0] for call in restarted.calls] == ["GET"] * 3, "a restart writes nothing"
+
+
+def _ours(entry: dict[str, Any]) -> bool:
+    agent = entry.get("userAgent", "")
+    return agent.startswith("lora-operator") or "kopf" in agent
+
+
+def test_an_operator_with_just_its_role_can_do_all_it_has_to(
+    cp: devcluster.ControlPlane, api: Api, run: Run, settings: Settings
+) -> None:
+    kubeconfig = cp.write_kubeconfig("narrow", "narrow")
+    rules = [{"apiGroups": [rule.group], "resources": list(rule.resources), "verbs": list(rule.verbs)} for rule in RBAC]
+    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{run.namespace}"
+    api.create(f"{rbac}/roles", {"metadata": {"name": "operator"}, "rules": rules})
+    subject = {"kind": "User", "name": "narrow", "apiGroup": "rbac.authorization.k8s.io"}
+    role = {"kind": "Role", "name": "operator", "apiGroup": "rbac.authorization.k8s.io"}
+    api.create(f"{rbac}/rolebindings", {"metadata": {"name": "o"}, "roleRef": role, "subjects": [subject]})
+    values = {**settings.__dict__, "kubeconfig": str(kubeconfig)}
+    with OperatorThread(Settings(**values)):
+        run.create()
+        live(run)
+        check_end(run)
+        eventually("Events", lambda: any(event["reason"] == "Succeeded" for event in run.events()))
+
+
+@contextmanager
+def process(settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The real process, as its container runs it."""
+    arguments = [
+        f"--kubeconfig={settings.kubeconfig}",
+        f"--namespaces={','.join(settings.namespaces)}",
+        f"--http-port={port}",
+        "--http-host=127.0.0.1",
+        "--failure-grace=1",
+        "--log-format=json",
+    ]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lora_operator", *arguments],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'crds'}:{ROOT / 'operator'}"},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        eventually("readiness", lambda: _get(port, "/readyz") == "ok\n")
+        yield child
+    finally:
+        child.kill()
+        _, log = child.communicate()
+        print(log.decode())
+
+
+def _get(port: int, path: str) -> str:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return str(answer.read().decode())
+    except (urllib.error.URLError, ConnectionError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        return ""
+
+
+def test_the_process_is_killed_and_started_again_in_the_middle_of_a_run(run: Run, settings: Settings) -> None:
+    lease = PortLease()
+    with process(settings, lease.port):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        assert _get(lease.port, "/healthz") == "ok\n"
+    job = run.jobs()[0]["metadata"]["uid"]
+    run.set_failed(1, "StoreUnavailable", 74)  # while nobody looks
+    with process(settings, lease.port) as child:
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        run.set_running(2)
+        run.set_succeeded(2)
+        check_end(run)
+        metrics = _get(lease.port, "/metrics")
+        assert 'lora_operator_runs{phase="Succeeded"} 1.0' in metrics
+        assert 'lora_operator_failures_total{failure_class="StoreUnavailable"} 1.0' in metrics
+        assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="apply"} 1.0' in metrics
+        assert "lora_operator_queue_depth 0.0" in metrics
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=20) == 0
+    lease.release()
+    assert run.jobs()[0]["metadata"]["uid"] != job
