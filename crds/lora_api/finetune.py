@@ -35,6 +35,9 @@ Quantity = Annotated[
     str,
     StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$", min_length=1, max_length=32),
 ]
+LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
+QUALIFIED_NAME = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+"""Key of a label or a taint: NAME or DOMAIN/NAME."""
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=128)]
 
 
@@ -342,17 +345,24 @@ class ResourceRequirements(ApiModel):
             message="requests may not be larger than limits",
             field_path=".requests",
         ),
+        CelRule(
+            rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || "
+            "(k in self.limits && self.limits[k] == self.requests[k]))",
+            message="what is asked for of hugepages-SIZE or VENDOR/RESOURCE cannot be shared: it needs the same value "
+            "in limits",
+            field_path=".requests",
+        ),
     )
 
 
 class Toleration(ApiModel):
     """A taint that the pods accept (the same as in a pod)."""
 
-    key: Annotated[str, StringConstraints(max_length=316)] | None = Field(
-        None, description="Key of the taint. Empty with operator Exists: every taint."
+    key: Annotated[str, StringConstraints(pattern=QUALIFIED_NAME, max_length=316)] | None = Field(
+        None, description="Key of the taint. Absent with operator Exists: every taint."
     )
     operator: Literal["Exists", "Equal"] = Field("Equal", description="How key and value are compared.")
-    value: Annotated[str, StringConstraints(max_length=63)] | None = Field(None, description="Value of the taint.")
+    value: LabelValue | None = Field(None, description="Value of the taint.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         None, description="Effect of the taint. Default: every effect."
     )
@@ -395,7 +405,6 @@ class EnvVar(ApiModel):
     )
 
 
-LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
 LabelMap = Annotated[dict[str, LabelValue], Field(max_length=32)]
 AnnotationMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
 
@@ -403,8 +412,7 @@ AnnotationMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=
 def _qualified_names(field: str) -> CelRule:
     """Refuses a key that Kubernetes would refuse in the pod."""
     return CelRule(
-        rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?"
-        "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
+        rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('{QUALIFIED_NAME}'))",
         message=f"a key of {field} must be NAME or DOMAIN/NAME, with at most 63 letters, digits, '-', '_' and '.' in "
         "NAME",
         field_path=f".{field}",

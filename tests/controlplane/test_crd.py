@@ -19,6 +19,10 @@ from pydantic import ValidationError
 import devcluster
 from lora_api import LoRAFineTune, LoRAFineTuneSpec, plan_batch
 from lora_api.crd import PRINTER_COLUMNS, build_crd
+from lora_operator.children.configmap import build_configmap
+from lora_operator.children.job import build_job
+from lora_operator.children.service import build_service
+from lora_operator.settings import Settings
 
 pytestmark = pytest.mark.controlplane
 
@@ -67,8 +71,8 @@ MAXIMAL: Spec = {
     "runPolicy": {"maxRestarts": 0},
     "podTemplate": {
         "resources": {
-            "requests": {"cpu": "8", "memory": "64Gi", "rdma/hca": "1"},
-            "limits": {"memory": "64Gi", "ephemeral-storage": "1.5Ti"},
+            "requests": {"cpu": "8", "memory": "64Gi"},
+            "limits": {"memory": "64Gi", "ephemeral-storage": "1.5Ti", "rdma/hca": "1"},
         },
         "nodeSelector": {"nvidia.com/gpu.product": "H200"},
         "tolerations": [
@@ -392,6 +396,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.podTemplate.resources.requests",
         "may not be larger than limits",
     ),
+    "a part of a device": (
+        {"podTemplate.resources.requests": {"rdma/hca": "1"}},
+        "spec.podTemplate.resources.requests",
+        "needs the same value in limits",
+    ),
+    "a taint that no node can have": (
+        {"podTemplate.tolerations": [{"key": "a b", "operator": "Exists"}]},
+        "spec.podTemplate.tolerations[0].key",
+        "should match",
+    ),
     "a label of the operator": (
         {"podTemplate.labels": {"lorafinetune.io/name": "x"}},
         "spec.podTemplate.labels",
@@ -590,6 +604,44 @@ def test_every_default_is_the_same_on_both_sides(dry: DryRun) -> None:
                     code, answer = dry.create_run(spec)
                     assert code == 201, answer["message"]
                     assert answer["spec"] == LoRAFineTuneSpec.model_validate(spec).to_wire(), path
+
+
+LONGEST = "a" * 63
+
+# Values of a field of the pod that are only just legal.
+WIDEST: dict[str, list[Any]] = {
+    "podTemplate.labels": [{f"{'d' * 61}.example.org/{LONGEST}": LONGEST}, {"A_b.c-D": ""}],
+    "podTemplate.annotations": [{"example.org/x": "any text, {braces}\n and \u4e16"}],
+    "podTemplate.nodeSelector": [{LONGEST: LONGEST}],
+    "podTemplate.tolerations": [
+        [{"operator": "Exists"}, {"key": f"example.org/{LONGEST}", "value": LONGEST, "effect": "PreferNoSchedule"}]
+    ],
+    "podTemplate.resources": [
+        {"requests": {"cpu": "500m"}, "limits": {"cpu": "0.5"}},
+        {"limits": {"hugepages-2Mi": "1Gi", "memory": "2Gi", "example.org/nic": "2"}},
+        {"requests": {"memory": "1000M"}, "limits": {"memory": "1G"}},
+    ],
+    "podTemplate.env": [[{"name": "NCCL_DEBUG", "value": ""}]],
+    "credentials": [{"secretRef": {"name": "a.b-c"}}],
+    "baseModel.uri": ["pvc://claim.with.dots/a/b"],
+}
+
+
+@pytest.mark.parametrize(("path", "number"), [(path, number) for path in WIDEST for number in range(len(WIDEST[path]))])
+def test_what_the_crd_takes_the_kinds_of_the_children_take(dry: DryRun, path: str, number: int) -> None:
+    """Otherwise a run would be accepted, and its Job refused where nobody looks."""
+    spec = place(place(MAXIMAL, "baseModel.revision", GONE), path, WIDEST[path][number])
+    code, answer = dry.create_run(spec, "a" * 52)
+    assert code == 201, answer["message"]
+    answer["metadata"]["uid"] = "0b3e1b4e-0000-4000-8000-000000000000"
+    run = LoRAFineTune.model_validate(answer)
+    for kind, body in (
+        ("/api/v1/namespaces/default/services", build_service(run, 999)),
+        ("/api/v1/namespaces/default/configmaps", build_configmap(run, 999)),
+        ("/apis/batch/v1/namespaces/default/jobs", build_job(run, 999, Settings())),
+    ):
+        code, answer = dry.create(kind, body)
+        assert code == 201, answer["message"]
 
 
 def documented() -> dict[str, dict[str, Any]]:
