@@ -37,7 +37,7 @@ def find_problem(cache: Path) -> str | None:
     """What keeps the environment from being made, with the remedy, or ``None``."""
     if sys.platform != "linux":
         return "this needs Linux: the development cluster uses its namespaces. Use a Linux machine or VM."
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file alone is run by any python3
         return f"this needs Python 3.11 or later, and python3 is {sys.version.split()[0]}. Set PYTHON=python3.11."
     try:
         import ensurepip  # noqa: F401 - Debian ships Python without it

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import devcluster
+from devcluster.progress import wait_for
 from lora_api import LoRAFineTune, LoRAFineTuneSpec, plan_batch
 from lora_api.crd import PRINTER_COLUMNS, build_crd
 from lora_operator.children.configmap import build_configmap
@@ -141,6 +142,16 @@ def manifest(spec: Any, name: str = "run") -> dict[str, Any]:
 def cp(control_plane: devcluster.ControlPlane) -> devcluster.ControlPlane:
     control_plane.kubectl("apply", f"--filename={ROOT / 'crds'}")
     control_plane.kubectl("wait", "--for=condition=Established", "crd/lorafinetunes.lorafinetune.io", "--timeout=30s")
+
+    def published() -> bool:
+        """The schema comes some time after the resource is served, and kubectl keeps on disk what it once found."""
+        control_plane.kubectl("api-resources", "--cached=false")
+        try:
+            return "LoRAFineTune" in control_plane.kubectl("explain", "lft")
+        except devcluster.DevclusterError:
+            return False
+
+    wait_for("the schema of LoRAFineTune to be published", published, 30)
     return control_plane
 
 
