@@ -57,19 +57,25 @@ class Cluster:
             clean(self.name)
 
     def status(self) -> dict[str, str]:
-        """Return a word on each part: "running", or how it ended."""
-        if self.external:
-            return {"api server": self.kubectl("version", "--output=json") and "running"}
+        """Return a word on each part and node: "running" or "Ready", or what is wrong."""
+        parts = {} if self.external else self.parts()
+        try:
+            return parts | self.readiness()
+        except DevclusterError as error:
+            return parts | {"nodes": str(error)}
+
+    def parts(self) -> dict[str, str]:
+        """Return "running", or how it ended, for each process."""
         with self.processes() as processes:
-            parts = {
+            return {
                 name: "running" if child["exit"] is None else f"ended with exit code {child['exit']}"
                 for name, child in processes.children().items()
             }
-        try:
-            listing = json.loads(self.kubectl("get", "nodes", "--output=json", timeout=10))
-        except DevclusterError as error:
-            return parts | {"nodes": str(error)}
-        return parts | {node["metadata"]["name"]: _readiness(node) for node in listing["items"]}
+
+    def readiness(self) -> dict[str, str]:
+        """Return "Ready", or why not, for each node, as the API server has it."""
+        listing = json.loads(self.kubectl("get", "nodes", "--output=json", timeout=10))
+        return {node["metadata"]["name"]: _readiness(node) for node in listing["items"]}
 
     def processes(self) -> Supervision:
         """Connect to the cluster's supervisor; close it after use (``with``)."""

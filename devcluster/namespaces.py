@@ -81,7 +81,8 @@ def _claim(directory: Path) -> str:
     return f"devcluster {hashlib.sha256(str(directory).encode()).hexdigest()[:16]}"
 
 
-def _interfaces(directory: Path) -> list[Path]:
+def find_interfaces(directory: Path) -> list[Path]:
+    """Return the machine's interfaces of the cluster in ``directory``: one, or none."""
     claim = _claim(directory)
     found = []
     for alias in Path("/sys/class/net").glob("lora*/ifalias"):
@@ -267,10 +268,10 @@ def destroy(directory: Path, cgroups: Iterable[str]) -> None:
         os.close(handle)
         if not ended:
             raise DevclusterError(f"the processes of {directory} did not end within 30 s of kill -9")
-    for interface in _interfaces(directory):
+    for interface in find_interfaces(directory):
         # The kernel removes it with the namespace, but some time later.
         subprocess.run(["ip", "link", "delete", interface.name], capture_output=True)
-    wait_for("the cluster's interface to go", lambda: not _interfaces(directory), 10)
+    wait_for("the cluster's interface to go", lambda: not find_interfaces(directory), 10)
     for name in cgroups:
         for root in _cgroup_hierarchies():
             group = root / name

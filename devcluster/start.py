@@ -43,10 +43,12 @@ def up(name: str = DEFAULT_NAME, nodes: int = 1) -> Cluster:
     programs = binaries.ensure(["control-plane", "node"])
     with file_lock(home(name) / "lock", f"waiting for another start or end of the cluster {name}"):
         running = find(name)
-        if running is not None and len(running.nodes) == nodes and _healthy(running):
+        if running is not None and _healthy(running):
+            if len(running.nodes) != nodes:
+                raise DevclusterError(
+                    f"the cluster {name} is up with {len(running.nodes)} node(s): end it first (down)"
+                )
             return running
-        if running is not None and len(running.nodes) != nodes and _healthy(running):
-            raise DevclusterError(f"the cluster {name} is up with {len(running.nodes)} node(s): end it first (down)")
         clean(name)
         try:
             return _Start(name, nodes, programs, weed).run()
@@ -68,7 +70,10 @@ def down(name: str = DEFAULT_NAME) -> None:
 
 def _healthy(cluster: Cluster) -> bool:
     try:
-        return all(word in ("running", "Ready") for word in cluster.status().values())
+        # The processes first: an API server without etcd answers late.
+        return all(word == "running" for word in cluster.parts().values()) and all(
+            word == "Ready" for word in cluster.readiness().values()
+        )
     except DevclusterError:
         return False
 
