@@ -211,16 +211,27 @@ def _cgroup_hierarchies() -> Iterator[Path]:
         yield from (entry for entry in sorted(_CGROUPS.iterdir()) if (entry / "cgroup.procs").exists())
 
 
+def _delegate(root: Path, group: Path) -> None:
+    """Hand every controller of cgroup v2 that the kubelet uses down to the groups in ``group``."""
+    available = set((root / "cgroup.controllers").read_text().split())
+    for parent in (root, group):
+        for controller in sorted(available & {"cpu", "cpuset", "hugetlb", "io", "memory", "pids"}):
+            try:
+                (parent / "cgroup.subtree_control").write_text(f"+{controller}")
+            except OSError as error:
+                raise DevclusterError(
+                    f"the control group {parent} cannot limit {controller} of groups in it ({error.strerror}): in a"
+                    " container, start that with --cgroupns=host"
+                ) from None
+
+
 def create_cgroup(name: str) -> None:
     """Make an empty control group in every hierarchy, with every controller on v2."""
     for root in _cgroup_hierarchies():
         group = root / name
         group.mkdir(exist_ok=True)
-        if (root / "cgroup.controllers").exists() and root == _CGROUPS:
-            controllers = (root / "cgroup.controllers").read_text().split()
-            for parent in (root, group):
-                for controller in controllers:
-                    (parent / "cgroup.subtree_control").write_text(f"+{controller}")
+        if root == _CGROUPS:
+            _delegate(root, group)
         if (root / "cpuset.cpus").exists() and not (group / "cpuset.cpus").read_text().strip():
             # An empty cpuset of v1 takes no process.
             for file in ("cpuset.cpus", "cpuset.mems"):
