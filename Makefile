@@ -7,6 +7,7 @@ PYTHON ?= python3
 LORA_CACHE ?= $(HOME)/.cache/lora-operator
 export LORA_CACHE
 export PYTHONPATH := crds:operator:trainer_image:.
+export TQDM_DISABLE := 1
 
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest

@@ -51,6 +51,8 @@ CASES: dict[str, list[str]] = {
         "operator.startTimeoutSeconds=1000000",
         "operator.terminationGraceSeconds=3000000",
         "operator.maxUnchargedRestarts=0",
+        "operator.logIntervalSeconds=2",
+        "operator.progressIntervalSeconds=3",
         'operator.logLevel="debug"',
         'operator.logFormat="text"',
     ],
