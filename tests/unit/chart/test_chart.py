@@ -254,6 +254,8 @@ def test_every_setting_arrives(render: Render) -> None:
         start_timeout=1_000_000.0,
         termination_grace=3_000_000,
         max_uncharged_restarts=0,
+        log_interval=2.0,
+        progress_interval=3.0,
         log_level="debug",
         log_format="text",
     )
@@ -263,8 +265,6 @@ NOT_FOR_THE_CHART = {
     "kubeconfig": "the pod has a service account",
     "http_host": "the probes and Prometheus come from outside the pod",
     "api_timeout": "no cluster needs another",
-    "log_interval": "part of the contract on progress",
-    "progress_interval": "part of the contract on progress",
     "confirm_after": "no cluster needs another",
 }
 
