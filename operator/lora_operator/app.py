@@ -99,6 +99,7 @@ class Operator:
             settings=build_kopf_settings(self.settings),
             clusterwide=not self.settings.namespaces,
             namespaces=self.settings.namespaces,
+            identity="lora-operator",  # kopf would ask for the user's name, which the image's user does not have
             stop_flag=stop,
         )
 
