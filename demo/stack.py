@@ -50,7 +50,8 @@ def install_operator(cluster: Cluster, values: Mapping[str, Any], timeout: int =
         command += ["--set-json", f"{key}={json.dumps(value)}"]
     done = subprocess.run([*command, "--wait", "--timeout", f"{timeout}s"], capture_output=True, text=True)
     if done.returncode:
-        raise DevclusterError(f"helm could not install {RELEASE}: {done.stderr.strip()}")
+        pods = cluster.kubectl("logs", f"deployment/{RELEASE}", f"--namespace={SYSTEM_NAMESPACE}", "--tail=15")
+        raise DevclusterError(f"helm could not install {RELEASE}: {done.stderr.strip()}\nThe operator's log:\n{pods}")
 
 
 def uninstall_operator(cluster: Cluster) -> None:
