@@ -13,7 +13,8 @@ def format_bar(status: LoRAFineTuneStatus) -> str:
     phase = status.phase or "Pending"
     progress = status.progress
     if progress is None or not progress.total_steps:
-        return f"{phase:<10} {status.reason or ''}".rstrip()
+        reason = status.reason if status.reason and status.reason != phase else ""
+        return f"{phase:<10} {reason}".rstrip()
     done = round(WIDTH * progress.step / progress.total_steps)
     parts = [
         f"{phase:<10} [{'#' * done}{'-' * (WIDTH - done)}] {progress.step}/{progress.total_steps} {progress.summary}",
