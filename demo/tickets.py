@@ -8,19 +8,64 @@ import json
 import random
 from pathlib import Path
 
-NAMES = ["Ada", "Alan", "Amara", "Anna", "Boris", "Carla", "Chen", "Dario", "Elif", "Emil", "Fatima", "Felix", "Greta", "Hana", "Hugo", "Ines", "Ivan", "Jamal", "Jonas", "Kaito", "Lena", "Leo", "Maja", "Marco", "Mei", "Milan", "Nadia", "Nils", "Noor", "Olga", "Omar", "Paula", "Pedro", "Priya", "Quinn", "Rosa", "Samir", "Sofia", "Tariq", "Uma", "Vera", "Viktor", "Wanda", "Yara", "Yusuf", "Zoe"]
+NAMES = [
+    "Ada",
+    "Alan",
+    "Amara",
+    "Anna",
+    "Boris",
+    "Carla",
+    "Chen",
+    "Dario",
+    "Elif",
+    "Emil",
+    "Fatima",
+    "Felix",
+    "Greta",
+    "Hana",
+    "Hugo",
+    "Ines",
+    "Ivan",
+    "Jamal",
+    "Jonas",
+    "Kaito",
+    "Lena",
+    "Leo",
+    "Maja",
+    "Marco",
+    "Mei",
+    "Nadia",
+    "Nils",
+    "Noor",
+    "Olga",
+    "Omar",
+    "Paula",
+    "Pedro",
+    "Priya",
+    "Quinn",
+    "Rosa",
+    "Samir",
+    "Sofia",
+    "Tariq",
+    "Uma",
+    "Vera",
+    "Viktor",
+    "Wanda",
+    "Yara",
+    "Yusuf",
+    "Zoe",
+]
 PROBLEMS = {
-    "login": ("cannot sign in to", "am locked out of", "forgot my password for"),
-    "billing": ("was charged twice for", "need an invoice for", "want a refund for"),
-    "crash": ("get a crash when I open", "see an error screen in", "lose my work in"),
-    "slow": ("wait for minutes on", "see very slow pages in", "get time-outs from"),
-    "feature": ("would like dark mode in", "miss an export button in", "wish for a calendar in"),
+    "login": ("cannot sign in to", "am locked out of"),
+    "billing": ("was charged twice for", "need an invoice for"),
+    "crash": ("get a crash when I open", "see an error screen in"),
+    "slow": ("wait for minutes on", "see very slow pages in"),
+    "feature": ("would like dark mode in", "miss an export button in"),
 }
 PRODUCTS = ("Atlas", "Beacon", "Comet", "Delta", "Ember", "Falcon", "Garnet", "Harbor")
 URGENCIES = {
-    "high": ("This is urgent.", "Please help at once.", "Our whole team is blocked."),
-    "normal": ("Please have a look this week.", "Could you check it soon?", "Let me know what to do."),
-    "low": ("There is no hurry.", "Whenever you find time.", "Just so you know."),
+    "high": ("This is urgent.", "Please help at once."),
+    "low": ("There is no hurry.", "Whenever you find time."),
 }
 OPENINGS = ("Hi, I am {name}.", "Hello, {name} here.", "My name is {name}.", "Good day, this is {name}.")
 

@@ -218,6 +218,8 @@ class Checkpoints:
             optimizer.state[parameter] = state
         loop = json.loads((directory / LOOP_STATE).read_text())
         trainer.lr_scheduler.load_state_dict(loop["scheduler"])
+        for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # the scheduler itself sets it only at its next step
 
     def load_rng(self, directory: Path) -> None:
         """Puts the random states of this rank back. With another number of processes there may be none: seeds stay."""

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--format", default="auto", choices=("auto", "messages", "prompt-completion", "text"))
     evaluate.add_argument("--quantization", default="nf4", choices=("nf4", "none"), help="default: %(default)s")
     evaluate.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a record (default: %(default)s)")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="answers at a time (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=32, help="answers at a time (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, help="records to use at most (default: all)")
     evaluate.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
     evaluate.add_argument("--samples", type=int, default=2, help="answers to show (default: %(default)s)")

@@ -1,7 +1,7 @@
 """The pods' first process: starts one training process per GPU, waits for them, and says how it ended.
 
-Not torchrun: that ends with exit code 1 for every reason, hides which rank failed first, and restarts on stale state
-(FACTS of torch 2.13). Here the exit code is that of the failure table, the termination message has the root cause, and
+Not torchrun: it ends with exit code 1 for every reason, hides which rank failed first, and restarts on stale state
+(torch 2.13). Here the exit code is that of the failure table, the termination message has the root cause, and
 no training process outlives the launcher. Imports no torch, so that it starts at once.
 """
 

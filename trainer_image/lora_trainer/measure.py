@@ -87,6 +87,8 @@ def measure(
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         tokenizer = load_tokenizer(directory)
         network: Any = load_base_model(directory, Quantization(type=quantization), device)  # type: ignore[arg-type]
+        if quantization == "nf4" and device.type == "cpu":
+            network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
         if adapter is not None:
             files = work / "adapter"
             Store(adapter).download_directory("", files, lambda name: name in ADAPTER_FILES)

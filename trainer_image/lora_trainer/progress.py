@@ -14,7 +14,8 @@ class Progress:
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
-        self.step: int = 0
+        self.step = 0
+        """Last optimizer step that was reported."""
 
     def stage(self, stage: Stage) -> None:
         """Says what the trainer is doing now."""
@@ -22,6 +23,7 @@ class Progress:
 
     def report_step(self, **fields: Any) -> None:
         """Reports an optimizer step. ``fields`` are those of ProgressLine."""
+        self.step = int(fields["step"])
         self._write("step", **fields)
 
     def report_eval(self, **fields: Any) -> None:

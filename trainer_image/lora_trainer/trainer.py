@@ -117,7 +117,7 @@ class LoRATrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self.checkpoints is not None and checkpoint is not None:
-            self.checkpoints.load_rng(self, Path(checkpoint))
+            self.checkpoints.load_rng(Path(checkpoint))
 
 
 def training_config(run: RunSpec, plan: BatchPlan, steps: int, device: torch.device, directory: Path) -> SFTConfig:
