@@ -58,7 +58,7 @@ class Runs:
 
     def kubectl(self, *arguments: str, timeout: float = 60) -> str:
         """kubectl in the tests' namespace."""
-        return self.cluster.kubectl(*arguments, f"--namespace={self.namespace}", timeout=timeout)
+        return self.cluster.kubectl(f"--namespace={self.namespace}", *arguments, timeout=timeout)
 
     def pods(self, name: str) -> list[dict[str, Any]]:
         """Pods of the run, of every attempt."""

@@ -12,27 +12,54 @@ from tests.cluster.runs import Runs, find_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-LONG = {"maxSteps": 300, "learningRate": 0.001, "globalBatchSize": 4}
+LONG = {"maxSteps": 120, "learningRate": 0.001, "globalBatchSize": 4}
+KILL_ALL = "import os; os.kill(-1, 9)"
+"""Kills every process of a pod but its first, which cannot be killed from within, and itself."""
 
 
-def test_a_pod_killed_in_the_middle_restarts_the_gang_from_a_checkpoint(runs: Runs) -> None:
-    name = runs.submit("pod-killed", training=LONG)
+def test_a_training_process_killed_in_the_middle_restarts_the_gang_from_a_checkpoint(runs: Runs) -> None:
+    name = runs.submit("killed", training=LONG)
     runs.wait_step(name, 25)
-    victim = f"{name}-1-1"
-    pod = next(pod for pod in runs.pods(name) if pod["metadata"]["name"].startswith(victim))
-    runs.kubectl("delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
+    pod = find_pod(runs, name, attempt=1, index=1)
+    runs.kubectl("exec", pod, "--", "/opt/lora/bin/python", "-c", KILL_ALL)
 
     run = runs.wait_end(name)
 
     assert run.status.phase == Phase.SUCCEEDED
     assert run.status.attempt == 2
-    assert [failure.failure_class for failure in run.status.failures] == [FailureClass.POD_LOST]
+    failure = run.status.failures[0]
+    assert (failure.failure_class, failure.pod, failure.rank) == (FailureClass.INTERNAL, pod, 1)
+    assert "SIGKILL" in failure.message
+    assert failure.log_tail
+    assert run.status.charged_restarts == 1
+    assert_resumed_after(runs, name, step=20)
+
+
+def test_a_pod_asked_to_stop_saves_a_checkpoint_and_the_gang_restarts_at_no_charge(runs: Runs) -> None:
+    name = runs.submit("asked", training=LONG, checkpoint={"everySteps": 1000})
+    runs.wait_step(name, 10)
+    runs.kubectl("delete", "pod", find_pod(runs, name, attempt=1, index=1), "--wait=false")
+
+    run = runs.wait_end(name)
+
+    assert run.status.phase == Phase.SUCCEEDED
+    assert run.status.attempt == 2
+    assert [failure.failure_class for failure in run.status.failures] == [FailureClass.CHECKPOINTED]
     assert run.status.charged_restarts == 0
-    leader = next(pod for pod in runs.pods(name) if pod["metadata"]["name"].startswith(f"{name}-2-0"))
-    steps = [line.step for line in runs.progress_lines(leader["metadata"]["name"]) if line.event == "step"]
-    assert steps[0] is not None
-    assert steps[0] > 20, "the second attempt did not go on from a checkpoint"
-    assert steps[-1] == 300
+    assert_resumed_after(runs, name, step=10)
+
+
+def find_pod(runs: Runs, name: str, attempt: int, index: int) -> str:
+    names = [pod["metadata"]["name"] for pod in runs.pods(name)]
+    return next(pod for pod in names if pod.startswith(f"{name}-{attempt}-{index}-"))
+
+
+def assert_resumed_after(runs: Runs, name: str, step: int) -> None:
+    """The second attempt went on from a checkpoint at ``step`` or later, to the end."""
+    lines = runs.progress_lines(find_pod(runs, name, attempt=2, index=0))
+    steps = [line.step for line in lines if line.event == "step" and line.step is not None]
+    assert steps[0] > step
+    assert steps[-1] == LONG["maxSteps"]
 
 
 def test_a_memory_limit_that_is_too_small_ends_the_run_with_its_remedy(runs: Runs) -> None:
