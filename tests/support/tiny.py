@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PROMPT, COMPLETION = "Say {} twice:", " {0} {0}"
+PROMPT, COMPLETION = "Say {} twice, as loud as you can, please:", " {0} {0}"
 WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon", "tree", "stone")
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

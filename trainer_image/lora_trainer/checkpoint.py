@@ -28,7 +28,7 @@ from lora_api.adapter import (
     parse_checkpoint_step,
 )
 from lora_api.run import RunSpec
-from lora_trainer.errors import InternalError
+from lora_trainer.errors import BadSpecError, InternalError
 from lora_trainer.evaluate import Evaluation
 from lora_trainer.parallel import any_rank, assign_full, full_tensor
 from lora_trainer.progress import Progress
@@ -77,7 +77,10 @@ class Checkpoints:
         """Writes and deletes a small object, so that credentials that may only read end the run before training."""
         if self._place.is_main:
             path = join(self.prefix, "probe")
-            self._store.put(path, b"probe")
+            try:
+                self._store.put(path, b"probe")
+            except ObjectNotFoundError as error:
+                raise BadSpecError(f"publish.store: {self._run.publish.store}: there is no such bucket") from error
             self._store.delete([path])
 
     def save(self, trainer: "LoRATrainer") -> None:

@@ -4,6 +4,7 @@ Before training the adapter's B matrices are zero, which is exactly the base mod
 again around it, because FSDP2 remembers which parameters need a gradient from their first use.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.finetune import Publish
 from lora_trainer.data import Record, Records
+from lora_trainer.errors import DivergedError
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.settings import Place
 
@@ -115,11 +117,18 @@ class Evaluator:
     device: torch.device
 
     def loss(self) -> float | None:
-        """Evaluation loss in nats per token; ``None`` without evaluation records. All ranks call it."""
+        """Evaluation loss in nats per token; ``None`` without evaluation records. All ranks call it.
+
+        Raises:
+            DivergedError: it is not finite, on all ranks alike.
+        """
         if self.dataset is None:
             return None
         pad = int(self.tokenizer.pad_token_id)
-        return evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device)
+        loss = evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the evaluation loss is {loss}")
+        return loss
 
     def run(self) -> Evaluation:
         """Loss and answers. All ranks call it."""

@@ -89,6 +89,8 @@ def measure(
         network: Any = load_base_model(directory, Quantization(type=quantization), device)  # type: ignore[arg-type]
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
+            network.requires_grad_(requires_grad=False)
+            network.requires_grad_(requires_grad=False)  # TRL would cast what can be trained to bfloat16
         if adapter is not None:
             files = work / "adapter"
             Store(adapter).download_directory("", files, lambda name: name in ADAPTER_FILES)

@@ -4,9 +4,11 @@ Every operation is tried again with growing pauses until LORA_STORE_RETRY_SECOND
 help. Large files move in pieces, so that no single request is long.
 """
 
+import errno
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +193,7 @@ class Store:
             except (NotFoundError, FileNotFoundError) as error:
                 raise ObjectNotFoundError(f"{self.url(path)}: there is no such object or bucket") from error
             except (GenericError, TimeoutError, ConnectionError) as error:
-                _raise_disk_full(error)
+                self._raise_permanent(path, error)
                 if time.monotonic() + pause > deadline:
                     raise StoreUnavailableError(
                         f"{self.url(path)}: no success within {self.retry_seconds:.0f} s: {_first_line(error)}"
@@ -199,13 +201,20 @@ class Store:
                 time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 pause = min(pause * 2, 5.0)
 
+    def _raise_permanent(self, path: str, error: BaseException) -> None:
+        """Raises our error where trying again cannot help. obstore has no class of its own for failures of listings."""
+        if "No space left on device" in str(error):  # behind a file:// store
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        found = re.search(r"status code: (\d{3})", str(error))
+        status = int(found.group(1)) if found else 0
+        if status in (401, 403):
+            raise AuthDeniedError(f"{self.url(path)}: {_first_line(error)}") from error
+        if status == 404:
+            raise ObjectNotFoundError(f"{self.url(path)}: there is no such object or bucket") from error
+        if 400 <= status < 500 and status not in (408, 429):
+            raise StoreUnavailableError(f"{self.url(path)}: {_first_line(error)}") from error
+
 
 def _first_line(error: BaseException) -> str:
     """What ``error`` says, without obstore's debug dump."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:500]
-
-
-def _raise_disk_full(error: BaseException) -> None:
-    """A full disk behind a file:// store is no failing store."""
-    if "No space left on device" in str(error):
-        raise OSError(28, "No space left on device") from error
