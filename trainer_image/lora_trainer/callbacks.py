@@ -78,7 +78,7 @@ class StopCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates every so many steps (training.evalEverySteps), except at the last, after which a run evaluates anyway."""
+    """Evaluates every so many steps (training.evalEverySteps), but not at the last: a run evaluates after it anyway."""
 
     def __init__(self, every: int | None, progress: Progress) -> None:
         self.every = every

@@ -19,6 +19,7 @@ def build_card(run: RunSpec, result: RunResult) -> str:
     }
     lora, training = run.lora, run.training
     # A JSON document is a YAML document, and needs no escaping of its own.
+    losses = f"{show_loss(result.before.loss)} | {show_loss(result.after.loss)}"
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
     return f"""---
 {front}
@@ -30,10 +31,11 @@ A LoRA adapter of `{base}`, trained by the LoRAFineTune `{run.namespace}/{run.na
 
 | | before | after |
 |---|---|---|
-| evaluation loss (nats per token, {result.eval_records} records) | {show_loss(result.before.loss)} | {show_loss(result.after.loss)} |
+| evaluation loss (nats per token, {result.eval_records} records) | {losses} |
 
-Trained for {result.steps} optimizer steps of {training.global_batch_size} sequences on {result.train_records} records, rank {lora.r},
-alpha {lora.alpha}, learning rate {training.learning_rate:g}, base weights {run.quantization.type}, {run.parallelism.world_size} process(es).
+Trained for {result.steps} optimizer steps of {training.global_batch_size} sequences, on {result.train_records} records
+and {run.parallelism.world_size} process(es): rank {lora.r}, alpha {lora.alpha}, learning rate
+{training.learning_rate:g}, base weights {run.quantization.type}.
 `report.html` beside this file has the loss curve, sample answers before and after, and every parameter.
 
 ## Use

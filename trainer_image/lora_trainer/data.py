@@ -131,17 +131,17 @@ def _read_file(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow
+    import pyarrow as pa
     import pyarrow.parquet
 
     try:
         number = 0
-        with pyarrow.parquet.ParquetFile(file) as table:
+        with pa.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
                     yield number, value
-    except pyarrow.ArrowInvalid as error:
+    except pa.ArrowInvalid as error:
         raise BadDataError(f"{file.name}: is not a Parquet file: {error}") from error
 
 

@@ -5,6 +5,7 @@ Not torchrun: it ends with exit code 1 for every reason, hides which rank failed
 no training process outlives the launcher. Imports no torch, so that it starts at once.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -82,6 +83,11 @@ def read_topology(run: RunSpec, env: Mapping[str, str] = os.environ) -> Topology
     return topology
 
 
+def worker_command(run_file: Path) -> list[str]:
+    """Command line of one training process."""
+    return [sys.executable, "-m", "lora_trainer", "train", str(run_file)]
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
@@ -127,6 +133,7 @@ class Gang:
     def __init__(self) -> None:
         self.running: dict[int, int] = {}
         self.exits: dict[int, int] = {}
+        self.killed: set[int] = set()
         self.stop_asked_at: float | None = None
         self.first_failure_at: float | None = None
 
@@ -135,10 +142,9 @@ class Gang:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
-    def start(self, run_file: Path, environments: list[dict[str, str]]) -> None:
-        """Starts one process for each environment, each in a session of its own."""
+    def start(self, command: list[str], environments: list[dict[str, str]]) -> None:
+        """Starts ``command`` once for each environment, each in a session of its own."""
         for local_rank, environment in enumerate(environments):
-            command = [sys.executable, "-m", "lora_trainer", "train", str(run_file)]
             process = subprocess.Popen(command, env=environment, start_new_session=True)
             process.returncode = 0  # reaped below, for all children at once; Popen must not wait for it too
             self.running[process.pid] = local_rank
@@ -183,7 +189,9 @@ class Gang:
         self._signal_all(signal.SIGTERM)
 
     def _signal_all(self, number: int) -> None:
-        for pid in list(self.running):
+        for pid, local_rank in list(self.running.items()):
+            if number == signal.SIGKILL:
+                self.killed.add(local_rank)
             try:
                 os.killpg(pid, number)
             except ProcessLookupError:
@@ -201,13 +209,14 @@ def launch(run_file: Path) -> int:
         oom_kills = count_oom_kills()
         state = make_state_directory()
         wait_for_name(topology, gang)
-        gang.start(run_file, [worker_environment(run, topology, rank, state) for rank in range(topology.processes)])
+        environments = [worker_environment(run, topology, rank, state) for rank in range(topology.processes)]
+        gang.start(worker_command(run_file), environments)
         gang.wait()
         code, words = conclude(gang, state, topology, killed_by_memory=count_oom_kills() > oom_kills)
     except TrainerError as error:
         code, words = _failure(error.failure_class, str(error))
     except OSError as error:
-        found = FailureClass.DISK_FULL if error.errno == 28 else FailureClass.INTERNAL
+        found = FailureClass.DISK_FULL if error.errno == errno.ENOSPC else FailureClass.INTERNAL
         code, words = _failure(found, f"launcher: {error}")
     finally:
         gang.kill()
@@ -286,18 +295,19 @@ def _unexplained(gang: Gang, state: Path, topology: Topology) -> list[WorkerErro
         rank = topology.node_rank * topology.processes + local_rank
         if code == 0 or rank in explained:
             continue
-        kind, message = _explain_exit(code, stopped=gang.stop_asked_at is not None, grace=bool(explained))
+        ended_here = code == -signal.SIGKILL and local_rank in gang.killed
+        kind, message = _explain_exit(code, stopped=gang.stop_asked_at is not None, ended_here=ended_here)
         found.append(WorkerError(rank, kind, message, time.time()))
     return found
 
 
-def _explain_exit(code: int, *, stopped: bool, grace: bool) -> tuple[FailureClass, str]:
-    if code == -signal.SIGKILL and stopped:
+def _explain_exit(code: int, *, stopped: bool, ended_here: bool) -> tuple[FailureClass, str]:
+    if ended_here and stopped:
         return FailureClass.POD_LOST, (
             f"asked to stop, and no checkpoint was complete within {stop_grace_seconds():.0f} s; the next attempt goes "
             "on from the last complete checkpoint"
         )
-    if code == -signal.SIGKILL and grace:
+    if ended_here:
         return FailureClass.PEER_LOST, "ended by the launcher after another process of the pod had failed"
     if code < 0:
         return FailureClass.INTERNAL, f"the training process was ended by {signal.Signals(-code).name}"

@@ -61,8 +61,8 @@ def check_chat_template(tokenizer: Tokenizer, records: Records) -> None:
     """
     if records.conversational and not tokenizer.chat_template:
         raise BadSpecError(
-            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use an instruction-"
-            "tuned model, or records with text, or with prompt and completion as strings"
+            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use a model that "
+            "is tuned for chat, or records with text, or with prompt and completion as strings"
         )
 
 

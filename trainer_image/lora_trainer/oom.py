@@ -30,7 +30,7 @@ def _candidates(root: Path, self_cgroup: Path) -> list[Path]:
     except OSError:
         entries = []
     for entry in entries:
-        number, controllers, path = (entry.split(":", 2) + ["", ""])[:3]
+        number, controllers, path = [*entry.split(":", 2), "", ""][:3]
         inside = path.lstrip("/")
         if number == "0" and not controllers:
             found += [root / inside / "memory.events", root / "memory.events"]

@@ -21,8 +21,8 @@ table { border-collapse: collapse; width: 100%; } td, th { border-bottom: 1px so
 text-align: left; vertical-align: top; } th { font-weight: 600; } td.number { font-variant-numeric: tabular-nums; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.4 ui-monospace, monospace; }
 .right { background: #e9f7ec; } svg text { font: 11px system-ui, sans-serif; fill: #667; }
-.tiles { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1rem 0; } .tile { border: 1px solid #dde; border-radius: 8px;
-padding: .6rem 1rem; } .tile b { display: block; font-size: 1.3rem; }
+.tiles { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1rem 0; } .tile { padding: .6rem 1rem;
+border: 1px solid #dde; border-radius: 8px; } .tile b { display: block; font-size: 1.3rem; }
 @media (prefers-color-scheme: dark) { body { background: #14181d; color: #dde3ea; } .right { background: #17351f; }
 td, th, .tile { border-color: #333c46; } svg text, .muted { fill: #9ab; color: #9ab; } }
 """

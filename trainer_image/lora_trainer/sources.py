@@ -105,8 +105,8 @@ def fetch_model(source: BaseModelSource, target: Path) -> Path:
     ]  # fmt: skip
     if missing:
         raise ModelNotFoundError(
-            f"{source.uri}: no {' and no '.join(missing)} there. A model is a directory in Hugging Face layout; weights "
-            "in pickle files (*.bin, *.pt) are not read."
+            f"{source.uri}: no {' and no '.join(missing)} there. A model is a directory in Hugging Face layout; "
+            "weights in pickle files (*.bin, *.pt) are not read."
         )
     return directory
 

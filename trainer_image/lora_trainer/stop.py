@@ -42,6 +42,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if not self._deferred:
-            raise StoppedError(
-                f"asked to stop by {signal.Signals(number).name} outside the training loop, where there is nothing to save"
-            )
+            self._deferred = True  # a second signal must not cut the end that the first one began
+            name = signal.Signals(number).name
+            raise StoppedError(f"asked to stop by {name} outside the training loop, where there is nothing to save")

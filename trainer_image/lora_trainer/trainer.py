@@ -98,8 +98,8 @@ class LoRATrainer(SFTTrainer):  # type: ignore[misc]
         value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(value):
             raise DivergedError(
-                f"step {self.state.global_step + 1}: the gradient's norm is {value}; the loss or a gradient is no longer "
-                "a finite number, and no weight was changed by this step"
+                f"step {self.state.global_step + 1}: the gradient's norm is {value}: the loss or a gradient is no "
+                "longer a finite number; no weight was changed by this step"
             )
         return norm
 
@@ -194,8 +194,8 @@ def build_trainer(
     for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if dataset is not None and len(dataset) == 0:
             raise BadDataError(
-                f"dataset.{name}: every record is cut at dataset.maxSeqLength = {run.dataset.max_seq_length} tokens before "
-                "the part that is learned from; raise maxSeqLength"
+                f"dataset.{name}: every record is cut at dataset.maxSeqLength = {run.dataset.max_seq_length} tokens, "
+                "before the part that is learned from; raise maxSeqLength"
             )
     return trainer
 

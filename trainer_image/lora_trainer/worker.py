@@ -23,11 +23,11 @@ def run_worker(run_file: Path) -> int:
     """Trains the run in ``run_file``. Returns the exit code of the failure table; 0 is success."""
     end_with_parent()
     stop, place = StopRequest(), read_place()
-    stop.install()
     progress = Progress(enabled=place.is_main)
     directory = state_directory()
     directory.mkdir(parents=True, exist_ok=True)
     try:
+        stop.install()
         run = RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
         quiet_libraries()
         from lora_trainer.train import train

@@ -1,0 +1,237 @@
+"""Parts of the trainer that need torch, but no training."""
+
+import json
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_api.adapter import CompleteMarker, StoredFile
+from lora_api.run import RunSpec
+from lora_trainer.adapter import check_adapter, model_name
+from lora_trainer.card import build_card
+from lora_trainer.checkpoint import Checkpoints
+from lora_trainer.data import Records
+from lora_trainer.errors import DivergedError, InternalError
+from lora_trainer.evaluate import Evaluation, Evaluator, Sample, make_batches, question, sample_questions
+from lora_trainer.parallel import check_sharded
+from lora_trainer.progress import Progress
+from lora_trainer.report import RunResult, build_chart, build_report, split_history
+from lora_trainer.rng import read_rng_state, restore_rng_state
+from lora_trainer.settings import Place
+from lora_trainer.store import Store
+from lora_trainer.trainer import EpochSampler, total_steps
+
+Make = Callable[..., RunSpec]
+ALONE = Place(0, 0, 1)
+
+
+class Page(HTMLParser):
+    """Collects tags, and refuses a page whose tags do not close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+EVIL = "<script>alert('x')</script> & \"quotes\""
+
+
+def make_result(**changes: Any) -> RunResult:
+    before = Evaluation(2.5, [Sample(EVIL, "right", "wrong")])
+    after = Evaluation(0.25, [Sample(EVIL, "right", "right ")])
+    values: dict[str, Any] = {
+        "before": before, "after": after, "train_losses": [(1, 2.0), (2, math.nan), (3, 1.0)],
+        "eval_losses": [(2, 1.5)], "steps": 3, "train_records": 40, "eval_records": 8, "versions": {"torch": EVIL},
+    }  # fmt: skip
+    return RunResult(**{**values, **changes})
+
+
+def test_the_report_is_one_harmless_file(make_run: Make) -> None:
+    text = build_report(make_run(baseModel={"uri": "file:///a<b>"}), make_result())
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert not [tag for tag, _ in page.seen if tag in ("script", "link", "img", "iframe")]
+    assert not [value for _, attributes in page.seen for name, value in attributes.items() if name in ("src", "href")]
+    assert "<script" not in text
+    assert "file:///a&lt;b&gt;" in text
+    assert text.count('class="right"') == 1
+    for words in ("2.5000", "0.2500", "training.learningRate", "lora.targetModules"):
+        assert words in text
+
+
+def test_a_chart_without_points_and_with_one() -> None:
+    assert "No losses" in build_chart([], [(0, math.nan)])
+    assert "<circle" in build_chart([], [(0, 0.0)])
+    assert split_history([{"step": 1, "loss": 2}, {"step": 1, "eval_loss": 3}, {"train_loss": 1}]) == (
+        [(1, 2.0)],
+        [(1, 3.0)],
+    )
+
+
+def test_the_card_is_read_by_the_hub(make_run: Make) -> None:
+    import yaml
+
+    card = build_card(make_run(baseModel={"uri": "hf://org/model"}), make_result(eval_losses=[]))
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == model_name("hf://org/model") == "org/model"
+    assert "| 2.5000 | 0.2500 |" in card
+
+
+def good_adapter() -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]]]:
+    shapes = {"x.lora_A.weight": (2, 3), "x.lora_B.weight": (3, 2)}
+    return {name: torch.ones(shape) for name, shape in shapes.items()}, shapes
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "no weights": (lambda tensors: tensors.clear(), "missing"),
+    "one is missing": (lambda tensors: tensors.pop("x.lora_A.weight"), "missing"),
+    "one too many": (lambda tensors: tensors.update(y=torch.ones(1)), "not expected"),
+    "the slice of one rank": (lambda tensors: tensors.update({"x.lora_B.weight": torch.ones(1, 2)}), "shape"),
+    "not a number": (lambda tensors: tensors["x.lora_A.weight"].fill_(math.nan), "finite"),
+    "never trained": (lambda tensors: tensors["x.lora_B.weight"].zero_(), "zero"),
+    "integers": (lambda tensors: tensors.update({"x.lora_A.weight": torch.ones(2, 3, dtype=torch.int8)}), "finite"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_adapter_is_not_published(case: str) -> None:
+    tensors, shapes = good_adapter()
+    check_adapter(tensors, shapes)
+    breaks, words = BROKEN[case]
+    breaks(tensors)
+    with pytest.raises(InternalError, match=words):
+        check_adapter(tensors, shapes)
+
+
+def test_a_model_that_is_not_sharded_is_refused() -> None:
+    with pytest.raises(InternalError, match="0 parameters are distributed"):
+        check_sharded(torch.nn.Linear(4, 4), 80, 2)
+
+
+def test_every_epoch_has_an_order_of_its_own_in_whole_batches() -> None:
+    sampler = EpochSampler(records=21, global_batch_size=4, seed=3)
+    first = list(sampler)
+    assert len(first) == len(sampler) == len(set(first)) == 20
+    assert first == list(EpochSampler(21, 4, 3))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    small = list(EpochSampler(records=3, global_batch_size=8, seed=3))
+    assert len(small) == 8
+    assert set(small) == {0, 1, 2}
+
+
+def test_steps_of_a_run(make_run: Make) -> None:
+    assert total_steps(make_run(), 48) == 4
+    epochs = make_run(training={"maxSteps": None, "epochs": 2.5})
+    assert total_steps(epochs, 48) == 15
+    assert total_steps(epochs, 3) == 2
+
+
+def test_batches_for_evaluation_hold_every_record_once_within_the_budget() -> None:
+    from datasets import Dataset
+
+    lengths = [5, 1, 9, 3, 3, 20, 7]
+    batches = make_batches(Dataset.from_list([{"input_ids": [1] * length} for length in lengths]), 12)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 12 for batch in batches)
+
+
+def test_questions_of_each_format(make_run: Make) -> None:
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert question({"text": "a"}) is None
+    assert question({"prompt": "a", "completion": " b"}) == ("a", " b")
+    assert question({"messages": [user, assistant]}) == ([user], "b")
+    assert question({"messages": [assistant]}) is None
+    assert question({"prompt": [user], "completion": [assistant]}) == ([user], "b")
+    chats = Records("messages", [{"messages": [user, assistant]}], [])
+    assert sample_questions(make_run(publish={"samplePrompts": ["hi"]}).publish, chats) == [
+        ([{"role": "user", "content": "hi"}], None)
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_trainer.evaluate
+
+    monkeypatch.setattr(lora_trainer.evaluate, "evaluate_loss", lambda *_: math.inf)
+    tokenizer: Any = type("T", (), {"pad_token_id": 0})()
+    dataset: Any = object()
+    with pytest.raises(DivergedError, match="inf"):
+        Evaluator(torch.nn.Identity(), tokenizer, dataset, [], 8, ALONE, torch.device("cpu")).loss()
+
+
+def test_random_states_come_back() -> None:
+    import random
+
+    import numpy as np
+
+    state = json.loads(json.dumps(read_rng_state()))
+    drawn = (random.random(), float(np.random.rand()), float(torch.rand(1)))
+    restore_rng_state(state)
+    assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == drawn
+
+
+@pytest.fixture
+def checkpoints(make_run: Make, tmp_path: Path) -> tuple[Checkpoints, Store]:
+    run = make_run(checkpoint={"keep": 2})
+    store = Store(run.publish.store)
+    return Checkpoints(store, run, ALONE, tmp_path, Progress(enabled=False)), store
+
+
+def put_checkpoint(checkpoints: Checkpoints, store: Store, step: int, *, complete: bool, size: int = 3) -> None:
+    """A checkpoint of one file."""
+    path = f"{checkpoints.prefix}/step-{step}"
+    store.put(f"{path}/adapter.safetensors", b"abc")
+    if complete:
+        file = StoredFile(path="adapter.safetensors", size=size, sha256="0" * 64)
+        marker = CompleteMarker(
+            step=step, world_size=1, global_batch_size=1, files=[file], created_at=datetime.now(UTC)
+        )
+        store.put(f"{path}/COMPLETE.json", json.dumps(marker.to_wire()).encode())
+
+
+def test_only_complete_checkpoints_are_resumed_from(checkpoints: tuple[Checkpoints, Store]) -> None:
+    own, store = checkpoints
+    assert own.find() is None
+    for step in (2, 10, 9):
+        put_checkpoint(own, store, step, complete=True)
+    put_checkpoint(own, store, 11, complete=False)
+    put_checkpoint(own, store, 12, complete=True, size=4)
+    put_checkpoint(own, store, 13, complete=False)
+    store.put(f"{own.prefix}/step-13/COMPLETE.json", b"{")
+    found = own.find()
+    assert found is not None
+    assert found.step == 10
+
+
+def test_pruning_keeps_the_newest_complete_ones(checkpoints: tuple[Checkpoints, Store]) -> None:
+    own, store = checkpoints
+    put_checkpoint(own, store, 1, complete=False)
+    own.prune()
+    assert len(store.sizes(own.prefix)) == 1
+    for step in (2, 4, 6):
+        put_checkpoint(own, store, step, complete=True)
+    for step in (3, 7):
+        put_checkpoint(own, store, step, complete=False)
+    own.prune()
+    assert {path.split("/")[-2] for path in store.sizes(own.prefix)} == {"step-4", "step-6", "step-7"}
+    own.delete_all()
+    assert store.sizes(own.prefix) == {}

@@ -1,0 +1,134 @@
+"""Classification of errors, last words, out-of-memory counters, reports, and the demo's data."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from obstore.exceptions import GenericError, PermissionDeniedError
+
+from demo.tickets import make_tickets
+from lora_api.failures import FAILURE_RULES, FailureClass
+from lora_trainer.cli import build_parser
+from lora_trainer.errors import DivergedError, StoreUnavailableError, classify, describe
+from lora_trainer.oom import count_oom_kills
+from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, root_cause, write_error
+from lora_trainer.stop import StopRequest
+
+
+class DistBackendError(RuntimeError):
+    """Named as torch's."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+class RepositoryNotFoundError(OSError):
+    """Named as the hub's."""
+
+
+ERRORS: list[tuple[BaseException, FailureClass]] = [
+    (DivergedError("x"), FailureClass.DIVERGED),
+    (OSError(errno.ENOSPC, "No space left on device"), FailureClass.DISK_FULL),
+    (RuntimeError("[enforce fail] No space left on device"), FailureClass.DISK_FULL),
+    (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), FailureClass.GPU_OUT_OF_MEMORY),
+    (RuntimeError("Connection closed by peer [127.0.0.1]:4711"), FailureClass.PEER_LOST),
+    (RuntimeError("Timed out waiting 300000ms for send operation to complete"), FailureClass.PEER_LOST),
+    (DistBackendError("NCCL error in: ProcessGroupNCCL.cpp"), FailureClass.PEER_LOST),
+    (ConnectionResetError("Connection reset by peer"), FailureClass.PEER_LOST),
+    (PermissionDeniedError("403"), FailureClass.AUTH_DENIED),
+    (GenericError("timeout"), FailureClass.STORE_UNAVAILABLE),
+    (RepositoryNotFoundError("404"), FailureClass.MODEL_NOT_FOUND),
+    (ValueError("a fault of ours"), FailureClass.INTERNAL),
+    (KeyError("q_proj"), FailureClass.INTERNAL),
+]
+
+
+@pytest.mark.parametrize(("error", "expected"), ERRORS, ids=lambda value: str(value)[:40])
+def test_each_error_has_its_class(error: BaseException, expected: FailureClass) -> None:
+    assert classify(error) == expected
+
+
+def test_the_cause_counts_when_the_error_itself_says_nothing() -> None:
+    error = RuntimeError("while saving")
+    error.__cause__ = StoreUnavailableError("down")
+    assert classify(error) == FailureClass.STORE_UNAVAILABLE
+    assert describe(StoreUnavailableError("down")) == "down"
+    assert describe(KeyError("x")) == "KeyError: 'x'"
+
+
+def test_errors_survive_a_full_disk(tmp_path: Path) -> None:
+    blocked = tmp_path / "state"
+    blocked.write_text("a file, where a directory should be")
+    write_error(blocked, WorkerError(1, FailureClass.DISK_FULL, "full", 5.0))
+    assert (fallback_directory(blocked) / "error-1.json").exists()
+    (fallback_directory(blocked) / "error-1.json").unlink()
+    fallback_directory(blocked).rmdir()
+
+
+def test_the_root_cause_is_the_earliest_that_no_other_explains(tmp_path: Path) -> None:
+    errors = [
+        WorkerError(0, FailureClass.PEER_LOST, "closed", 1.0),
+        WorkerError(1, FailureClass.GPU_OUT_OF_MEMORY, "later", 3.0, 4),
+        WorkerError(2, FailureClass.INTERNAL, "first", 2.0, 4),
+    ]
+    for error in errors:
+        write_error(tmp_path, error)
+    assert read_errors(tmp_path) == errors
+    assert root_cause(errors) == errors[2]
+    assert root_cause([]) is None
+
+
+CGROUPS = {
+    "version 2, in a container": ("0::/\n", {"memory.events": "low 0\noom 4\noom_kill 3\n"}, 3),
+    "version 2, below the root": (
+        "0::/a/b\n",
+        {"a/b/memory.events": "oom_kill 2\n", "memory.events": "oom_kill 9\n"},
+        2,
+    ),
+    "version 1, in a container": (
+        "5:cpu:/\n4:memory:/x\n",
+        {"memory/memory.oom_control": "under_oom 0\noom_kill 7\n"},
+        7,
+    ),
+    "none": ("", {}, 0),
+    "a kernel without the counter": ("4:memory:/\n", {"memory/memory.oom_control": "under_oom 0\n"}, 0),
+}
+
+
+@pytest.mark.parametrize("case", CGROUPS)
+def test_out_of_memory_kills_are_counted(case: str, tmp_path: Path) -> None:
+    own, files, expected = CGROUPS[case]
+    (tmp_path / "cgroup").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    assert count_oom_kills(tmp_path / "fs", tmp_path / "cgroup") == expected
+    assert count_oom_kills(tmp_path / "fs", tmp_path / "nowhere") == 0
+
+
+def test_a_stop_inside_the_training_loop_is_only_noted() -> None:
+    stop = StopRequest()
+    with stop.deferred():
+        stop._handle(15, None)
+    assert stop.requested
+
+
+def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    for rule in FAILURE_RULES:
+        assert rule.exit_code is None or f"{rule.exit_code} {rule.failure_class.value}" in text
+
+
+def test_the_tickets_are_always_the_same_and_all_different() -> None:
+    tickets = make_tickets(500, seed=7)
+    assert tickets == make_tickets(500, seed=7) != make_tickets(500, seed=8)
+    assert len({ticket["prompt"] for ticket in tickets}) == 500
+    for ticket in tickets:
+        filed = json.loads(ticket["completion"])
+        assert filed["customer"] in ticket["prompt"]
+        assert str(filed["order"]) in ticket["prompt"]
+        assert "\n" not in ticket["completion"]
