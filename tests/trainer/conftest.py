@@ -15,9 +15,6 @@ from tests.trainer.runs import Launched, build_run, start_pod
 THIRD_PARTY_WARNINGS = (
     # TRL 1.16 reads transformers 5.23's old names of activation checkpointing.
     r"ignore:.*gradient_checkpointing.*is deprecated and will be removed in v6:FutureWarning",
-    # torch 2.13 warns of its own tensors' subclass in the collectives that gloo has no tensor form of.
-    r"ignore:.*_all_gather_base.*:UserWarning",
-    r"ignore:.*pin_memory.*no accelerator.*:UserWarning",
 )
 
 

@@ -118,6 +118,20 @@ def test_the_pod_that_is_hit_and_the_pod_that_lost_it_tell_them_apart(make_run: 
     assert pods[0].words.rank == 0
 
 
+def test_a_pod_that_hangs_is_given_up_in_bounded_time(make_run: Make, launch: Launch) -> None:
+    run = two_processes(make_run, training={"maxSteps": 500}, checkpoint={"everySteps": 500})
+    settings = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port())}
+    settings["LORA_COLLECTIVE_SECONDS"] = "4"
+    pods = [launch(run, PET_NODE_RANK=str(rank), **settings) for rank in range(2)]
+    pods[0].wait_step(2)
+    (victim,) = pods[1].workers
+    os.kill(victim, signal.SIGSTOP)
+    assert pods[0].wait(30) == 73, pods[0].log.read_text()[-5000:]
+    assert pods[0].words.failure_class == FailureClass.PEER_LOST
+    assert pods[0].words.step is not None
+    assert pods[0].words.step >= 2
+
+
 def test_bad_data_ends_both_pods_with_the_record(make_run: Make, launch: Launch, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": "a", "completion": "b"})] * 5
     rows[3] = json.dumps({"prompt": "a", "completion": 7})

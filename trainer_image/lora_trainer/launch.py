@@ -109,7 +109,7 @@ def worker_environment(run: RunSpec, topology: Topology, local_rank: int, state:
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(max(1, cores // topology.processes)),
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     own = {STATE_DIRECTORY: str(state), "PYTHONUNBUFFERED": "1"}
     if topology.world_size > 1:  # one process alone must not look distributed: it would be wrapped in DDP

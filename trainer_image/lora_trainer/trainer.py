@@ -139,7 +139,6 @@ def training_config(run: RunSpec, plan: BatchPlan, steps: int, device: torch.dev
         gradient_checkpointing=training.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         bf16=on_gpu and run.quantization.compute_dtype != "float32",
-        tf32=True if on_gpu else None,
         use_cpu=not on_gpu,
         fsdp=plan.world_size > 1,
         fsdp_config=dict(FSDP_ARGUMENTS) if plan.world_size > 1 else None,
