@@ -539,6 +539,7 @@ class ObjectMeta(ApiModel):
     name: str
     namespace: str
     uid: str = ""
+    resource_version: str = ""
     generation: int = 0
     creation_timestamp: str | None = None
     deletion_timestamp: str | None = None

@@ -5,11 +5,12 @@ import logging
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import kopf
 
 from lora_operator.cache import Cache, ObjectKey, Resource
+from lora_operator.children.names import MANAGER
 from lora_operator.kube import KubeClient, KubeError, NotFoundError, load_configuration
 from lora_operator.metrics import Metrics
 from lora_operator.queue import WorkQueue
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 STUCK_AFTER = 300.0
 """Seconds after which a look at one run that does not end makes the operator unhealthy."""
+
+DRAIN_SECONDS = 5.0
+"""Seconds that an operator which is to end gives to what it has begun."""
 
 
 def utc_now() -> datetime:
@@ -43,6 +47,7 @@ class Operator:
         self.cache = Cache()
         self.metrics = Metrics(self.cache.runs_by_phase, self._queue_depth)
         self.ready = False
+        self.drain_seconds = DRAIN_SECONDS
         self._make_client = make_client
         self._clock = clock
         self._queue: WorkQueue[Key] | None = None
@@ -74,7 +79,7 @@ class Operator:
             await self._watch(stop)
         finally:
             self.ready = False
-            await queue.stop()
+            await queue.stop(self.drain_seconds)
             await confirmations.stop()
             await kube.close()
 
@@ -99,7 +104,8 @@ class Operator:
             settings=build_kopf_settings(self.settings),
             clusterwide=not self.settings.namespaces,
             namespaces=self.settings.namespaces,
-            identity="lora-operator",  # kopf would ask for the user's name, which the image's user does not have
+            # Without it kopf asks for the user's name, and the image's user has none.
+            identity=cast("Any", MANAGER),
             stop_flag=stop,
         )
 

@@ -181,16 +181,23 @@ class KubeClient:
         return found
 
     async def patch_status(self, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> Raw:
-        """Writes the whole status by server-side apply.
+        """Writes the whole status by server-side apply, if it is still that of ``metadata.resource_version``.
+
+        So an operator that looks at something old, while another one is at work, cannot overwrite what it did not see.
 
         Raises:
             NotFoundError: the run is gone.
-            ConflictError: another run has its name now.
+            ConflictError: it has changed, or another run has its name now.
         """
         body = {
             "apiVersion": API_VERSION,
             "kind": KIND,
-            "metadata": {"name": metadata.name, "namespace": metadata.namespace, "uid": metadata.uid},
+            "metadata": {
+                "name": metadata.name,
+                "namespace": metadata.namespace,
+                "uid": metadata.uid,
+                "resourceVersion": metadata.resource_version,
+            },
             "status": status.to_wire(),
         }
         return await self._apply(PLURAL, metadata.namespace, metadata.name, body, "status")

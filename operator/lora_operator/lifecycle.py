@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTuneStatus, Phase
+from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, Phase
 from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of, with_remedy
-from lora_operator.observed import Observed
+from lora_operator.observed import Observed, has_failed, is_finished
 from lora_operator.obstacles import diagnose_obstacle
-from lora_operator.progress import is_due
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
 
@@ -57,9 +56,6 @@ class Plan:
 
 NOTHING = Plan()
 
-REFUSAL_DELAY = 3.0
-"""Seconds that the Job controller has to make a Job's pods before the operator asks why it does not."""
-
 
 def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     """What to do next."""
@@ -79,72 +75,6 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     if status.attempt == attempt:
         return decide_failure(observed, attempt, _job_lost(attempt, now), settings)
     return _decide_launch(observed, attempt, now, settings)
-
-
-def is_finished(status: LoRAFineTuneStatus) -> bool:
-    """Whether the run has ended for good."""
-    final = (ConditionType.COMPLETE, ConditionType.FAILED)
-    return any(condition.type in final and condition.status == "True" for condition in status.conditions)
-
-
-def has_failed(status: LoRAFineTuneStatus, attempt: int) -> bool:
-    """Whether the failure of ``attempt`` is on record."""
-    return any(failure.attempt == attempt for failure in status.failures)
-
-
-def current_job(observed: Observed) -> JobView | None:
-    """The Job of the attempt that runs, or that ran last."""
-    return observed.jobs[max(observed.jobs)] if observed.jobs else None
-
-
-def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
-    """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended."""
-    pod = _rank_zero(observed)
-    if pod is None or pod.gone or not (pod.running or pod.ended):
-        return None
-    if pod.ended is not None:
-        return None if observed.reports.log_read_to_end else pod
-    return pod if is_due(observed.reports.log_read_at, now, settings.log_interval) else None
-
-
-def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
-    """The Job whose Events are to be read now, because pods of it are missing."""
-    job = _live_job(observed)
-    if job is None or not is_short_of_pods(observed, job):
-        return None
-    late = is_due(job.created, now, REFUSAL_DELAY)
-    return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
-
-
-def is_short_of_pods(observed: Observed, job: JobView) -> bool:
-    """Whether the Job controller has not made all pods of ``job``."""
-    return len(observed.gang(job)) + len(job.failed_indexes) < observed.run.spec.parallelism.nodes
-
-
-def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
-    """Seconds until the run is to be looked at again without an event, or ``None``."""
-    times = [] if plan.requeue_after is None else [plan.requeue_after]
-    if plan.launch is not None:
-        times.append(REFUSAL_DELAY)
-    job = _live_job(observed)
-    if job is not None and not plan.ended:
-        pod = _rank_zero(observed)
-        if pod is not None and pod.running:
-            times.append(settings.log_interval)
-        elif is_short_of_pods(observed, job):
-            times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
-    return min(times, default=None)
-
-
-def _live_job(observed: Observed) -> JobView | None:
-    """The Job of an attempt that has no verdict yet."""
-    job, status = current_job(observed), observed.run.status
-    return None if job is None or is_finished(status) or has_failed(status, job.attempt) else job
-
-
-def _rank_zero(observed: Observed) -> PodView | None:
-    job = _live_job(observed)
-    return next((pod for pod in observed.gang(job) if pod.index == 0), None) if job else None
 
 
 def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
@@ -375,9 +305,11 @@ def _decide_finished(observed: Observed, now: datetime, settings: Settings) -> P
     A Job with a failed index is ended by lowering maxFailedIndexes, which leaves its ended pods alone. Another one has
     no log worth keeping and is deleted.
     """
-    job = current_job(observed)
+    job = observed.current_job()
     ended_at = observed.run.status.completion_time
-    if job is None or job.deleting or job.stopping or job.active == 0:
+    if job is None or job.deleting or job.stopping or job.finished:
+        return NOTHING
+    if all(pod.has_ended for pod in observed.gang(job)) and not observed.is_short_of_pods(job):
         return NOTHING
     left = settings.failure_grace - (now - ended_at).total_seconds() if ended_at else 0.0
     succeeded = observed.run.status.adapter is not None

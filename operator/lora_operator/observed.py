@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from lora_api import LoRAFineTune, Progress
+from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
 from lora_operator.views import JobView, PodView
 
 
@@ -12,6 +12,7 @@ from lora_operator.views import JobView, PodView
 class Reports:
     """What was read on top of the watches, and when; kept in memory only, and read again after a restart."""
 
+    run_uid: str = ""
     stage: str = ""
     progress: Progress | None = None
     log_read_at: datetime | None = None
@@ -43,3 +44,23 @@ class Observed:
     def leftovers(self) -> list[PodView]:
         """Pods that are still there though their Job is not."""
         return [pod for pod in self.pods if not pod.gone and pod.job_uid not in self.job_uids]
+
+    def current_job(self) -> JobView | None:
+        """The Job of the attempt that runs, or that ran last."""
+        return self.jobs[max(self.jobs)] if self.jobs else None
+
+    def is_short_of_pods(self, job: JobView) -> bool:
+        """Whether the Job controller has not made all pods of ``job``."""
+        indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
+        return len(indexes) < self.run.spec.parallelism.nodes
+
+
+def is_finished(status: LoRAFineTuneStatus) -> bool:
+    """Whether the run has ended for good."""
+    final = (ConditionType.COMPLETE, ConditionType.FAILED)
+    return any(condition.type in final and condition.status == "True" for condition in status.conditions)
+
+
+def has_failed(status: LoRAFineTuneStatus, attempt: int) -> bool:
+    """Whether the failure of ``attempt`` is on record."""
+    return any(failure.attempt == attempt for failure in status.failures)

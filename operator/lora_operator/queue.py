@@ -102,6 +102,7 @@ class WorkQueue(Generic[K]):
         self._schedule: Schedule[K] = Schedule()
         self._changed = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
+        self._stopping = False
         self.busy_since: dict[K, float] = {}
 
     def __len__(self) -> int:
@@ -118,14 +119,18 @@ class WorkQueue(Generic[K]):
             asyncio.create_task(self._work(), name=f"reconcile worker {number}") for number in range(self._concurrency)
         ]
 
-    async def stop(self) -> None:
-        """Cancels the workers and waits for them."""
+    async def stop(self, grace: float) -> None:
+        """Lets the workers finish what they are at, for ``grace`` seconds at most."""
+        self._stopping = True
+        self._changed.set()
+        if self._workers:
+            await asyncio.wait(self._workers, timeout=grace)
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
 
     async def _work(self) -> None:
-        while True:
+        while not self._stopping:
             key = self._schedule.take(self._now())
             if key is None:
                 await self._wait()

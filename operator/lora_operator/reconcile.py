@@ -13,28 +13,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
+from lora_api import PLURAL, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap
 from lora_operator.children.job import build_job
+from lora_operator.children.names import child_name
 from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
+from lora_operator.follow import compute_next_look, missing_attempt, wants_log, wants_refusal
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
-from lora_operator.lifecycle import (
-    Plan,
-    compute_next_look,
-    decide,
-    decide_failure,
-    decide_wait,
-    is_short_of_pods,
-    wants_log,
-    wants_refusal,
-)
+from lora_operator.lifecycle import Plan, decide, decide_failure, decide_wait
 from lora_operator.metrics import Metrics
-from lora_operator.observed import Observed, Reports
+from lora_operator.observed import Observed, Reports, is_finished
 from lora_operator.parse import InvalidRunError, parse_run
 from lora_operator.progress import compute_progress, compute_stage, is_due, parse_progress
 from lora_operator.settings import Settings
@@ -80,22 +73,26 @@ class Reconciler:
         except InvalidRunError as error:
             await self._patch_invalid(key, error)
             return None
-        observed = await self._fetch_reports(key, self._observe(key, run))
+        observed = await self._confirm_job(key, self._observe(key, run))
+        observed = await self._fetch_reports(key, observed)
         plan = decide(observed, self._clock(), self._settings)
         plan = await self._apply(observed, plan)
         wait = await self._patch_status(key, observed, plan)
+        if is_finished(run.status):
+            self._reports.pop(key, None)
         waits = [wait, compute_next_look(observed, plan, self._settings)]
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _observe(self, key: Key, run: LoRAFineTune) -> Observed:
         """What is there. Jobs of an earlier run of the same name are none of this run's."""
-        jobs = self._cache.jobs(key)
+        jobs, uid = self._cache.jobs(key), run.metadata.uid
+        reports = self._reports.get(key)
         return Observed(
             run=run,
-            jobs={job.attempt: job for job in jobs if job.owner_uid == run.metadata.uid},
+            jobs={job.attempt: job for job in jobs if job.owner_uid == uid},
             pods=tuple(self._cache.pods(key)),
             job_uids=frozenset(job.uid for job in jobs),
-            reports=self._reports.get(key, Reports()),
+            reports=reports if reports and reports.run_uid == uid else Reports(run_uid=uid),
         )
 
     async def _fetch_reports(self, key: Key, observed: Observed) -> Observed:
@@ -120,7 +117,7 @@ class Reconciler:
         if job is not None:
             refused = await self._kube.fetch_refusal(job.namespace, job.name, job.uid)
             reports = replace(reports, refused=refused, refusal_read_at=now)
-        elif reports.refused and not any(is_short_of_pods(observed, job) for job in observed.jobs.values()):
+        elif reports.refused and not any(observed.is_short_of_pods(job) for job in observed.jobs.values()):
             reports = replace(reports, refused=None)
         self._reports[key] = reports
         return replace(observed, reports=reports)
@@ -173,7 +170,7 @@ class Reconciler:
             written = reports.status_written_at or now
             return interval - (now - written).total_seconds()
         if not await self._write(key, observed.run.metadata, new):
-            return None
+            return 0.0
         self._reports[key] = replace(reports, status_written_at=now)
         if plan.failure is not None:
             self._metrics.failures.labels(str(plan.failure.failure_class)).inc()
@@ -184,21 +181,44 @@ class Reconciler:
     def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
         """A new attempt starts with no reports of the one before."""
         if plan.launch is not None or plan.failure is not None:
-            return Reports(progress=reports.progress, status_written_at=reports.status_written_at)
+            return Reports(
+                run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
+            )
         if plan.failing:
             return replace(reports, failing_since=reports.failing_since or now)
         return replace(reports, failing_since=None)
 
     async def _write(self, key: Key, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> bool:
-        """Writes the status; ``False`` if the run is gone."""
+        """Writes the status; ``False`` if the run is gone, or is another one than was looked at."""
         try:
             self._cache.put(Resource.RUNS, await self._kube.patch_status(metadata, status))
-        except (NotFoundError, ConflictError):
-            logger.info("%s/%s: gone", *key)
+        except NotFoundError:
             self._cache.forget_run(key)
+            return False
+        except ConflictError:
+            await self._fetch_run(key)
             return False
         logger.info("%s/%s: %s, attempt %d: %s", *key, status.phase, status.attempt, status.reason)
         return True
+
+    async def _fetch_run(self, key: Key) -> None:
+        """Brings the cache up to date about a run that somebody else has written."""
+        try:
+            self._cache.put(Resource.RUNS, await self._kube.fetch_object(PLURAL, *key))
+        except NotFoundError:
+            self._cache.forget_run(key)
+
+    async def _confirm_job(self, key: Key, observed: Observed) -> Observed:
+        """Looks for a Job that has to be there: another operator may have made it, and the watch be late."""
+        attempt = missing_attempt(observed)
+        if attempt is None:
+            return observed
+        try:
+            name = child_name(key[1], attempt)
+            self._cache.put(Resource.JOBS, await self._kube.fetch_object("jobs", key[0], name))
+        except NotFoundError:
+            return observed
+        return self._observe(key, observed.run)
 
     async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
         """Says which field of the specification this operator cannot read."""
@@ -230,5 +250,5 @@ class Reconciler:
             logger.info("%s/%s: the pod is gone, and no watch said so", pod.namespace, pod.name)
             self._cache.discard((Resource.PODS, pod.namespace, pod.name))
         except KubeError as error:
-            logger.warning("%s/%s: log not read: %s", pod.namespace, pod.name, error)
+            logger.info("%s/%s: log not read: %s", pod.namespace, pod.name, error)
         return None

@@ -78,10 +78,10 @@ class JobView:
     owner_uid: str
     created: datetime
     deleting: bool = False
-    active: int = 0
-    failed: int = 0
     failed_indexes: frozenset[int] = frozenset()
+    completed_indexes: frozenset[int] = frozenset()
     failure: str = ""
+    finished: bool = False
     stopping: bool = False
 
     @property
@@ -159,10 +159,10 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         owner_uid=_controller_uid(metadata),
         created=_created(metadata),
         deleting=bool(metadata.get("deletionTimestamp")),
-        active=status.get("active") or 0,
-        failed=status.get("failed") or 0,
         failed_indexes=parse_indexes(status.get("failedIndexes") or ""),
+        completed_indexes=parse_indexes(status.get("completedIndexes") or ""),
         failure=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else "",
+        finished="Failed" in conditions or "Complete" in conditions,
         stopping=spec.get("maxFailedIndexes") is not None,
     )
 

@@ -109,6 +109,7 @@ class Confirmations:
         self._check = check
         self._by_namespace = by_namespace
         self._open: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
+        self._timers: dict[tuple[Resource, str | None], asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, resource: Resource, namespace: str | None) -> set[ObjectKey]:
@@ -116,9 +117,8 @@ class Confirmations:
         scope = resource, namespace if self._by_namespace else None
         if scope not in self._open:
             self._open[scope] = self._cache.object_keys(*scope)
-            task = asyncio.get_running_loop().create_task(self._finish(scope))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            # A timer, not a sleeping task: kopf waits for tasks when it stops.
+            self._timers[scope] = asyncio.get_running_loop().call_later(self._delay, self._finish, scope)
         return self._open[scope]
 
     def see(self, resource: Resource, event_type: str | None, metadata: dict[str, Any]) -> None:
@@ -128,15 +128,29 @@ class Confirmations:
         listed = self.begin(resource, namespace) if event_type is None else self._open.get(scope, set())
         listed.discard(key)
 
+    @property
+    def pending(self) -> bool:
+        """Whether objects are still waited for."""
+        return bool(self._open)
+
     async def stop(self) -> None:
         """Cancels what is under way."""
+        for timer in self._timers.values():
+            timer.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _finish(self, scope: tuple[Resource, str | None]) -> None:
-        await asyncio.sleep(self._delay)
-        for key in self._open.pop(scope):
+    def _finish(self, scope: tuple[Resource, str | None]) -> None:
+        del self._timers[scope]
+        missing = self._open.pop(scope)
+        if missing:
+            task = asyncio.get_running_loop().create_task(self._look_up(missing))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _look_up(self, missing: set[ObjectKey]) -> None:
+        for key in sorted(missing):
             logger.info("%s %s/%s is not in the new list", *key)
             await self._check(key)
 

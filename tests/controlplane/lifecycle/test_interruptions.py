@@ -170,17 +170,17 @@ def test_nothing_is_asked_for_while_nothing_changes(run: Run, settings: Settings
         run.gang(1)
         run.wait_phase("Starting")
         eventually("the first Event", run.events)
-        eventually("confirmed", lambda: not operator.operator._confirmations._open, 10)
+        eventually("confirmed", lambda: not operator.operator._confirmations.pending, 10)
         stays_quiet(operator)
         run.set_running(1)
         run.set_succeeded(1)
         run.wait_phase("Succeeded")
         eventually("the last Event", lambda: len(run.events()) >= 2)
-        eventually("no active pods", lambda: not run.jobs()[0]["status"].get("active"))
+        eventually("the end of the Job", lambda: not run.jobs()[0]["status"].get("active"))
         stays_quiet(operator)
     with OperatorThread(settings) as restarted:
         eventually("ready", lambda: restarted.operator.ready)
-        eventually("confirmed", lambda: not restarted.operator._confirmations._open, 10)
+        eventually("confirmed", lambda: not restarted.operator._confirmations.pending, 10)
         assert [call.split()[0] for call in restarted.calls] == ["GET"] * 3, "a restart writes nothing"
 
 
@@ -229,7 +229,7 @@ def process(settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         child.kill()
         _, log = child.communicate()
-        print(log.decode())
+        sys.stdout.write(log.decode())
 
 
 def _get(port: int, path: str) -> str:

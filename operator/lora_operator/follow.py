@@ -1,0 +1,66 @@
+"""What to read on top of the watches, and when: logs, Events, objects that should be there. All pure."""
+
+from datetime import datetime
+
+from lora_operator.lifecycle import Plan
+from lora_operator.observed import Observed, has_failed, is_finished
+from lora_operator.progress import is_due
+from lora_operator.settings import Settings
+from lora_operator.views import JobView, PodView
+
+REFUSAL_DELAY = 3.0
+"""Seconds that the Job controller has to make a Job's pods before the operator asks why it does not."""
+
+
+def missing_attempt(observed: Observed) -> int | None:
+    """The attempt whose Job was made and is not there, though nothing says that the attempt has ended."""
+    status = observed.run.status
+    over = is_finished(status) or has_failed(status, status.attempt)
+    if observed.run.metadata.deletion_timestamp or over or not status.attempt or status.attempt in observed.jobs:
+        return None
+    return status.attempt
+
+
+def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
+    """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended."""
+    pod = _rank_zero(observed)
+    if pod is None or pod.gone or not (pod.running or pod.ended):
+        return None
+    if pod.ended is not None:
+        return None if observed.reports.log_read_to_end else pod
+    return pod if is_due(observed.reports.log_read_at, now, settings.log_interval) else None
+
+
+def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+    """The Job whose Events are to be read now, because pods of it are missing."""
+    job = _live_job(observed)
+    if job is None or not observed.is_short_of_pods(job):
+        return None
+    late = is_due(job.created, now, REFUSAL_DELAY)
+    return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
+
+
+def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
+    """Seconds until the run is to be looked at again without an event, or ``None``."""
+    times = [] if plan.requeue_after is None else [plan.requeue_after]
+    if plan.launch is not None:
+        times.append(REFUSAL_DELAY)
+    job = _live_job(observed)
+    if job is not None and not plan.ended:
+        pod = _rank_zero(observed)
+        if pod is not None and pod.running:
+            times.append(settings.log_interval)
+        elif observed.is_short_of_pods(job):
+            times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
+    return min(times, default=None)
+
+
+def _live_job(observed: Observed) -> JobView | None:
+    """The Job of an attempt that has no verdict yet."""
+    job, status = observed.current_job(), observed.run.status
+    return None if job is None or is_finished(status) or has_failed(status, job.attempt) else job
+
+
+def _rank_zero(observed: Observed) -> PodView | None:
+    job = _live_job(observed)
+    return next((pod for pod in observed.gang(job) if pod.index == 0), None) if job else None
