@@ -54,7 +54,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def make_model(target: Path) -> None:
-    """Makes ``target`` the model's directory. It appears under its name only when it is whole; a second call is free."""
+    """Makes ``target`` the model's directory. It gets its name only when it is whole; a second call is free."""
     if (target / COMPLETE).exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

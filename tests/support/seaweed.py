@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,15 @@ def run_seaweed(directory: Path, bucket: str = "models") -> Iterator[Seaweed]:
         finally:
             process.kill()
             process.wait()
+            _remove_sockets(ports.values())
+
+
+def _remove_sockets(ports: Iterable[int]) -> None:
+    """SeaweedFS leaves its sockets in /tmp."""
+    for port in ports:
+        for number in (port, port + GRPC_OFFSET):
+            for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                path.unlink(missing_ok=True)
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", port: int, bucket: str, log: Path) -> None:
