@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import obstore
+import obstore.exceptions
 from obstore.store import S3Store
 
 from demo.model import make_model
@@ -29,7 +30,7 @@ TICKETS = {"train": 1200, "evaluation": 64, "seed": 7}
 
 
 def load_images(cluster: Cluster) -> dict[str, Any]:
-    """Builds both images where their content changed and brings them to the nodes. Returns the chart values for them."""
+    """Builds both images where their content changed, and brings them to the nodes. Returns chart values for them."""
     operator, trainer = ensure_images(cluster).values()
     values: dict[str, Any] = {}
     for key, name in (("image", operator), ("trainer.image", trainer)):
@@ -113,6 +114,7 @@ class Store:
             access_key_id=self.cluster.s3_access_key,
             secret_access_key=self.cluster.s3_secret_key,
             client_options={"allow_http": endpoint.startswith("http://")},
+            retry_config={"max_retries": 3},
         )
 
     def uri(self, path: str) -> str:
@@ -120,13 +122,19 @@ class Store:
         return f"s3://{self.cluster.bucket}/{path}"
 
     def upload(self, directory: Path, path: str) -> None:
-        """Uploads every file of ``directory`` to ``path``; files that are there in the same size are left alone."""
+        """Uploads every file of ``directory`` to ``path``.
+
+        Raises:
+            DevclusterError: the store did not take one.
+        """
         store = self.open()
-        present = {entry["path"]: entry["size"] for page in store.list(path + "/") for entry in page}
         for file in sorted(directory.rglob("*")):
-            target = f"{path}/{file.relative_to(directory)}"
-            if file.is_file() and present.get(target) != file.stat().st_size:
-                obstore.put(store, target, file)
+            if file.is_file():
+                try:
+                    obstore.put(store, f"{path}/{file.relative_to(directory)}", file)
+                except obstore.exceptions.BaseError as error:
+                    reason = str(error).splitlines()[0]
+                    raise DevclusterError(f"{file.name} could not be uploaded to {self.uri(path)}: {reason}") from error
 
 
 def upload_demo_data(store: Store) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from devcluster import binaries, namespaces
+from devcluster import binaries, namespaces, store
 from devcluster.apiclient import run_kubectl
 from devcluster.node import Node
 from devcluster.paths import cache, file_lock
@@ -227,4 +227,5 @@ def clean(name: str) -> None:
     """End what there is of the cluster ``name``, dead or alive. The caller holds its lock."""
     directory = home(name) / "run"
     namespaces.destroy(directory, [node.cgroup for node in make_nodes(name, 2)])
+    store.remove_sockets(directory)
     shutil.rmtree(directory, ignore_errors=True)
