@@ -1,0 +1,127 @@
+"""Objects for tables of cases: short to write, with everything that a case is not about at a sane default."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from lora_api import LoRAFineTune
+from lora_operator.observed import Observed, Reports
+from lora_operator.views import Ended, JobView, PodView
+
+NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
+ADAPTER = {
+    "uri": "s3://models/adapters/team/tickets/sha256-" + "a" * 64,
+    "digest": "sha256:" + "a" * 64,
+    "version": 3,
+    "servedName": "tickets-v3",
+    "rank": 8,
+    "servingMaxLoraRank": 8,
+    "sizeBytes": 1000,
+}
+
+
+def ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def stamp(at: datetime) -> str:
+    return at.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def a_run(*, status: dict[str, Any] | None = None, metadata: dict[str, Any] | None = None, **spec: Any) -> LoRAFineTune:
+    """Two nodes on the CPU."""
+    values = {
+        "baseModel": {"uri": "s3://models/base"},
+        "dataset": {"train": {"uri": "s3://models/train.jsonl"}},
+        "training": {"maxSteps": 18, "globalBatchSize": 8, "microBatchSize": 4},
+        "parallelism": {"nodes": 2, "gpusPerNode": 0},
+        "publish": {"store": "s3://models/adapters"},
+    }
+    names = {"name": "tickets", "namespace": "team", "uid": "run-uid", "generation": 1, "resourceVersion": "100"}
+    return LoRAFineTune.model_validate(
+        {"metadata": {**names, **(metadata or {})}, "spec": {**values, **spec}, "status": status or {}}
+    )
+
+
+def a_job(attempt: int = 1, **changes: Any) -> JobView:
+    job = JobView(
+        namespace="team",
+        name=f"tickets-{attempt}",
+        uid=f"job-{attempt}",
+        version=1,
+        run="tickets",
+        attempt=attempt,
+        owner_uid="run-uid",
+        created=ago(100),
+    )
+    return replace(job, **changes)
+
+
+def a_pod(index: int = 0, attempt: int = 1, **changes: Any) -> PodView:
+    """A pod that has not been scheduled."""
+    pod = PodView(
+        namespace="team",
+        name=f"tickets-{attempt}-{index}",
+        uid=f"pod-{attempt}-{index}",
+        version=1,
+        run="tickets",
+        attempt=attempt,
+        index=index,
+        job_uid=f"job-{attempt}",
+        created=ago(90),
+    )
+    return replace(pod, **changes)
+
+
+def running(index: int = 0, attempt: int = 1, **changes: Any) -> PodView:
+    return a_pod(index, attempt, **{"scheduled": True, "phase": "Running", "running": True, **changes})
+
+
+def waiting(index: int, reason: str, message: str = "", **changes: Any) -> PodView:
+    return a_pod(index, scheduled=True, waiting_reason=reason, waiting_message=message, **changes)
+
+
+def ended(
+    index: int = 0, code: int = 70, message: str = "", *, reason: str = "Error", at: datetime = NOW, **changes: Any
+) -> PodView:
+    return a_pod(
+        index,
+        **{
+            "scheduled": True,
+            "phase": "Failed" if code else "Succeeded",
+            "ended": Ended(exit_code=code, reason=reason, message=message, at=at),
+            **changes,
+        },
+    )
+
+
+def said(failure_class: str, message: str = "it broke", at: datetime = NOW, **more: Any) -> str:
+    """A termination message of a failure."""
+    words = {"version": 1, "outcome": "failed", "class": failure_class, "message": message, "at": stamp(at)}
+    return json.dumps({**words, **more})
+
+
+def published() -> str:
+    """A termination message of success."""
+    return json.dumps({"version": 1, "outcome": "succeeded", "at": stamp(NOW), "adapter": ADAPTER})
+
+
+def failure(attempt: int = 1, failure_class: str = "Internal") -> dict[str, Any]:
+    return {"attempt": attempt, "class": failure_class, "at": stamp(ago(10))}
+
+
+def condition(kind: str, status: str = "True", reason: str = "Because", at: datetime | None = None) -> dict[str, Any]:
+    return {"type": kind, "status": status, "reason": reason, "lastTransitionTime": stamp(at or ago(50))}
+
+
+def seen(run: LoRAFineTune, *parts: JobView | PodView, reports: Reports | None = None) -> Observed:
+    """What an operator sees of ``run``."""
+    jobs = [part for part in parts if isinstance(part, JobView)]
+    return Observed(
+        run=run,
+        jobs={job.attempt: job for job in jobs if job.owner_uid == run.metadata.uid},
+        pods=tuple(part for part in parts if isinstance(part, PodView)),
+        job_uids=frozenset(job.uid for job in jobs),
+        reports=reports or Reports(run_uid=run.metadata.uid),
+    )

@@ -1,0 +1,149 @@
+"""The cache is never older than the last write, and keeps the last sight of lost pods."""
+
+from typing import Any
+
+import pytest
+
+from lora_operator.cache import Cache, Resource
+from lora_operator.views import parse_indexes, parse_job, parse_pod
+from tests.unit.operator.builders import NOW
+
+AT = "2026-11-23T12:00:00Z"
+KEY = ("team", "tickets")
+
+
+def raw(name: str, version: int, *, uid: str = "", owner: str = "run-uid", **more: Any) -> dict[str, Any]:
+    labels = {"lorafinetune.io/name": "tickets", "lorafinetune.io/attempt": "1"}
+    metadata = {
+        "name": name,
+        "namespace": "team",
+        "uid": uid or name,
+        "resourceVersion": str(version),
+        "creationTimestamp": AT,
+        "labels": labels,
+        "ownerReferences": [{"uid": owner, "controller": True}],
+        "managedFields": [{"manager": "someone"}],
+    }
+    return {"metadata": metadata, **more}
+
+
+def a_raw_pod(name: str = "tickets-1-0-abcde", version: int = 5, **more: Any) -> dict[str, Any]:
+    return raw(name, version, owner="tickets-1", **more)
+
+
+def test_an_older_answer_does_not_replace_a_newer_one() -> None:
+    cache = Cache()
+    assert cache.put(Resource.RUNS, raw("tickets", 7, status={"phase": "Running"})) == KEY
+    assert cache.put(Resource.RUNS, raw("tickets", 6, status={"phase": "Starting"})) is None
+    assert cache.put(Resource.RUNS, raw("tickets", 7)) is None, "what is known is no news"
+    run = cache.run(KEY)
+    assert run is not None
+    assert run["status"] == {"phase": "Running"}
+    assert "managedFields" not in run["metadata"]
+    assert cache.runs_by_phase() == {"Running": 1}
+
+
+def test_versions_are_numbers() -> None:
+    cache = Cache()
+    cache.put(Resource.RUNS, raw("tickets", 9))
+    assert cache.put(Resource.RUNS, raw("tickets", 10)) == KEY
+
+
+def test_what_was_deleted_does_not_come_back_from_a_slow_answer() -> None:
+    cache = Cache()
+    for resource, name in ((Resource.RUNS, "tickets"), (Resource.JOBS, "tickets-1")):
+        cache.put(resource, raw(name, 5))
+        cache.remove(resource, raw(name, 6))
+        assert cache.put(resource, raw(name, 5)) is None
+    assert (cache.run(KEY), cache.jobs(KEY)) == (None, [])
+
+
+def test_another_object_of_the_same_name_is_news() -> None:
+    cache = Cache()
+    cache.put(Resource.RUNS, raw("tickets", 5))
+    cache.remove(Resource.RUNS, raw("tickets", 6))
+    assert cache.put(Resource.RUNS, raw("tickets", 7, uid="other")) == KEY
+    cache.remove(Resource.RUNS, raw("tickets", 6))
+    assert cache.run(KEY) is not None, "a late event about the old one does not remove the new one"
+
+
+def test_the_last_sight_of_a_pod_is_kept_with_its_job() -> None:
+    cache = Cache()
+    cache.put(Resource.JOBS, raw("tickets-1", 1))
+    cache.put(Resource.PODS, a_raw_pod())
+    words = {"containerStatuses": [{"state": {"terminated": {"exitCode": 75, "message": "words"}}}]}
+    assert cache.remove(Resource.PODS, a_raw_pod(version=8, status=words)) == KEY
+    (pod,) = cache.pods(KEY)
+    assert (pod.gone, pod.ended and pod.ended.exit_code) == (True, 75)
+    assert cache.object_keys(Resource.PODS, None) == set()
+    cache.remove(Resource.JOBS, raw("tickets-1", 9))
+    assert cache.pods(KEY) == []
+
+
+def test_a_pod_without_its_job_is_forgotten() -> None:
+    cache = Cache()
+    cache.put(Resource.PODS, a_raw_pod())
+    cache.remove(Resource.PODS, a_raw_pod(version=8))
+    assert cache.pods(KEY) == []
+
+
+def test_objects_that_are_none_of_ours_are_passed_over() -> None:
+    cache = Cache()
+    foreign = raw("other", 1)
+    foreign["metadata"]["labels"] = {}
+    for resource in (Resource.JOBS, Resource.PODS):
+        assert cache.put(resource, foreign) is None
+        cache.remove(resource, foreign)
+
+
+@pytest.mark.parametrize(("resource", "name"), [(Resource.RUNS, "tickets"), (Resource.JOBS, "tickets-1")])
+def test_discard(resource: Resource, name: str) -> None:
+    cache = Cache()
+    cache.put(resource, raw(name, 1))
+    (key,) = cache.object_keys(resource, "team")
+    assert cache.object_keys(resource, "elsewhere") == set()
+    assert cache.discard(key) == KEY
+    assert cache.object_keys(resource, None) == set()
+    assert cache.discard(key) in (None, KEY)
+
+
+@pytest.mark.parametrize(("text", "want"), [("", set()), ("0", {0}), ("1,3-5,7", {1, 3, 4, 5, 7}), ("0-1", {0, 1})])
+def test_parse_indexes(text: str, want: set[int]) -> None:
+    assert parse_indexes(text) == want
+
+
+def test_parse_pod_reads_what_the_kubelet_writes() -> None:
+    pod = parse_pod(
+        a_raw_pod(
+            status={
+                "phase": "Failed",
+                "reason": "Evicted",
+                "conditions": [
+                    {"type": "PodScheduled", "status": "True"},
+                    {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": "low"},
+                ],
+                "containerStatuses": [
+                    {"state": {"terminated": {"exitCode": 137, "reason": "OOMKilled", "finishedAt": AT}}}
+                ],
+            }
+        )
+    )  # fmt: skip
+    assert (pod.phase, pod.reason, pod.disruption, pod.scheduled) == ("Failed", "Evicted", "TerminationByKubelet", True)
+    assert pod.ended is not None
+    assert (pod.ended.exit_code, pod.ended.reason, pod.ended.at) == (137, "OOMKilled", NOW)
+    assert (pod.key, pod.attempt, pod.job_uid, pod.version) == (KEY, 1, "tickets-1", 5)
+
+
+def test_a_bare_object_is_read_as_empty() -> None:
+    pod = parse_pod(a_raw_pod())
+    assert (pod.phase, pod.scheduled, pod.running, pod.ended, pod.has_ended) == ("Pending", False, False, None, False)
+    job = parse_job(raw("tickets-1", 1))
+    assert (job.failed_indexes, job.finished, job.stopping, job.failure) == (frozenset(), False, False, "")
+
+
+def test_parse_job_reads_what_the_controller_writes() -> None:
+    failed = {"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "too long"}
+    status = {"failedIndexes": "0,2", "completedIndexes": "1", "conditions": [failed]}
+    job = parse_job(raw("tickets-1", 1, spec={"maxFailedIndexes": 0}, status=status))
+    assert (job.failed_indexes, job.completed_indexes) == ({0, 2}, {1})
+    assert (job.finished, job.stopping, job.failure) == (True, True, "DeadlineExceeded: too long")

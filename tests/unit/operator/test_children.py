@@ -1,0 +1,110 @@
+"""The children as files: ``UPDATE_GOLDEN=1 pytest tests/unit/operator`` writes them anew."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_api import LoRAFineTune
+from lora_api.finetune import PodTemplate
+from lora_operator.children.configmap import build_configmap
+from lora_operator.children.job import build_job, omp_threads
+from lora_operator.children.service import build_service
+from lora_operator.settings import Settings
+from tests.unit.operator.builders import a_run
+
+GOLDEN = Path(__file__).parent / "golden"
+SETTINGS = Settings(trainer_image="registry.example/lora-trainer:1.2.3")
+
+RUNS: dict[str, tuple[LoRAFineTune, int]] = {
+    "cpu": (
+        a_run(
+            credentials={"secretRef": {"name": "lora-store"}},
+            podTemplate={"resources": {"requests": {"cpu": "500m", "memory": "3Gi"}, "limits": {"memory": "6Gi"}}},
+        ),
+        1,
+    ),
+    "gpu": (
+        a_run(
+            baseModel={"uri": "hf://meta-llama/Llama-3.1-8B-Instruct", "revision": "main"},
+            dataset={
+                "train": {"uri": "pvc://datasets/support/train.jsonl"},
+                "eval": {"uri": "pvc://datasets/support/eval.jsonl"},
+            },
+            training={"epochs": 2, "globalBatchSize": 64, "microBatchSize": 2},
+            parallelism={"nodes": 4, "gpusPerNode": 8},
+            podTemplate={
+                "resources": {"requests": {"cpu": "32", "memory": "256Gi"}, "limits": {"memory": "256Gi"}},
+                "nodeSelector": {"gpu": "h100"},
+                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+                "env": [{"name": "NCCL_SOCKET_IFNAME", "value": "eth0"}, {"name": "HF_HOME", "value": "/tmp/hf"}],
+                "imagePullSecrets": [{"name": "registry"}],
+                "labels": {"team": "support"},
+                "annotations": {"example.com/cost": "42"},
+            },
+        ),
+        3,
+    ),
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as such, so that a difference can be read."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def build_all(run: LoRAFineTune, attempt: int) -> list[dict[str, Any]]:
+    return [build_service(run, attempt), build_configmap(run, attempt), build_job(run, attempt, SETTINGS)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_children_are_as_their_file_says(name: str) -> None:
+    text = yaml.dump_all(build_all(*RUNS[name]), Dumper=_Dumper, sort_keys=False, width=120)
+    path = GOLDEN / f"{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_builders_are_pure(name: str) -> None:
+    run, attempt = RUNS[name]
+    before = run.model_dump()
+    assert build_all(run, attempt) == build_all(run, attempt)
+    assert run.model_dump() == before
+
+
+def test_a_user_cannot_take_over_the_operators_labels() -> None:
+    run = a_run(podTemplate={"labels": {"lorafinetune.io/name": "other", "app.kubernetes.io/managed-by": "other"}})
+    labels = build_job(run, 1, SETTINGS)["spec"]["template"]["metadata"]["labels"]
+    assert labels["lorafinetune.io/name"] == "tickets"
+    assert labels["app.kubernetes.io/managed-by"] == "lora-operator"
+
+
+def test_names_fit_where_kubernetes_is_strictest() -> None:
+    run = a_run(metadata={"name": "n" * 52})
+    (service, _, job) = build_all(run, 121)
+    assert len(service["metadata"]["name"]) <= 63
+    assert len(f"{job['metadata']['name']}-63") <= 63, "the host name of a pod"
+
+
+@pytest.mark.parametrize(
+    ("resources", "processes", "on_cpu", "want"),
+    [
+        ({}, 1, True, 1),
+        ({}, 8, False, None),
+        ({"requests": {"cpu": "500m"}}, 1, True, 1),
+        ({"requests": {"cpu": "32"}}, 8, False, 4),
+        ({"requests": {"cpu": "2"}, "limits": {"cpu": "7500m"}}, 1, True, 7),
+    ],
+)
+def test_omp_threads(resources: dict[str, Any], processes: int, on_cpu: bool, want: int | None) -> None:
+    template = PodTemplate.model_validate({"resources": resources})
+    assert omp_threads(template, processes, on_cpu=on_cpu) == want

@@ -1,0 +1,198 @@
+"""From pods to the one failure that explains all of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lora_api import RULES, FailureClass
+from lora_operator.diagnose import diagnose_pod, diagnose_pods, diagnose_root, with_remedy
+from lora_operator.obstacles import diagnose_obstacle
+from lora_operator.views import PodView
+from tests.unit.operator.builders import NOW, a_job, a_pod, ago, ended, running, said, waiting
+
+GRACE = 20.0
+DISRUPTED: dict[str, Any] = {"disruption": "PreemptionByScheduler", "disruption_message": "preempting"}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    pod: PodView
+    want: FailureClass | None
+    reason: str = ""
+    message: str = ""
+
+
+CASES = [
+    Case("a pod that waits is well", a_pod(), None),
+    Case("a pod that runs is well", running(), None),
+    Case("a peer that is done is well", ended(1, 0), None),
+    Case("rank 0 that is done without a word is not", ended(0, 0), FailureClass.INTERNAL, "NoTerminationMessage"),
+    Case("the trainer's word counts", ended(1, 70, said("BadData", "record 7")), FailureClass.BAD_DATA, "", "record 7"),
+    Case(
+        "the kernel's word counts more than the launcher's guess",
+        ended(1, 1, said("Internal", "worker died by signal 9"), reason="OOMKilled"),
+        FailureClass.HOST_OUT_OF_MEMORY,
+        "OOMKilled",
+    ),
+    Case("out of memory as PID 1", ended(1, 137, reason="OOMKilled"), FailureClass.HOST_OUT_OF_MEMORY),
+    Case("killed from outside", ended(1, 137), FailureClass.POD_LOST, "Killed"),
+    Case("ended by SIGTERM without a word", ended(1, 143), FailureClass.POD_LOST, "Killed"),
+    Case("an exit code of the table without a word", ended(1, 74), FailureClass.STORE_UNAVAILABLE),
+    Case("another exit code without a word", ended(1, 3), FailureClass.INTERNAL, "", "exit code 3"),
+    Case("words of another program", ended(1, 65, "Traceback"), FailureClass.BAD_DATA),
+    Case("a container that does not start", ended(1, 128, reason="StartError"), FailureClass.POD_NOT_STARTED),
+    Case(
+        "a checkpoint because of a preemption is an eviction",
+        ended(1, 75, said("Checkpointed"), **DISRUPTED),
+        FailureClass.EVICTED,
+        "PreemptionByScheduler",
+        "preempting",
+    ),
+    Case("killed after a preemption", ended(1, 137, **DISRUPTED), FailureClass.EVICTED),
+    Case("a fault of its own during a preemption", ended(1, 65, said("BadData"), **DISRUPTED), FailureClass.BAD_DATA),
+    Case("a checkpoint because of a deletion", ended(1, 75, said("Checkpointed")), FailureClass.CHECKPOINTED),
+    Case("evicted", a_pod(1, phase="Failed", reason="Evicted", message="low on memory"), FailureClass.EVICTED),
+    Case(
+        "evicted because its own disk is full",
+        a_pod(1, phase="Failed", reason="Evicted", message="Usage of EmptyDir volume work exceeds the limit"),
+        FailureClass.DISK_FULL,
+    ),
+    Case(
+        "the taint manager means a lost node",
+        a_pod(1, phase="Failed", disruption="DeletionByTaintManager"),
+        FailureClass.NODE_LOST,
+    ),
+    Case("the pod's node object is gone", running(1, gone=True, disruption="DeletionByPodGC"), FailureClass.NODE_LOST),
+    Case("gone without a word", running(1, gone=True), FailureClass.POD_LOST, "Deleted", "was deleted"),
+    Case("refused by the node", a_pod(1, phase="Failed", reason="OutOfcpu"), FailureClass.POD_LOST, "OutOfcpu"),
+    Case("asked to stop, still within its time", running(1, deleting_at=ago(-60)), None),
+    Case("asked to stop, just over its time", running(1, deleting_at=ago(19)), None),
+    Case("asked to stop, long over its time", running(1, deleting_at=ago(21)), FailureClass.NODE_LOST),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_diagnose_pod(case: Case) -> None:
+    symptom = diagnose_pod(case.pod, NOW, grace=GRACE)
+    assert (symptom.failure_class if symptom else None) == case.want
+    assert case.reason in (symptom.reason if symptom else "")
+    assert case.message in (symptom.message if symptom else "")
+
+
+@dataclass(frozen=True)
+class Root:
+    name: str
+    pods: list[PodView]
+    want: FailureClass
+    pod: int
+
+
+ROOTS = [
+    Root(
+        "an echo is never the root, even if it came first",
+        [ended(0, 73, said("PeerLost", at=ago(9))), ended(1, 65, said("BadData", at=ago(1)))],
+        FailureClass.BAD_DATA,
+        1,
+    ),
+    Root(
+        "the earliest of two faults",
+        [ended(0, 74, said("StoreUnavailable", at=ago(5))), ended(1, 65, said("BadData", at=ago(6)))],
+        FailureClass.BAD_DATA,
+        1,
+    ),
+    Root(
+        "memory explains the peers' broken connections",
+        [ended(0, 73, said("PeerLost", at=ago(1))), ended(1, 137, reason="OOMKilled", at=ago(3))],
+        FailureClass.HOST_OUT_OF_MEMORY,
+        1,
+    ),
+    Root(
+        "an eviction explains its peers' checkpoints",
+        [ended(0, 75, said("Checkpointed", at=ago(2))), ended(1, 75, said("Checkpointed", at=ago(1)), **DISRUPTED)],
+        FailureClass.EVICTED,
+        1,
+    ),
+    Root(
+        "the pod that was deleted is why all saved a checkpoint",
+        [
+            ended(0, 75, said("Checkpointed", at=ago(2))),
+            ended(1, 75, said("Checkpointed", at=ago(1)), deleting_at=ago(-60)),
+        ],
+        FailureClass.CHECKPOINTED,
+        1,
+    ),
+    Root(
+        "when all lost a peer, the silent one is the suspect",
+        [ended(0, 73, said("PeerLost")), running(1), ended(2, 73, said("PeerLost"))],
+        FailureClass.PEER_LOST,
+        1,
+    ),
+    Root(
+        "when all lost each other, the first to say so",
+        [ended(0, 73, said("PeerLost", at=ago(1))), ended(1, 73, said("PeerLost", at=ago(2)))],
+        FailureClass.PEER_LOST,
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ROOTS, ids=lambda case: case.name)
+def test_diagnose_root(case: Root) -> None:
+    symptoms = diagnose_pods(case.pods, a_job(), NOW, grace=GRACE, processes_per_node=1)
+    failure = diagnose_root(symptoms, case.pods, 1, NOW)
+    assert (failure.failure_class, failure.pod) == (case.want, f"tickets-1-{case.pod}")
+    assert failure.remedy == RULES[case.want].remedy
+
+
+def test_the_trainers_own_remedy_rank_and_exit_code_are_kept() -> None:
+    pods = [ended(1, 71, said("GPUOutOfMemory", "11 GiB short", rank=13, remedy="Set microBatchSize to 2."))]
+    symptoms = diagnose_pods(pods, a_job(), NOW, grace=GRACE, processes_per_node=8)
+    failure = diagnose_root(symptoms, pods, 3, NOW)
+    assert (failure.remedy, failure.rank, failure.exit_code) == ("Set microBatchSize to 2.", 13, 71)
+    assert (failure.attempt, failure.message) == (3, "11 GiB short")
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 1), (8, None)])
+def test_a_pod_without_words_is_a_rank_where_it_has_one_process(processes: int, rank: int | None) -> None:
+    symptoms = diagnose_pods([ended(1, 137)], a_job(), NOW, grace=GRACE, processes_per_node=processes)
+    assert symptoms[0].rank == rank
+
+
+def test_a_job_that_was_ended_from_outside_is_a_symptom() -> None:
+    job = a_job(failure="DeadlineExceeded: Job was active longer than specified deadline")
+    symptoms = diagnose_pods([running()], job, NOW, grace=GRACE, processes_per_node=1)
+    assert [(item.failure_class, item.reason) for item in symptoms] == [(FailureClass.POD_LOST, "JobFailed")]
+
+
+@pytest.mark.parametrize(
+    ("pods", "refused", "want"),
+    [
+        ([a_pod(0), a_pod(1)], None, None),
+        ([running(0), running(1)], "exceeded quota", "QuotaExceeded"),
+        ([waiting(0, "ContainerCreating")], None, None),
+        ([waiting(0, "ImagePullBackOff")], None, "ImagePullFailed"),
+        ([waiting(0, "InvalidImageName")], None, "ImagePullFailed"),
+        ([waiting(0, "CreateContainerConfigError")], None, "PodNotStarted"),
+        ([waiting(0, "CreateContainerConfigError"), waiting(1, "ErrImagePull")], None, "ImagePullFailed"),
+        ([a_pod(0, unscheduled_reason="Unschedulable")], None, "Unschedulable"),
+        ([a_pod(0, unscheduled_reason="SchedulingGated")], None, "SchedulingGated"),
+        ([a_pod(0, unscheduled_reason="Unschedulable"), waiting(1, "ErrImagePull")], None, "ImagePullFailed"),
+        ([], "pods is forbidden: violates PodSecurity", "PodNotStarted"),
+    ],
+)
+def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str | None) -> None:
+    obstacle = diagnose_obstacle(pods, a_job(), refused)
+    assert (obstacle.reason if obstacle else None) == want
+    if obstacle is not None:
+        assert obstacle.remedy
+        assert obstacle.text.endswith(f". Remedy: {obstacle.remedy}")
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy", "want"),
+    [("It broke.", "Mend it.", "It broke. Remedy: Mend it."), (" it broke ", "", "it broke.")],
+)
+def test_with_remedy(message: str, remedy: str, want: str) -> None:
+    assert with_remedy(message, remedy) == want

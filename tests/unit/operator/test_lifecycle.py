@@ -1,0 +1,362 @@
+"""decide(): every rule of the state machine as one row."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lora_api import RULES, ConditionType, FailureClass, Phase
+from lora_operator.lifecycle import decide
+from lora_operator.observed import Observed, Reports
+from lora_operator.settings import Settings
+from tests.unit.operator.builders import (
+    ADAPTER,
+    NOW,
+    a_job,
+    a_pod,
+    a_run,
+    ago,
+    condition,
+    ended,
+    failure,
+    published,
+    running,
+    said,
+    seen,
+    waiting,
+)
+
+SETTINGS = Settings(failure_grace=20.0, start_timeout=600.0, max_uncharged_restarts=3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``want``: fields of the plan; a class stands for that of its failure."""
+
+    name: str
+    observed: Observed
+    want: dict[str, Any] = field(default_factory=dict)
+    failure: FailureClass | None = None
+    marks: dict[ConditionType, tuple[bool, str]] = field(default_factory=dict)
+
+
+JOB = a_job()
+STARTED = {"attempt": 1}
+FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
+NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
+
+CASES = [
+    # Launch
+    Case(
+        "a new run is launched",
+        seen(a_run()),
+        {"launch": 1, "attempt": 1, "phase": Phase.STARTING},
+        marks={ConditionType.SCHEDULED: (False, "PodsPending"), ConditionType.RUNNING: (False, "Starting")},
+    ),
+    Case(
+        "a run that is being deleted is left alone",
+        seen(a_run(metadata={"deletionTimestamp": "2026-11-23T12:00:00Z"})),
+        NOTHING,
+    ),
+    Case(
+        "a Job that exists before the status knows it is not launched again",
+        seen(a_run(), JOB),
+        {"launch": None, "attempt": 1, "phase": Phase.STARTING},
+    ),
+    Case(
+        "a Job of an earlier run of the same name is none of ours",
+        seen(a_run(), a_job(owner_uid="another")),
+        {"launch": 1},
+    ),
+    Case(
+        "pods of an earlier run of the same name are waited for",
+        seen(a_run(), running(job_uid="gone", deleting_at=ago(-30))),
+        {"launch": None, "phase": Phase.PENDING, "requeue_after": 50.0},
+    ),
+    Case(
+        "a pod that should be gone for long holds nobody up",
+        seen(a_run(), running(job_uid="gone", deleting_at=ago(21))),
+        {"launch": 1},
+    ),
+    # On the way up
+    Case(
+        "pods without a node",
+        seen(a_run(status=STARTED), JOB, a_pod(0), a_pod(1)),
+        {"phase": Phase.STARTING, "requeue_after": None},
+        marks={ConditionType.SCHEDULED: (False, "PodsPending"), ConditionType.RUNNING: (False, "Starting")},
+    ),
+    Case(
+        "all pods have a node, one runs",
+        seen(a_run(status=STARTED), JOB, running(0), a_pod(1, scheduled=True)),
+        {"phase": Phase.STARTING},
+        marks={ConditionType.SCHEDULED: (True, "PodsScheduled"), ConditionType.RUNNING: (False, "Starting")},
+    ),
+    Case(
+        "all pods run",
+        seen(a_run(status=STARTED), JOB, running(0), running(1)),
+        {"phase": Phase.RUNNING, "reason": "Running"},
+        marks={ConditionType.SCHEDULED: (True, "PodsScheduled"), ConditionType.RUNNING: (True, "PodsRunning")},
+    ),
+    Case(
+        "the stage of the trainer is the reason",
+        seen(a_run(status=STARTED), JOB, running(0), running(1), reports=Reports(stage="loading")),
+        {"phase": Phase.RUNNING, "reason": "LoadingModel"},
+    ),
+    Case(
+        "publishing is a phase of its own",
+        seen(a_run(status=STARTED), JOB, running(0), running(1), reports=Reports(stage="publishing")),
+        {"phase": Phase.PUBLISHING},
+    ),
+    Case(
+        "an image that cannot be pulled is shown at once",
+        seen(a_run(status=STARTED), JOB, waiting(0, "ErrImagePull", "not found"), running(1)),
+        {"phase": Phase.STARTING, "reason": "ImagePullFailed", "requeue_after": 510.0, "failure": None},
+        marks={ConditionType.RUNNING: (False, "ImagePullFailed")},
+    ),
+    Case(
+        "an image that cannot be pulled for long ends the run",
+        seen(a_run(status=STARTED), JOB, waiting(0, "ImagePullBackOff", created=ago(601)), running(1)),
+        {"phase": Phase.FAILED, "ended": True},
+        FailureClass.IMAGE_PULL_FAILED,
+    ),
+    Case(
+        "a missing Secret ends the run after a while",
+        seen(a_run(status=STARTED), JOB, waiting(0, "CreateContainerConfigError", created=ago(601)), running(1)),
+        {"phase": Phase.FAILED},
+        FailureClass.POD_NOT_STARTED,
+    ),
+    Case(
+        "a gang that fits nowhere waits for ever",
+        seen(
+            a_run(status=STARTED), a_job(created=ago(9e6)),
+            *(a_pod(index, created=ago(9e6), unscheduled_reason="Unschedulable") for index in (0, 1)),
+        ),
+        {"phase": Phase.STARTING, "reason": "Unschedulable", "requeue_after": None, "failure": None},
+        marks={ConditionType.SCHEDULED: (False, "Unschedulable"), ConditionType.RUNNING: (False, "Unschedulable")},
+    ),
+    Case(
+        "a quota that is full is waited for",
+        seen(a_run(status=STARTED), a_job(created=ago(9e6)), reports=Reports(refused="exceeded quota: few")),
+        {"reason": "QuotaExceeded", "failure": None},
+        marks={ConditionType.SCHEDULED: (False, "QuotaExceeded")},
+    ),
+    Case(
+        "pods that are refused for long end the run",
+        seen(a_run(status=STARTED), a_job(created=ago(601)), reports=Reports(refused="violates PodSecurity")),
+        {"phase": Phase.FAILED},
+        FailureClass.POD_NOT_STARTED,
+    ),
+    # Success
+    Case(
+        "rank 0 says what it published",
+        seen(a_run(status=STARTED), JOB, ended(0, 0, published()), ended(1, 0)),
+        {"phase": Phase.SUCCEEDED, "ended": True, "failure": None},
+        marks={
+            ConditionType.PUBLISHED: (True, "Succeeded"),
+            ConditionType.COMPLETE: (True, "Succeeded"),
+            ConditionType.RUNNING: (False, "Succeeded"),
+        },
+    ),
+    Case(
+        "an adapter in the store is not taken back by a peer that fails later",
+        seen(a_run(status=STARTED), JOB, ended(0, 0, published()), ended(1, 73, said("PeerLost"))),
+        {"phase": Phase.SUCCEEDED},
+    ),
+    Case(
+        "an adapter in the store counts though the Job was deleted",
+        seen(a_run(status=STARTED), a_job(deleting=True), ended(0, 0, published(), gone=True)),
+        {"phase": Phase.SUCCEEDED},
+    ),
+    Case(
+        "a peer that is done before rank 0 is no news",
+        seen(a_run(status=STARTED), JOB, running(0), ended(1, 0)),
+        {"phase": Phase.RUNNING},
+    ),
+    Case(
+        "success without an adapter is none",
+        seen(a_run(status=STARTED), JOB, ended(0, 0, "hello"), ended(1, 0)),
+        {"phase": Phase.RESTARTING, "charged": True},
+        FailureClass.INTERNAL,
+    ),
+    # Failure
+    Case(
+        "a failed pod gives its peers a moment",
+        seen(a_run(status=STARTED), JOB, running(0), ended(1, 65, said("BadData"))),
+        {"failing": True, "requeue_after": 20.0, "reason": "PodFailed", "failure": None},
+        marks={ConditionType.RUNNING: (False, "PodFailed")},
+    ),
+    Case(
+        "the moment counts from when the operator saw it",
+        seen(
+            a_run(status=STARTED), JOB, running(0), ended(1, 65, said("BadData"), at=ago(500)),
+            reports=Reports(failing_since=ago(5)),
+        ),
+        {"failing": True, "requeue_after": 15.0},
+    ),
+    Case(
+        "after the moment the attempt is over",
+        seen(
+            a_run(status=STARTED), JOB, running(0), ended(1, 65, said("BadData")),
+            reports=Reports(failing_since=ago(20)),
+        ),
+        {"phase": Phase.FAILED, "ended": True, "failing": False},
+        FailureClass.BAD_DATA,
+    ),
+    Case(
+        "when all pods have ended there is nothing to wait for",
+        seen(a_run(status=STARTED), JOB, ended(0, 73, said("PeerLost")), ended(1, 70, said("Internal"))),
+        {"phase": Phase.RESTARTING, "charged": True, "launch": None, "delete": None},
+        FailureClass.INTERNAL,
+    ),
+    Case(
+        "a pod that is asked to stop may save its checkpoint first",
+        seen(a_run(status=STARTED), JOB, running(0), running(1, deleting_at=ago(-100))),
+        {"phase": Phase.RUNNING, "failing": False, "requeue_after": 121.0},
+    ),
+    Case(
+        "a pod that outlives its deletion has lost its node",
+        seen(
+            a_run(status=STARTED), JOB, running(0), running(1, deleting_at=ago(21)),
+            reports=Reports(failing_since=ago(20)),
+        ),
+        {"phase": Phase.RESTARTING, "charged": False},
+        FailureClass.NODE_LOST,
+    ),
+    Case(
+        "a Job that is gone takes the attempt along",
+        seen(a_run(status=STARTED)),
+        {"phase": Phase.RESTARTING, "charged": False, "launch": None},
+        FailureClass.POD_LOST,
+    ),
+    Case(
+        "a Job that somebody deletes takes the attempt along",
+        seen(a_run(status=STARTED), a_job(deleting=True), running(0), running(1)),
+        {"phase": Phase.RESTARTING},
+        FailureClass.POD_LOST,
+    ),
+    Case(
+        "a pod that failed and is gone is known from the Job",
+        seen(a_run(status=STARTED), a_job(failed_indexes=frozenset({0, 1}))),
+        {"phase": Phase.RESTARTING},
+        FailureClass.POD_LOST,
+    ),
+    Case(
+        "restarts come to an end",
+        seen(
+            a_run(status={"attempt": 4, "chargedRestarts": 3}), a_job(4),
+            *(ended(index, 70, said("Internal"), attempt=4, job_uid="job-4") for index in (0, 1)),
+        ),
+        {"phase": Phase.FAILED, "ended": True},
+        FailureClass.INTERNAL,
+    ),
+    Case(
+        "restarts that are not charged come to an end too",
+        seen(
+            a_run(status={"attempt": 4}), a_job(4),
+            *(ended(index, 75, said("Checkpointed"), attempt=4, job_uid="job-4") for index in (0, 1)),
+        ),
+        {"phase": Phase.FAILED},
+        FailureClass.CHECKPOINTED,
+    ),
+    # Restart
+    Case(
+        "the Job of a failed attempt is deleted",
+        seen(a_run(status=FAILED_ONCE), JOB, ended(0), ended(1)),
+        {"delete": JOB, "launch": None, "phase": None},
+    ),
+    Case(
+        "a Job that is on its way out is not deleted again",
+        seen(a_run(status=FAILED_ONCE), a_job(deleting=True), ended(0), ended(1)),
+        NOTHING,
+    ),
+    Case(
+        "the next attempt waits for the pods of the last one",
+        seen(a_run(status=FAILED_ONCE), running(0, deleting_at=ago(-60))),
+        {"launch": None, "phase": None, "requeue_after": 80.0},
+    ),
+    Case(
+        "the next attempt is launched",
+        seen(a_run(status=FAILED_ONCE), ended(0, gone=True)),
+        {"launch": 2, "attempt": 2, "phase": Phase.RESTARTING},
+    ),
+    Case(
+        "a next attempt that was launched is followed, not launched again",
+        seen(a_run(status=FAILED_ONCE), a_job(2), running(0, 2), running(1, 2)),
+        {"launch": None, "attempt": 2, "phase": Phase.RUNNING},
+    ),
+    # The end
+    Case(
+        "a run that has succeeded stays so, whatever is deleted",
+        seen(a_run(status={"attempt": 1, "conditions": [condition("Complete")]})),
+        NOTHING,
+    ),
+    Case(
+        "a run that has failed stays so",
+        seen(a_run(status={"attempt": 1, "conditions": [condition("Failed")]}), JOB, ended(0), ended(1)),
+        NOTHING,
+    ),
+    Case(
+        "pods that hang after the end are ended, the failed ones kept",
+        seen(
+            a_run(status={"attempt": 1, "conditions": [condition("Failed")]}),
+            a_job(failed_indexes=frozenset({1})), running(0), ended(1),
+        ),
+        {"stop": a_job(failed_indexes=frozenset({1})), "delete": None},
+    ),
+    Case(
+        "a Job that is being ended is not ended again",
+        seen(
+            a_run(status={"attempt": 1, "conditions": [condition("Failed")]}),
+            a_job(failed_indexes=frozenset({1}), stopping=True), running(0), ended(1),
+        ),
+        NOTHING,
+    ),
+    Case(
+        "pods that never ran are deleted with their Job",
+        seen(
+            a_run(status={"attempt": 1, "conditions": [condition("Failed")]}),
+            JOB, waiting(0, "ImagePullBackOff"), waiting(1, "ImagePullBackOff"),
+        ),
+        {"delete": JOB, "stop": None},
+    ),
+    Case(
+        "after success the peers have a moment to leave",
+        seen(
+            a_run(
+                status={
+                    "attempt": 1, "conditions": [condition("Complete")], "adapter": ADAPTER,
+                    "completionTime": "2026-11-23T11:59:55Z",
+                }
+            ),
+            JOB, ended(0, 0, published()), running(1),
+        ),
+        {"delete": None, "stop": None, "requeue_after": 15.0},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_decide(case: Case) -> None:
+    plan = decide(case.observed, NOW, SETTINGS)
+    assert {name: getattr(plan, name) for name in case.want} == case.want
+    assert (plan.failure.failure_class if plan.failure else None) == case.failure
+    found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
+    assert found == case.marks
+
+
+@pytest.mark.parametrize("failure_class", list(FailureClass))
+def test_the_table_says_what_follows_a_failure(failure_class: FailureClass) -> None:
+    rule = RULES[failure_class]
+    pods = [ended(index, 70, said(str(failure_class), "record 7 is broken.")) for index in (0, 1)]
+    plan = decide(seen(a_run(status=STARTED), JOB, *pods), NOW, SETTINGS)
+    assert plan.failure is not None
+    assert (plan.failure.failure_class, plan.failure.remedy) == (failure_class, rule.remedy)
+    assert (plan.phase == Phase.RESTARTING, plan.ended) == (rule.retried, not rule.retried)
+    assert plan.charged == (rule.charged and rule.retried)
+    assert plan.message == f"record 7 is broken. Remedy: {rule.remedy}"
+
+
+def test_a_refused_restart_says_which_limit_refuses_it() -> None:
+    run = a_run(status={"attempt": 1}, runPolicy={"maxRestarts": 0})
+    plan = decide(seen(run, JOB, ended(0, 70, said("Internal")), ended(1, 70, said("Internal"))), NOW, SETTINGS)
+    assert plan.message.startswith("it broke (after 0 of runPolicy.maxRestarts = 0 restarts). Remedy: ")

@@ -1,0 +1,118 @@
+"""From log lines to progress."""
+
+import itertools
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_api import Progress, ProgressLine
+from lora_operator.progress import (
+    compute_progress,
+    compute_stage,
+    compute_stopped_progress,
+    format_duration,
+    merge_history,
+    parse_progress,
+)
+from tests.unit.operator.builders import NOW
+
+
+def step(number: int, *, total: int = 100, seconds: float = 2.0, loss: float | None = 1.0) -> ProgressLine:
+    at = NOW + timedelta(seconds=seconds * number)
+    return ProgressLine(event="step", at=at, step=number, total_steps=total, loss=loss)
+
+
+def steps(first: int, last: int, total: int = 100) -> list[ProgressLine]:
+    return [step(number, total=total) for number in range(first, last + 1)]
+
+
+def test_only_whole_progress_lines_are_read() -> None:
+    line = step(3).to_line()
+    log = f"hello\n{line[20:]}\n2026-11-23T12:00:00Z {line}\n{line[:30]}"
+    assert [found.step for found in parse_progress(log)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("lines", "want"),
+    [
+        ([], "loading"),
+        ([ProgressLine(event="stage", at=NOW, stage="evaluating")], "evaluating"),
+        ([ProgressLine(event="stage", at=NOW, stage="evaluating"), step(1)], "training"),
+        ([step(1), ProgressLine(event="stage", at=NOW, stage="publishing")], "publishing"),
+        ([ProgressLine(event="stage", at=NOW, stage="evaluating"), ProgressLine(event="eval", at=NOW)], "evaluating"),
+    ],
+)
+def test_stage(lines: list[ProgressLine], want: str) -> None:
+    assert compute_stage(lines, "loading") == want
+
+
+def test_the_estimate_is_the_pace_of_the_last_steps() -> None:
+    progress = compute_progress(None, steps(1, 20), logging_steps=1)
+    assert (progress.step, progress.total_steps, progress.percent, progress.summary) == (20, 100, 20, "20%")
+    assert (progress.eta_seconds, progress.eta) == (160, "2m40s")
+
+
+def test_one_step_alone_has_no_pace() -> None:
+    assert compute_progress(None, [step(1)], logging_steps=1).eta is None
+
+
+def test_the_last_step_leaves_no_time() -> None:
+    progress = compute_progress(None, steps(1, 100), logging_steps=1)
+    assert (progress.percent, progress.eta_seconds, progress.eta) == (100, 0, "0s")
+
+
+def test_an_evaluation_before_the_first_step_is_shown() -> None:
+    line = ProgressLine(event="eval", at=NOW, eval_loss=3.0)
+    assert compute_progress(None, [line], logging_steps=1).eval_loss == 3.0
+    progress = compute_progress(Progress(eval_loss=3.0), [step(1)], logging_steps=1)
+    assert (progress.eval_loss, progress.step) == (3.0, 1)
+
+
+def test_no_news_is_no_change() -> None:
+    progress = compute_progress(None, steps(1, 5), logging_steps=1)
+    assert compute_progress(progress, [], logging_steps=1) == progress
+
+
+def test_a_restart_from_a_checkpoint_replaces_the_points_after_it() -> None:
+    before = compute_progress(None, steps(1, 30), logging_steps=1)
+    after = compute_progress(before, [step(21, loss=9.0), step(22, loss=9.0)], logging_steps=1)
+    assert [point[0] for point in after.history] == [float(number) for number in range(1, 23)]
+    assert after.history[-2:] == [[21.0, 9.0], [22.0, 9.0]]
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.sampled_from([1, 5, 10]))
+def test_history_is_short_even_and_ends_with_the_newest_whatever_tails_were_read(
+    last: int, tail: int, logging_steps: int
+) -> None:
+    numbers = list(range(logging_steps, last * logging_steps + 1, logging_steps))
+    history: list[list[float]] = []
+    for begin in range(0, len(numbers), tail):
+        lines = [step(number) for number in numbers[max(0, begin - 3) : begin + tail]]
+        history = merge_history(history, lines, logging_steps)
+        assert len(history) <= 100
+    found = [point[0] for point in history]
+    assert found[-1] == numbers[-1]
+    assert found == sorted(set(found))
+    gaps = {later - earlier for earlier, later in itertools.pairwise(found[:-1])}
+    assert len(gaps) <= 1, "evenly spaced, the newest aside"
+    assert len(found) >= min(len(numbers), 50), "and not thinned more than needed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59, "59s"), (80, "1m20s"), (7500, "2h05m"), (273_600, "3d04h")]
+)
+def test_format_duration(seconds: int, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_a_run_that_has_ended_has_no_time_left() -> None:
+    progress = compute_progress(None, steps(1, 20), logging_steps=1)
+    failed = compute_stopped_progress(progress, succeeded=False)
+    assert failed is not None
+    assert (failed.step, failed.summary, failed.eta) == (20, "20%", None)
+    done = compute_stopped_progress(progress, succeeded=True)
+    assert done is not None
+    assert (done.step, done.summary, done.eta_seconds) == (100, "100%", None)
+    assert compute_stopped_progress(None, succeeded=True) is None

@@ -1,0 +1,147 @@
+"""The work queue, with a clock of its own; and its workers on a real loop."""
+
+import asyncio
+
+import pytest
+
+from lora_operator.queue import MAX_DELAY, Schedule, WorkQueue
+
+
+def make_schedule(jitter: float = 0.0) -> Schedule[str]:
+    return Schedule(jitter=lambda: jitter)
+
+
+def test_wake_ups_coalesce_to_the_earliest() -> None:
+    schedule = make_schedule()
+    for at in (5.0, 3.0, 9.0):
+        schedule.wake("a", at)
+    assert (len(schedule), schedule.next_due()) == (1, 3.0)
+    assert schedule.take(2.9) is None
+    assert schedule.take(3.0) == "a"
+    schedule.done("a", 3.0)
+    assert schedule.next_due() is None
+
+
+def test_keys_come_in_the_order_in_which_they_are_due() -> None:
+    schedule = make_schedule()
+    for key, at in (("late", 2.0), ("first", 1.0), ("second", 1.0)):
+        schedule.wake(key, at)
+    assert [schedule.take(3.0) for _ in range(4)] == ["first", "second", "late", None]
+
+
+def test_a_key_is_never_taken_twice_and_comes_again_when_woken_meanwhile() -> None:
+    schedule = make_schedule()
+    schedule.wake("a", 0.0)
+    assert schedule.take(0.0) == "a"
+    schedule.wake("a", 1.0)
+    assert schedule.take(9.0) is None
+    schedule.done("a", 9.0, again_after=5.0)
+    assert schedule.next_due() == 1.0, "the wake-up is earlier than what was asked for"
+
+
+def test_again_after() -> None:
+    schedule = make_schedule()
+    schedule.wake("a", 0.0)
+    schedule.take(0.0)
+    schedule.done("a", 10.0, again_after=5.0)
+    assert schedule.next_due() == 15.0
+
+
+def test_errors_back_off_twice_as_long_each_time_up_to_a_limit() -> None:
+    schedule, delays, now = make_schedule(), [], 0.0
+    schedule.wake("a", now)
+    for _ in range(12):
+        assert schedule.take(now) == "a"
+        delays.append(schedule.failed("a", now))
+        now += delays[-1]
+    assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert delays[-1] == MAX_DELAY
+
+
+def test_success_forgives_earlier_errors() -> None:
+    schedule = make_schedule()
+    for _ in range(3):
+        schedule.wake("a", 0.0)
+        schedule.take(1e9)
+        schedule.failed("a", 0.0)
+    schedule.take(1e9)
+    schedule.done("a", 0.0)
+    schedule.wake("a", 0.0)
+    schedule.take(0.0)
+    assert schedule.failed("a", 0.0) == 0.5
+
+
+def test_jitter_takes_up_to_half_of_the_delay_away() -> None:
+    schedule = make_schedule(jitter=1.0)
+    schedule.wake("a", 0.0)
+    schedule.take(0.0)
+    assert schedule.failed("a", 0.0) == 0.25
+
+
+def test_wake_ups_from_before_an_error_wait_with_it_and_later_ones_do_not() -> None:
+    schedule = make_schedule()
+    schedule.wake("a", 0.0)
+    schedule.take(0.0)
+    schedule.wake("a", 0.0)
+    schedule.failed("a", 0.0)
+    assert schedule.next_due() == 0.5
+    schedule.wake("a", 0.1)
+    assert schedule.next_due() == 0.1
+
+
+def test_workers_are_bounded_one_a_key_and_survive_errors(caplog: pytest.LogCaptureFixture) -> None:
+    active: list[str] = []
+    most = 0
+    calls: list[str] = []
+
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def handle(key: str) -> float | None:
+            nonlocal most
+            assert key not in active
+            active.append(key)
+            most = max(most, len(active))
+            await asyncio.sleep(0)
+            active.remove(key)
+            calls.append(key)
+            if calls.count("broken") == 1 and key == "broken":
+                raise RuntimeError("the first time it breaks")
+            if set(calls) == {"a", "b", "c", "broken"} and calls.count("broken") == 2:
+                done.set()
+            return None
+
+        queue = WorkQueue(handle, concurrency=2)
+        queue.start()
+        for key in ("broken", "a", "b", "c", "a"):
+            queue.wake(key)
+        await done.wait()
+        await queue.stop(1.0)
+
+    asyncio.run(main())
+    assert most == 2
+    assert "the first time it breaks" in caplog.text
+
+
+def test_stopping_lets_a_worker_finish_and_then_ends_the_others() -> None:
+    finished: list[str] = []
+
+    async def main() -> None:
+        started, release = asyncio.Event(), asyncio.Event()
+
+        async def handle(key: str) -> float | None:
+            started.set()
+            await (release if key == "short" else asyncio.Event()).wait()
+            finished.append(key)
+            return None
+
+        queue = WorkQueue(handle, concurrency=2)
+        queue.start()
+        queue.wake("short")
+        queue.wake("endless")
+        await started.wait()
+        release.set()
+        await queue.stop(0.1)
+
+    asyncio.run(main())
+    assert finished == ["short"]

@@ -1,0 +1,165 @@
+"""From a plan to a status and its Events."""
+
+from typing import Any
+
+import pytest
+
+from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress
+from lora_api.status import MAX_FAILURES, AdapterStatus
+from lora_operator.events import build_event, compute_events
+from lora_operator.lifecycle import NOTHING, Mark, Plan, decide_success
+from lora_operator.observed import Reports
+from lora_operator.status import compute_conditions, compute_invalid_status, compute_status, is_progress_only
+from tests.unit.operator.builders import ADAPTER, NOW, a_run, ago, condition, failure, stamp
+
+RUNNING = Plan(
+    phase=Phase.RUNNING,
+    reason="Training",
+    message="The gang is training",
+    attempt=1,
+    conditions={ConditionType.RUNNING: Mark(value=True, reason="PodsRunning")},
+)
+
+POD_FAILED = {ConditionType.RUNNING: Mark(value=False, reason="PodFailed")}
+
+
+def a_failure(attempt: int = 1) -> Failure:
+    return Failure.model_validate({**failure(attempt), "message": "it broke"})
+
+
+def values(status: LoRAFineTuneStatus) -> dict[str, str]:
+    return {item.type: item.status for item in status.conditions}
+
+
+def test_nothing_to_say_leaves_the_status_as_it_is() -> None:
+    run = a_run(status={"attempt": 1, "phase": "Running"})
+    assert compute_status(run, NOTHING, Reports(), NOW) == run.status
+
+
+@pytest.mark.parametrize(
+    ("plan", "want"),
+    [
+        (RUNNING, {"Ready": "False", "Reconciling": "True", "Stalled": "False"}),
+        (
+            decide_success(1, AdapterStatus.model_validate(ADAPTER)),
+            {"Ready": "True", "Reconciling": "False", "Stalled": "False", "Published": "True", "Complete": "True"},
+        ),
+        (
+            Plan(phase=Phase.FAILED, reason="BadData", message="no", attempt=1, failure=a_failure(), ended=True),
+            {"Ready": "False", "Reconciling": "False", "Stalled": "True"},
+        ),
+    ],
+    ids=["running", "succeeded", "failed"],
+)
+def test_kstatus_reads_the_conditions(plan: Plan, want: dict[str, str]) -> None:
+    status = compute_status(a_run(metadata={"generation": 7}), plan, Reports(), NOW)
+    assert {kind: values(status)[kind] for kind in want} == want
+    assert status.observed_generation == 7
+    assert {item.observed_generation for item in status.conditions} == {7}
+
+
+def test_times_are_kept() -> None:
+    status = {"attempt": 1, "startTime": stamp(ago(500)), "conditions": [condition("Running", "True", at=ago(400))]}
+    new = compute_status(a_run(status=status), RUNNING, Reports(), NOW)
+    assert new.start_time == ago(500)
+    assert next(item for item in new.conditions if item.type == "Running").last_transition_time == ago(400)
+    assert new.completion_time is None
+
+
+def test_the_time_of_a_condition_changes_with_its_value_only() -> None:
+    old = LoRAFineTuneStatus.model_validate({"conditions": [condition("Running", "False")]}).conditions
+    same = compute_conditions(old, {ConditionType.RUNNING: Mark(value=False, reason="Other")}, 1, NOW)
+    other = compute_conditions(old, {ConditionType.RUNNING: Mark(value=True, reason="Other")}, 1, NOW)
+    assert (same[0].last_transition_time, same[0].reason) == (ago(50), "Other")
+    assert other[0].last_transition_time == NOW
+
+
+def test_failures_are_counted_and_the_last_ones_kept() -> None:
+    status = {"attempt": 12, "chargedRestarts": 2, "failures": [failure(number) for number in range(1, 11)]}
+    plan = Plan(phase=Phase.RESTARTING, reason="Internal", attempt=12, failure=a_failure(12), charged=True)
+    new = compute_status(a_run(status=status), plan, Reports(), NOW)
+    assert len(new.failures) == MAX_FAILURES
+    assert (new.failures[-1].attempt, new.charged_restarts) == (12, 3)
+
+
+def test_progress_survives_an_operator_that_knows_of_none() -> None:
+    run = a_run(status={"attempt": 1, "progress": {"step": 9, "eta": "1m20s"}})
+    assert compute_status(run, RUNNING, Reports(), NOW).progress == run.status.progress
+    failed = Plan(phase=Phase.RESTARTING, reason="x", attempt=1, failure=a_failure())
+    progress = compute_status(run, failed, Reports(), NOW).progress
+    assert progress is not None
+    assert (progress.step, progress.eta) == (9, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "only"),
+    [
+        ({"progress": Progress(step=3)}, True),
+        ({"reason": "Checkpointing"}, True),
+        ({"phase": Phase.PUBLISHING}, False),
+        ({"attempt": 2}, False),
+        ({"failures": [a_failure()]}, False),
+        ({"conditions": compute_conditions([], POD_FAILED, 1, NOW)}, False),
+    ],
+)
+def test_only_progress_waits(change: dict[str, Any], only: bool) -> None:
+    old = compute_status(a_run(), RUNNING, Reports(), NOW)
+    assert is_progress_only(old, old.model_copy(update=change)) is only
+
+
+def test_a_specification_that_cannot_be_read_is_said() -> None:
+    status = compute_invalid_status(LoRAFineTuneStatus(attempt=1), 3, "spec.training.color: not permitted", NOW)
+    assert values(status) == {"Ready": "False", "Reconciling": "False", "Stalled": "True"}
+    assert status.conditions[0].message == "spec.training.color: not permitted"
+    assert (status.attempt, status.observed_generation) == (1, 3)
+
+
+def events_of(old: dict[str, Any], plan: Plan) -> list[tuple[str, str, int]]:
+    run = a_run(status=old)
+    new = compute_status(run, plan, Reports(), NOW)
+    return [(event.type, event.reason, event.attempt) for event in compute_events(run.status, new)]
+
+
+STARTED = {"attempt": 1, "phase": "Starting", "conditions": [condition("Running", "False", "Starting")]}
+OBSTACLE = Mark(value=False, reason="ImagePullFailed", message="no such image")
+
+
+@pytest.mark.parametrize(
+    ("old", "plan", "want"),
+    [
+        ({}, Plan(phase=Phase.STARTING, reason="Starting", attempt=1, launch=1), [("Normal", "Started", 1)]),
+        (STARTED, RUNNING, [("Normal", "Running", 1)]),
+        ({**STARTED, "conditions": [condition("Running")]}, RUNNING, []),
+        (
+            STARTED,
+            Plan(phase=Phase.STARTING, reason="x", attempt=1, conditions={ConditionType.RUNNING: OBSTACLE}),
+            [("Warning", "ImagePullFailed", 1)],
+        ),
+        (
+            STARTED,
+            Plan(phase=Phase.RESTARTING, reason="Internal", attempt=1, failure=a_failure(), charged=True),
+            [("Warning", "Internal", 1)],
+        ),
+        (
+            STARTED,
+            Plan(phase=Phase.FAILED, reason="Internal", attempt=1, failure=a_failure(), ended=True),
+            [("Warning", "Internal", 1)],
+        ),
+        (STARTED, decide_success(1, AdapterStatus.model_validate(ADAPTER)), [("Normal", "Succeeded", 1)]),
+    ],
+    ids=["launch", "running", "still running", "obstacle", "restart", "failed", "succeeded"],
+)
+def test_events(old: dict[str, Any], plan: Plan, want: list[tuple[str, str, int]]) -> None:
+    assert events_of(old, plan) == want
+
+
+def test_an_event_has_a_name_of_its_own_and_a_bounded_note() -> None:
+    run = a_run()
+    new = compute_status(
+        run, Plan(phase=Phase.FAILED, reason="BadData", message="x" * 5000, attempt=2, ended=True), Reports(), NOW
+    )
+    event = build_event(run.metadata, compute_events(run.status, new)[-1], NOW, "host")
+    assert event["metadata"] == {"name": "tickets.run-uid.2.baddata", "namespace": "team"}
+    assert len(event["note"]) == 1024
+    assert event["eventTime"] == "2026-11-23T12:00:00.000000Z"
+    assert event["regarding"]["uid"] == "run-uid"

@@ -1,0 +1,105 @@
+"""Watch events fill the cache; objects that a new LIST does not show are looked up."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import kopf
+import pytest
+from kubernetes.aio.client import Configuration
+
+from lora_operator.cache import Cache, ObjectKey, Resource
+from lora_operator.settings import Settings
+from lora_operator.watch import Confirmations, apply_event, build_connection, build_kopf_settings, build_registry
+from tests.unit.operator.test_cache import KEY, raw
+
+NOW = datetime(2026, 11, 23, tzinfo=UTC)
+
+
+def test_events_fill_the_cache() -> None:
+    cache = Cache()
+    assert apply_event(cache, Resource.RUNS, None, raw("tickets", 1)) == KEY
+    assert apply_event(cache, Resource.RUNS, "MODIFIED", raw("tickets", 1)) is None
+    assert apply_event(cache, Resource.RUNS, "DELETED", raw("tickets", 2)) == KEY
+    assert cache.run_keys() == []
+
+
+@pytest.mark.parametrize(("by_namespace", "elsewhere"), [(False, True), (True, False)])
+def test_what_a_new_list_does_not_show_is_looked_up(*, by_namespace: bool, elsewhere: bool) -> None:
+    """The list of a namespace says nothing about the others; that of the cluster does."""
+    cache, looked_up = Cache(), list[ObjectKey]()
+    for name in ("shown", "changed", "lost"):
+        cache.put(Resource.RUNS, raw(name, 1))
+    other = raw("other", 1)
+    other["metadata"]["namespace"] = "elsewhere"
+    cache.put(Resource.RUNS, other)
+
+    async def main() -> None:
+        done = asyncio.Event()
+        expected = 1 + elsewhere
+
+        async def check(key: ObjectKey) -> None:
+            looked_up.append(key)
+            if len(looked_up) == expected:
+                done.set()
+
+        confirmations = Confirmations(cache, 0.01, check, by_namespace=by_namespace)
+        confirmations.see(Resource.RUNS, "MODIFIED", raw("lost", 2)["metadata"])
+        assert not confirmations.pending, "a change alone says nothing"
+        confirmations.see(Resource.RUNS, None, raw("shown", 1)["metadata"])
+        confirmations.see(Resource.RUNS, "MODIFIED", raw("changed", 2)["metadata"])
+        assert confirmations.pending
+        await done.wait()
+        assert not confirmations.pending
+        await confirmations.stop()
+
+    asyncio.run(main())
+    lost = {(Resource.RUNS, "team", "lost")}
+    assert set(looked_up) == (lost | {(Resource.RUNS, "elsewhere", "other")} if elsewhere else lost)
+
+
+def test_nothing_is_looked_up_after_the_stop() -> None:
+    async def main() -> None:
+        async def check(key: ObjectKey) -> None:
+            raise AssertionError(key)
+
+        cache = Cache()
+        cache.put(Resource.RUNS, raw("tickets", 1))
+        confirmations = Confirmations(cache, 0.0, check, by_namespace=False)
+        confirmations.begin(Resource.RUNS, None)
+        await confirmations.stop()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_kopf_only_watches() -> None:
+    settings = build_kopf_settings(Settings(api_timeout=12.0))
+    assert settings.peering.standalone
+    assert not settings.posting.enabled
+    assert settings.scanning.disabled
+    assert settings.networking.request_timeout == 12.0
+
+    async def login() -> Configuration:
+        return Configuration()
+
+    registry = build_registry(lambda *_: None, login)
+    assert len(registry._watching.get_all_handlers()) == 3
+    assert not registry._changing.get_all_handlers()
+    assert not registry._spawning.get_all_handlers()
+    assert not registry._indexing.get_all_handlers()
+
+
+@pytest.mark.parametrize(
+    ("token", "scheme", "value"),
+    [(None, None, None), ("secret", "Bearer", "secret"), ("bearer secret", "bearer", "secret")],
+)
+def test_kopf_uses_the_same_credentials(token: str | None, scheme: str | None, value: str | None) -> None:
+    configuration = Configuration(host="https://api")
+    configuration.ssl_ca_cert = "/ca"
+    if token:
+        configuration.api_key["BearerToken"] = token
+    connection = build_connection(configuration, NOW)
+    assert isinstance(connection, kopf.ConnectionInfo)
+    assert (connection.server, connection.ca_path) == ("https://api", "/ca")
+    assert (connection.scheme, connection.token) == (scheme, value)
+    assert (connection.expiration is not None) == (token is not None)
