@@ -221,8 +221,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         charged=False,
         retried=False,
         meaning="An object with the name of a child exists and belongs to something else.",
-        remedy="Delete or rename that object, then delete this LoRAFineTune and create it again. Or create it under another "
-        "name.",
+        remedy="Delete or rename that object, then delete this LoRAFineTune and create it again, or create it under "
+        "another name.",
     ),
 )
 
