@@ -32,7 +32,7 @@ def compute_progress(previous: Progress | None, lines: Sequence[ProgressLine], *
     steps = [line for line in lines if line.event == "step" and line.step is not None]
     losses = [line.eval_loss for line in lines if line.eval_loss is not None]
     if not steps:
-        return old.model_copy(update={"eval_loss": losses[-1]}) if losses else old
+        return old.model_copy(update={"eval_loss": shorten(losses[-1])}) if losses else old
     last = steps[-1]
     step, total = last.step or 0, last.total_steps or old.total_steps
     percent = min(100, 100 * step // total) if total else 0
@@ -42,11 +42,11 @@ def compute_progress(previous: Progress | None, lines: Sequence[ProgressLine], *
         total_steps=total,
         percent=percent,
         summary=f"{percent}%",
-        epoch=last.epoch,
-        loss=last.loss,
-        eval_loss=losses[-1] if losses else old.eval_loss,
-        learning_rate=last.learning_rate,
-        grad_norm=last.grad_norm,
+        epoch=shorten(last.epoch),
+        loss=shorten(last.loss),
+        eval_loss=shorten(losses[-1]) if losses else old.eval_loss,
+        learning_rate=shorten(last.learning_rate),
+        grad_norm=shorten(last.grad_norm),
         tokens_per_second=last.tokens_per_second,
         eta_seconds=eta,
         eta=None if eta is None else format_duration(eta),
@@ -73,7 +73,8 @@ def merge_history(
     Only steps on a grid are kept, which gets twice as wide whenever it holds too many points, so that the points stay
     evenly spaced whichever tails of the log were read. The newest point is kept too.
     """
-    new = [[float(line.step), line.loss] for line in steps if line.step is not None and line.loss is not None]
+    losses = [(line.step, shorten(line.loss)) for line in steps]
+    new = [[float(step), loss] for step, loss in losses if step is not None and loss is not None]
     if not new:
         return [list(point) for point in history]
     points = [list(point) for point in history if point[0] < new[0][0]] + new
@@ -92,6 +93,11 @@ def _estimate_seconds(steps: Sequence[ProgressLine], step: int, total: int) -> i
         return 0 if total and step >= total else None
     seconds = (window[-1].at - window[0].at).total_seconds()
     return max(0, round(seconds / done * (total - step)))
+
+
+def shorten(value: float | None) -> float | None:
+    """``value`` with five digits, which is what a person reads in a table. The report has all of them."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def format_duration(seconds: int) -> str:

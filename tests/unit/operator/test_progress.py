@@ -15,6 +15,7 @@ from lora_operator.progress import (
     format_duration,
     merge_history,
     parse_progress,
+    shorten,
 )
 from tests.unit.operator.builders import NOW
 
@@ -116,3 +117,17 @@ def test_a_run_that_has_ended_has_no_time_left() -> None:
     assert done is not None
     assert (done.step, done.summary, done.eta_seconds) == (100, "100%", None)
     assert compute_stopped_progress(None, succeeded=True) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "want"),
+    [
+        (None, None),
+        (2.409038543701172, 2.409),
+        (0.026757510378956795, 0.026758),
+        (0.0002, 0.0002),
+        (12345.678, 12346.0),
+    ],
+)
+def test_numbers_have_as_many_digits_as_a_person_reads(value: float | None, want: float | None) -> None:
+    assert shorten(value) == want
