@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ SAMPLES = 2
 
 def up() -> int:
     """The whole demo, stage by stage. Returns 0 when the run succeeded."""
-    cluster = devcluster.up()
-    say(f"cluster {cluster.name} is ready (export KUBECONFIG={cluster.kubeconfig})")
+    with ThreadPoolExecutor() as pool:
+        # Downloads and conversions that need no cluster, while the cluster's programs are compiled.
+        prepared = pool.submit(stack.prepare)
+        cluster = devcluster.up()
+        say(f"cluster {cluster.name} is ready (export KUBECONFIG={cluster.kubeconfig})")
+        prepared.result()
     images = stack.load_images(cluster)
     say("images are on the nodes")
     store = Store(cluster)

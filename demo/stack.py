@@ -14,7 +14,8 @@ from obstore.store import S3Store
 from demo.model import make_model
 from demo.tickets import write_tickets
 from devcluster import Cluster, DevclusterError, binaries
-from devcluster.images import ensure_images
+from devcluster.external import is_external
+from devcluster.images import PRODUCT_IMAGES, build_image, ensure_images
 from devcluster.paths import REPOSITORY, cache
 from lora_api import LoRAFineTune
 
@@ -23,10 +24,19 @@ SYSTEM_NAMESPACE = "lora-system"
 CHART = REPOSITORY / "charts" / "lora-operator"
 SECRET = "lora-store"
 REGION = "us-east-1"
+MODEL = cache() / "models" / "smollm2-135m-instruct"
 MODEL_PATH = "base/smollm2-135m-instruct"
 DATA_PATH = "data/tickets"
 
 TICKETS = {"train": 1200, "evaluation": 64, "seed": 7}
+
+
+def prepare() -> None:
+    """Makes what takes long and needs no cluster: the base model, and the images if they are built on this machine."""
+    make_model(MODEL)
+    if not is_external():
+        for image in PRODUCT_IMAGES:
+            build_image(image)
 
 
 def load_images(cluster: Cluster) -> dict[str, Any]:
@@ -139,9 +149,8 @@ class Store:
 
 def upload_demo_data(store: Store) -> Path:
     """Brings the small real model and the tickets to the store. Returns the local folder of the tickets."""
-    model = cache() / "models" / "smollm2-135m-instruct"
-    make_model(model)
-    store.upload(model, MODEL_PATH)
+    make_model(MODEL)
+    store.upload(MODEL, MODEL_PATH)
     tickets = cache() / "data" / "tickets"
     write_tickets(tickets, **TICKETS)
     store.upload(tickets, DATA_PATH)

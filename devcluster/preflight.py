@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from devcluster.paths import cache
+from devcluster.paths import cache, file_lock
 from devcluster.progress import DevclusterError, run_logged, say
 
 # Where distributions put the CNI plugins.
@@ -89,7 +89,10 @@ def require_programs(programs: dict[str, str]) -> None:
     """Install the missing programs where apt-get can, else raise with their names."""
     packages = missing_packages(programs)
     if packages and shutil.which("apt-get") is not None:
-        _install(packages)
+        with file_lock(cache() / "apt-get.lock"):
+            packages = missing_packages(programs)
+            if packages:
+                _install(packages)
         packages = missing_packages(programs)
     if packages:
         raise DevclusterError(

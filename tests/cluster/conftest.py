@@ -9,6 +9,7 @@ import pytest
 
 import devcluster
 from demo import stack
+from demo.model import make_model
 from demo.stack import Store
 from devcluster import Cluster
 from tests.cluster.runs import Runs
@@ -68,12 +69,8 @@ def make_tiny_model(directory: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from demo.model import make_model
-    from devcluster.paths import cache
-
-    source = cache() / "models" / "smollm2-135m-instruct"
-    make_model(source)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    make_model(stack.MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(stack.MODEL)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -25,7 +25,10 @@ from lora_api.adapter import (
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer.adapter import model_name
+from lora_trainer.errors import StoreUnavailableError
 from lora_trainer.store import ObjectNotFoundError, Store, describe_file, join
+
+CLAIM_TRIES = 100
 
 
 def publish_adapter(
@@ -68,8 +71,12 @@ def publish_adapter(
 
 
 def claim_version(store: Store, root: str, digest: str, uid: str) -> int:
-    """The version of ``digest``: the one it has, or the next number. Safe among concurrent publishers."""
-    while True:
+    """The version of ``digest``: the one it has, or the next number. Safe among concurrent publishers.
+
+    Raises:
+        StoreUnavailableError: others took every number that this one tried.
+    """
+    for _ in range(CLAIM_TRIES):
         pointers = read_pointers(store, root)
         for pointer in pointers.values():
             if pointer.digest == digest:
@@ -78,6 +85,7 @@ def claim_version(store: Store, root: str, digest: str, uid: str) -> int:
         pointer = VersionPointer(version=version, digest=digest, run_uid=uid, created_at=datetime.now(UTC))
         if store.create(join(root, version_path(version)), json.dumps(pointer.to_wire()).encode()):
             return version
+    raise StoreUnavailableError(f"{store.url(root)}: {CLAIM_TRIES} versions in a row were taken by other publishers")
 
 
 def read_pointers(store: Store, root: str) -> dict[int, VersionPointer]:
