@@ -80,6 +80,10 @@ cluster-down: venv ## End the development cluster and all that belongs to it
 cluster-status: venv ## Say what runs and how to reach it
 	@$(RUN) -m devcluster status
 
+.PHONY: cluster-logs
+cluster-logs: venv ## Show the last lines of the logs of the cluster's parts
+	@$(RUN) -m devcluster logs
+
 .PHONY: images
 images: venv ## Build the images and load them into the cluster
 	@$(RUN) -m devcluster images
