@@ -133,8 +133,11 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=74,
         charged=True,
         retried=True,
-        meaning="The object store did not answer, or kept failing.",
-        remedy="Check that the store in publish.store is up and that AWS_ENDPOINT_URL is right as seen from the pods.",
+        meaning="The object store or the model hub did not answer, or kept failing.",
+        remedy=(
+            "Check that the store in publish.store is up and that AWS_ENDPOINT_URL is right as seen from the pods. "
+            "Where the message names a model hub: that the pods reach it (podTemplate.env may set HF_ENDPOINT)."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.CHECKPOINTED,

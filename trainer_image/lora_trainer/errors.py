@@ -7,7 +7,7 @@ TrainerError
  ├─ AuthDeniedError        store or hub refused the credentials
  ├─ DivergedError          loss or gradient is not finite
  ├─ PeerLostError          another process of the gang is gone or silent
- ├─ StoreUnavailableError  the store kept failing
+ ├─ StoreUnavailableError  store or hub kept failing
  ├─ DiskFullError          no space left on the scratch disk
  ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
  └─ InternalError          a fault of the trainer
@@ -64,7 +64,7 @@ class PeerLostError(TrainerError):
 
 
 class StoreUnavailableError(TrainerError):
-    """The object store did not answer, or kept failing."""
+    """The object store or the model hub did not answer, or kept failing."""
 
     failure_class = FailureClass.STORE_UNAVAILABLE
 

@@ -1,13 +1,13 @@
 """Brings the base model and the dataset to the local disk, once for each pod."""
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_api.finetune import BaseModelSource, DataSource
 from lora_api.run import PVC_ROOT, RunSpec
+from lora_trainer import hub
 from lora_trainer.errors import ModelNotFoundError
 from lora_trainer.settings import Place
 from lora_trainer.store import ObjectNotFoundError, Store, split_uri
@@ -55,7 +55,7 @@ def fetch_sources(run: RunSpec, place: Place, directory: Path) -> Sources:
     Raises:
         ModelNotFoundError: something is not there.
         AuthDeniedError: the credentials were refused.
-        StoreUnavailableError: the store kept failing.
+        StoreUnavailableError: the store or the model hub kept failing.
         OSError: the disk is full.
     """
     marker = directory / FETCHED_FILE
@@ -86,7 +86,7 @@ def local_path(uri: str) -> Path | None:
 
 
 def fetch_model(source: BaseModelSource, target: Path) -> Path:
-    """Directory of the model: ``target``, or where it is mounted.
+    """Directory of the model: ``target``, or where it is mounted or cached.
 
     Raises:
         ModelNotFoundError: it is not there, or a part of it is missing.
@@ -96,7 +96,7 @@ def fetch_model(source: BaseModelSource, target: Path) -> Path:
     if directory is None:
         directory = target
         if scheme == "hf":
-            _fetch_from_hub(rest, "model", source.revision, target, [f"*{suffix}" for suffix in MODEL_SUFFIXES])
+            directory = hub.fetch_snapshot(rest, source.revision, [f"*{suffix}" for suffix in MODEL_SUFFIXES])
         else:
             Store(source.uri).download_directory("", target, lambda name: name.endswith(MODEL_SUFFIXES))
     missing = [
@@ -122,7 +122,9 @@ def fetch_data(source: DataSource, target: Path) -> list[Path]:
     if mounted is not None:
         files = _data_files(mounted)
     elif scheme == "hf":
-        files = [_fetch_split(rest, source, target)]
+        split = source.split or "train"
+        files = [target / f"{split}.parquet"]
+        hub.fetch_split(rest, source.revision, split, files[0])
     else:
         files = _fetch_data_objects(source.uri, target)
     if not files:
@@ -146,35 +148,3 @@ def _fetch_data_objects(uri: str, target: Path) -> list[Path]:
         return [target / name]
     Store(uri).download_directory("", target, lambda name: name.endswith(DATA_SUFFIXES))
     return _data_files(target)
-
-
-def _fetch_split(name: str, source: DataSource, target: Path) -> Path:
-    """One split of a hub dataset, as one Parquet file, whatever form it has on the hub."""
-    from datasets import load_dataset
-
-    split = source.split or "train"
-    try:
-        dataset = load_dataset(name, revision=source.revision, split=split)
-    except (FileNotFoundError, ValueError) as error:
-        raise ModelNotFoundError(f"{source.uri}, split {split}: {error}") from error
-    file = target / f"{split}.parquet"
-    target.mkdir(parents=True, exist_ok=True)
-    dataset.to_parquet(file)
-    return file
-
-
-def _fetch_from_hub(name: str, kind: str, revision: str | None, target: Path, patterns: list[str]) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        snapshot_download(
-            name,
-            repo_type=kind,
-            revision=revision,
-            local_dir=target,
-            allow_patterns=patterns,
-            token=os.environ.get("HF_TOKEN"),
-        )
-    except LocalEntryNotFoundError as error:
-        raise ModelNotFoundError(f"hf://{name}: the model hub cannot be reached from this pod: {error}") from error
