@@ -21,6 +21,8 @@ PRODUCT_IMAGES = (
     Image("localhost/lora-trainer:dev", REPOSITORY / "trainer_image" / "Dockerfile"),
 )
 
+_DOCKER_SECONDS = 20
+
 
 def ensure_images(cluster: Cluster, images: Iterable[Image] = PRODUCT_IMAGES) -> dict[str, str]:
     """Build what changed and bring it to the nodes; return tag -> the name that manifests use.
@@ -69,12 +71,25 @@ def _load_into_kind(name: str, image: Image) -> None:
 
 
 def _build_with_docker(image: Image) -> bool:
-    """Build with docker, which needs no root, where it is; return whether it is."""
-    if shutil.which("docker") is None:
+    """Build with docker, which needs no root, where its daemon answers; return whether it does."""
+    if not _docker_answers():
         return False
     arguments = [f"--build-arg={name}={value}" for name, value in image.build_args]
     _run("docker", "build", f"--file={image.dockerfile}", f"--tag={image.tag}", *arguments, image.context)
     return True
+
+
+def _docker_answers() -> bool:
+    """Return whether there is docker: a client alone, without a daemon, builds nothing."""
+    if shutil.which("docker") is None:
+        return False
+    try:
+        done = subprocess.run(
+            ["docker", "version", "--format={{.Server.Version}}"], capture_output=True, timeout=_DOCKER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0 and bool(done.stdout.strip())
 
 
 def _run(*argv: str | Path) -> None:
