@@ -15,6 +15,10 @@ _SCHEDULING_REMEDY = (
     "Free or add nodes that have what the pods ask for (kubectl describe pod shows it), or ask for less in "
     "podTemplate.resources or parallelism. The run starts by itself once they fit."
 )
+_CLAIM_REMEDY = (
+    "Create the claim in the run's namespace, correct the pvc:// URI, or see why the claim is not bound (kubectl "
+    "describe pvc). The run starts by itself once it is."
+)
 _GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
 
@@ -32,15 +36,22 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, refused: str | None
         return _refused(job, refused)
     for pod in starting:
         if pod.unscheduled_reason:
-            gated = pod.unscheduled_reason == "SchedulingGated"
             return Obstacle(
                 reason=pod.unscheduled_reason,
                 message=f"No node takes pod {pod.name}: {pod.unscheduled_message}",
-                remedy=_GATED_REMEDY if gated else _SCHEDULING_REMEDY,
+                remedy=_scheduling_remedy(pod),
                 since=pod.created,
                 scheduling=True,
             )
     return None
+
+
+def _scheduling_remedy(pod: PodView) -> str:
+    if pod.unscheduled_reason == "SchedulingGated":
+        return _GATED_REMEDY
+    # The scheduler has one reason for all; of claims it says 'persistentvolumeclaim "x" not found' or "pod has unbound
+    # immediate PersistentVolumeClaims" (Kubernetes 1.37).
+    return _CLAIM_REMEDY if "persistentvolumeclaim" in pod.unscheduled_message.lower() else _SCHEDULING_REMEDY
 
 
 def _fatal(failure_class: FailureClass, what: str, pod: PodView) -> Obstacle:

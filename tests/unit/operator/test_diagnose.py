@@ -191,6 +191,22 @@ def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str |
 
 
 @pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ('0/1 nodes are available: persistentvolumeclaim "data" not found.', "Create the claim"),
+        ("0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.", "Create the claim"),
+        ("0/2 nodes are available: 2 Insufficient nvidia.com/gpu.", "Free or add nodes"),
+    ],
+)
+def test_a_claim_that_is_in_the_way_has_a_remedy_of_its_own(message: str, remedy: str) -> None:
+    pod = a_pod(0, unscheduled_reason="Unschedulable", unscheduled_message=message)
+    obstacle = diagnose_obstacle([pod], a_job(), None)
+    assert obstacle is not None
+    assert message in obstacle.message
+    assert obstacle.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
     ("message", "remedy", "want"),
     [("It broke.", "Mend it.", "It broke. Remedy: Mend it."), (" it broke ", "", "it broke.")],
 )
