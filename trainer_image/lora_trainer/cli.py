@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_api.failures import FAILURE_RULES
+from lora_api.failures import FAILURE_RULES, RULES
 from lora_api.run import RUN_FILE
 
 EXIT_CODES = "exit codes:\n  0 success\n" + "\n".join(
@@ -59,6 +59,20 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
     evaluate.add_argument("--samples", type=int, default=2, help="answers to show (default: %(default)s)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON document")
+
+    estimate = commands.add_parser(
+        "estimate",
+        help="plan the GPU memory of a run, before it runs",
+        description="Plans the memory of each GPU, part by part, for a LoRAFineTune manifest. Needs neither a GPU nor "
+        "the model's weights. docs/memory.md says what the numbers mean.",
+        epilog="exit codes:\n  0 it fits\n  1 it does not fit\n  2 the command line is wrong\n  64 BadSpec: the "
+        "manifest or config.json cannot be used",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    estimate.add_argument("-f", "--filename", type=Path, required=True, help="manifest of a LoRAFineTune (YAML)")
+    estimate.add_argument("--model-config", type=Path, required=True, help="config.json of the base model")
+    estimate.add_argument("--gpu-memory-gib", type=float, required=True, help="memory of one GPU, in GiB")
+    estimate.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 
 
@@ -73,7 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lora_trainer.worker import end_process, run_worker
 
         end_process(run_worker(arguments.run))
+    if arguments.command == "estimate":
+        return _estimate(arguments)
     return _evaluate(arguments)
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from lora_trainer.errors import BadSpecError
+    from lora_trainer.estimate import DOES_NOT_FIT, estimate
+
+    try:
+        found = estimate(arguments.filename, arguments.model_config, arguments.gpu_memory_gib)
+    except BadSpecError as error:
+        sys.stderr.write(f"{error.failure_class.value}: {error}\n")
+        return RULES[error.failure_class].exit_code or DOES_NOT_FIT
+    print(json.dumps(found.to_wire()) if arguments.json else found.to_text())
+    return 0 if found.fits else DOES_NOT_FIT
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

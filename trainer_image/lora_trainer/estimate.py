@@ -1,0 +1,183 @@
+"""``python -m lora_trainer estimate``: whether a manifest's run fits on a GPU, part by part. Loads no model."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lora_api.finetune import KIND, LoRAFineTune
+from lora_api.run import plan_batch
+from lora_trainer.errors import BadSpecError
+from lora_trainer.fitting import Suggestion, suggest
+from lora_trainer.memory import Job, MemoryPlan, plan_memory
+from lora_trainer.modelshape import read_shape
+
+DOES_NOT_FIT = 1
+"""Exit code of ``estimate`` where the run does not fit. No class of the failure table has it: nothing failed."""
+
+PART_TEXT = {
+    "weightsSharded": "weights, this GPU's share",
+    "weightsReplicated": "quantization constants, whole on each GPU",
+    "gatheredLayers": "embedding, head and 2 layers, gathered",
+    "loraAndOptimizer": "adapter, gradient and optimizer, share",
+    "activations": "activations",
+    "logits": "loss, beyond one layer's activations",
+    "dequantization": "one layer's weight, dequantized",
+    "context": "CUDA context and NCCL",
+    "loading": "loading, beyond training",
+}
+"""What each part is, for people."""
+
+MAX_ERRORS = 20
+
+
+class _ManifestLoader(yaml.SafeLoader):
+    """YAML as kubectl reads it: 2e-4 is a number, and a date is text."""
+
+
+_ManifestLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_ManifestLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The plan of one run for one kind of GPU."""
+
+    job: Job
+    plan: MemoryPlan
+    device_gib: float
+    suggestions: list[Suggestion]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits with margin."""
+        return self.plan.fits(self.device_gib)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON form. Sizes in GiB."""
+        return {
+            "perGpu": {
+                "totalGiB": _rounded(self.plan.total),
+                "safeGiB": _rounded(self.plan.safe),
+                "parts": {name: _rounded(size) for name, size in self.plan.parts().items()},
+            },
+            "deviceGiB": self.device_gib,
+            "fits": self.fits,
+            "suggestions": [
+                {
+                    "changes": suggestion.changes,
+                    "totalGiB": _rounded(suggestion.plan.total),
+                    "safeGiB": _rounded(suggestion.plan.safe),
+                }
+                for suggestion in self.suggestions
+            ],
+        }
+
+    def to_text(self) -> str:
+        """The table for people."""
+        job, plan = self.job, self.plan
+        width = max(map(len, PART_TEXT.values()))
+        rows = [(PART_TEXT[name], size) for name, size in plan.parts().items()]
+        rows += [("total", plan.total), ("needed to be safe (total x 1.10 + 1.5)", plan.safe)]
+        lines = [
+            f"{job.shape.architecture}, {job.shape.total_weights / 1e9:.2f}e9 weights, {job.quantization.type}, "
+            f"{job.micro_batch} x {job.sequence} tokens, {job.world_size} GPU{'s' if job.world_size > 1 else ''}",
+            "",
+            "GiB per GPU",
+            *(f"{text:<{width}}  {size:8.2f}" for text, size in rows),
+            "",
+            f"{'fits' if self.fits else 'does not fit'} in {self.device_gib:g} GiB",
+        ]
+        if self.suggestions:
+            lines += ["", "room for:" if self.fits else "it fits with one of these, the cheapest first:"]
+            lines += [f"  {one.to_text()}  (safe: {one.plan.safe:.2f} GiB)" for one in self.suggestions]
+        elif not self.fits:
+            lines += ["", "no smaller micro-batch, number of GPUs or sequence length makes it fit"]
+        return "\n".join(lines)
+
+
+def estimate(manifest: Path, model_config: Path, device_gib: float) -> Estimate:
+    """The estimate for the run in ``manifest`` on GPUs with ``device_gib`` GiB.
+
+    Raises:
+        BadSpecError: something cannot be read or is wrong; the message names the field.
+    """
+    if not math.isfinite(device_gib) or device_gib <= 0:
+        raise BadSpecError(f"--gpu-memory-gib is {device_gib:g}; give the memory of one GPU in GiB, such as 80")
+    spec = read_manifest(manifest).spec
+    if spec.parallelism.gpus_per_node == 0:
+        raise BadSpecError("spec.parallelism.gpusPerNode: 0 trains on CPUs, which is not planned; set 1 or more")
+    job = Job(
+        shape=read_shape(_read_json(model_config)),
+        lora=spec.lora,
+        quantization=spec.quantization,
+        micro_batch=spec.training.micro_batch_size,
+        sequence=spec.dataset.max_seq_length,
+        world_size=spec.parallelism.world_size,
+        gradient_checkpointing=spec.training.gradient_checkpointing,
+    )
+    return Estimate(job, plan_memory(job), device_gib, suggest(job, spec.training.global_batch_size, device_gib))
+
+
+def read_manifest(path: Path) -> LoRAFineTune:
+    """The one LoRAFineTune in the YAML file ``path``; other resources in it are passed over.
+
+    Raises:
+        BadSpecError: it is not there or not valid; the message names every wrong field.
+    """
+    try:
+        documents = list(yaml.load_all(_read_text(path), Loader=_ManifestLoader))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadSpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    found = [one for one in documents if isinstance(one, dict) and one.get("kind") == KIND]
+    if len(found) != 1:
+        raise BadSpecError(f"{path}: kind: there must be exactly one {KIND} in the file, there are {len(found)}")
+    manifest = dict(found[0])
+    if isinstance(manifest.get("metadata"), dict):
+        manifest["metadata"] = {"namespace": "default", **manifest["metadata"]}
+    manifest.pop("status", None)
+    try:
+        run = LoRAFineTune.model_validate(manifest)
+        plan_batch(run.spec.training, run.spec.parallelism)
+    except ValidationError as error:
+        raise BadSpecError(f"{path}: {_describe(error)}") from error
+    except ValueError as error:
+        raise BadSpecError(f"{path}: spec.{error}") from error
+    return run
+
+
+def _describe(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    shown = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors[:MAX_ERRORS]]
+    more = f" (and {len(errors) - MAX_ERRORS} more)" if len(errors) > MAX_ERRORS else ""
+    return "; ".join(shown) + more
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadSpecError(f"{path}: not JSON: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadSpecError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise BadSpecError(f"{path}: not UTF-8 text") from error
+
+
+def _rounded(size: float) -> float:
+    return round(size, 3)

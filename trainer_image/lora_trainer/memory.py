@@ -1,0 +1,305 @@
+"""How much GPU memory a run needs, by part, before anything is loaded. Pure arithmetic; no torch.
+
+A training step has two moments of high memory, and they do not come together: the loss, when the logits and their
+gradient are there, and the backward pass through one layer, when that layer's inner values are recomputed. What is
+held between them (weights, adapter, one saved input a layer) is needed at both. So the peak is
+
+    weights + constants + gathered + adapter + held + max(one layer, loss) + context
+
+and never the sum of layer and loss. ``docs/memory.md`` compares it with published measurements.
+
+Letters: T tokens of a micro-batch on one GPU, W GPUs that share the shards, L layers, h hidden size, q and kv width of
+all query and of all key heads, f inner width of the MLP, V vocabulary, r rank, c bytes of the compute type (2 for
+bfloat16, 4 for float32). All functions give bytes; GiB (2**30 bytes) are made at the end.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+from lora_api.finetune import LoRA, Quantization
+from lora_trainer.modelshape import Linear, ModelShape
+
+GIB = 2**30
+
+ALLOCATOR_FACTOR = 1.10
+"""Memory that torch reserves over what is allocated at the peak.
+
+fms-acceleration, a100_80gb_liger.csv, Llama-3-8B NF4: allocated 13.42, 21.36, 37.24 and 69.00 GiB, on the device 15.16,
+23.79, 41.42 and 76.67 GiB: 1.10 times as much, and 0.4 to 0.8 GiB.
+"""
+
+SAFETY_GIB = 1.5
+"""What the safe figure adds for libraries' workspaces, fragmentation and longer steps than the first ones."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the training program does with memory. The defaults are this trainer on GPUs.
+
+    Attributes:
+        logits_bytes: bytes per token and word of the vocabulary at the peak of the loss. Cross-entropy on whole logits
+            holds three float32 arrays in its backward pass: log-probabilities, the gradient of the picked ones, and
+            the gradient of the logits: 12. Added to it is what the program still holds of the logits themselves: 2
+            in bfloat16 (transformers 4.48: 14), 4 in float32 (transformers up to 4.44 in a loop that keeps the
+            model's output: 16). A chunk of a fused loss takes at most 6.
+        loss_chunk: tokens whose logits exist together; ``None``: all of them. TRL's SFT loss (1.16) and
+            Liger's go through the output head in chunks; 2048 is on the safe side for both.
+        kept_logits_bytes: bytes per token and word that stay until the backward pass is over, because the training
+            loop holds the model's output. They are part of ``logits_bytes`` too.
+        fused_norms: the RMSNorm kernel keeps its input in the compute type. Otherwise it keeps a float32 copy.
+        residual_bytes: bytes of a value between layers; ``None``: c. It is 4 after PEFT's
+            ``prepare_model_for_kbit_training``, which this trainer does not call.
+        adapter_bytes: bytes per trainable weight: 16 for float32 weight, gradient and AdamW's two moments, 8 when all
+            of them are bfloat16.
+        fsdp1: sharded by FSDP 1, under which one more value between layers is held per token and layer in the backward
+            pass. The cause is not known here, the size is: in a100_80gb_liger.csv of fms-acceleration a token of
+            Llama-3-8B takes 520 kB on one GPU and 766 kB on two; (L - 1) c h is 254 kB. This trainer uses FSDP 2.
+        offload: weights, adapter and optimizer live in host memory (FSDP's CPU offload).
+        loads_whole: each GPU holds the whole model before it is sharded. bitsandbytes' 4-bit weights cannot be
+            loaded shard by shard here (``parallel.FSDP_ARGUMENTS``).
+        context_gib: CUDA context and cuBLAS workspaces, which torch does not count.
+        collectives_gib: NCCL's buffers, with more than one GPU.
+    """
+
+    logits_bytes: int = 6
+    loss_chunk: int | None = 2048
+    kept_logits_bytes: int = 0
+    fused_norms: bool = False
+    residual_bytes: int | None = None
+    adapter_bytes: int = 16
+    fsdp1: bool = False
+    offload: bool = False
+    loads_whole: bool = True
+    context_gib: float = 0.5
+    collectives_gib: float = 0.5
+
+
+TRAINER = Stack()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fine-tune as far as memory goes: ``micro_batch`` sequences of ``sequence`` tokens on each GPU at a time."""
+
+    shape: ModelShape
+    lora: LoRA
+    quantization: Quantization
+    micro_batch: int
+    sequence: int
+    world_size: int = 1
+    gradient_checkpointing: bool = True
+    stack: Stack = TRAINER
+
+    @property
+    def tokens(self) -> int:
+        """T, padding included."""
+        return self.micro_batch * self.sequence
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of the compute type: c."""
+        return 4 if self.quantization.compute_dtype == "float32" else 2
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether linear layers are held in 4 bits."""
+        return self.quantization.type == "nf4"
+
+    @cached_property
+    def targets(self) -> tuple[Linear, ...]:
+        """Linear layers of one transformer layer that get an adapter."""
+        return self.shape.targets(self.lora.target_modules)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Peak memory of one GPU in GiB, by part. Parts are at least 0 and add up to ``total``.
+
+    ``activations`` is what is held from forward to backward, and one layer's inner values. ``logits`` is by how much
+    the loss needs more than that layer together with its dequantized weight, and ``loading`` by how much loading
+    needs more than training: both are often 0.
+    """
+
+    weights_sharded: float
+    weights_replicated: float
+    gathered_layers: float
+    lora_and_optimizer: float
+    activations: float
+    logits: float
+    dequantization: float
+    context: float
+    loading: float
+
+    def parts(self) -> dict[str, float]:
+        """The parts under their names in JSON."""
+        return {_camel(field.name): getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def total(self) -> float:
+        """Estimate of the peak, in GiB."""
+        return sum(self.parts().values())
+
+    @property
+    def safe(self) -> float:
+        """Device memory that a run needs to be safe from running out of it, in GiB: estimate x 1.10 + 1.5."""
+        return self.total * ALLOCATOR_FACTOR + SAFETY_GIB
+
+    def fits(self, device_gib: float) -> bool:
+        """Whether ``device_gib`` GiB per GPU are enough: exactly ``safe <= device_gib``."""
+        return self.safe <= device_gib
+
+    @property
+    def allocated(self) -> float:
+        """What ``torch.cuda.max_memory_allocated`` will say, in GiB: everything but the context."""
+        return self.total - self.context
+
+    @property
+    def reserved(self) -> float:
+        """What ``torch.cuda.max_memory_reserved`` will say, in GiB."""
+        return self.allocated * ALLOCATOR_FACTOR
+
+    @property
+    def on_device(self) -> float:
+        """What ``nvidia-smi`` will say, in GiB."""
+        return self.reserved + self.context
+
+
+def plan_memory(job: Job) -> MemoryPlan:
+    """The plan for ``job``.
+
+    Raises:
+        BadSpecError: a target module is not in the model.
+    """
+    stack, world = job.stack, job.world_size
+    on_gpu = 0 if stack.offload else 1
+    weights = on_gpu * weight_bytes(job) / world
+    adapter = on_gpu * adapter_weights(job) * stack.adapter_bytes / world
+    constants = constant_bytes(job)
+    gathered = gathered_bytes(job)
+    held = held_bytes(job)
+    dequantization = dequantization_bytes(job)
+    layer = layer_bytes(job)
+    logits = max(0.0, loss_bytes(job) - layer - dequantization)
+    training = weights + constants + gathered + adapter + held + layer + dequantization + logits
+    return MemoryPlan(
+        weights_sharded=weights / GIB,
+        weights_replicated=constants / GIB,
+        gathered_layers=gathered / GIB,
+        lora_and_optimizer=adapter / GIB,
+        activations=(held + layer) / GIB,
+        logits=logits / GIB,
+        dequantization=dequantization / GIB,
+        context=stack.context_gib + (stack.collectives_gib if world > 1 else 0.0),
+        loading=max(0.0, loading_bytes(job) - training) / GIB,
+    )
+
+
+def linear_bytes(job: Job) -> float:
+    """Bytes of the linear layers of one transformer layer and its experts: 0.5 (2hq + 2h kv + 3hf) in NF4.
+
+    Two weights a byte (QLoRA, arXiv:2305.14314). Without quantization c each; experts always c each.
+    """
+    each = 0.5 if job.is_quantized else float(job.compute_bytes)
+    return each * job.shape.layer_weights + job.compute_bytes * job.shape.expert_weights
+
+
+def weight_bytes(job: Job) -> float:
+    """Bytes of the base model over all GPUs: L linear_bytes + c x 2Vh (c x Vh when tied)."""
+    return job.shape.layers * linear_bytes(job) + job.compute_bytes * job.shape.embedding_weights
+
+
+def constant_bytes(job: Job) -> float:
+    """Bytes of the quantization constants, whole on every GPU: FSDP shards parameters, and these are none.
+
+    One float32 a block of 64 weights: 0.5 bit a weight. Quantized a second time, in blocks of 256:
+    8/64 + 32/(64 x 256) = 0.127 bit (QLoRA, section 3).
+    """
+    if not job.is_quantized:
+        return 0.0
+    bits = 8 / 64 + 32 / (64 * 256) if job.quantization.double_quant else 32 / 64
+    return job.shape.layers * job.shape.layer_weights * bits / 8
+
+
+def gathered_bytes(job: Job) -> float:
+    """Bytes of what FSDP has whole at a time: embedding and output head, this layer and the next: 0 if W = 1.
+
+    The root group is not put back to shards between forward and backward pass; the next layer is prefetched.
+    """
+    if job.world_size == 1:
+        return 0.0
+    return job.compute_bytes * job.shape.embedding_weights + 2 * linear_bytes(job)
+
+
+def adapter_weights(job: Job) -> int:
+    """Trainable weights: L r times the sum of (inputs + outputs) over the targets (LoRA, arXiv:2106.09685)."""
+    width = sum(linear.inputs + linear.outputs for linear in job.targets)
+    return job.shape.layers * job.lora.r * width
+
+
+def saved_bytes(job: Job) -> float:
+    """Bytes that one layer saves for its backward pass, without gradient checkpointing.
+
+    T times: each norm its input (4 bytes, c when fused); attention q, k, v and its output, 2c(q + kv), without a
+    matrix of scores; each adapted linear layer its input in type c, and a mask of 1 byte with dropout; the MLP
+    its gate, the gate's activation and the other branch, 3cf. Frozen linear layers save nothing: the gradient of
+    their input needs their weight alone. Each chosen expert has an MLP's values and its input and output, 2ch.
+    """
+    shape, c = job.shape, job.compute_bytes
+    norms = shape.norm_width * (c if job.stack.fused_norms else 4)
+    attention = 2 * c * (shape.attention_width + shape.kv_width)
+    adapters = sum(linear.inputs for linear in job.targets) * (c + (1 if job.lora.dropout > 0 else 0))
+    mlp = shape.experts_per_token * 3 * c * shape.feed_forward
+    routed = shape.experts_per_token * 2 * c * shape.hidden if shape.experts > 1 else 0
+    return float(job.tokens * (norms + attention + adapters + mlp + routed))
+
+
+def held_bytes(job: Job) -> float:
+    """Bytes held from forward to backward pass: with gradient checkpointing T L h b, else all that layers save.
+
+    b is the size of a value between layers. Checkpointing: Chen et al., arXiv:1604.06174, one checkpoint a layer.
+    """
+    shape = job.shape
+    if not job.gradient_checkpointing:
+        return shape.layers * saved_bytes(job)
+    return float(job.tokens * shape.layers * shape.hidden * (job.stack.residual_bytes or job.compute_bytes))
+
+
+def layer_bytes(job: Job) -> float:
+    """Bytes of one layer's backward pass: T(3cf + ch) for gradients, and what it saves if that is recomputed.
+
+    In the MLP the gradients of the product and of its two factors are there at a time. ``Stack.kept_logits_bytes`` and
+    ``Stack.fsdp1`` add to it.
+    """
+    shape, c, stack = job.shape, job.compute_bytes, job.stack
+    each = c * (3 * shape.experts_per_token * shape.feed_forward + shape.hidden)
+    each += shape.vocabulary * stack.kept_logits_bytes
+    if stack.fsdp1 and job.world_size > 1:
+        each += (shape.layers - 1) * c * shape.hidden
+    return job.tokens * each + (saved_bytes(job) if job.gradient_checkpointing else 0.0)
+
+
+def dequantization_bytes(job: Job) -> float:
+    """Bytes of the largest linear layer in the compute type, which is made for each product: mostly c h f."""
+    if not job.is_quantized:
+        return 0.0
+    return float(job.compute_bytes * max(linear.weights for linear in job.shape.linears))
+
+
+def loss_bytes(job: Job) -> float:
+    """Bytes of the loss: k V for each token of a chunk, and 3ch a token: last value, its norm, and its gradient."""
+    stack, shape = job.stack, job.shape
+    together = min(job.tokens, stack.loss_chunk or job.tokens)
+    return float(together * shape.vocabulary * stack.logits_bytes + job.tokens * 3 * job.compute_bytes * shape.hidden)
+
+
+def loading_bytes(job: Job) -> float:
+    """Bytes while loading: the whole base model, its constants, and the adapter's float32 weights."""
+    if not job.stack.loads_whole:
+        return 0.0
+    return weight_bytes(job) + constant_bytes(job) + 4 * adapter_weights(job)
+
+
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join(word.capitalize() for word in rest)

@@ -1,0 +1,251 @@
+"""The shape of a model, from its Hugging Face ``config.json``: what a memory plan has to know, and no weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_trainer.errors import BadSpecError
+
+MAX_NUMBER = 2**31 - 1
+"""No size of a model is larger."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer: its name inside a transformer layer, and its width on both sides."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.inputs * self.outputs
+
+    def is_named(self, target: str) -> bool:
+        """Whether PEFT's ``target_modules`` entry ``target`` means this layer: its name, or the end of it."""
+        return f"model.layers.0.{self.name}".endswith(f".{target}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What ``model_type`` says beyond the numbers of the file. Defaults are those of transformers 5.19.
+
+    ``norms`` counts the RMSNorms over the hidden size in a layer; ``head_norms`` is set where queries and keys are
+    normalised too. ``defaults`` holds values that published files leave out.
+    """
+
+    norms: int = 2
+    head_norms: bool = False
+    fused: bool = False
+    tied: bool = False
+    moe: bool = False
+    defaults: Mapping[str, int] | None = None
+
+
+_GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(head_norms=True, defaults={"head_dim": 128}),
+    "gemma2": Family(norms=4, tied=True, defaults={**_GEMMA, "vocab_size": 256_000}),
+    "gemma3_text": Family(norms=4, head_norms=True, tied=True, defaults={**_GEMMA, "vocab_size": 262_208}),
+    "phi3": Family(fused=True),
+    "smollm3": Family(tied=True),
+    "mixtral": Family(moe=True),
+}
+"""By ``model_type``. SmolLM and SmolLM2 are llama; SmolLM3 has a type of its own."""
+
+NESTED = {"gemma3": "gemma3_text"}
+"""Models with a vision part: the language model's numbers are in ``text_config``, of the type on the right."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only transformer.
+
+    ``feed_forward`` is the inner width of one MLP (of one expert), ``head_size`` the width of one attention head.
+    """
+
+    architecture: str
+    layers: int
+    hidden: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool = False
+    experts: int = 1
+    experts_per_token: int = 1
+
+    @property
+    def family(self) -> Family:
+        """Traits of the architecture."""
+        return FAMILIES[self.architecture]
+
+    @property
+    def attention_width(self) -> int:
+        """Width of all query heads together; mostly the hidden size."""
+        return self.heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.kv_heads * self.head_size
+
+    @property
+    def norm_width(self) -> int:
+        """Elements that a layer's RMSNorms read, per token."""
+        on_heads = self.attention_width + self.kv_width if self.family.head_norms else 0
+        return self.family.norms * self.hidden + on_heads
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of one transformer layer: those that are quantized and may get an adapter."""
+        h, f, q, kv = self.hidden, self.feed_forward, self.attention_width, self.kv_width
+        output = Linear("self_attn.o_proj", q, h)
+        if self.family.fused:
+            return (
+                Linear("self_attn.qkv_proj", h, q + 2 * kv),
+                output,
+                Linear("mlp.gate_up_proj", h, 2 * f),
+                Linear("mlp.down_proj", f, h),
+            )
+        attention = (
+            Linear("self_attn.q_proj", h, q),
+            Linear("self_attn.k_proj", h, kv),
+            Linear("self_attn.v_proj", h, kv),
+            output,
+        )
+        if self.family.moe:
+            return attention
+        return (
+            *attention,
+            Linear("mlp.gate_proj", h, f),
+            Linear("mlp.up_proj", h, f),
+            Linear("mlp.down_proj", f, h),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's linear layers: 2hq + 2h kv + 3hf."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one layer's experts and router: E(3hf + h).
+
+        transformers 5 keeps experts as 3-D parameters. bitsandbytes quantizes linear layers only, so these stay in
+        the compute type.
+        """
+        if not self.family.moe:
+            return 0
+        return self.experts * (3 * self.hidden * self.feed_forward + self.hidden)
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embedding and the output head: 2Vh, or Vh when they are tied. Never quantized."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+    @property
+    def total_weights(self) -> int:
+        """All weights but the norms' and biases, which are less than 0.01% of them."""
+        return self.layers * (self.layer_weights + self.expert_weights) + self.embedding_weights
+
+    def targets(self, names: list[str]) -> tuple[Linear, ...]:
+        """The linear layers of one transformer layer that get an adapter.
+
+        Raises:
+            BadSpecError: a name is not in the model.
+        """
+        if names == ["all-linear"]:
+            return self.linears
+        for name in names:
+            if not any(linear.is_named(name) for linear in self.linears):
+                known = ", ".join(linear.name.rpartition(".")[2] for linear in self.linears)
+                raise BadSpecError(
+                    f"lora.targetModules: {name} is no linear layer of a {self.architecture} layer; there are {known}"
+                )
+        return tuple(linear for linear in self.linears if any(linear.is_named(name) for name in names))
+
+
+def read_shape(config: object) -> ModelShape:
+    """The shape that ``config``, the content of a ``config.json``, describes.
+
+    Raises:
+        BadSpecError: something is not understood; the message names the key.
+    """
+    if not isinstance(config, Mapping):
+        raise BadSpecError("config.json: must be an object with model_type, hidden_size and so on")
+    numbers, prefix = config, ""
+    model_type = str(config.get("model_type"))
+    if model_type in NESTED:
+        nested = config.get("text_config")
+        if not isinstance(nested, Mapping):
+            raise BadSpecError(f"config.json: text_config is missing; a {model_type} model describes its sizes there")
+        numbers, prefix, model_type = nested, "text_config.", NESTED[model_type]
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES.keys() | NESTED.keys()))
+        raise BadSpecError(f"config.json: model_type is {model_type!r}; memory can be planned for {known}")
+    if config.get("quantization_config") is not None:
+        raise BadSpecError(
+            "config.json: quantization_config: the weights are quantized already; use the original model"
+        )
+    return _read_numbers(numbers, prefix, model_type, _is_tied(config, numbers, FAMILIES[model_type]))
+
+
+def _is_tied(config: Mapping[str, Any], numbers: Mapping[str, Any], family: Family) -> bool:
+    for place in (numbers, config):
+        tied = place.get("tie_word_embeddings")
+        if isinstance(tied, bool):
+            return tied
+        if tied is not None:
+            raise BadSpecError(f"config.json: tie_word_embeddings is {tied!r}; it must be true or false")
+    return family.tied
+
+
+def _read_numbers(numbers: Mapping[str, Any], prefix: str, model_type: str, tied: bool) -> ModelShape:
+    family = FAMILIES[model_type]
+
+    def number(key: str, default: int | None = None) -> int:
+        value = numbers.get(key)
+        if value is None:
+            value = (family.defaults or {}).get(key, default)
+        if value is None:
+            raise BadSpecError(f"config.json: {prefix}{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_NUMBER:
+            shown = repr(value)[:40]
+            raise BadSpecError(
+                f"config.json: {prefix}{key} is {shown}; it must be a whole number from 1 to {MAX_NUMBER}"
+            )
+        return value
+
+    hidden, heads = number("hidden_size"), number("num_attention_heads")
+    kv_heads = number("num_key_value_heads", heads if model_type in ("llama", "phi3") else None)
+    if heads % kv_heads:
+        raise BadSpecError(
+            f"config.json: {prefix}num_key_value_heads is {kv_heads}; it must divide num_attention_heads = {heads}"
+        )
+    whole, rest = divmod(hidden, heads)
+    head_size = number("head_dim", None if rest else whole)
+    experts = number("num_local_experts") if family.moe else 1
+    chosen = number("num_experts_per_tok") if family.moe else 1
+    if chosen > experts:
+        raise BadSpecError(f"config.json: {prefix}num_experts_per_tok is {chosen}; there are only {experts} experts")
+    return ModelShape(
+        architecture=model_type,
+        layers=number("num_hidden_layers"),
+        hidden=hidden,
+        feed_forward=number("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocabulary=number("vocab_size"),
+        tied=tied,
+        experts=experts,
+        experts_per_token=chosen,
+    )
