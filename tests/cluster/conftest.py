@@ -27,9 +27,14 @@ def cluster() -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def install(cluster: Cluster) -> Install:
+def images(cluster: Cluster) -> dict[str, Any]:
+    """Chart values that name the images, which are on the nodes."""
+    return stack.load_images(cluster)
+
+
+@pytest.fixture(scope="session")
+def install(cluster: Cluster, images: dict[str, Any]) -> Install:
     """Installs the operator with changed chart values; called without any, as the tests want it."""
-    images = stack.load_images(cluster)
 
     def install(**values: Any) -> None:
         stack.install_operator(cluster, {**images, **values})
