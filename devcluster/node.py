@@ -1,5 +1,6 @@
 """A node: its containerd, its kubelet, its pod network; and kube-proxy for all nodes."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ class Node:
 
     @property
     def cgroup(self) -> str:
-        """The control group that all its pods are in."""
-        return f"devcluster-{self.cluster}-{self.name}"
+        """The control group that all its pods are in: its own, also where another cache has a cluster of this name."""
+        place = hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]
+        return f"devcluster-{self.cluster}-{place}-{self.name}"
 
     @property
     def runtime(self) -> Path:

@@ -40,7 +40,7 @@ def machine() -> dict[str, list[str]]:
         "network namespaces": lines("ip", "netns"),
         "iptables": [line for line in lines("iptables-save") if line.startswith("-")],
         "settings": [path.read_text() for path in sysctls],
-        "control groups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"**/devcluster-{NAME}-node-*")),
+        "control groups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"**/devcluster-{NAME}-*-node-*")),
         "processes": processes(),
     }
 

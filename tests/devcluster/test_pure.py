@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import ssl
 import tarfile
 from pathlib import Path
@@ -265,10 +266,17 @@ def test_two_nodes_share_nothing() -> None:
 
 
 def test_a_kubelet_asks_who_calls_and_keeps_to_its_control_group() -> None:
-    config = node.kubelet_config(make_node(1), Path("/ca.crt"), "10.89.0.2")
+    second = make_node(1)
+    config = node.kubelet_config(second, Path("/ca.crt"), "10.89.0.2")
     assert config["authentication"]["anonymous"] == {"enabled": False}
     assert config["authorization"] == {"mode": "Webhook"}
-    assert config["cgroupRoot"] == "/devcluster-dev-node-b"
+    assert config["cgroupRoot"] == f"/{second.cgroup}"
+    assert re.fullmatch(r"devcluster-dev-[0-9a-f]{8}-node-b", second.cgroup)
+
+
+def test_clusters_of_one_name_in_two_caches_share_no_control_group() -> None:
+    elsewhere = node.Node("dev", 0, Path("/other/run"), Path("/cache/images-0"))
+    assert make_node(0).cgroup != elsewhere.cgroup
 
 
 def test_containerd_runs_without_the_right_to_lower_the_oom_score() -> None:
