@@ -22,7 +22,7 @@ from lora_api.finetune import (
 RUN_FILE = "/etc/lora/run.json"
 """Where the pods find the document."""
 
-WORK_DIRECTORY = "/work"
+WORK_DIRECTORY = "/scratch"
 """Writable scratch directory of the pods."""
 
 PVC_ROOT = "/mnt/pvc"

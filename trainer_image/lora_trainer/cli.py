@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="run this pod's part of a fine-tune: one training process per GPU, or one on the CPU",
         description="Starts the training processes of this pod and waits for them. The gang's shape comes from "
         "PET_NNODES, PET_NPROC_PER_NODE, PET_NODE_RANK, MASTER_ADDR and MASTER_PORT; without PET_NNODES all processes "
-        "of the run are started here. Scratch files go to LORA_WORK (default /work), the termination message to "
+        "of the run are started here. Scratch files go to LORA_WORK (default /scratch), the termination message to "
         "LORA_TERMINATION_LOG (default /dev/termination-log).",
     )
     launch.add_argument("run", type=Path, nargs="?", default=Path(RUN_FILE), help="run document (default: %(default)s)")

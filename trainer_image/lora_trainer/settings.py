@@ -38,7 +38,7 @@ def read_place(env: Mapping[str, str] = os.environ) -> Place:
 
 
 def work_directory(env: Mapping[str, str] = os.environ) -> Path:
-    """Writable scratch directory (LORA_WORK, else the pods' /work)."""
+    """Writable scratch directory (LORA_WORK, else the pods' /scratch)."""
     return Path(env.get("LORA_WORK", WORK_DIRECTORY))
 
 
