@@ -84,8 +84,8 @@ class DataSource(ApiModel):
     """One set of records."""
 
     uri: DataUri = Field(
-        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl or "
-        ".parquet file, or a directory of such files, read in the order of their names."
+        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
+        ".json (one array), .csv or .parquet file, or a directory of such files, read in the order of their names."
     )
     revision: ShortText | None = Field(
         None, description="Commit, branch or tag on the hub. Only with hf://. Default: the hub's main branch."
@@ -118,10 +118,21 @@ class Dataset(ApiModel):
         description="Share of the training records (0 to 0.5) held out for evaluation when eval is not given. "
         "Default: 0.05. 0 turns evaluation off.",
     )
-    format: Literal["auto", "messages", "prompt-completion", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"] = Field(
         "auto",
-        description="Form of a record. messages: {messages: [{role, content}]}. prompt-completion: {prompt, "
-        "completion}, loss on the completion only. text: {text}. auto: found from the first record.",
+        description="Form of a record. messages: {messages: [{role, content}]}. sharegpt: {conversations: [{from, "
+        "value}]}. prompt-completion: {prompt, completion}, loss on the completion only. alpaca: {instruction, input, "
+        "output}, loss on the output only. text: {text}. auto: found from the first record.",
+    )
+    columns: Annotated[dict[str, ShortText], Field(min_length=1, max_length=8)] | None = Field(
+        None,
+        description="Names of the fields in the files, by the names that the format has, such as {prompt: question, "
+        "completion: answer}. Holds for train and eval. Default: the names of the format.",
+    )
+    system_prompt: Annotated[str, StringConstraints(min_length=1, max_length=16384)] | None = Field(
+        None,
+        description="System message that is put before conversations without one. Not for plain text: text, and "
+        "prompt and completion that are strings.",
     )
     max_seq_length: int = Field(
         2048, ge=8, le=131072, description="Longest sequence in tokens. Longer records are cut at the end."
@@ -132,6 +143,21 @@ class Dataset(ApiModel):
             rule="!(has(self.eval) && has(self.evalFraction))",
             message="set either eval or evalFraction, not both",
             field_path=".evalFraction",
+        ),
+        CelRule(
+            rule="!has(self.columns) || self.columns.all(k, k in (self.format == 'messages' ? ['messages'] : "
+            "self.format == 'sharegpt' ? ['conversations'] : self.format == 'prompt-completion' ? ['prompt', "
+            "'completion'] : self.format == 'alpaca' ? ['instruction', 'input', 'output'] : self.format == 'text' ? "
+            "['text'] : ['messages', 'conversations', 'prompt', 'completion', 'instruction', 'input', 'output', "
+            "'text']))",
+            message="columns may name only the fields of the format: messages; conversations (sharegpt); prompt and "
+            "completion; instruction, input and output (alpaca); text",
+            field_path=".columns",
+        ),
+        CelRule(
+            rule="!has(self.systemPrompt) || self.format != 'text'",
+            message="systemPrompt needs conversations: plain text has no messages to put it before",
+            field_path=".systemPrompt",
         ),
     )
 

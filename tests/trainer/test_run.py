@@ -173,7 +173,8 @@ def test_each_format_of_records_trains(make_run: Make, run_here: Train, tmp_path
         {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
         for row in make_rows(20)
     ]
-    for name, rows in (("texts", texts), ("chats", chats)):
+    alpaca = [{"instruction": row["prompt"], "output": row["completion"]} for row in make_rows(20)]
+    for name, rows in (("texts", texts), ("chats", chats), ("alpaca", alpaca)):
         file = write_rows(tmp_path / f"{name}.jsonl", rows)
         dataset = {"train": {"uri": f"file://{file}"}, "eval": None}
         adapter, _ = run_here(make_run(name=name, dataset=dataset, training={"maxSteps": 1}))

@@ -51,7 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", required=True, help="base model: s3://, hf://, pvc:// or file:// URI")
     evaluate.add_argument("--data", required=True, help="dataset: s3://, hf://, pvc:// or file:// URI")
     evaluate.add_argument("--adapter", help="adapter's directory: s3:// or file:// URI; none: the base model alone")
-    evaluate.add_argument("--format", default="auto", choices=("auto", "messages", "prompt-completion", "text"))
+    formats = ("auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text")
+    evaluate.add_argument("--format", default="auto", choices=formats, help="default: %(default)s")
+    evaluate.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="a field's name in the file; may be repeated",
+    )
+    evaluate.add_argument("--system-prompt", help="first message of conversations that have no system message")
     evaluate.add_argument("--quantization", default="nf4", choices=("nf4", "none"), help="default: %(default)s")
     evaluate.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a record (default: %(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=32, help="answers at a time (default: %(default)s)")
@@ -118,6 +127,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             data=arguments.data,
             adapter=arguments.adapter,
             data_format=arguments.format,
+            columns=dict(text.partition("=")[::2] for text in arguments.column),
+            system_prompt=arguments.system_prompt,
             quantization=arguments.quantization,
             max_seq_length=arguments.max_seq_length,
             batch_size=arguments.batch_size,

@@ -2,32 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from lora_api.finetune import Dataset
-from lora_trainer.errors import BadDataError
+from lora_trainer.errors import BadDataError, BadSpecError
+from lora_trainer.formats import FIELDS, Format, Problem, Record, check, convert, detect_format, is_conversation, rename
+from lora_trainer.readers import BadRecord, read_file
 from lora_trainer.sources import Sources
 
-Format = Literal["messages", "prompt-completion", "text"]
-Record = dict[str, Any]
-
-ROLES = ("system", "user", "assistant", "tool")
 MAX_REPORTED = 20
+MAX_KINDS = 10
 DEFAULT_EVAL_FRACTION = 0.05
-
-FIELDS: dict[Format, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
 
 
 @dataclass(frozen=True)
 class Records:
-    """Checked records, with the fields of their format and no others."""
+    """Checked records, each with messages, or prompt and completion, or text. ``format`` is that of the files."""
 
     format: Format
     train: list[Record]
@@ -36,34 +29,47 @@ class Records:
     @property
     def conversational(self) -> bool:
         """Whether records go through the model's chat template."""
-        first = self.train[0]
-        return self.format == "messages" or isinstance(first.get("prompt"), list)
+        return is_conversation(self.train[0])
 
 
-@dataclass(frozen=True)
-class BadRecord:
-    """What is wrong with one record. ``number`` counts from 1; in JSONL it is the line."""
+class _Faults:
+    """The first bad records in full, and how many there are of each kind."""
 
-    file: str
-    number: int
-    field: str
-    reason: str
+    def __init__(self) -> None:
+        self.first: list[BadRecord] = []
+        self.kinds: Counter[str] = Counter()
 
-    def __str__(self) -> str:
-        return f"{self.file}: record {self.number}: {self.field}: {self.reason}"
+    def add(self, bad: BadRecord) -> None:
+        self.kinds[bad.fault] += 1
+        if len(self.first) < MAX_REPORTED:
+            self.first.append(bad)
+
+    def check(self) -> None:
+        """Raises BadDataError where there is one."""
+        count = self.kinds.total()
+        if not count:
+            return
+        lines = [f"{count} {'record is' if count == 1 else 'records are'} bad:", *map(str, self.first)]
+        if count > len(self.first):
+            lines.append(f"... and {count - len(self.first)} more")
+        if count > 1:
+            lines += ["by kind:", *(f"{number} x {kind}" for kind, number in self.kinds.most_common(MAX_KINDS))]
+        raise BadDataError("\n".join(lines).encode("utf-8", "replace").decode())
 
 
-def load_records(dataset: Dataset, sources: Sources) -> Records:
-    """All records of a run, split into training and evaluation.
+def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True) -> Records:
+    """All records of a run, split into training and evaluation. ``chat``: the model has a chat template.
 
     Raises:
         BadDataError: some record is bad, or too few are left; the message names the first 20 bad ones.
+        BadSpecError: dataset.columns or dataset.systemPrompt does not fit the records.
     """
-    found, train = read_records(sources.train, dataset.format)
+    columns, system_prompt = dataset.columns, dataset.system_prompt
+    found, train = read_records(sources.train, dataset.format, columns, system_prompt, chat=chat)
     if sources.eval is not None:
-        eval_format, evaluation = read_records(sources.eval, found)
-        if eval_format != found:
-            raise BadDataError(f"dataset.eval has {eval_format} records, dataset.train {found}")
+        _, evaluation = read_records(sources.eval, found, columns, system_prompt, chat=chat)
+        if is_conversation(evaluation[0]) != is_conversation(train[0]):
+            raise BadDataError("dataset.eval and dataset.train: one has conversations, the other has plain text")
     else:
         fraction = DEFAULT_EVAL_FRACTION if dataset.eval_fraction is None else dataset.eval_fraction
         train, evaluation = split_records(train, fraction)
@@ -72,134 +78,60 @@ def load_records(dataset: Dataset, sources: Sources) -> Records:
     return Records(found, train, evaluation)
 
 
-def read_records(files: list[Path], declared: str) -> tuple[Format, list[Record]]:
-    """Format and records of ``files``. ``declared`` is a format or ``auto``.
+def read_records(
+    files: list[Path],
+    declared: str,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str | None = None,
+    *,
+    chat: bool = True,
+) -> tuple[Format, list[Record]]:
+    """Format of ``files`` and their converted records. ``declared`` is a format or ``auto``: that of the first record.
 
     Raises:
         BadDataError: there is no record, or a bad one.
+        BadSpecError: ``columns`` or ``system_prompt`` does not fit the records.
     """
     found: Format | None = None if declared == "auto" else declared  # type: ignore[assignment]
     records: list[Record] = []
-    bad: list[BadRecord] = []
-    bad_count = 0
+    faults = _Faults()
     for file in files:
-        for number, value in _read_file(file):
-            if isinstance(value, BadRecord):
-                problem: BadRecord | None = value
-            else:
-                if found is None:
-                    found = detect_format(value)
-                problem = _check(file.name, number, value, found)
-                if problem is None and found is not None:
-                    records.append({field: value[field] for field in FIELDS[found]})
+        for number, read in read_file(file):
+            if isinstance(read, BadRecord):
+                faults.add(read)
+                continue
+            value = rename(read, columns or {})
+            found = found or detect_format(value)
+            problem = check(value, found)
+            if problem is None and found is not None and isinstance(value, dict):
+                record = convert(value, found, system_prompt, chat=chat)
+                problem = _differs(record, records)
+                if problem is None:
+                    records.append(record)
             if problem is not None:
-                bad_count += 1
-                bad.extend([problem] if len(bad) < MAX_REPORTED else [])
-    if bad_count:
-        more = f"\n... and {bad_count - len(bad)} more" if bad_count > len(bad) else ""
-        noun = "record is" if bad_count == 1 else "records are"
-        raise BadDataError(f"{bad_count} {noun} bad:\n" + "\n".join(map(str, bad)) + more)
+                faults.add(BadRecord(file.name, number, *problem))
+    faults.check()
     if found is None or not records:
         raise BadDataError(f"{', '.join(file.name for file in files)}: there is no record")
+    _check_options(found, records[0], columns or {}, system_prompt)
     return found, records
 
 
-def detect_format(value: object) -> Format | None:
-    """The format whose fields ``value`` has, or ``None``."""
-    if isinstance(value, dict):
-        for name, fields in FIELDS.items():
-            if all(field in value for field in fields):
-                return name
+def _differs(record: Record, records: list[Record]) -> Problem | None:
+    if records and is_conversation(record) != is_conversation(records[0]):
+        return "prompt", "must have the form of the first record's: all strings, or all lists of messages"
     return None
 
 
-def _read_file(file: Path) -> Iterator[tuple[int, object]]:
-    """``(number, value)`` of each record; the value is a BadRecord where it cannot be read."""
-    if file.suffix == ".parquet":
-        yield from _read_parquet(file)
-        return
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield number, BadRecord(file.name, number, "line", f"is not UTF-8: {error.reason}")
-            except (ValueError, RecursionError) as error:
-                yield number, BadRecord(file.name, number, "line", f"is not JSON: {error}")
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        with pa.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield number, value
-    except pa.ArrowInvalid as error:
-        raise BadDataError(f"{file.name}: is not a Parquet file: {error}") from error
-
-
-def _check(file: str, number: int, value: object, kind: Format | None) -> BadRecord | None:
-    """What is wrong with ``value`` as a record of ``kind``, or ``None``."""
-    if not isinstance(value, dict):
-        return BadRecord(file, number, "record", f"must be an object with fields, is {_kind(value)}")
-    if kind is None:
-        wanted = "; or ".join(" and ".join(fields) for fields in FIELDS.values())
-        has = ", ".join(map(str, value)) or "no fields"
-        return BadRecord(file, number, "record", f"has {has}; a record has {wanted}")
-    for field in FIELDS[kind]:
-        if field not in value or value[field] is None:
-            return BadRecord(file, number, field, f"is missing (the format is {kind})")
-    if kind == "messages":
-        problem = _check_messages("messages", value["messages"], needs_assistant=True)
-    elif kind == "prompt-completion":
-        problem = _check_pair(value["prompt"], value["completion"])
-    else:
-        problem = _check_text("text", value["text"])
-    return BadRecord(file, number, *problem) if problem else None
-
-
-def _check_pair(prompt: object, completion: object) -> tuple[str, str] | None:
-    if isinstance(prompt, list) != isinstance(completion, list):
-        return "completion", f"must have the form of prompt: that is {_kind(prompt)}, this is {_kind(completion)}"
-    if isinstance(prompt, list):
-        return _check_messages("prompt", prompt) or _check_messages("completion", completion, needs_assistant=True)
-    return _check_text("prompt", prompt) or _check_text("completion", completion)
-
-
-def _check_text(field: str, value: object) -> tuple[str, str] | None:
-    if not isinstance(value, str):
-        return field, f"must be a string, is {_kind(value)}"
-    return None if value.strip() else (field, "is empty")
-
-
-def _check_messages(field: str, value: object, *, needs_assistant: bool = False) -> tuple[str, str] | None:
-    if not isinstance(value, list):
-        return field, f"must be a list of messages, is {_kind(value)}"
-    if not value:
-        return field, "is an empty list"
-    for index, message in enumerate(value):
-        where = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            return where, f"must be an object with role and content, is {_kind(message)}"
-        if message.get("role") not in ROLES:
-            return f"{where}.role", f"must be one of {', '.join(ROLES)}, is {message.get('role')!r}"
-        if not isinstance(message.get("content"), str):
-            return f"{where}.content", f"must be a string, is {_kind(message.get('content'))}"
-    if needs_assistant and not any(message["role"] == "assistant" for message in value):
-        return field, "has no message of the assistant, so there is nothing to learn"
-    return None
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+def _check_options(found: Format, record: Record, columns: Mapping[str, str], system_prompt: str | None) -> None:
+    fields = (*FIELDS[found], *(["input"] if found == "alpaca" else []))
+    if unused := [name for name in columns if name not in fields]:
+        raise BadSpecError(f"dataset.columns: {', '.join(unused)}: the format {found} has {', '.join(fields)}")
+    if system_prompt is not None and not is_conversation(record):
+        raise BadSpecError(
+            f"dataset.systemPrompt: the records ({found}) are plain text, which has no messages to put it before; "
+            "write it into the text, or use conversations with a model that has a chat template"
+        )
 
 
 def record_position(record: Record) -> float:

@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.finetune import Publish
-from lora_trainer.data import Record, Records
+from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError
+from lora_trainer.formats import Record
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.settings import Place
 

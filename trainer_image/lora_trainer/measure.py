@@ -13,8 +13,9 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_api.adapter import ADAPTER_FILES
 from lora_api.finetune import BaseModelSource, DataSource, Quantization
-from lora_trainer.data import Record, read_records
+from lora_trainer.data import read_records
 from lora_trainer.evaluate import Sample, answer_questions, evaluate_loss, question
+from lora_trainer.formats import Record
 from lora_trainer.model import load_base_model, load_tokenizer
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_data, fetch_model
@@ -68,6 +69,8 @@ def measure(
     data: str,
     adapter: str | None,
     data_format: str = "auto",
+    columns: dict[str, str] | None = None,
+    system_prompt: str | None = None,
     quantization: str = "nf4",
     max_seq_length: int = 2048,
     batch_size: int = 16,
@@ -82,19 +85,21 @@ def measure(
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORA_WORK")) as scratch:
         work = Path(scratch)
         directory = fetch_model(BaseModelSource(uri=model), work / "model")
-        _, records = read_records(fetch_data(DataSource(uri=data), work / "data"), data_format)
+        tokenizer = load_tokenizer(directory)
+        files = fetch_data(DataSource(uri=data), work / "data")
+        chat = bool(tokenizer.chat_template)
+        _, records = read_records(files, data_format, columns, system_prompt, chat=chat)
         records = records[:limit]
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        tokenizer = load_tokenizer(directory)
         network: Any = load_base_model(directory, Quantization(type=quantization), device)  # type: ignore[arg-type]
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
             network.requires_grad_(requires_grad=False)  # TRL would cast what can be trained to bfloat16
         if adapter is not None:
-            files = work / "adapter"
-            Store(adapter).download_directory("", files, lambda name: name in ADAPTER_FILES)
-            network = PeftModel.from_pretrained(network, files)
+            local = work / "adapter"
+            Store(adapter).download_directory("", local, lambda name: name in ADAPTER_FILES)
+            network = PeftModel.from_pretrained(network, local)
         dataset = _tokenize(network, tokenizer, records, max_seq_length, work)
         place = Place(0, 0, 1)
         loss = evaluate_loss(network, dataset, int(tokenizer.pad_token_id), TOKEN_BUDGET, place, device)

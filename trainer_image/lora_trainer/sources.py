@@ -15,7 +15,7 @@ from lora_trainer.store import ObjectNotFoundError, Store, split_uri
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Files of a model that are used: weights, configuration, tokenizer, chat template. Never pickled weights."""
 
-DATA_SUFFIXES = (".jsonl", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 FETCHED_FILE = "fetched.json"
 
@@ -128,7 +128,7 @@ def fetch_data(source: DataSource, target: Path) -> list[Path]:
     else:
         files = _fetch_data_objects(source.uri, target)
     if not files:
-        raise ModelNotFoundError(f"{source.uri}: no {' or '.join(DATA_SUFFIXES)} file there")
+        raise ModelNotFoundError(f"{source.uri}: no {', '.join(DATA_SUFFIXES)} file there")
     return files
 
 

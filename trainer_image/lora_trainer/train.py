@@ -39,12 +39,12 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
         return published
     progress.stage("loading")
     sources = fetch_sources(run, place, work / "sources")
-    records = load_records(run.dataset, sources)
+    tokenizer = load_tokenizer(sources.model)
+    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
+    check_chat_template(tokenizer, records)
     device = training_device(run, place.local_rank)
     start_process_group(place, device)
 
-    tokenizer = load_tokenizer(sources.model)
-    check_chat_template(tokenizer, records)
     base = load_base_model(sources.model, run.quantization, device)
     model = add_adapter(base, run.lora, run.training.seed)
     in_between = EvaluationCallback(run.training.eval_every_steps, progress)
