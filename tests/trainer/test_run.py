@@ -174,9 +174,22 @@ def test_each_format_of_records_trains(make_run: Make, run_here: Train, tmp_path
         for row in make_rows(20)
     ]
     alpaca = [{"instruction": row["prompt"], "output": row["completion"]} for row in make_rows(20)]
-    for name, rows in (("texts", texts), ("chats", chats), ("alpaca", alpaca)):
+    shares = [
+        {"conversations": [{"from": "human", "value": row["prompt"]}, {"from": "gpt", "value": row["completion"]}]}
+        for row in make_rows(20)
+    ]
+    renamed = [{"question": row["prompt"], "answer": row["completion"]} for row in make_rows(20)]
+    columns = {"columns": {"prompt": "question", "completion": "answer"}, "format": "prompt-completion"}
+    kinds: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
+        ("texts", texts, {}),
+        ("chats", chats, {"systemPrompt": "Be brief."}),
+        ("alpaca", alpaca, {}),
+        ("shares", shares, {}),
+        ("renamed", renamed, columns),
+    ]
+    for name, rows, settings in kinds:
         file = write_rows(tmp_path / f"{name}.jsonl", rows)
-        dataset = {"train": {"uri": f"file://{file}"}, "eval": None}
+        dataset = {"train": {"uri": f"file://{file}"}, "eval": None, **settings}
         adapter, _ = run_here(make_run(name=name, dataset=dataset, training={"maxSteps": 1}))
         assert adapter.eval_loss_after is not None
 

@@ -133,9 +133,11 @@ def fetch_data(source: DataSource, target: Path) -> list[Path]:
 
 
 def _data_files(path: Path) -> list[Path]:
+    """Files to read at ``path``. Beside records in another form, a .json file describes them and is not read."""
     if path.is_file():
         return [path]
-    return sorted(file for file in path.rglob("*") if file.name.endswith(DATA_SUFFIXES) and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(DATA_SUFFIXES) and file.is_file())
+    return [file for file in files if file.suffix != ".json"] or files
 
 
 def _fetch_data_objects(uri: str, target: Path) -> list[Path]:
