@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from lora_api._base import ApiModel, CelRule
+from lora_api.pods import PodTemplate, SecretRef
+from lora_api.sources import BaseModelSource, Dataset
 from lora_api.status import LoRAFineTuneStatus
 
 GROUP = "lorafinetune.io"
@@ -22,144 +24,9 @@ MAX_NAME_LENGTH = 52
 
 MAX_GLOBAL_BATCH_SIZE = 65536
 
-# Printable ASCII only: Python, Rust and Go disagree on what else is white space.
-ModelUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
-DataUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
 StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[!-~]+$", max_length=512)]
-ObjectName = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
-]
 LabelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
-ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Quantity = Annotated[
-    str,
-    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$", min_length=1, max_length=32),
-]
-LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
-QUALIFIED_NAME = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
-"""Key of a label or a taint: NAME or DOMAIN/NAME."""
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=128)]
-
-
-_HUB_URI = "hf://[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
-_BUCKET_URI = "s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/.*)?"
-_CLAIM_URI = "pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/.*)?"
-
-# A cluster has no use for file://, which the models take for runs outside of one. The pattern of the schema has no
-# words of its own; this rule says what is wanted.
-_SOURCE_FORM = CelRule(
-    rule=f"self.uri.matches('^({_HUB_URI}|{_BUCKET_URI}|{_CLAIM_URI})$')",
-    message="uri must be hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH",
-    field_path=".uri",
-)
-_SOURCE_STAYS_INSIDE = CelRule(
-    rule="!self.uri.matches('/[.][.]?(/|$)')",
-    message="the path of uri may not have . or .. as one of its parts",
-    field_path=".uri",
-)
-
-
-_REVISION_NEEDS_HUB = CelRule(
-    rule="!has(self.revision) || self.uri.startsWith('hf://')",
-    message="revision names a commit, branch or tag of a model hub, so it needs a uri that starts with hf://",
-    field_path=".revision",
-)
-
-
-class BaseModelSource(ApiModel):
-    """The model that the adapter is trained on."""
-
-    uri: ModelUri = Field(
-        description="Where the base model is: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. A directory in "
-        "Hugging Face layout: config.json, tokenizer files and *.safetensors."
-    )
-    revision: ShortText | None = Field(
-        None, description="Commit, branch or tag on the model hub. Only with hf://. Default: the hub's main branch."
-    )
-
-    cel_rules = (_SOURCE_FORM, _SOURCE_STAYS_INSIDE, _REVISION_NEEDS_HUB)
-
-
-class DataSource(ApiModel):
-    """One set of records."""
-
-    uri: DataUri = Field(
-        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
-        ".json (one array), .csv or .parquet file, or a directory of such files, read in the order of their names."
-    )
-    revision: ShortText | None = Field(
-        None, description="Commit, branch or tag on the hub. Only with hf://. Default: the hub's main branch."
-    )
-    split: ShortText | None = Field(None, description="Split of a hub dataset. Only with hf://. Default: train.")
-
-    cel_rules = (
-        _SOURCE_FORM,
-        _SOURCE_STAYS_INSIDE,
-        _REVISION_NEEDS_HUB,
-        CelRule(
-            rule="!has(self.split) || self.uri.startsWith('hf://')",
-            message="split belongs to a hub dataset, so it needs a uri that starts with hf://",
-            field_path=".split",
-        ),
-    )
-
-
-class Dataset(ApiModel):
-    """What to learn from, and what to measure with."""
-
-    train: DataSource = Field(description="Records to train on.")
-    eval: DataSource | None = Field(
-        None, description="Records to evaluate on, before and after training. Not together with evalFraction."
-    )
-    eval_fraction: float | None = Field(
-        None,
-        ge=0.0,
-        le=0.5,
-        description="Share of the training records (0 to 0.5) held out for evaluation when eval is not given. "
-        "Default: 0.05. 0 turns evaluation off.",
-    )
-    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"] = Field(
-        "auto",
-        description="Form of a record. messages: {messages: [{role, content}]}. sharegpt: {conversations: [{from, "
-        "value}]}. prompt-completion: {prompt, completion}, loss on the completion only. alpaca: {instruction, input, "
-        "output}, loss on the output only. text: {text}. auto: found from the first record.",
-    )
-    columns: Annotated[dict[str, ShortText], Field(min_length=1, max_length=8)] | None = Field(
-        None,
-        description="Names of the fields in the files, by the names that the format has, such as {prompt: question, "
-        "completion: answer}. Holds for train and eval. Default: the names of the format.",
-    )
-    system_prompt: Annotated[str, StringConstraints(min_length=1, max_length=16384)] | None = Field(
-        None,
-        description="System message that is put before conversations without one. Not for plain text: text, and "
-        "prompt and completion that are strings.",
-    )
-    max_seq_length: int = Field(
-        2048, ge=8, le=131072, description="Longest sequence in tokens. Longer records are cut at the end."
-    )
-
-    cel_rules = (
-        CelRule(
-            rule="!(has(self.eval) && has(self.evalFraction))",
-            message="set either eval or evalFraction, not both",
-            field_path=".evalFraction",
-        ),
-        CelRule(
-            rule="!has(self.columns) || self.columns.all(k, k in (self.format == 'messages' ? ['messages'] : "
-            "self.format == 'sharegpt' ? ['conversations'] : self.format == 'prompt-completion' ? ['prompt', "
-            "'completion'] : self.format == 'alpaca' ? ['instruction', 'input', 'output'] : self.format == 'text' ? "
-            "['text'] : ['messages', 'conversations', 'prompt', 'completion', 'instruction', 'input', 'output', "
-            "'text']))",
-            message="columns may name only the fields of the format: messages; conversations (sharegpt); prompt and "
-            "completion; instruction, input and output (alpaca); text",
-            field_path=".columns",
-        ),
-        CelRule(
-            rule="!has(self.systemPrompt) || self.format != 'text'",
-            message="systemPrompt needs conversations: plain text has no messages to put it before",
-            field_path=".systemPrompt",
-        ),
-    )
 
 
 class LoRA(ApiModel):
@@ -315,12 +182,6 @@ class Publish(ApiModel):
     )
 
 
-class SecretRef(ApiModel):
-    """A Secret in the namespace of the resource."""
-
-    name: ObjectName = Field(description="Name of the Secret.")
-
-
 class Credentials(ApiModel):
     """How the pods reach the store and the model hub. The operator itself never reads the Secret."""
 
@@ -339,144 +200,6 @@ class RunPolicy(ApiModel):
         le=100,
         description="Restarts of the whole gang that failures of the run itself may use up. Restarts after a lost "
         "node, an eviction or a preemption are not counted.",
-    )
-
-
-def _resource_names(field: str) -> CelRule:
-    return CelRule(
-        rule=f"self.{field}.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || k.startsWith('hugepages-') || "
-        "(k.contains('/') && !k.endsWith('.com/gpu')))",
-        message=f"{field} may name cpu, memory, ephemeral-storage, hugepages-SIZE or VENDOR/RESOURCE; GPUs are asked "
-        "for by parallelism.gpusPerNode",
-        field_path=f".{field}",
-    )
-
-
-class ResourceRequirements(ApiModel):
-    """Compute resources of each pod. GPUs are added from parallelism.gpusPerNode."""
-
-    requests: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
-        {}, description="What the scheduler sets aside, such as {cpu: 8, memory: 64Gi}."
-    )
-    limits: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
-        {}, description="What a pod may use at most. A pod that passes its memory limit is ended (HostOutOfMemory)."
-    )
-
-    cel_rules = (
-        _resource_names("requests"),
-        _resource_names("limits"),
-        CelRule(
-            rule="self.requests.all(k, !(k in self.limits) || "
-            "quantity(self.requests[k]).compareTo(quantity(self.limits[k])) <= 0)",
-            message="requests may not be larger than limits",
-            field_path=".requests",
-        ),
-        CelRule(
-            rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || "
-            "(k in self.limits && self.limits[k] == self.requests[k]))",
-            message="what is asked for of hugepages-SIZE or VENDOR/RESOURCE cannot be shared: it needs the same value "
-            "in limits",
-            field_path=".requests",
-        ),
-    )
-
-
-class Toleration(ApiModel):
-    """A taint that the pods accept (the same as in a pod)."""
-
-    key: Annotated[str, StringConstraints(pattern=QUALIFIED_NAME, max_length=316)] | None = Field(
-        None, description="Key of the taint. Absent with operator Exists: every taint."
-    )
-    operator: Literal["Exists", "Equal"] = Field("Equal", description="How key and value are compared.")
-    value: LabelValue | None = Field(None, description="Value of the taint.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Effect of the taint. Default: every effect."
-    )
-    toleration_seconds: int | None = Field(
-        None, ge=0, le=31_536_000, description="How long a NoExecute taint is accepted, in seconds. Default: for ever."
-    )
-
-    cel_rules = (
-        CelRule(
-            rule="self.operator == 'Exists' ? !has(self.value) : has(self.key)",
-            message="operator Exists takes no value, and operator Equal needs a key",
-            field_path=".operator",
-        ),
-        CelRule(
-            rule="!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
-            message="tolerationSeconds needs effect NoExecute",
-            field_path=".tolerationSeconds",
-        ),
-    )
-
-
-ENV_ALLOWED = r"^(NCCL|GLOO|UCX|OMP|MKL|TORCH|PYTORCH|CUDA|HF|TOKENIZERS|LORA)_[A-Z0-9_]+$"
-
-
-class EnvVar(ApiModel):
-    """One environment variable of the trainer."""
-
-    name: Annotated[str, StringConstraints(pattern=ENV_ALLOWED, max_length=128)] = Field(
-        description="Name: one that starts with NCCL_, GLOO_, UCX_, OMP_, MKL_, TORCH_, PYTORCH_, CUDA_, HF_, "
-        "TOKENIZERS_ or LORA_."
-    )
-    value: Annotated[str, StringConstraints(max_length=1024)] = Field(description="Value.")
-
-    cel_rules = (
-        CelRule(
-            rule="self.name != 'HF_TOKEN'",
-            message="HF_TOKEN is a secret: put it into the Secret of credentials.secretRef",
-            field_path=".name",
-        ),
-    )
-
-
-LabelMap = Annotated[dict[str, LabelValue], Field(max_length=32)]
-AnnotationMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
-
-
-def _qualified_names(field: str) -> CelRule:
-    """Refuses a key that Kubernetes would refuse in the pod."""
-    return CelRule(
-        rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('{QUALIFIED_NAME}'))",
-        message=f"a key of {field} must be NAME or DOMAIN/NAME, with at most 63 letters, digits, '-', '_' and '.' in "
-        "NAME",
-        field_path=f".{field}",
-    )
-
-
-class PodTemplate(ApiModel):
-    """What the pods of the gang get. Security settings, volumes and the image are not the user's to choose."""
-
-    resources: ResourceRequirements = Field(
-        default_factory=ResourceRequirements, description="CPU, memory and other resources of each pod."
-    )
-    node_selector: LabelMap = Field({}, description="Labels that a node must have.")
-    tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(
-        [], description="Taints that the pods accept.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
-    )
-    env: Annotated[list[EnvVar], Field(max_length=64)] = Field(
-        [],
-        description="Settings of the libraries, such as NCCL_SOCKET_IFNAME. Secrets belong into credentials.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-    )
-    image_pull_secrets: Annotated[list[SecretRef], Field(max_length=8)] = Field(
-        [],
-        description="Secrets for the registry of the trainer's image.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-    )
-    labels: LabelMap = Field({}, description="Labels added to the pods. Keys of this operator cannot be set.")
-    annotations: AnnotationMap = Field({}, description="Annotations added to the pods.")
-
-    cel_rules = (
-        _qualified_names("nodeSelector"),
-        _qualified_names("labels"),
-        _qualified_names("annotations"),
-        CelRule(
-            rule="self.labels.all(k, !k.contains('lorafinetune.io/') && !k.contains('batch.kubernetes.io/'))",
-            message="labels with lorafinetune.io/ or batch.kubernetes.io/ belong to the operator",
-            field_path=".labels",
-        ),
     )
 
 

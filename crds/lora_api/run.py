@@ -8,9 +8,7 @@ from pydantic import Field
 from lora_api._base import ApiModel
 from lora_api.finetune import (
     MAX_GLOBAL_BATCH_SIZE,
-    BaseModelSource,
     Checkpoint,
-    Dataset,
     LoRA,
     LoRAFineTune,
     Parallelism,
@@ -18,6 +16,7 @@ from lora_api.finetune import (
     Quantization,
     Training,
 )
+from lora_api.sources import BaseModelSource, Dataset
 
 RUN_FILE = "/etc/lora/run.json"
 """Where the pods find the document."""

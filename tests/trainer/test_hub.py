@@ -28,7 +28,7 @@ Fetch = Callable[..., dict[str, Any]]
 FETCH = """
 import json, sys
 from pathlib import Path
-from lora_api.finetune import BaseModelSource, DataSource
+from lora_api.sources import BaseModelSource, DataSource
 from lora_trainer.errors import classify
 from lora_trainer.sources import fetch_data, fetch_model
 kind, target = sys.argv[1], Path(sys.argv[2])

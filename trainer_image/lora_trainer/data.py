@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_api.finetune import Dataset
+from lora_api.sources import Dataset
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import FIELDS, Format, Problem, Record, check, convert, detect_format, is_conversation, rename
 from lora_trainer.readers import BadRecord, read_file

@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_api.finetune import BaseModelSource, DataSource
 from lora_api.run import PVC_ROOT, RunSpec
+from lora_api.sources import BaseModelSource, DataSource
 from lora_trainer import hub
 from lora_trainer.errors import ModelNotFoundError
 from lora_trainer.settings import Place

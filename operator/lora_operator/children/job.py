@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lora_api import LoRAFineTune
-from lora_api.finetune import PodTemplate
+from lora_api.pods import PodTemplate
 from lora_api.run import CONTAINER_NAME, MASTER_PORT, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
 from lora_operator.children.names import INDEX_LABEL, build_metadata, child_labels, child_name
 from lora_operator.settings import Settings

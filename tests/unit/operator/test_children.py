@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from lora_api import LoRAFineTune
-from lora_api.finetune import PodTemplate
+from lora_api.pods import PodTemplate
 from lora_operator.children.configmap import build_configmap
 from lora_operator.children.job import build_job, omp_threads
 from lora_operator.children.service import build_service

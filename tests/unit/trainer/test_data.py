@@ -11,7 +11,7 @@ from datasets import Dataset as Table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_api.finetune import Dataset
+from lora_api.sources import Dataset
 from lora_trainer.data import load_records, read_records, record_position, split_records
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.sources import Sources

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_api.finetune import DataSource
+from lora_api.sources import DataSource
 from lora_trainer.errors import ModelNotFoundError
 from lora_trainer.sources import fetch_data
 

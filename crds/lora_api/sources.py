@@ -1,0 +1,132 @@
+"""Where the base model and the records come from, and how records are read."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from lora_api._base import ApiModel, CelRule
+
+# Printable ASCII only: Python, Rust and Go disagree on what else is white space.
+ModelUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
+DataUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+_HUB_URI = "hf://[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
+_BUCKET_URI = "s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/.*)?"
+_CLAIM_URI = "pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/.*)?"
+
+# A cluster has no use for file://, which the models take for runs outside of one. The pattern of the schema has no
+# words of its own; this rule says what is wanted.
+_SOURCE_FORM = CelRule(
+    rule=f"self.uri.matches('^({_HUB_URI}|{_BUCKET_URI}|{_CLAIM_URI})$')",
+    message="uri must be hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH",
+    field_path=".uri",
+)
+_SOURCE_STAYS_INSIDE = CelRule(
+    rule="!self.uri.matches('/[.][.]?(/|$)')",
+    message="the path of uri may not have . or .. as one of its parts",
+    field_path=".uri",
+)
+
+
+_REVISION_NEEDS_HUB = CelRule(
+    rule="!has(self.revision) || self.uri.startsWith('hf://')",
+    message="revision names a commit, branch or tag of a model hub, so it needs a uri that starts with hf://",
+    field_path=".revision",
+)
+
+
+class BaseModelSource(ApiModel):
+    """The model that the adapter is trained on."""
+
+    uri: ModelUri = Field(
+        description="Where the base model is: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. A directory in "
+        "Hugging Face layout: config.json, tokenizer files and *.safetensors."
+    )
+    revision: ShortText | None = Field(
+        None, description="Commit, branch or tag on the model hub. Only with hf://. Default: the hub's main branch."
+    )
+
+    cel_rules = (_SOURCE_FORM, _SOURCE_STAYS_INSIDE, _REVISION_NEEDS_HUB)
+
+
+class DataSource(ApiModel):
+    """One set of records."""
+
+    uri: DataUri = Field(
+        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
+        ".json (one array), .csv or .parquet file, or a directory of such files, read in the order of their names."
+    )
+    revision: ShortText | None = Field(
+        None, description="Commit, branch or tag on the hub. Only with hf://. Default: the hub's main branch."
+    )
+    split: ShortText | None = Field(None, description="Split of a hub dataset. Only with hf://. Default: train.")
+
+    cel_rules = (
+        _SOURCE_FORM,
+        _SOURCE_STAYS_INSIDE,
+        _REVISION_NEEDS_HUB,
+        CelRule(
+            rule="!has(self.split) || self.uri.startsWith('hf://')",
+            message="split belongs to a hub dataset, so it needs a uri that starts with hf://",
+            field_path=".split",
+        ),
+    )
+
+
+class Dataset(ApiModel):
+    """What to learn from, and what to measure with."""
+
+    train: DataSource = Field(description="Records to train on.")
+    eval: DataSource | None = Field(
+        None, description="Records to evaluate on, before and after training. Not together with evalFraction."
+    )
+    eval_fraction: float | None = Field(
+        None,
+        ge=0.0,
+        le=0.5,
+        description="Share of the training records (0 to 0.5) held out for evaluation when eval is not given. "
+        "Default: 0.05. 0 turns evaluation off.",
+    )
+    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"] = Field(
+        "auto",
+        description="Form of a record. messages: {messages: [{role, content}]}. sharegpt: {conversations: [{from, "
+        "value}]}. prompt-completion: {prompt, completion}, loss on the completion only. alpaca: {instruction, input, "
+        "output}, loss on the output only. text: {text}. auto: found from the first record.",
+    )
+    columns: Annotated[dict[str, ShortText], Field(min_length=1, max_length=8)] | None = Field(
+        None,
+        description="Names of the fields in the files, by the names that the format has, such as {prompt: question, "
+        "completion: answer}. Holds for train and eval. Default: the names of the format.",
+    )
+    system_prompt: Annotated[str, StringConstraints(min_length=1, max_length=16384)] | None = Field(
+        None,
+        description="System message that is put before conversations without one. Not for plain text: text, and "
+        "prompt and completion that are strings.",
+    )
+    max_seq_length: int = Field(
+        2048, ge=8, le=131072, description="Longest sequence in tokens. Longer records are cut at the end."
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="!(has(self.eval) && has(self.evalFraction))",
+            message="set either eval or evalFraction, not both",
+            field_path=".evalFraction",
+        ),
+        CelRule(
+            rule="!has(self.columns) || self.columns.all(k, k in (self.format == 'messages' ? ['messages'] : "
+            "self.format == 'sharegpt' ? ['conversations'] : self.format == 'prompt-completion' ? ['prompt', "
+            "'completion'] : self.format == 'alpaca' ? ['instruction', 'input', 'output'] : self.format == 'text' ? "
+            "['text'] : ['messages', 'conversations', 'prompt', 'completion', 'instruction', 'input', 'output', "
+            "'text']))",
+            message="columns may name only the fields of the format: messages; conversations (sharegpt); prompt and "
+            "completion; instruction, input and output (alpaca); text",
+            field_path=".columns",
+        ),
+        CelRule(
+            rule="!has(self.systemPrompt) || self.format != 'text'",
+            message="systemPrompt needs conversations: plain text has no messages to put it before",
+            field_path=".systemPrompt",
+        ),
+    )
