@@ -120,10 +120,26 @@ def _resolve(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schem
         return {**_resolve(target, definitions), **node}
     if "anyOf" in node:
         options = [option for option in node.pop("anyOf") if option.get("type") != "null"]
+        if (auto_or_number := _auto_or_number(options)) is not None:
+            return {**auto_or_number, **node}
         if len(options) != 1:
             raise ValueError(f"a structural schema has no unions: {raw}")
         return {**_resolve(options[0], definitions), **node}
     return node
+
+
+def _auto_or_number(options: list[Schema]) -> Schema | None:
+    """The one union that a structural schema can say: a whole number within bounds, or one word."""
+    words = [option["const"] for option in options if option.get("type") == "string" and "const" in option]
+    numbers = [option for option in options if option.get("type") == "integer"]
+    if len(options) != 2 or len(words) != 1 or len(numbers) != 1:
+        return None
+    low, high = numbers[0]["minimum"], numbers[0]["maximum"]
+    rule = CelRule(
+        rule=f"type(self) == int ? (int(self) >= {low} && int(self) <= {high}) : string(self) == '{words[0]}'",
+        message=f"must be {words[0]} or a whole number from {low} to {high}",
+    )
+    return {"x-kubernetes-int-or-string": True, "x-kubernetes-validations": [rule.to_wire()]}
 
 
 def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:

@@ -21,6 +21,7 @@ class FailureClass(StrEnum):
     PEER_LOST = "PeerLost"
     STORE_UNAVAILABLE = "StoreUnavailable"
     CHECKPOINTED = "Checkpointed"
+    GATE_REFUSED = "GateRefused"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DISK_FULL = "DiskFull"
     POD_LOST = "PodLost"
@@ -146,6 +147,17 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         meaning="The pod was asked to stop and saved a checkpoint first.",
         remedy="Nothing to do: the next attempt goes on from the checkpoint.",
+    ),
+    FailureRule(
+        failure_class=FailureClass.GATE_REFUSED,
+        exit_code=76,
+        charged=False,
+        retried=False,
+        meaning="The adapter is not as good as publish.gate asks, so it was not published.",
+        remedy=(
+            "Look at the losses in the message: train longer, change training.learningRate or the data, or lower what "
+            "publish.gate asks for; then delete this LoRAFineTune and create it again."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.HOST_OUT_OF_MEMORY,

@@ -6,17 +6,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lora_api._base import ApiModel
-from lora_api.finetune import (
-    MAX_GLOBAL_BATCH_SIZE,
-    Checkpoint,
-    LoRA,
-    LoRAFineTune,
-    Parallelism,
-    Publish,
-    Quantization,
-    Training,
-)
+from lora_api.finetune import LoRAFineTune
+from lora_api.publishing import Publish, Tracking
 from lora_api.sources import BaseModelSource, Dataset
+from lora_api.training import MAX_GLOBAL_BATCH_SIZE, Checkpoint, LoRA, Parallelism, Quantization, Training
 
 RUN_FILE = "/etc/lora/run.json"
 """Where the pods find the document."""
@@ -50,6 +43,7 @@ class RunSpec(ApiModel):
     parallelism: Parallelism = Field(default_factory=Parallelism)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     publish: Publish
+    tracking: Tracking = Field(default_factory=Tracking)
 
     @property
     def adapter_name(self) -> str:
@@ -73,6 +67,7 @@ def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
         parallelism=spec.parallelism,
         checkpoint=spec.checkpoint,
         publish=spec.publish,
+        tracking=spec.tracking,
     )
 
 
@@ -94,12 +89,13 @@ class BatchPlan:
 
 
 def plan_batch(training: Training, parallelism: Parallelism) -> BatchPlan:
-    """Derives the gradient accumulation.
+    """Derives the gradient accumulation. A micro-batch that is still ``auto`` counts as 1, which divides every share.
 
     Raises:
         ValueError: the global batch size does not divide; the message names the nearest sizes that do.
     """
-    chunk = training.micro_batch_size * parallelism.world_size
+    micro_batch_size = 1 if training.micro_batch_size == "auto" else training.micro_batch_size
+    chunk = micro_batch_size * parallelism.world_size
     if chunk > MAX_GLOBAL_BATCH_SIZE:
         raise ValueError(
             f"training.microBatchSize: microBatchSize * nodes * max(gpusPerNode, 1) is {chunk}, but may be at most "
@@ -114,4 +110,4 @@ def plan_batch(training: Training, parallelism: Parallelism) -> BatchPlan:
             f"training.globalBatchSize is {training.global_batch_size}, but must be a multiple of microBatchSize * "
             f"nodes * max(gpusPerNode, 1) = {chunk}; the nearest: {' and '.join(map(str, nearest))}"
         )
-    return BatchPlan(training.micro_batch_size, accumulation, parallelism.world_size)
+    return BatchPlan(micro_batch_size, accumulation, parallelism.world_size)

@@ -74,6 +74,21 @@ class DataSource(ApiModel):
     )
 
 
+_COLUMNS = {
+    "messages": ["messages"],
+    "sharegpt": ["conversations"],
+    "prompt-completion": ["prompt", "completion"],
+    "alpaca": ["instruction", "input", "output"],
+    "text": ["text"],
+    "preference": ["prompt", "chosen", "rejected"],
+}
+_COLUMNS_OF_FORMAT = (
+    "("
+    + "".join(f"self.format == '{name}' ? {columns} : " for name, columns in _COLUMNS.items())
+    + f"{sorted({column for columns in _COLUMNS.values() for column in columns})})"
+)
+
+
 class Dataset(ApiModel):
     """What to learn from, and what to measure with."""
 
@@ -88,11 +103,12 @@ class Dataset(ApiModel):
         description="Share of the training records (0 to 0.5) held out for evaluation when eval is not given. "
         "Default: 0.05. 0 turns evaluation off.",
     )
-    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "preference"] = Field(
         "auto",
         description="Form of a record. messages: {messages: [{role, content}]}. sharegpt: {conversations: [{from, "
         "value}]}. prompt-completion: {prompt, completion}, loss on the completion only. alpaca: {instruction, input, "
-        "output}, loss on the output only. text: {text}. auto: found from the first record.",
+        "output}, loss on the output only. text: {text}. preference: {prompt, chosen, rejected}, for objective "
+        "dpo. auto: found from the first record.",
     )
     columns: Annotated[dict[str, ShortText], Field(min_length=1, max_length=8)] | None = Field(
         None,
@@ -104,8 +120,19 @@ class Dataset(ApiModel):
         description="System message that is put before conversations without one. Not for plain text: text, and "
         "prompt and completion that are strings.",
     )
+    chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = Field(
+        None, description="Chat template (Jinja) in place of the model's own. It becomes part of what is published."
+    )
     max_seq_length: int = Field(
         2048, ge=8, le=131072, description="Longest sequence in tokens. Longer records are cut at the end."
+    )
+    packing: bool = Field(
+        default=False,
+        description="Fill each sequence with as many records as fit into maxSeqLength. No record sees another. "
+        "globalBatchSize then counts filled sequences.",
+    )
+    assistant_only_loss: bool = Field(
+        default=False, description="In conversations, learn the assistant's messages only, all of them."
     )
 
     cel_rules = (
@@ -115,18 +142,21 @@ class Dataset(ApiModel):
             field_path=".evalFraction",
         ),
         CelRule(
-            rule="!has(self.columns) || self.columns.all(k, k in (self.format == 'messages' ? ['messages'] : "
-            "self.format == 'sharegpt' ? ['conversations'] : self.format == 'prompt-completion' ? ['prompt', "
-            "'completion'] : self.format == 'alpaca' ? ['instruction', 'input', 'output'] : self.format == 'text' ? "
-            "['text'] : ['messages', 'conversations', 'prompt', 'completion', 'instruction', 'input', 'output', "
-            "'text']))",
+            rule=f"!has(self.columns) || self.columns.all(k, k in {_COLUMNS_OF_FORMAT})",
             message="columns may name only the fields of the format: messages; conversations (sharegpt); prompt and "
-            "completion; instruction, input and output (alpaca); text",
+            "completion; instruction, input and output (alpaca); text; prompt, chosen "
+            "and rejected (preference)",
             field_path=".columns",
         ),
         CelRule(
             rule="!has(self.systemPrompt) || self.format != 'text'",
             message="systemPrompt needs conversations: plain text has no messages to put it before",
             field_path=".systemPrompt",
+        ),
+        CelRule(
+            rule="!self.assistantOnlyLoss || self.format in ['auto', 'messages', 'sharegpt']",
+            message="assistantOnlyLoss needs conversations (format messages or sharegpt); of a prompt and its "
+            "completion only the completion is learned anyway",
+            field_path=".assistantOnlyLoss",
         ),
     )

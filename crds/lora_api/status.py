@@ -106,6 +106,9 @@ class AdapterStatus(RecordModel):
     """The published adapter."""
 
     uri: str = Field(description="Directory of the adapter in the store.")
+    merged_uri: str | None = Field(
+        None, description="Directory of the whole model with the adapter merged into it (publish.mergeBase)."
+    )
     digest: str = Field(description="Content digest, sha256:HEX.")
     version: int = Field(ge=1, description="Version under the adapter's name, counted from 1.")
     served_name: str = Field(description="Name to serve this version under: NAME-vVERSION.")

@@ -40,7 +40,7 @@ MINIMAL: Spec = {
     "publish": {"store": "s3://models/adapters"},
 }
 
-# Every field but the two that exclude others, none at its default.
+# Every field but those that exclude others, none at its default.
 MAXIMAL: Spec = {
     "baseModel": {"uri": "hf://meta-llama/Llama-3.1-8B-Instruct", "revision": "main"},
     "dataset": {
@@ -49,15 +49,28 @@ MAXIMAL: Spec = {
         "format": "messages",
         "columns": {"messages": "chat"},
         "systemPrompt": "You answer in one word.",
+        "chatTemplate": "{% for message in messages %}{{ message.content }}{% endfor %}",
         "maxSeqLength": 4096,
+        "packing": True,
+        "assistantOnlyLoss": True,
     },
-    "lora": {"r": 8, "alpha": 128, "dropout": 0.05, "targetModules": ["q_proj", "v_proj"]},
+    "lora": {
+        "r": 8,
+        "alpha": 128,
+        "dropout": 0.05,
+        "targetModules": ["q_proj", "v_proj"],
+        "useRslora": True,
+        "rankPattern": {"q_proj": 4},
+        "alphaPattern": {"self_attn.v_proj": 64},
+        "newTokens": ["<tool>"],
+    },
     "quantization": {"type": "none", "doubleQuant": False, "computeDtype": "bfloat16"},
     "training": {
         "maxSteps": 1000,
         "learningRate": 0.001,
         "globalBatchSize": 96,
         "microBatchSize": 3,
+        "optimizer": "paged-adamw-8bit",
         "scheduler": "linear",
         "warmupRatio": 0.1,
         "weightDecay": 0.01,
@@ -67,9 +80,27 @@ MAXIMAL: Spec = {
         "evalEverySteps": 50,
         "loggingSteps": 5,
     },
-    "parallelism": {"nodes": 2, "gpusPerNode": 8},
+    "parallelism": {
+        "nodes": 2,
+        "gpusPerNode": 8,
+        "strategy": "hsdp",
+        "shardSize": 4,
+        "cpuOffload": True,
+        "collectiveTimeoutSeconds": 60,
+    },
     "checkpoint": {"everySteps": 10, "keep": 3},
-    "publish": {"store": "s3://models/adapters", "name": "support", "samplePrompts": ["Hello"]},
+    "publish": {
+        "store": "s3://models/adapters",
+        "name": "support",
+        "samplePrompts": ["Hello"],
+        "gate": {"minEvalLossImprovement": 0.1, "maxEvalLoss": 2.0},
+        "mergeBase": True,
+    },
+    "tracking": {
+        "wandb": {"project": "support", "entity": "team", "baseUrl": "https://wandb.example.org"},
+        "mlflow": {"trackingUri": "http://mlflow:5000", "experiment": "support"},
+        "tensorboard": True,
+    },
     "credentials": {"secretRef": {"name": "lora-store"}},
     "runPolicy": {"maxRestarts": 0},
     "podTemplate": {
@@ -94,11 +125,15 @@ MAXIMAL: Spec = {
     },
 }
 
-# The two that exclude others.
+# Those that exclude others.
 OTHERWISE: Spec = {
     **MINIMAL,
     "dataset": {**MINIMAL["dataset"], "evalFraction": 0.1},
-    "training": {"epochs": 1.5},
+    "training": {
+        "epochs": 1.5,
+        "objective": "dpo",
+        "dpo": {"beta": 0.2, "loss": "ipo", "labelSmoothing": 0.1},
+    },
 }
 
 
@@ -286,6 +321,93 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "dropout of nearly all": ({"lora.dropout": 0.9}, "spec.lora.dropout", "less than or equal to 0.5"),
     "no module": ({"lora.targetModules": []}, "spec.lora.targetModules", "at least 1 items"),
     "one module twice": ({"lora.targetModules": ["q", "q"]}, "spec.lora.targetModules[1]", "Duplicate value"),
+    "a micro-batch in other words": (
+        {"training.microBatchSize": "most"},
+        "spec.training.microBatchSize",
+        "must be auto or a whole number from 1 to 1024",
+    ),
+    "a micro-batch of nothing": (
+        {"training.microBatchSize": 0},
+        "spec.training.microBatchSize",
+        "must be auto or a whole number from 1 to 1024",
+    ),
+    "a rank of 0 for a module": ({"lora.rankPattern": {"q_proj": 0}}, "spec.lora.rankPattern.q_proj", "or equal to 1"),
+    "new tokens for a server of adapters": (
+        {"lora.newTokens": ["<tool>"]},
+        "spec.lora.newTokens",
+        "set publish.mergeBase",
+    ),
+    "settings of another objective": (
+        {"training.dpo": {"beta": 0.2}},
+        "spec.training.dpo",
+        "set objective: dpo",
+    ),
+    "preferences without their objective": (
+        {"dataset.format": "preference"},
+        "spec.dataset.format",
+        "objective dpo learns from records with chosen and rejected answers",
+    ),
+    "preferences from records without any": (
+        {"dataset.format": "messages", "training.objective": "dpo"},
+        "spec.dataset.format",
+        "objective dpo learns from records with chosen and rejected answers",
+    ),
+    "pairs that are packed": (
+        {"dataset.packing": True, "training.objective": "dpo"},
+        "spec.dataset.packing",
+        "with dpo set it to false",
+    ),
+    "the assistant's words in plain text": (
+        {"dataset.format": "text", "dataset.assistantOnlyLoss": True},
+        "spec.dataset.assistantOnlyLoss",
+        "needs conversations",
+    ),
+    "an optimizer that pages, on CPUs": (
+        {"training.optimizer": "paged-adamw-8bit", "parallelism.gpusPerNode": 0},
+        "spec.training.optimizer",
+        "needs GPUs",
+    ),
+    "an offload of what is not sharded": (
+        {"parallelism.strategy": "ddp", "parallelism.cpuOffload": True},
+        "spec.parallelism.cpuOffload",
+        "needs sharded weights",
+    ),
+    "hsdp on one node": (
+        {"parallelism.strategy": "hsdp", "parallelism.gpusPerNode": 8},
+        "spec.parallelism.strategy",
+        "needs more than one node",
+    ),
+    "a shard size of another strategy": (
+        {"parallelism.shardSize": 2, "parallelism.gpusPerNode": 8},
+        "spec.parallelism.shardSize",
+        "belongs to strategy hsdp",
+    ),
+    "a shard size that does not divide": (
+        {"parallelism.strategy": "hsdp", "parallelism.shardSize": 3, "parallelism.gpusPerNode": 8},
+        "spec.parallelism.shardSize",
+        "must divide",
+    ),
+    "no patience at all": (
+        {"parallelism.collectiveTimeoutSeconds": 1},
+        "spec.parallelism.collectiveTimeoutSeconds",
+        "greater than or equal to 10",
+    ),
+    "a gate that lets all through": ({"publish.gate": {}}, "spec.publish.gate.maxEvalLoss", "maxEvalLoss or both"),
+    "a gate that measures nothing": (
+        {"publish.gate": {"maxEvalLoss": 1.0}, "dataset.evalFraction": 0},
+        "spec.publish.gate",
+        "needs records to evaluate on",
+    ),
+    "a tracker without an address": (
+        {"tracking.mlflow": {"experiment": "x"}},
+        "spec.tracking.mlflow.trackingUri",
+        "Required value",
+    ),
+    "a tracker of another protocol": (
+        {"tracking.mlflow": {"experiment": "x", "trackingUri": "databricks"}},
+        "spec.tracking.mlflow.trackingUri",
+        "should match",
+    ),
     "all modules and one more": (
         {"lora.targetModules": ["all-linear", "q_proj"]},
         "spec.lora.targetModules",
@@ -295,7 +417,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "an unknown quantization": (
         {"quantization.type": "int4"},
         "spec.quantization.type",
-        'supported values: "nf4", "none"',
+        'supported values: "int8", "nf4", "none"',
     ),
     "a truth in quotes": (
         {"quantization.doubleQuant": "true"},

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lora_api.failures import FailureClass
-from lora_api.finetune import Parallelism
 from lora_api.run import RunSpec
+from lora_api.training import Parallelism
 from lora_trainer.launch import free_port
 from lora_trainer.store import Store
 from tests.trainer.runs import Launched, build_run, merge, start_pod, wait_gone

@@ -121,7 +121,7 @@ def estimate(manifest: Path, model_config: Path, device_gib: float) -> Estimate:
         shape=read_shape(_read_json(model_config)),
         lora=spec.lora,
         quantization=spec.quantization,
-        micro_batch=spec.training.micro_batch_size,
+        micro_batch=plan_batch(spec.training, spec.parallelism).micro_batch_size,
         sequence=spec.dataset.max_seq_length,
         world_size=spec.parallelism.world_size,
         gradient_checkpointing=spec.training.gradient_checkpointing,

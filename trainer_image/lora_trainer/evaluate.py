@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lora_api.finetune import Publish
+from lora_api.publishing import Publish
 from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record

@@ -12,8 +12,8 @@ from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from lora_api.adapter import ADAPTER_FILES
-from lora_api.finetune import Quantization
 from lora_api.sources import BaseModelSource, DataSource
+from lora_api.training import Quantization
 from lora_trainer.data import read_records
 from lora_trainer.evaluate import Sample, answer_questions, evaluate_loss, question
 from lora_trainer.formats import Record

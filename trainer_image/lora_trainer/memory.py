@@ -17,7 +17,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
-from lora_api.finetune import LoRA, Quantization
+from lora_api.training import LoRA, Quantization
 from lora_trainer.modelshape import Linear, ModelShape
 
 GIB = 2**30

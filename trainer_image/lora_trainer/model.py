@@ -7,8 +7,8 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lora_api.finetune import LoRA, Quantization
 from lora_api.run import RunSpec
+from lora_api.training import LoRA, Quantization
 from lora_trainer.data import Records
 from lora_trainer.errors import BadSpecError, InternalError
 

@@ -56,7 +56,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     checkpoints.check_writable()
     resume = checkpoints.restore(model)
 
-    budget = run.training.micro_batch_size * run.dataset.max_seq_length
+    budget = trainer.args.per_device_train_batch_size * run.dataset.max_seq_length
     questions = sample_questions(run.publish, records)
     evaluator = Evaluator(model, tokenizer, trainer.eval_dataset, questions, budget, place, device)
     in_between.evaluate = evaluator.loss

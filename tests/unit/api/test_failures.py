@@ -15,6 +15,7 @@ CONTRACT = {
     73: "PeerLost",
     74: "StoreUnavailable",
     75: "Checkpointed",
+    76: "GateRefused",
     77: "DiskFull",
 }
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lora_api import LoRAFineTune, RunSpec, build_run_spec, plan_batch
-from lora_api.finetune import MAX_GLOBAL_BATCH_SIZE, Parallelism, Training
+from lora_api.training import MAX_GLOBAL_BATCH_SIZE, Parallelism, Training
 
 RUN = LoRAFineTune.model_validate(
     {

@@ -17,7 +17,7 @@ SCHMID: philschmid.de/fsdp-qlora-llama3: four A10G, 22 GB each, FSDP with CPU of
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from lora_api.finetune import LoRA, Quantization
+from lora_api.training import LoRA, Quantization
 from lora_trainer.memory import Job, MemoryPlan, Stack, plan_memory
 from lora_trainer.modelshape import read_shape
 

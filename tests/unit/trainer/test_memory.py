@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lora_api.finetune import LoRA, Quantization
+from lora_api.training import LoRA, Quantization
 from lora_trainer.errors import BadSpecError
 from lora_trainer.fitting import largest_fitting, micro_batches, suggest
 from lora_trainer.memory import GIB, Job, adapter_weights, plan_memory

@@ -1,0 +1,102 @@
+"""Where the adapter goes, when it is good enough to go there, and who else is told of the run."""
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from lora_api._base import ApiModel, CelRule
+from lora_api.pods import SecretRef
+
+StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[!-~]+$", max_length=512)]
+LabelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
+WebUri = Annotated[str, StringConstraints(pattern=r"^https?://[!-~]+$", max_length=512)]
+TrackingName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+
+
+class Gate(ApiModel):
+    """What an adapter must reach to be published. One that does not ends the run with GateRefused."""
+
+    min_eval_loss_improvement: float | None = Field(
+        None,
+        ge=0.0,
+        le=1000.0,
+        description="Least difference of the evaluation loss (nats per token) before training and after it.",
+    )
+    max_eval_loss: float | None = Field(
+        None, gt=0.0, le=1000.0, description="Largest evaluation loss (nats per token) after training."
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="has(self.minEvalLossImprovement) || has(self.maxEvalLoss)",
+            message="set minEvalLossImprovement, maxEvalLoss or both",
+            field_path=".maxEvalLoss",
+        ),
+    )
+
+
+class Publish(ApiModel):
+    """Where the adapter goes: STORE/NAMESPACE/NAME/sha256-DIGEST/."""
+
+    store: StoreUri = Field(description="Bucket and prefix: s3://BUCKET/PREFIX, on any store with the S3 API.")
+    name: LabelName | None = Field(
+        None, description="Name of the adapter in the store. Its versions count up. Default: the name of this resource."
+    )
+    sample_prompts: Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(max_length=16)
+    ] = Field(
+        [],
+        description="Prompts that are answered before and after training, for the report. Default: the first records "
+        "of the evaluation set.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    gate: Gate | None = Field(None, description="What the adapter must reach to be published. Default: nothing.")
+    merge_base: bool = Field(
+        default=False,
+        description="Also publish the whole model with the adapter merged into its original, unquantized weights.",
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="self.store.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[^/]+)*/?$')",
+            message="store must be s3://BUCKET/PREFIX",
+            field_path=".store",
+        ),
+        CelRule(
+            rule="!self.store.matches('/[.][.]?(/|$)')",
+            message="the prefix of store may not have . or .. as one of its parts",
+            field_path=".store",
+        ),
+    )
+
+
+class Credentials(ApiModel):
+    """How the pods reach the store and the model hub. The operator itself never reads the Secret."""
+
+    secret_ref: SecretRef = Field(
+        description="Secret whose keys become environment variables of the pods: AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION, HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_TOKEN."
+    )
+
+
+class WandB(ApiModel):
+    """Weights & Biases. Its key is WANDB_API_KEY in the Secret of credentials."""
+
+    project: TrackingName = Field(description="Project to log to.")
+    entity: TrackingName | None = Field(None, description="User or team of the project. Default: that of the key.")
+    base_url: WebUri | None = Field(None, description="Address of a server of your own.")
+
+
+class MLflow(ApiModel):
+    """MLflow. MLFLOW_TRACKING_TOKEN, or USERNAME and PASSWORD, come from the Secret of credentials."""
+
+    tracking_uri: WebUri = Field(description="Address of the tracking server.")
+    experiment: TrackingName = Field(description="Experiment to log to. It is created if it is not there.")
+
+
+class Tracking(ApiModel):
+    """Who else is told of the run. A tracker that is down never fails a run."""
+
+    wandb: WandB | None = Field(None, description="Log to Weights & Biases.")
+    mlflow: MLflow | None = Field(None, description="Log to MLflow.")
+    tensorboard: bool = Field(default=False, description="Publish TensorBoard's event files with the adapter.")

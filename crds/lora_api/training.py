@@ -1,0 +1,235 @@
+"""How the adapter is trained: its shape, the quantized base, the optimization, and how processes work together."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from lora_api._base import ApiModel, CelRule
+
+MAX_GLOBAL_BATCH_SIZE = 65536
+
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=128)]
+Token = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+class LoRA(ApiModel):
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) * B A."""
+
+    r: int = Field(16, ge=1, le=512, description="Rank of the adapter matrices. 512 is the most that vLLM serves.")
+    alpha: int = Field(
+        32, ge=1, le=4096, description="Scale of the adapter; its effect is alpha / r. At most 16 times r."
+    )
+    dropout: float = Field(0.0, ge=0.0, le=0.5, description="Dropout before the adapter, as a probability (0 to 0.5).")
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
+        ["all-linear"],
+        description="Modules that get an adapter, by the last part of their name (q_proj). [all-linear]: every linear "
+        "layer but the output head.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    use_rslora: bool = Field(
+        default=False,
+        description="Scale by alpha / sqrt(r) in place of alpha / r, so that large ranks learn as fast as small ones "
+        "(rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).",
+    )
+    rank_pattern: Annotated[dict[ModuleName, Annotated[int, Field(ge=1, le=512)]], Field(max_length=32)] = Field(
+        {},
+        description="Other ranks for some modules, by the last part or parts of their name, such as {down_proj: 8}. "
+        "The published adapter has one rank, the largest; smaller ones are filled up with zeros, which change nothing.",
+    )
+    alpha_pattern: Annotated[dict[ModuleName, Annotated[int, Field(ge=1, le=4096)]], Field(max_length=32)] = Field(
+        {},
+        description="Other values of alpha for some modules, as in rankPattern. In the published adapter they are "
+        "folded into the weights, so that it has one alpha.",
+    )
+    new_tokens: Annotated[list[Token], Field(max_length=256)] = Field(
+        [],
+        description="Tokens to add to the tokenizer; only their embeddings are trained. It costs: the embeddings are "
+        "held whole on each GPU, and no server loads the result as an adapter, so it needs publish.mergeBase.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="self.alpha <= 16 * self.r",
+            message="alpha may be at most 16 times r: a larger scale diverges",
+            field_path=".alpha",
+        ),
+        CelRule(
+            rule="!('all-linear' in self.targetModules) || size(self.targetModules) == 1",
+            message="all-linear stands for every linear layer, so it must be the only entry of targetModules",
+            field_path=".targetModules",
+        ),
+    )
+
+
+class Quantization(ApiModel):
+    """How the frozen base weights are held (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    type: Literal["nf4", "int8", "none"] = Field(
+        "nf4",
+        description="nf4: 4-bit NormalFloat through bitsandbytes. int8: LLM.int8() (arXiv:2208.07339). none: the "
+        "compute dtype.",
+    )
+    double_quant: bool = Field(
+        default=True, description="Quantize the quantization constants too: 0.37 bits less a weight."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Type of the matrix products. auto: bfloat16 on GPUs, float32 on CPUs."
+    )
+
+
+class DPO(ApiModel):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290). The reference is the base model."""
+
+    beta: float = Field(0.1, gt=0.0, le=10.0, description="How strongly the model is held to the reference (0 to 10).")
+    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
+        "sigmoid",
+        description="sigmoid: the DPO paper. ipo: Azar et al. 2023, arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425.",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=0.5, description="Share of pairs (0 to 0.5) that is taken to be the wrong way round."
+    )
+
+
+class Training(ApiModel):
+    """The optimization. AdamW with the usual betas 0.9 and 0.999."""
+
+    objective: Literal["sft", "dpo"] = Field(
+        "sft", description="sft: learn to write the records. dpo: learn to prefer chosen to rejected answers."
+    )
+    dpo: DPO | None = Field(None, description="Settings of objective dpo.")
+
+    epochs: float | None = Field(
+        None, gt=0.0, le=1000.0, description="Passes over the training records. Exactly one of epochs and maxSteps."
+    )
+    max_steps: int | None = Field(
+        None, ge=1, le=10_000_000, description="Optimizer steps. Exactly one of epochs and maxSteps."
+    )
+    learning_rate: float = Field(2e-4, gt=0.0, le=0.1, description="Peak learning rate.")
+    global_batch_size: int = Field(
+        16,
+        ge=1,
+        le=MAX_GLOBAL_BATCH_SIZE,
+        description="Sequences per optimizer step over all GPUs of all nodes. The gradient accumulation is derived: "
+        "globalBatchSize / (microBatchSize * processes).",
+    )
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
+        "auto",
+        description="Sequences per GPU in one forward pass, 1 to 1024. auto: the largest that divides "
+        "globalBatchSize / processes and fits into memory with margin.",
+    )
+    optimizer: Literal["adamw", "paged-adamw-8bit"] = Field(
+        "adamw",
+        description="adamw: fused AdamW in float32. paged-adamw-8bit: its moments in 8 bits, paged to host memory when "
+        "GPU memory runs out (bitsandbytes, arXiv:2110.02861); needs GPUs.",
+    )
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_ratio: float = Field(
+        0.03, ge=0.0, le=0.5, description="Share of the steps (0 to 0.5) in which the learning rate rises from 0."
+    )
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(
+        1.0, gt=0.0, le=1000.0, description="Gradients are scaled down to this L2 norm over all adapter weights."
+    )
+    gradient_checkpointing: bool = Field(
+        default=True, description="Recompute activations in the backward pass: less memory, about a fifth slower."
+    )
+    seed: int = Field(42, ge=0, le=2_147_483_647, description="Seed of the data order, of dropout and of the adapter.")
+    eval_every_steps: int | None = Field(
+        None, ge=1, le=10_000_000, description="Also evaluate every so many steps. Default: only before and after."
+    )
+    logging_steps: int = Field(1, ge=1, le=10_000, description="Report progress every so many steps.")
+
+    cel_rules = (
+        CelRule(
+            rule="has(self.epochs) != has(self.maxSteps)",
+            message="set exactly one of epochs and maxSteps",
+            field_path=".maxSteps",
+        ),
+        CelRule(
+            rule="!has(self.dpo) || self.objective == 'dpo'",
+            message="dpo holds the settings of objective dpo: set objective: dpo",
+            field_path=".dpo",
+        ),
+    )
+
+
+class Parallelism(ApiModel):
+    """How many machines and processes train together, and how the weights are spread over them."""
+
+    nodes: int = Field(1, ge=1, le=64, description="Nodes (pods) in the gang.")
+    gpus_per_node: int = Field(
+        1, ge=0, le=16, description="GPUs of each node, one process each. 0 trains on the CPU with one process a node."
+    )
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        "auto",
+        description="ddp: each process holds the whole model. fsdp: its weights are sharded over all processes "
+        "(FSDP2). hsdp: sharded inside a group of processes, replicated across groups. auto: fsdp on one node, hsdp "
+        "over nodes where a node holds the model, else fsdp.",
+    )
+    shard_size: int | None = Field(
+        None,
+        ge=2,
+        le=512,
+        description="Processes that share one copy of the weights with hsdp. Default: those of one node.",
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="Keep weights and optimizer in host memory between their uses: much less GPU memory, much slower.",
+    )
+    collective_timeout_seconds: int = Field(
+        600,
+        ge=10,
+        le=86400,
+        description="Seconds that a process waits for the others in one collective operation, before the one that is "
+        "missing counts as lost.",
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="self.nodes * self.gpusPerNode <= 512",
+            message="nodes * gpusPerNode may be at most 512",
+            field_path=".nodes",
+        ),
+        CelRule(
+            rule="!self.cpuOffload || self.strategy != 'ddp'",
+            message="cpuOffload needs sharded weights: set strategy to fsdp, hsdp or auto",
+            field_path=".cpuOffload",
+        ),
+        CelRule(
+            rule="!has(self.shardSize) || self.strategy == 'hsdp'",
+            message="shardSize belongs to strategy hsdp",
+            field_path=".shardSize",
+        ),
+        CelRule(
+            rule="!has(self.shardSize) || "
+            "self.nodes * (self.gpusPerNode > 0 ? self.gpusPerNode : 1) % self.shardSize == 0",
+            message="shardSize must divide nodes * max(gpusPerNode, 1)",
+            field_path=".shardSize",
+        ),
+        CelRule(
+            rule="self.strategy != 'hsdp' || has(self.shardSize) || (self.nodes > 1 && self.gpusPerNode > 1)",
+            message="hsdp shards inside a node and replicates across nodes, so it needs more than one node with more "
+            "than one GPU each, or shardSize",
+            field_path=".strategy",
+        ),
+    )
+
+    @property
+    def processes_per_node(self) -> int:
+        """Training processes in one pod: one a GPU, or one on the CPU."""
+        return max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        """Training processes over all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+class Checkpoint(ApiModel):
+    """What a restart goes on from. Checkpoints go to the store and are deleted when the adapter is published."""
+
+    every_steps: int = Field(100, ge=1, le=10_000_000, description="Save a checkpoint every so many optimizer steps.")
+    keep: int = Field(2, ge=1, le=20, description="Complete checkpoints to keep; older ones are deleted.")
