@@ -8,8 +8,17 @@ from lora_api._base import ApiModel, CelRule
 
 MAX_GLOBAL_BATCH_SIZE = 65536
 
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]+$", min_length=1, max_length=128)]
+MODULE_NAME = "^[A-Za-z0-9_.-]+$"
+ModuleName = Annotated[str, StringConstraints(pattern=MODULE_NAME, min_length=1, max_length=128)]
 Token = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+def _module_names(field: str) -> CelRule:
+    return CelRule(
+        rule=f"self.{field}.all(k, size(k) <= 128 && k.matches('{MODULE_NAME}'))",
+        message=f"a key of {field} must be the last part or parts of a module's name, such as down_proj",
+        field_path=f".{field}",
+    )
 
 
 class LoRA(ApiModel):
@@ -31,12 +40,12 @@ class LoRA(ApiModel):
         description="Scale by alpha / sqrt(r) in place of alpha / r, so that large ranks learn as fast as small ones "
         "(rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).",
     )
-    rank_pattern: Annotated[dict[ModuleName, Annotated[int, Field(ge=1, le=512)]], Field(max_length=32)] = Field(
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=512)]], Field(max_length=32)] = Field(
         {},
         description="Other ranks for some modules, by the last part or parts of their name, such as {down_proj: 8}. "
         "The published adapter has one rank, the largest; smaller ones are filled up with zeros, which change nothing.",
     )
-    alpha_pattern: Annotated[dict[ModuleName, Annotated[int, Field(ge=1, le=4096)]], Field(max_length=32)] = Field(
+    alpha_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], Field(max_length=32)] = Field(
         {},
         description="Other values of alpha for some modules, as in rankPattern. In the published adapter they are "
         "folded into the weights, so that it has one alpha.",
@@ -59,6 +68,8 @@ class LoRA(ApiModel):
             message="all-linear stands for every linear layer, so it must be the only entry of targetModules",
             field_path=".targetModules",
         ),
+        _module_names("rankPattern"),
+        _module_names("alphaPattern"),
     )
 
 
@@ -87,7 +98,7 @@ class DPO(ApiModel):
         description="sigmoid: the DPO paper. ipo: Azar et al. 2023, arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425.",
     )
     label_smoothing: float = Field(
-        0.0, ge=0.0, lt=0.5, description="Share of pairs (0 to 0.5) that is taken to be the wrong way round."
+        0.0, ge=0.0, le=0.49, description="Share of pairs (0 to 0.49) that is taken to be the wrong way round."
     )
 
 
