@@ -14,6 +14,7 @@ from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import load_records
 from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
+from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import shard_model, start_process_group
 from lora_trainer.progress import Progress
 from lora_trainer.publish import find_published, publish_adapter
@@ -22,7 +23,6 @@ from lora_trainer.settings import Place, state_directory
 from lora_trainer.sources import fetch_sources
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store
-from lora_trainer.trainer import build_trainer
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer, set up from a run document: sharding, exact epochs, checkpoints in the store, finite gradients."""
+"""What every objective shares: sharding, exact epochs, checkpoints in the store, finite gradients."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers import TrainerCallback, TrainerState
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer, TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
-from lora_trainer.data import Records
-from lora_trainer.errors import BadDataError, BadSpecError, DivergedError
+from lora_trainer.errors import BadSpecError, DivergedError
 from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
 
 if TYPE_CHECKING:
@@ -66,8 +63,8 @@ def total_steps(run: RunSpec, records: int) -> int:
     return max(1, round(epochs * steps_per_epoch(records, run.training.global_batch_size)))
 
 
-class LoRATrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer for a gang of processes."""
+class LoRATrainer(Trainer):  # type: ignore[misc]
+    """Trainer for a gang of processes. Objectives add their loss; it goes before TRL's trainers among their bases."""
 
     checkpoints: "Checkpoints | None" = None
 
@@ -120,86 +117,61 @@ class LoRATrainer(SFTTrainer):  # type: ignore[misc]
             self.checkpoints.load_rng(Path(checkpoint))
 
 
-def training_config(run: RunSpec, plan: BatchPlan, steps: int, device: torch.device, directory: Path) -> SFTConfig:
-    """The arguments of the training loop. Evaluation and its output are ours, so they are off here."""
-    training = run.training
-    on_gpu = device.type == "cuda"
-    schedulers = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-    return SFTConfig(
-        output_dir=str(directory),
-        max_steps=steps,
-        per_device_train_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type=schedulers[training.scheduler],
-        warmup_steps=round(training.warmup_ratio * steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        bf16=on_gpu and run.quantization.compute_dtype != "float32",
-        use_cpu=not on_gpu,
-        fsdp=plan.world_size > 1,
-        fsdp_config=dict(FSDP_ARGUMENTS) if plan.world_size > 1 else None,
-        max_length=run.dataset.max_seq_length,
-        packing=False,
-        dataset_num_proc=None,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=on_gpu,
-        seed=training.seed,
-        data_seed=training.seed,
-        logging_strategy="steps",
-        logging_steps=training.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=run.checkpoint.every_steps,
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def build_trainer(
-    run: RunSpec,
-    model: PeftModel,
-    tokenizer: Tokenizer,
-    records: Records,
-    device: torch.device,
-    directory: Path,
-    callbacks: Sequence[TrainerCallback],
-) -> LoRATrainer:
-    """The trainer of ``run``: its datasets are tokenized, its model is not sharded yet.
+def batch_plan(run: RunSpec) -> BatchPlan:
+    """How a global batch is split up.
 
     Raises:
         BadSpecError: the batch sizes do not fit.
-        BadDataError: nothing of the records is left to learn from within maxSeqLength.
     """
     try:
-        plan = plan_batch(run.training, run.parallelism)
+        return plan_batch(run.training, run.parallelism)
     except ValueError as error:
         raise BadSpecError(str(error)) from error
-    steps = total_steps(run, len(records.train))
-    trainer = LoRATrainer(
-        model=model,
-        args=training_config(run, plan, steps, device, directory),
-        train_dataset=Dataset.from_list(records.train),
-        eval_dataset=Dataset.from_list(records.eval) if records.eval else None,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
-    _restore_adapter_precision(model)
-    for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
-        if dataset is not None and len(dataset) == 0:
-            raise BadDataError(
-                f"dataset.{name}: every record is cut at dataset.maxSeqLength = {run.dataset.max_seq_length} tokens, "
-                "before the part that is learned from; raise maxSeqLength"
-            )
-    return trainer
 
 
-def _restore_adapter_precision(model: PeftModel) -> None:
+def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: Path) -> dict[str, Any]:
+    """Arguments of the training loop, for ``records`` of an epoch. Evaluation and its output are ours: off here.
+
+    Raises:
+        BadSpecError: the batch sizes do not fit.
+    """
+    training, plan, steps = run.training, batch_plan(run), total_steps(run, records)
+    on_gpu = device.type == "cuda"
+    schedulers = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+    return {
+        "output_dir": str(directory),
+        "max_steps": steps,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": schedulers[training.scheduler],
+        "warmup_steps": round(training.warmup_ratio * steps),
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
+        "bf16": on_gpu and run.quantization.compute_dtype != "float32",
+        "use_cpu": not on_gpu,
+        "fsdp": plan.world_size > 1,
+        "fsdp_config": dict(FSDP_ARGUMENTS) if plan.world_size > 1 else None,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": on_gpu,
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "logging_strategy": "steps",
+        "logging_steps": training.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": run.checkpoint.every_steps,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def restore_adapter_precision(model: PeftModel) -> None:
     """Puts the trainable weights back to float32: TRL casts them to bfloat16 where the base model is quantized.
 
     On GPUs the forward pass is bfloat16 all the same, by mixed precision; the optimizer's copy stays exact.

@@ -1,0 +1,32 @@
+"""What ``training.objective`` chooses between."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import TrainerCallback
+
+from lora_api.run import RunSpec
+from lora_trainer.data import Records
+from lora_trainer.sft import build_supervised_trainer
+from lora_trainer.trainer import LoRATrainer
+
+
+def build_trainer(
+    run: RunSpec,
+    model: PeftModel,
+    tokenizer: Tokenizer,
+    records: Records,
+    device: torch.device,
+    directory: Path,
+    callbacks: Sequence[TrainerCallback],
+) -> LoRATrainer:
+    """The trainer of ``run``: its datasets are tokenized, its model is not sharded yet.
+
+    Raises:
+        BadSpecError: the batch sizes do not fit.
+        BadDataError: nothing of the records is left to learn from within maxSeqLength.
+    """
+    return build_supervised_trainer(run, model, tokenizer, records, device, directory, callbacks)
