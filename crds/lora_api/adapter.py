@@ -121,6 +121,11 @@ def parse_version_path(path: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def refused_directory(uid: str) -> str:
+    """Directory of the report of a run that publish.gate refused, below the name's prefix."""
+    return f"refused/{uid}"
+
+
 def checkpoints_directory(uid: str) -> str:
     """Directory of a run's checkpoints below the name's prefix."""
     return f"checkpoints/{uid}"

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ import torch
 
 from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
-from lora_trainer.adapter import check_adapter, model_name
-from lora_trainer.card import build_card
+from lora_trainer.adapter import check_adapter
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError, InternalError
-from lora_trainer.evaluate import Evaluation, Evaluator, Sample, make_batches, question, sample_questions
+from lora_trainer.evaluate import Evaluator, make_batches, question, sample_questions
 from lora_trainer.parallel import check_sharded
 from lora_trainer.progress import Progress
-from lora_trainer.report import RunResult, build_chart, build_report, split_history
 from lora_trainer.rng import read_rng_state, restore_rng_state
 from lora_trainer.settings import Place
 from lora_trainer.store import Store
@@ -29,71 +26,6 @@ from lora_trainer.trainer import EpochSampler, total_steps
 
 Make = Callable[..., RunSpec]
 ALONE = Place(0, 0, 1)
-
-
-class Page(HTMLParser):
-    """Collects tags, and refuses a page whose tags do not close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-EVIL = "<script>alert('x')</script> & \"quotes\""
-
-
-def make_result(**changes: Any) -> RunResult:
-    before = Evaluation(2.5, [Sample(EVIL, "right", "wrong")])
-    after = Evaluation(0.25, [Sample(EVIL, "right", "right ")])
-    values: dict[str, Any] = {
-        "before": before, "after": after, "train_losses": [(1, 2.0), (2, math.nan), (3, 1.0)],
-        "eval_losses": [(2, 1.5)], "steps": 3, "train_records": 40, "eval_records": 8, "versions": {"torch": EVIL},
-    }  # fmt: skip
-    return RunResult(**{**values, **changes})
-
-
-def test_the_report_is_one_harmless_file(make_run: Make) -> None:
-    text = build_report(make_run(baseModel={"uri": "file:///a<b>"}), make_result())
-    page = Page()
-    page.feed(text)
-    assert page.open == []
-    assert not [tag for tag, _ in page.seen if tag in ("script", "link", "img", "iframe")]
-    assert not [value for _, attributes in page.seen for name, value in attributes.items() if name in ("src", "href")]
-    assert "<script" not in text
-    assert "file:///a&lt;b&gt;" in text
-    assert text.count('class="right"') == 1
-    for words in ("2.5000", "0.2500", "training.learningRate", "lora.targetModules"):
-        assert words in text
-
-
-def test_a_chart_without_points_and_with_one() -> None:
-    assert "No losses" in build_chart([], [(0, math.nan)])
-    assert "<circle" in build_chart([], [(0, 0.0)])
-    assert split_history([{"step": 1, "loss": 2}, {"step": 1, "eval_loss": 3}, {"train_loss": 1}]) == (
-        [(1, 2.0)],
-        [(1, 3.0)],
-    )
-
-
-def test_the_card_is_read_by_the_hub(make_run: Make) -> None:
-    import yaml
-
-    card = build_card(make_run(baseModel={"uri": "hf://org/model"}), make_result(eval_losses=[]))
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == model_name("hf://org/model") == "org/model"
-    assert "| 2.5000 | 0.2500 |" in card
 
 
 def good_adapter() -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]]]:

@@ -18,7 +18,7 @@ from lora_api.adapter import (
 )
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
-from lora_trainer.publish import find_published, publish_adapter, read_pointers
+from lora_trainer.publish import find_published, publish_adapter, publish_version, read_pointers, upload_adapter
 from lora_trainer.store import ObjectNotFoundError, Store, describe_file
 from tests.support.seaweed import Seaweed
 
@@ -38,7 +38,9 @@ def make_adapter(directory: Path, content: str) -> Path:
 
 def publish(store: Store, run: RunSpec, directory: Path) -> AdapterStatus:
     """Publishes ``directory`` with all its files."""
-    return publish_adapter(store, run, directory, EXTRAS, (2.0, 1.0), {"trainer": "test"})
+    files = upload_adapter(store, run, directory)
+    extras = [directory / name for name in EXTRAS]
+    return publish_version(store, run, publish_adapter(store, run, files, extras, (2.0, 1.0), {"trainer": "test"}))
 
 
 def check_readable(store: Store, root: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from lora_api.adapter import ADAPTER_CONFIG, AdapterManifest, parse_version_path
+from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_FILES, AdapterManifest, parse_version_path
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
@@ -106,7 +106,7 @@ def test_the_published_directory_is_what_was_evaluated(
     base = load_base_model(model, run.quantization, _cpu())
     assert isinstance(PeftModel.from_pretrained(base, directory), PeftModel)
     manifest = AdapterManifest.model_validate_json((directory / "manifest.json").read_text())
-    assert [file.path for file in manifest.extras] == ["README.md", "report.html"]
+    assert [file.path for file in manifest.extras] == ["README.md", "report.html", "metrics.jsonl"]
     left = Store(run.publish.store).sizes()
     assert not [path for path in left if "checkpoints" in path]
 
@@ -164,7 +164,8 @@ def test_everything_comes_from_and_goes_to_a_real_s3_store(
     assert adapter.uri.startswith("s3://models/adapters/tests/other/sha256-")
     assert adapter.served_name == "other-v1"
     names = list(Store(adapter.uri).sizes())
-    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "report.html"]
+    extras = ["README.md", "metrics.jsonl", "report.html"]
+    assert names == sorted([*ADAPTER_FILES, "manifest.json", *extras])
 
 
 def test_each_format_of_records_trains(make_run: Make, run_here: Train, tmp_path: Path) -> None:

@@ -2,18 +2,25 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_api.status import format_time
 from lora_trainer.errors import StoppedError
 from lora_trainer.parallel import any_rank
 from lora_trainer.progress import Progress
 from lora_trainer.stop import StopRequest
 
 
+def now_text() -> str:
+    """The time as metrics.jsonl has it."""
+    return format_time(datetime.now(UTC))
+
+
 class ProgressCallback(TrainerCallback):
-    """Reports each logged step, and keeps the losses for the report."""
+    """Reports each logged step, and adds speed and time to the trainer's history of it."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -40,6 +47,7 @@ class ProgressCallback(TrainerCallback):
         now, tokens = time.monotonic(), float(logs.get("num_tokens", 0.0))
         speed = (tokens - self._tokens) / max(now - self._time, 1e-9)
         self._time, self._tokens = now, tokens
+        state.log_history[-1] |= {"tokens_per_second": round(speed, 1), "at": now_text()}
         self.progress.report_step(
             step=state.global_step,
             total_steps=state.max_steps,
@@ -92,5 +100,5 @@ class EvaluationCallback(TrainerCallback):
             return
         loss = self.evaluate()
         if loss is not None:
-            state.log_history.append({"step": step, "eval_loss": loss})
+            state.log_history.append({"step": step, "epoch": state.epoch, "eval_loss": loss, "at": now_text()})
             self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, eval_loss=loss)

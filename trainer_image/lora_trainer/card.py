@@ -3,13 +3,14 @@
 import json
 from typing import Any
 
+from lora_api.adapter import serving_max_lora_rank
 from lora_api.run import RunSpec
 from lora_trainer.adapter import model_name
 from lora_trainer.report import RunResult, show_loss
 
 
 def build_card(run: RunSpec, result: RunResult) -> str:
-    """The card: what the adapter is, how it did, how to load it."""
+    """The card: what the adapter is, how it did, what is not known about it, how to load it."""
     base = model_name(run.base_model.uri)
     meta: dict[str, Any] = {
         "base_model": base,
@@ -17,10 +18,9 @@ def build_card(run: RunSpec, result: RunResult) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora"] if run.quantization.type == "nf4" else ["lora"],
     }
-    lora, training = run.lora, run.training
     # A JSON document is a YAML document, and needs no escaping of its own.
-    losses = f"{show_loss(result.before.loss)} | {show_loss(result.after.loss)}"
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
+    losses = f"{show_loss(result.before.loss)} | {show_loss(result.after.loss)}"
     return f"""---
 {front}
 ---
@@ -33,20 +33,82 @@ A LoRA adapter of `{base}`, trained by the LoRAFineTune `{run.namespace}/{run.na
 |---|---|---|
 | evaluation loss (nats per token, {result.eval_records} records) | {losses} |
 
-Trained for {result.steps} optimizer steps of {training.global_batch_size} sequences, on {result.train_records} records
-and {run.parallelism.world_size} process(es): rank {lora.r}, alpha {lora.alpha}, learning rate
-{training.learning_rate:g}, base weights {run.quantization.type}.
-`report.html` beside this file has the loss curve, sample answers before and after, and every parameter.
+{_training(run, result)}
+`report.html` beside this file has the curves, sample answers before and after, and every parameter; `metrics.jsonl` has
+the numbers.
+
+## Limits
+
+{_limits(run, result)}
 
 ## Use
+
+With PEFT:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+base = AutoModelForCausalLM.from_pretrained({_arguments(run, base)})
 model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 ```
 
-vLLM serves the directory as it is: `--enable-lora --max-lora-rank` at least {lora.r}.
+With vLLM:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {serving_max_lora_rank(run.lora.r)} \\
+  --lora-modules {run.adapter_name}=DIRECTORY_OF_THIS_FILE
+```
+{_merged(run)}"""
+
+
+def _arguments(run: RunSpec, base: str) -> str:
+    revision = run.base_model.revision
+    return json.dumps(base) + (f", revision={json.dumps(revision)}" if revision else "")
+
+
+def _training(run: RunSpec, result: RunResult) -> str:
+    lora, training, size = run.lora, run.training, run.parallelism.world_size
+    kind = "direct preference optimization" if training.objective == "dpo" else "supervised fine-tuning"
+    processes = "one process" if size == 1 else f"{size} processes"
+    return (
+        f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} sequences, on "
+        f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}, learning rate "
+        f"{training.learning_rate:g}, base weights {run.quantization.type}."
+    )
+
+
+def _limits(run: RunSpec, result: RunResult) -> str:
+    """What a reader must not take the numbers for."""
+    limits = []
+    if result.after.loss is None:
+        limits.append("It was not evaluated: the run had no evaluation records.")
+    elif result.eval_records < 100:
+        limits.append(f"The evaluation has only {result.eval_records} records: small differences mean nothing.")
+    if result.improvement is not None and result.improvement <= 0:
+        limits.append("On the evaluation records it is no better than the base model.")
+    limits.append(
+        "The evaluation loss says how well it writes records like those of its evaluation set. Nothing else was "
+        "measured: not safety, not truth, not what it has forgotten."
+    )
+    if run.quantization.type != "none":
+        limits.append(
+            f"The losses are those on base weights in {run.quantization.type}, which it was trained on. On unquantized "
+            "weights they differ a little."
+        )
+    if result.data is not None and result.data.truncated_records:
+        limits.append(
+            f"{result.data.truncated_records} training records were cut at {run.dataset.max_seq_length} tokens."
+        )
+    if result.skipped_steps:
+        limits.append(f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite.")
+    return "\n".join(f"- {text}" for text in limits)
+
+
+def _merged(run: RunSpec) -> str:
+    if not run.publish.merge_base:
+        return ""
+    return """
+The whole model with this adapter merged into it is published too: `merged/` beside this directory, under the same
+name. It loads without PEFT.
 """

@@ -8,6 +8,7 @@ TrainerError
  ├─ DivergedError          loss or gradient is not finite
  ├─ PeerLostError          another process of the gang is gone or silent
  ├─ StoreUnavailableError  store or hub kept failing
+ ├─ GateRefusedError       the adapter is not as good as publish.gate asks
  ├─ DiskFullError          no space left on the scratch disk
  ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
  └─ InternalError          a fault of the trainer
@@ -67,6 +68,12 @@ class StoreUnavailableError(TrainerError):
     """The object store or the model hub did not answer, or kept failing."""
 
     failure_class = FailureClass.STORE_UNAVAILABLE
+
+
+class GateRefusedError(TrainerError):
+    """The adapter is not as good as publish.gate asks; nothing was published."""
+
+    failure_class = FailureClass.GATE_REFUSED
 
 
 class DiskFullError(TrainerError):

@@ -6,6 +6,7 @@ again around it, because FSDP2 remembers which parameters need a gradient from t
 
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.publishing import Publish
+from lora_api.status import format_time
 from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record
@@ -38,19 +40,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token, ``None`` without evaluation records."""
+    """``loss`` in nats per token, ``None`` without evaluation records. ``at`` is an RFC 3339 time."""
 
     loss: float | None
     samples: list[Sample]
+    at: str | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"loss": self.loss, "samples": [vars(sample) for sample in self.samples]}
+        return {"loss": self.loss, "samples": [vars(sample) for sample in self.samples], "at": self.at}
 
     @staticmethod
     def from_wire(value: dict[str, Any]) -> "Evaluation":
         """The inverse of ``to_wire``."""
-        return Evaluation(value["loss"], [Sample(**sample) for sample in value["samples"]])
+        return Evaluation(value["loss"], [Sample(**sample) for sample in value["samples"]], value.get("at"))
 
 
 def question(record: Record) -> tuple[Prompt, str | None] | None:
@@ -133,7 +136,9 @@ class Evaluator:
 
     def run(self) -> Evaluation:
         """Loss and answers. All ranks call it."""
-        return Evaluation(self.loss(), answer_questions(self.model, self.tokenizer, self.questions, self.device))
+        loss = self.loss()
+        answers = answer_questions(self.model, self.tokenizer, self.questions, self.device)
+        return Evaluation(loss, answers, format_time(datetime.now(UTC)))
 
 
 @torch.no_grad()

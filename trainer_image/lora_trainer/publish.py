@@ -31,26 +31,34 @@ from lora_trainer.store import ObjectNotFoundError, Store, describe_file, join
 CLAIM_TRIES = 100
 
 
+def upload_adapter(store: Store, run: RunSpec, directory: Path) -> list[StoredFile]:
+    """Uploads the adapter's own files from ``directory``. Nobody sees them before ``publish_adapter``.
+
+    Bytes that were published before are not uploaded again.
+    """
+    files = [describe_file(directory / name, name) for name in ADAPTER_FILES]
+    target = adapter_directory(run, compute_digest(files))
+    if not has_manifest(store, target):
+        for file in files:
+            store.upload(directory / file.path, join(target, file.path))
+    return files
+
+
 def publish_adapter(
     store: Store,
     run: RunSpec,
-    directory: Path,
-    extras: list[str],
+    files: list[StoredFile],
+    extras: list[Path],
     losses: tuple[float | None, float | None],
     created_by: dict[str, Any],
-) -> AdapterStatus:
-    """Publishes the adapter in ``directory``. ``extras`` are names of further files, for people, in it.
+) -> str:
+    """Makes the uploaded ``files`` an adapter: ``extras``, further files for people, and then its manifest.
 
-    ``losses`` are the evaluation losses before and after training. Publishing the same bytes again gives the same
-    version.
+    ``losses`` are the evaluation losses before and after training. Returns its digest. It has no version yet.
     """
-    root = adapter_prefix(run.namespace, run.adapter_name)
-    files = [describe_file(directory / name, name) for name in ADAPTER_FILES]
     digest = compute_digest(files)
-    target = join(root, digest_directory(digest))
-    if not _has_manifest(store, target):
-        for file in files:
-            store.upload(directory / file.path, join(target, file.path))
+    target = adapter_directory(run, digest)
+    if not has_manifest(store, target):
         manifest = AdapterManifest(
             digest=digest,
             name=run.adapter_name,
@@ -59,15 +67,25 @@ def publish_adapter(
             base_model_revision=run.base_model.revision,
             rank=run.lora.r,
             files=files,
-            extras=[_create_extra(store, directory / name, join(target, name)) for name in extras],
+            extras=[_create_extra(store, source, join(target, source.name)) for source in extras],
             eval_loss_before=losses[0],
             eval_loss_after=losses[1],
             created_at=datetime.now(UTC),
             created_by=created_by,
         )
         store.create(join(target, MANIFEST_FILE), json.dumps(manifest.to_wire(), indent=1).encode())
-    version = claim_version(store, root, digest, run.uid)
-    return describe_published(store, root, digest, version)
+    return digest
+
+
+def publish_version(store: Store, run: RunSpec, digest: str) -> AdapterStatus:
+    """Gives the adapter its version. Publishing the same bytes again gives the same one."""
+    root = adapter_prefix(run.namespace, run.adapter_name)
+    return describe_published(store, root, digest, claim_version(store, root, digest, run.uid))
+
+
+def adapter_directory(run: RunSpec, digest: str) -> str:
+    """Where the adapter with ``digest`` is, below the store's prefix."""
+    return join(adapter_prefix(run.namespace, run.adapter_name), digest_directory(digest))
 
 
 def claim_version(store: Store, root: str, digest: str, uid: str) -> int:
@@ -124,7 +142,8 @@ def describe_published(store: Store, root: str, digest: str, version: int) -> Ad
     )
 
 
-def _has_manifest(store: Store, target: str) -> bool:
+def has_manifest(store: Store, target: str) -> bool:
+    """Whether the directory ``target`` is whole."""
     try:
         store.get(join(target, MANIFEST_FILE))
     except ObjectNotFoundError:

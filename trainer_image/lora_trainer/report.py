@@ -1,72 +1,86 @@
 """report.html: one file that tells how a run went. No scripts and nothing from the network, so it works anywhere."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from lora_api.data import DataReport, LengthHistogram
 from lora_api.run import RunSpec
+from lora_trainer.charts import ORANGE, Series, bar_chart, line_chart
 from lora_trainer.evaluate import Evaluation, Sample
+from lora_trainer.metrics import Metric, pick
+from lora_trainer.verify import Verification
 
-Point = tuple[int, float]
-
-WIDTH, HEIGHT, MARGIN = 720, 260, 46
-TICKS = 4
+PARAMETER_SECTIONS = ("baseModel", "dataset", "lora", "quantization", "training", "parallelism", "publish")
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1c2733; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1c2733;
+background: #fff; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin-top: 2rem; } .muted { color: #667; }
 table { border-collapse: collapse; width: 100%; } td, th { border-bottom: 1px solid #dde; padding: .35rem .6rem;
 text-align: left; vertical-align: top; } th { font-weight: 600; } td.number { font-variant-numeric: tabular-nums; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.4 ui-monospace, monospace; }
-.right { background: #e9f7ec; } svg text { font: 11px system-ui, sans-serif; fill: #667; }
+.right { background: #e9f7ec; } .bad { background: #fdecea; } svg text { font: 11px system-ui, sans-serif; fill: #667; }
+.note { border-left: 4px solid #3b78dd; padding: .4rem .8rem; } .note.bad { border-color: #c62f2f; }
 .tiles { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1rem 0; } .tile { padding: .6rem 1rem;
 border: 1px solid #dde; border-radius: 8px; } .tile b { display: block; font-size: 1.3rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+figure { margin: 0; } figcaption { font-weight: 600; } figcaption .muted { font-weight: 400; }
+.key { font-weight: 400; margin-left: .8rem; } .key span { display: inline-block; width: .7rem; height: .7rem;
+border-radius: 2px; margin-right: .3rem; }
 @media (prefers-color-scheme: dark) { body { background: #14181d; color: #dde3ea; } .right { background: #17351f; }
-td, th, .tile { border-color: #333c46; } svg text, .muted { fill: #9ab; color: #9ab; } }
+.bad { background: #3d1d1b; } td, th, .tile { border-color: #333c46; } svg text, .muted { fill: #9ab; color: #9ab; } }
 """
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has to tell. ``train_losses`` and ``eval_losses`` are pairs of step and loss (nats per token)."""
+    """What a run has to tell. ``skipped_steps`` had a loss or a gradient that is not finite, and changed nothing.
+
+    ``refusal`` is why publish.gate refused the adapter. ``memory`` are rows for people: what was planned and measured.
+    """
 
     before: Evaluation
     after: Evaluation
-    train_losses: Sequence[Point]
-    eval_losses: Sequence[Point]
+    metrics: Sequence[Metric]
     steps: int
     train_records: int
     eval_records: int
     versions: dict[str, str]
+    data: DataReport | None = None
+    memory: Sequence[tuple[str, str]] = ()
+    skipped_steps: int = 0
+    verification: Verification | None = None
+    refusal: str | None = None
 
-
-def split_history(history: Iterable[dict[str, Any]]) -> tuple[list[Point], list[Point]]:
-    """Training and evaluation losses in the trainer's log history."""
-    train, evaluation = [], []
-    for entry in history:
-        if "loss" in entry:
-            train.append((int(entry["step"]), float(entry["loss"])))
-        if "eval_loss" in entry:
-            evaluation.append((int(entry["step"]), float(entry["eval_loss"])))
-    return train, evaluation
+    @property
+    def improvement(self) -> float | None:
+        """How much lower the evaluation loss is than before training, in nats per token."""
+        if self.before.loss is None or self.after.loss is None:
+            return None
+        return self.before.loss - self.after.loss
 
 
 def build_report(run: RunSpec, result: RunResult) -> str:
     """The whole page."""
     title = escape(f"{run.namespace}/{run.adapter_name}")
-    evaluation = [(0, result.before.loss), *result.eval_losses, (result.steps, result.after.loss)]
-    eval_points = [(step, loss) for step, loss in evaluation if loss is not None]
+    sections = [
+        ("How training went", f'<div class="charts">{"".join(build_charts(result))}</div>'),
+        ("Answers before and after", _samples(result.before.samples, result.after.samples)),
+        ("Checks", _table(list_checks(run, result))),
+        ("Data", _data(result.data)),
+        ("Memory of a GPU", _table(result.memory) if result.memory else ""),
+        ("Parameters", _table(list_parameters(run))),
+        ("Versions", _table(result.versions.items())),
+    ]
+    body = "".join(f"<h2>{name}</h2>\n{content}\n" for name, content in sections if content)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
-        f'<h1>{title}</h1><p class="muted">LoRA adapter of {escape(run.base_model.uri)}</p>\n'
-        f"{_tiles(result)}\n<h2>Loss</h2>\n{build_chart(result.train_losses, eval_points)}\n"
-        f"<h2>Answers before and after</h2>\n{_samples(result.before.samples, result.after.samples)}\n"
-        f"<h2>Parameters</h2>\n{_table(_parameters(run, result))}\n"
-        f"<h2>Versions</h2>\n{_table(result.versions.items())}\n</body></html>\n"
+        f'<h1>{title}</h1><p class="muted">LoRA adapter of {escape(run.base_model.uri)}, trained by '
+        f"{escape(run.namespace)}/{escape(run.name)}</p>\n{_headline(result)}{_tiles(result)}\n{body}</body></html>\n"
     )
 
 
@@ -75,10 +89,67 @@ def show_loss(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}"
 
 
+def build_charts(result: RunResult) -> list[str]:
+    """Loss, learning rate, gradient norm and speed, by optimizer step."""
+    losses = [
+        Series("training", pick(result.metrics, "loss")),
+        Series("evaluation", pick(result.metrics, "eval_loss"), ORANGE, dots=True),
+    ]
+    return [
+        line_chart("Loss", "nats per token", losses),
+        line_chart("Learning rate", "", [Series("learning rate", pick(result.metrics, "learning_rate"))]),
+        line_chart("Gradient norm", "before clipping", [Series("norm", pick(result.metrics, "grad_norm"))]),
+        line_chart("Speed", "tokens per second", [Series("speed", pick(result.metrics, "tokens_per_second"))]),
+    ]
+
+
+def list_checks(run: RunSpec, result: RunResult) -> list[tuple[str, str]]:
+    """What was checked before the adapter was published, and what came of it."""
+    gate, proof = run.publish.gate, result.verification
+    checks = []
+    if gate is None:
+        checks.append(("publish.gate", "not set: every adapter is published"))
+    else:
+        asked = []
+        if gate.min_eval_loss_improvement is not None:
+            asked.append(f"an improvement of at least {gate.min_eval_loss_improvement:g}")
+        if gate.max_eval_loss is not None:
+            asked.append(f"a loss of at most {gate.max_eval_loss:g}")
+        checks.append(("publish.gate", f"{' and '.join(asked)}: {'refused' if result.refusal else 'passed'}"))
+    if proof is None:
+        checks.append(("Read back from the store", "not published, so not read back"))
+    elif proof.from_store is None:
+        checks.append(("Read back from the store", "the same bytes; there are no records to evaluate on"))
+    else:
+        checks.append(
+            (
+                "Read back from the store",
+                f"the same bytes; evaluation loss {proof.from_store:.6f}, in memory {show_exact(proof.in_memory)}",
+            )
+        )
+    skipped = str(result.skipped_steps) if result.skipped_steps else "none"
+    checks.append(("Steps skipped because loss or gradient were not finite", skipped))
+    return checks
+
+
+def show_exact(loss: float | None) -> str:
+    """A loss with as many digits as a comparison needs."""
+    return "-" if loss is None else f"{loss:.6f}"
+
+
+def _headline(result: RunResult) -> str:
+    if result.refusal is not None:
+        return f'<p class="note bad">Not published: {escape(result.refusal)}.</p>\n'
+    if result.improvement is not None and result.improvement <= 0:
+        return '<p class="note bad">The evaluation loss is no better than before training.</p>\n'
+    return ""
+
+
 def _tiles(result: RunResult) -> str:
     tiles = [
         ("Evaluation loss before", show_loss(result.before.loss)),
         ("Evaluation loss after", show_loss(result.after.loss)),
+        ("Improvement", show_loss(result.improvement)),
         ("Steps", str(result.steps)),
         ("Training records", str(result.train_records)),
         ("Evaluation records", str(result.eval_records)),
@@ -87,39 +158,21 @@ def _tiles(result: RunResult) -> str:
     return f'<div class="tiles">{inner}</div>'
 
 
-def build_chart(train: Sequence[Point], evaluation: Sequence[Point]) -> str:
-    """The loss curve as SVG: a line for training, dots for evaluations. Points that are not finite are left out."""
-    train = [point for point in train if math.isfinite(point[1])]
-    evaluation = [point for point in evaluation if math.isfinite(point[1])]
-    points = [*train, *evaluation]
-    if not points:
-        return '<p class="muted">No losses were logged.</p>'
-    last = max(1, max(step for step, _ in points))
-    top = max(loss for _, loss in points) * 1.05 or 1.0
+def _data(data: DataReport | None) -> str:
+    if data is None:
+        return ""
+    chart = bar_chart("Length of the training records", "tokens, before they are cut", histogram_bars(data.histogram))
+    return f'<p>{escape(data.to_text())}</p><div class="charts">{chart}</div>'
 
-    def place(point: Point) -> tuple[float, float]:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * point[0] / last
-        return x, HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * max(point[1], 0.0) / top
 
-    grid = []
-    for tick in range(TICKS + 1):
-        value = top * tick / TICKS
-        _, y = place((0, value))
-        step = round(last * tick / TICKS)
-        x, _ = place((step, 0.0))
-        grid.append(
-            f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y:.1f}" y2="{y:.1f}" stroke="#8884"/>'
-            f'<text x="{MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>'
-            f'<text x="{x:.1f}" y="{HEIGHT - MARGIN + 18}" text-anchor="middle">{step}</text>'
-        )
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, train))
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#d9582b"/>' for x, y in map(place, evaluation))
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss by step">{"".join(grid)}'
-        f'<polyline points="{line}" fill="none" stroke="#2b6cd9" stroke-width="2"/>{dots}'
-        f'<text x="{WIDTH - MARGIN}" y="16" text-anchor="end">blue: training loss, orange: evaluation loss, '
-        "by optimizer step (nats per token)</text></svg>"
-    )
+def histogram_bars(histogram: LengthHistogram) -> list[tuple[str, int]]:
+    """Label and count of each part of the histogram that is not beyond the longest record."""
+    labels = [f"≤{bound}" for bound in histogram.bounds]
+    labels.append(f">{histogram.bounds[-1]}" if histogram.bounds else "all")
+    bars = list(zip(labels, histogram.counts, strict=True))
+    while bars and bars[-1][1] == 0:
+        bars.pop()
+    return bars
 
 
 def _samples(before: Sequence[Sample], after: Sequence[Sample]) -> str:
@@ -142,11 +195,10 @@ def _cell(text: str, attributes: str = "") -> str:
     return f"<td{attributes}><pre>{escape(text)}</pre></td>"
 
 
-def _parameters(run: RunSpec, result: RunResult) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for section in ("baseModel", "dataset", "lora", "quantization", "training", "parallelism"):
-        found.extend(_flatten(section, run.to_wire()[section]))
-    return found
+def list_parameters(run: RunSpec) -> list[tuple[str, str]]:
+    """Every parameter of ``run`` by its path in the manifest."""
+    wire = run.to_wire()
+    return [pair for section in PARAMETER_SECTIONS for pair in _flatten(section, wire.get(section, {}))]
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, str]]:

@@ -80,3 +80,8 @@ def peer_grace_seconds() -> float:
 def stop_grace_seconds() -> float:
     """How long a checkpoint may take after SIGTERM. Keep it below the pod's terminationGracePeriodSeconds."""
     return seconds("LORA_STOP_GRACE_SECONDS", 25)
+
+
+def publish_seconds() -> float:
+    """How long the other processes wait until rank 0 has uploaded the adapter and read it back."""
+    return seconds("LORA_PUBLISH_SECONDS", 3600)

@@ -7,18 +7,19 @@ from transformers import PrinterCallback
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer import __version__
-from lora_trainer.adapter import gather_adapter, write_adapter
 from lora_trainer.callbacks import EvaluationCallback, ProgressCallback, StopCallback
-from lora_trainer.card import build_card
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import load_records
 from lora_trainer.evaluate import Evaluator, sample_questions
+from lora_trainer.gate import check_gate_has_records
+from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import shard_model, start_process_group
 from lora_trainer.progress import Progress
-from lora_trainer.publish import find_published, publish_adapter
-from lora_trainer.report import RunResult, build_report, split_history
+from lora_trainer.publish import find_published
+from lora_trainer.release import Release, publish_run
+from lora_trainer.report import RunResult
 from lora_trainer.settings import Place, state_directory
 from lora_trainer.sources import fetch_sources
 from lora_trainer.stop import StopRequest
@@ -42,6 +43,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     tokenizer = load_tokenizer(sources.model)
     records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
     check_chat_template(tokenizer, records)
+    check_gate_has_records(run, len(records.eval))
     device = training_device(run, place.local_rank)
     start_process_group(place, device)
 
@@ -72,21 +74,14 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     after = evaluator.run()
     progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, eval_loss=after.loss)
 
-    tensors = gather_adapter(model)
-    if not place.is_main:
-        return None
     progress.stage("publishing")
     versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
-    curves = split_history(trainer.state.log_history)
     counts = (trainer.args.max_steps, len(records.train), len(records.eval))
-    result = RunResult(before, after, *curves, *counts, versions)
+    metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
+    result = RunResult(before, after, metrics, *counts, versions)
     with stop.deferred():
-        directory = work / "adapter"
-        write_adapter(tensors, model, run, directory)
-        (directory / "README.md").write_text(build_card(run, result), encoding="utf-8")
-        (directory / "report.html").write_text(build_report(run, result), encoding="utf-8")
-        extras = ["README.md", "report.html"]
-        adapter = publish_adapter(store, run, directory, extras, (before.loss, after.loss), versions)
-        checkpoints.delete_all()
+        adapter = publish_run(Release(store, run, place, work / "adapter"), model, evaluator, result)
+        if adapter is not None:
+            checkpoints.delete_all()
     progress.stage("done")
     return adapter

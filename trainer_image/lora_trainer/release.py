@@ -1,0 +1,89 @@
+"""From the trained model to a published version: gate, upload, proof, files for people, manifest, version.
+
+Nothing that a reader looks for (manifest, version) is written before all that it stands for is there and proven.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft import PeftModel
+
+from lora_api.adapter import StoredFile, adapter_prefix, compute_digest, refused_directory
+from lora_api.run import RunSpec
+from lora_api.status import AdapterStatus
+from lora_trainer.adapter import gather_adapter, write_adapter
+from lora_trainer.card import build_card
+from lora_trainer.errors import GateRefusedError
+from lora_trainer.evaluate import Evaluator
+from lora_trainer.gate import decide_gate
+from lora_trainer.metrics import METRICS_FILE, write_metrics
+from lora_trainer.publish import adapter_directory, publish_adapter, publish_version, upload_adapter
+from lora_trainer.report import RunResult, build_report
+from lora_trainer.settings import Place
+from lora_trainer.store import Store, join
+from lora_trainer.verify import fetch_files, verify_published
+
+CARD_FILE, REPORT_FILE = "README.md", "report.html"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Where a run is published from and to. ``directory`` is scratch."""
+
+    store: Store
+    run: RunSpec
+    place: Place
+    directory: Path
+
+
+def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result: RunResult) -> AdapterStatus | None:
+    """Publishes what ``model`` has learned. All ranks call it; rank 0 returns the adapter, the others ``None``.
+
+    Raises:
+        GateRefusedError: on rank 0; the adapter is not as good as publish.gate asks, and nothing is published.
+        InternalError: it is not a whole adapter, or the store does not give back what was uploaded.
+    """
+    store, run, place = release.store, release.run, release.place
+    tensors = gather_adapter(model)
+    refusal = decide_gate(run.publish.gate, result.before.loss, result.after.loss)
+    if refusal is not None:
+        if place.is_main:
+            raise GateRefusedError(f"{refusal}. Nothing was published; {keep_refused(release, result, refusal)}")
+        return None
+
+    files: list[StoredFile] = []
+
+    def upload_and_fetch() -> Path:
+        write_adapter(tensors, model, run, release.directory)
+        files.extend(upload_adapter(store, run, release.directory))
+        return fetch_files(store, adapter_directory(run, compute_digest(files)), files, release.directory / "read-back")
+
+    proof = verify_published(model, upload_and_fetch, evaluator.loss, result.after.loss, place, evaluator.device)
+    if not place.is_main:
+        return None
+    extras = write_extras(release, replace(result, verification=proof))
+    digest = publish_adapter(store, run, files, extras, (result.before.loss, result.after.loss), result.versions)
+    return publish_version(store, run, digest)
+
+
+def write_extras(release: Release, result: RunResult) -> list[Path]:
+    """Writes the files for people: model card, report, metrics."""
+    contents = {
+        CARD_FILE: build_card(release.run, result),
+        REPORT_FILE: build_report(release.run, result),
+        METRICS_FILE: write_metrics(result.metrics),
+    }
+    release.directory.mkdir(parents=True, exist_ok=True)
+    for name, text in contents.items():
+        (release.directory / name).write_text(text, encoding="utf-8")
+    return [release.directory / name for name in contents]
+
+
+def keep_refused(release: Release, result: RunResult, refusal: str) -> str:
+    """Uploads the report and the metrics of a run that the gate refused. Returns where they are, as words."""
+    run, store = release.run, release.store
+    target = join(adapter_prefix(run.namespace, run.adapter_name), refused_directory(run.uid))
+    for source in write_extras(release, replace(result, refusal=refusal)):
+        if source.name != CARD_FILE:
+            store.upload(source, join(target, source.name))
+    return f"its report and metrics are in {store.url(target)}, and its last checkpoint is kept"
