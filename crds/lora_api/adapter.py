@@ -78,6 +78,7 @@ class CompleteMarker(RecordModel):
     step: int = Field(ge=0)
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(None, ge=1)
     files: list[StoredFile]
     created_at: Time
 

@@ -21,9 +21,11 @@ class ProgressLine(RecordModel):
     """One line of rank 0's standard output: ``{"lora": {"event": ...}}``.
 
     stage: what the trainer is doing now, in ``stage``. step: after an optimizer step. eval: after an evaluation.
+    memory: the micro-batch that was settled on and the planned peak, and after training the measured one, of the
+    process that needed most (GiB; ``host_gib`` is its resident memory).
     """
 
-    event: Literal["stage", "step", "eval"]
+    event: Literal["stage", "step", "eval", "memory"]
     at: Time
     stage: Literal["loading", "evaluating", "training", "checkpointing", "publishing", "done"] | None = None
     step: int | None = Field(None, ge=0)
@@ -34,6 +36,13 @@ class ProgressLine(RecordModel):
     learning_rate: Measure = None
     grad_norm: Measure = None
     tokens_per_second: Measure = None
+    micro_batch_size: int | None = Field(None, ge=1)
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    planned_gib: Measure = Field(None, alias="plannedGiB")
+    available_gib: Measure = Field(None, alias="availableGiB")
+    allocated_gib: Measure = Field(None, alias="allocatedGiB")
+    reserved_gib: Measure = Field(None, alias="reservedGiB")
+    host_gib: Measure = Field(None, alias="hostGiB")
 
     def to_line(self) -> str:
         """The line, without a line end."""

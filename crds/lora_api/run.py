@@ -27,6 +27,13 @@ CONTAINER_NAME = "trainer"
 MASTER_PORT = 29500
 
 
+class Device(ApiModel):
+    """The kind of GPU that a run is meant for: what its memory is planned with before there is one."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    memory_gib: Annotated[float, Field(gt=0.0, le=4096.0, alias="memoryGiB")]
+
+
 class RunSpec(ApiModel):
     """Everything that one attempt of a run needs to know, defaults filled in."""
 
@@ -44,11 +51,21 @@ class RunSpec(ApiModel):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     publish: Publish
     tracking: Tracking = Field(default_factory=Tracking)
+    device: Device | None = None
 
     @property
     def adapter_name(self) -> str:
         """Name under which the adapter's versions count up."""
         return self.publish.name or self.name
+
+    @property
+    def batch(self) -> "BatchPlan":
+        """How one optimizer step's sequences are spread, as ``plan_batch`` has it."""
+        return plan_batch(self.training, self.parallelism)
+
+    def with_micro_batch(self, size: int) -> "RunSpec":
+        """This run with a micro-batch that is settled."""
+        return self.model_copy(update={"training": self.training.model_copy(update={"micro_batch_size": size})})
 
 
 def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:

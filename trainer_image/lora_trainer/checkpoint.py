@@ -135,6 +135,7 @@ class Checkpoints:
             step=step,
             world_size=self._place.world_size,
             global_batch_size=self._run.training.global_batch_size,
+            micro_batch_size=self._run.batch.micro_batch_size,
             files=sorted(files, key=lambda file: file.path),
             created_at=datetime.now(UTC),
         )

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from lora_api.finetune import KIND, LoRAFineTune
 from lora_api.run import plan_batch
 from lora_trainer.errors import BadSpecError
-from lora_trainer.fitting import Suggestion, suggest
+from lora_trainer.fitting import Suggestion, build_job, settle, suggest
 from lora_trainer.memory import Job, MemoryPlan, plan_memory
 from lora_trainer.modelshape import read_shape
 
@@ -71,6 +71,8 @@ class Estimate:
                 "safeGiB": _rounded(self.plan.safe),
                 "parts": {name: _rounded(size) for name, size in self.plan.parts().items()},
             },
+            "microBatchSize": self.job.micro_batch,
+            "shardSize": self.job.shards,
             "deviceGiB": self.device_gib,
             "fits": self.fits,
             "suggestions": [
@@ -91,7 +93,7 @@ class Estimate:
         rows += [("total", plan.total), ("needed to be safe (total x 1.10 + 1.5)", plan.safe)]
         lines = [
             f"{job.shape.architecture}, {job.shape.total_weights / 1e9:.2f}e9 weights, {job.quantization.type}, "
-            f"{job.micro_batch} x {job.sequence} tokens, {job.world_size} GPU{'s' if job.world_size > 1 else ''}",
+            f"{job.micro_batch} x {job.sequence} tokens, {describe_gpus(job)}",
             "",
             "GiB per GPU",
             *(f"{text:<{width}}  {size:8.2f}" for text, size in rows),
@@ -106,6 +108,15 @@ class Estimate:
         return "\n".join(lines)
 
 
+def describe_gpus(job: Job) -> str:
+    """How many processes there are, and how many share a copy of the weights."""
+    unit = "process" if job.stack.host else "GPU"
+    if job.world_size == 1:
+        return f"1 {unit}"
+    parts = f"weights over {job.shards}" if job.shards > 1 else "weights whole on each"
+    return f"{job.world_size} {unit}{'es' if job.stack.host else 's'}, {parts}"
+
+
 def estimate(manifest: Path, model_config: Path, device_gib: float) -> Estimate:
     """The estimate for the run in ``manifest`` on GPUs with ``device_gib`` GiB.
 
@@ -116,16 +127,9 @@ def estimate(manifest: Path, model_config: Path, device_gib: float) -> Estimate:
         raise BadSpecError(f"--gpu-memory-gib is {device_gib:g}; give the memory of one GPU in GiB, such as 80")
     spec = read_manifest(manifest).spec
     if spec.parallelism.gpus_per_node == 0:
-        raise BadSpecError("spec.parallelism.gpusPerNode: 0 trains on CPUs, which is not planned; set 1 or more")
-    job = Job(
-        shape=read_shape(_read_json(model_config)),
-        lora=spec.lora,
-        quantization=spec.quantization,
-        micro_batch=plan_batch(spec.training, spec.parallelism).micro_batch_size,
-        sequence=spec.dataset.max_seq_length,
-        world_size=spec.parallelism.world_size,
-        gradient_checkpointing=spec.training.gradient_checkpointing,
-    )
+        raise BadSpecError("spec.parallelism.gpusPerNode: 0 trains on CPUs; this plans GPUs: set 1 or more")
+    job = build_job(spec, read_shape(_read_json(model_config)), device_gib=device_gib)
+    job = settle(spec.training, job, device_gib)[0] or job
     return Estimate(job, plan_memory(job), device_gib, suggest(job, spec.training.global_batch_size, device_gib))
 
 

@@ -8,7 +8,8 @@ held between them (weights, adapter, one saved input a layer) is needed at both.
 
 and never the sum of layer and loss. ``docs/memory.md`` compares it with published measurements.
 
-Letters: T tokens of a micro-batch on one GPU, W GPUs that share the shards, L layers, h hidden size, q and kv width of
+Letters: T tokens of a micro-batch on one GPU, S GPUs that share one copy of the weights (all with fsdp, a group with
+hsdp, 1 with ddp), L layers, h hidden size, q and kv width of
 all query and of all key heads, f inner width of the MLP, V vocabulary, r rank, c bytes of the compute type (2 for
 bfloat16, 4 for float32). All functions give bytes; GiB (2**30 bytes) are made at the end.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lora_api.training import LoRA, Quantization
-from lora_trainer.modelshape import Linear, ModelShape
+from lora_trainer.modelshape import Linear, ModelShape, Weights
 
 GIB = 2**30
 
@@ -50,16 +51,20 @@ class Stack:
         fused_norms: the RMSNorm kernel keeps its input in the compute type. Otherwise it keeps a float32 copy.
         residual_bytes: bytes of a value between layers; ``None``: c. It is 4 after PEFT's
             ``prepare_model_for_kbit_training``, which this trainer does not call.
-        adapter_bytes: bytes per trainable weight: 16 for float32 weight, gradient and AdamW's two moments, 8 when all
-            of them are bfloat16.
+        adapter_bytes: bytes per trainable weight without the optimizer: 8 for a float32 weight and its gradient, 4 when
+            they are bfloat16.
+        moment_bytes: bytes of one of AdamW's two moments.
         fsdp1: sharded by FSDP 1, under which one more value between layers is held per token and layer in the backward
             pass. The cause is not known here, the size is: in a100_80gb_liger.csv of fms-acceleration a token of
             Llama-3-8B takes 520 kB on one GPU and 766 kB on two; (L - 1) c h is 254 kB. This trainer uses FSDP 2.
-        offload: weights, adapter and optimizer live in host memory (FSDP's CPU offload).
         loads_whole: each GPU holds the whole model before it is sharded. bitsandbytes' 4-bit weights cannot be
             loaded shard by shard here (``parallel.FSDP_ARGUMENTS``).
         context_gib: CUDA context and cuBLAS workspaces, which torch does not count.
         collectives_gib: NCCL's buffers, with more than one GPU.
+        padding_mask: padded batches of several sequences have a mask of c + 1 bytes for each pair of positions. Not so
+            with FlashAttention.
+        safety_gib: what the safe figure adds.
+        host: the memory is that of the machine: the run trains on CPUs.
     """
 
     logits_bytes: int = 6
@@ -67,20 +72,35 @@ class Stack:
     kept_logits_bytes: int = 0
     fused_norms: bool = False
     residual_bytes: int | None = None
-    adapter_bytes: int = 16
+    adapter_bytes: int = 8
+    moment_bytes: int = 4
     fsdp1: bool = False
-    offload: bool = False
     loads_whole: bool = True
     context_gib: float = 0.5
     collectives_gib: float = 0.5
+    padding_mask: bool = True
+    safety_gib: float = SAFETY_GIB
+    host: bool = False
 
 
 TRAINER = Stack()
 
+CPU = Stack(host=True, context_gib=0.0, collectives_gib=0.1, safety_gib=0.5)
+"""This trainer on CPUs: no context, and less room to leave. What the process has before it loads is not in the plan."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """A fine-tune as far as memory goes: ``micro_batch`` sequences of ``sequence`` tokens on each GPU at a time."""
+    """A fine-tune as far as memory goes: ``micro_batch`` sequences of ``sequence`` tokens on each GPU at a time.
+
+    Attributes:
+        world_size: training processes in all, one a GPU.
+        shard_size: processes that share one copy of the weights: ``None``: all of them (fsdp); 1: ddp; a group's: hsdp.
+        cpu_offload: weights, adapter and optimizer live in host memory (FSDP's CPU offload).
+        objective: sft or dpo.
+        optimizer: adamw or paged-adamw-8bit.
+        counted: weights as the headers of the model's files say; they win over ``shape``.
+    """
 
     shape: ModelShape
     lora: LoRA
@@ -90,11 +110,36 @@ class Job:
     world_size: int = 1
     gradient_checkpointing: bool = True
     stack: Stack = TRAINER
+    shard_size: int | None = None
+    cpu_offload: bool = False
+    objective: str = "sft"
+    optimizer: str = "adamw"
+    counted: Weights | None = None
+
+    @property
+    def rows(self) -> int:
+        """Sequences that go through the model at a time. A preference pair is two: chosen and rejected."""
+        return self.micro_batch * (2 if self.objective == "dpo" else 1)
 
     @property
     def tokens(self) -> int:
         """T, padding included."""
-        return self.micro_batch * self.sequence
+        return self.rows * self.sequence
+
+    @property
+    def shards(self) -> int:
+        """S: processes that share one copy of the weights; 1 where each has all of them (ddp)."""
+        return min(self.shard_size or self.world_size, self.world_size)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether layers are put together for their use, from other GPUs or from host memory."""
+        return self.shards > 1 or self.cpu_offload
+
+    @property
+    def weights(self) -> Weights:
+        """The base model's weights: as its files say where they were looked at, else as its configuration says."""
+        return self.counted or self.shape.weights
 
     @property
     def compute_bytes(self) -> int:
@@ -103,8 +148,13 @@ class Job:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether linear layers are held in 4 bits."""
-        return self.quantization.type == "nf4"
+        """Whether linear layers are held in fewer bits than they compute with."""
+        return self.quantization.type != "none"
+
+    @property
+    def linear_weight_bytes(self) -> float:
+        """Bytes of one weight of a linear layer: two NF4 weights share a byte (QLoRA, arXiv:2305.14314)."""
+        return {"nf4": 0.5, "int8": 1.0}.get(self.quantization.type, float(self.compute_bytes))
 
     @cached_property
     def targets(self) -> tuple[Linear, ...]:
@@ -118,7 +168,7 @@ class MemoryPlan:
 
     ``activations`` is what is held from forward to backward, and one layer's inner values. ``logits`` is by how much
     the loss needs more than that layer together with its dequantized weight, and ``loading`` by how much loading
-    needs more than training: both are often 0.
+    needs more than training: both are often 0. ``safety`` is no part: it is the room that ``safe`` leaves.
     """
 
     weights_sharded: float
@@ -130,10 +180,12 @@ class MemoryPlan:
     dequantization: float
     context: float
     loading: float
+    safety: float = SAFETY_GIB
 
     def parts(self) -> dict[str, float]:
         """The parts under their names in JSON."""
-        return {_camel(field.name): getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = [field.name for field in dataclasses.fields(self) if field.name != "safety"]
+        return {_camel(name): getattr(self, name) for name in names}
 
     @property
     def total(self) -> float:
@@ -143,7 +195,7 @@ class MemoryPlan:
     @property
     def safe(self) -> float:
         """Device memory that a run needs to be safe from running out of it, in GiB: estimate x 1.10 + 1.5."""
-        return self.total * ALLOCATOR_FACTOR + SAFETY_GIB
+        return self.total * ALLOCATOR_FACTOR + self.safety
 
     def fits(self, device_gib: float) -> bool:
         """Whether ``device_gib`` GiB per GPU are enough: exactly ``safe <= device_gib``."""
@@ -171,10 +223,10 @@ def plan_memory(job: Job) -> MemoryPlan:
     Raises:
         BadSpecError: a target module is not in the model.
     """
-    stack, world = job.stack, job.world_size
-    on_gpu = 0 if stack.offload else 1
-    weights = on_gpu * weight_bytes(job) / world
-    adapter = on_gpu * adapter_weights(job) * stack.adapter_bytes / world
+    stack, shards = job.stack, job.shards
+    on_gpu = 0 if job.cpu_offload else 1
+    weights = on_gpu * weight_bytes(job) / shards
+    adapter = on_gpu * adapter_bytes(job) / shards
     constants = constant_bytes(job)
     gathered = gathered_bytes(job)
     held = held_bytes(job)
@@ -190,45 +242,60 @@ def plan_memory(job: Job) -> MemoryPlan:
         activations=(held + layer) / GIB,
         logits=logits / GIB,
         dequantization=dequantization / GIB,
-        context=stack.context_gib + (stack.collectives_gib if world > 1 else 0.0),
+        context=stack.context_gib + (stack.collectives_gib if job.world_size > 1 else 0.0),
         loading=max(0.0, loading_bytes(job) - training) / GIB,
+        safety=stack.safety_gib,
     )
 
 
 def linear_bytes(job: Job) -> float:
     """Bytes of the linear layers of one transformer layer and its experts: 0.5 (2hq + 2h kv + 3hf) in NF4.
 
-    Two weights a byte (QLoRA, arXiv:2305.14314). Without quantization c each; experts always c each.
+    1 byte a weight in int8 (LLM.int8(), arXiv:2208.07339), c without quantization. Experts always have c.
     """
-    each = 0.5 if job.is_quantized else float(job.compute_bytes)
-    return each * job.shape.layer_weights + job.compute_bytes * job.shape.expert_weights
+    return job.linear_weight_bytes * job.shape.layer_weights + job.compute_bytes * job.shape.expert_weights
 
 
 def weight_bytes(job: Job) -> float:
-    """Bytes of the base model over all GPUs: L linear_bytes + c x 2Vh (c x Vh when tied)."""
-    return job.shape.layers * linear_bytes(job) + job.compute_bytes * job.shape.embedding_weights
+    """Bytes of one copy of the base model: its linear layers as they are quantized, everything else in c bytes."""
+    return job.linear_weight_bytes * job.weights.linear + job.compute_bytes * job.weights.rest
 
 
 def constant_bytes(job: Job) -> float:
     """Bytes of the quantization constants, whole on every GPU: FSDP shards parameters, and these are none.
 
-    One float32 a block of 64 weights: 0.5 bit a weight. Quantized a second time, in blocks of 256:
-    8/64 + 32/(64 x 256) = 0.127 bit (QLoRA, section 3).
+    NF4: one float32 a block of 64 weights: 0.5 bit a weight. Quantized a second time, in blocks of 256:
+    8/64 + 32/(64 x 256) = 0.127 bit (QLoRA, section 3). int8: one float32 an output of each linear layer.
     """
-    if not job.is_quantized:
+    if job.quantization.type == "int8":
+        return 4.0 * job.shape.layers * sum(linear.outputs for linear in job.shape.linears)
+    if job.quantization.type == "none":
         return 0.0
     bits = 8 / 64 + 32 / (64 * 256) if job.quantization.double_quant else 32 / 64
-    return job.shape.layers * job.shape.layer_weights * bits / 8
+    return job.weights.linear * bits / 8
 
 
 def gathered_bytes(job: Job) -> float:
-    """Bytes of what FSDP has whole at a time: embedding and output head, this layer and the next: 0 if W = 1.
+    """Bytes of what FSDP has whole at a time: embedding and output head, this layer and the next: 0 with ddp.
 
     The root group is not put back to shards between forward and backward pass; the next layer is prefetched.
     """
-    if job.world_size == 1:
+    if not job.is_gathered:
         return 0.0
     return job.compute_bytes * job.shape.embedding_weights + 2 * linear_bytes(job)
+
+
+def adapter_bytes(job: Job) -> float:
+    """Bytes of one copy of adapter, gradient and optimizer: 16 for each trainable weight in float32.
+
+    8-bit AdamW has moments of 1 byte, and a float32 scale for each 256 of them (arXiv:2110.02861). That it is paged
+    saves nothing here: pages leave the GPU only when it is full. ddp holds the gradient twice, the second time in the
+    buckets that are reduced.
+    """
+    stack = job.stack
+    moment = 1 + 4 / 256 if job.optimizer == "paged-adamw-8bit" else stack.moment_bytes
+    buckets = stack.adapter_bytes / 2 if job.shards == 1 and job.world_size > 1 else 0
+    return adapter_weights(job) * (stack.adapter_bytes + 2 * moment + buckets)
 
 
 def adapter_weights(job: Job) -> int:
@@ -243,15 +310,20 @@ def saved_bytes(job: Job) -> float:
     T times: each norm its input (4 bytes, c when fused); attention q, k, v and its output, 2c(q + kv), without a
     matrix of scores; each adapted linear layer its input in type c, and a mask of 1 byte with dropout; the MLP
     its gate, the gate's activation and the other branch, 3cf. Frozen linear layers save nothing: the gradient of
-    their input needs their weight alone. Each chosen expert has an MLP's values and its input and output, 2ch.
+    their input needs their weight alone; only bitsandbytes' int8 ones keep their input (0.50, MatMul8bitLt). Each
+    chosen expert has an MLP's values and its input and output, 2ch. Eager attention saves its scores three times,
+    capped, as probabilities in float32, and in type c.
     """
     shape, c = job.shape, job.compute_bytes
     norms = shape.norm_width * (c if job.stack.fused_norms else 4)
     attention = 2 * c * (shape.attention_width + shape.kv_width)
-    adapters = sum(linear.inputs for linear in job.targets) * (c + (1 if job.lora.dropout > 0 else 0))
+    keeping = shape.linears if job.quantization.type == "int8" else job.targets
+    adapters = sum(linear.inputs for linear in keeping) * c
+    adapters += sum(linear.inputs for linear in job.targets) * (1 if job.lora.dropout > 0 else 0)
     mlp = shape.experts_per_token * 3 * c * shape.feed_forward
     routed = shape.experts_per_token * 2 * c * shape.hidden if shape.experts > 1 else 0
-    return float(job.tokens * (norms + attention + adapters + mlp + routed))
+    scores = shape.heads * job.sequence * (2 * c + 4) if shape.family.eager else 0
+    return float(job.tokens * (norms + attention + adapters + mlp + routed + scores))
 
 
 def held_bytes(job: Job) -> float:
@@ -261,8 +333,19 @@ def held_bytes(job: Job) -> float:
     """
     shape = job.shape
     if not job.gradient_checkpointing:
-        return shape.layers * saved_bytes(job)
-    return float(job.tokens * shape.layers * shape.hidden * (job.stack.residual_bytes or job.compute_bytes))
+        return shape.layers * saved_bytes(job) + mask_bytes(job)
+    between = shape.layers * shape.hidden * (job.stack.residual_bytes or job.compute_bytes)
+    return float(job.tokens * between) + mask_bytes(job)
+
+
+def mask_bytes(job: Job) -> float:
+    """Bytes of the mask of padded rows, one byte and a value of type c for each pair of positions.
+
+    A row alone has no padding. torch's SDPA makes the values from the bytes; FlashAttention needs neither.
+    """
+    if not job.stack.padding_mask or job.rows == 1:
+        return 0.0
+    return float(job.tokens * job.sequence * (1 + job.compute_bytes))
 
 
 def layer_bytes(job: Job) -> float:
@@ -274,7 +357,8 @@ def layer_bytes(job: Job) -> float:
     shape, c, stack = job.shape, job.compute_bytes, job.stack
     each = c * (3 * shape.experts_per_token * shape.feed_forward + shape.hidden)
     each += shape.vocabulary * stack.kept_logits_bytes
-    if stack.fsdp1 and job.world_size > 1:
+    each += shape.heads * job.sequence * (c + 4) if shape.family.eager else 0
+    if stack.fsdp1 and job.shards > 1:
         each += (shape.layers - 1) * c * shape.hidden
     return job.tokens * each + (saved_bytes(job) if job.gradient_checkpointing else 0.0)
 

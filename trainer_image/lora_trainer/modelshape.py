@@ -1,13 +1,17 @@
 """The shape of a model, from its Hugging Face ``config.json``: what a memory plan has to know, and no weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_trainer.errors import BadSpecError
 
 MAX_NUMBER = 2**31 - 1
 """No size of a model is larger."""
+
+
+class UnplannedModelError(BadSpecError):
+    """An architecture whose memory cannot be planned. It may train all the same."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,10 @@ class Family:
     """What ``model_type`` says beyond the numbers of the file. Defaults are those of transformers 5.19.
 
     ``norms`` counts the RMSNorms over the hidden size in a layer; ``head_norms`` is set where queries and keys are
-    normalised too. ``defaults`` holds values that published files leave out.
+    normalised too. ``eager`` is set where attention is more than PyTorch's SDPA can do (Gemma 2 caps its scores), so
+    that without FlashAttention all scores of a layer exist. ``biases`` names the linear layers that have one,
+    ``optional_biases`` those that a key of the file gives one to. ``defaults`` holds values that published files leave
+    out.
     """
 
     norms: int = 2
@@ -41,20 +48,38 @@ class Family:
     fused: bool = False
     tied: bool = False
     moe: bool = False
+    eager: bool = False
+    biases: str = ""
+    optional_biases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, int] | None = None
 
 
+_QKV, _QKVO, _MLP = "q_proj k_proj v_proj", "q_proj k_proj v_proj o_proj", "gate_proj up_proj down_proj"
+_ATTENTION_BIAS = {"attention_bias": _QKVO}
+_BOTH_BIASES = {**_ATTENTION_BIAS, "mlp_bias": _MLP}
 _GEMMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(),
+    "llama": Family(optional_biases=_BOTH_BIASES),
     "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(head_norms=True, defaults={"head_dim": 128}),
-    "gemma2": Family(norms=4, tied=True, defaults={**_GEMMA, "vocab_size": 256_000}),
-    "gemma3_text": Family(norms=4, head_norms=True, tied=True, defaults={**_GEMMA, "vocab_size": 262_208}),
+    "qwen2": Family(biases=_QKV),
+    "qwen3": Family(head_norms=True, optional_biases=_ATTENTION_BIAS, defaults={"head_dim": 128}),
+    "gemma2": Family(
+        norms=4,
+        tied=True,
+        eager=True,
+        optional_biases=_ATTENTION_BIAS,
+        defaults={**_GEMMA, "vocab_size": 256_000},
+    ),
+    "gemma3_text": Family(
+        norms=4,
+        head_norms=True,
+        tied=True,
+        optional_biases=_ATTENTION_BIAS,
+        defaults={**_GEMMA, "vocab_size": 262_208},
+    ),
     "phi3": Family(fused=True),
-    "smollm3": Family(tied=True),
+    "smollm3": Family(tied=True, optional_biases=_BOTH_BIASES),
     "mixtral": Family(moe=True),
 }
 """By ``model_type``. SmolLM and SmolLM2 are llama; SmolLM3 has a type of its own."""
@@ -64,10 +89,24 @@ NESTED = {"gemma3": "gemma3_text"}
 
 
 @dataclass(frozen=True)
+class Weights:
+    """How many weights a model has: ``linear`` in linear layers, which quantization takes, and the ``rest``."""
+
+    linear: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.rest
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder-only transformer.
 
     ``feed_forward`` is the inner width of one MLP (of one expert), ``head_size`` the width of one attention head.
+    ``biased`` names the linear layers that have a bias.
     """
 
     architecture: str
@@ -81,6 +120,7 @@ class ModelShape:
     tied: bool = False
     experts: int = 1
     experts_per_token: int = 1
+    biased: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -152,9 +192,22 @@ class ModelShape:
         return (1 if self.tied else 2) * self.vocabulary * self.hidden
 
     @property
+    def small_weights(self) -> int:
+        """Weights of all norms and biases, which are less than 0.01% of a large model's. Never quantized."""
+        norms = self.family.norms * self.hidden + (2 * self.head_size if self.family.head_norms else 0)
+        biases = sum(one.outputs for one in self.linears if one.name.rpartition(".")[2] in self.biased)
+        return self.layers * (norms + biases) + self.hidden
+
+    @property
+    def weights(self) -> "Weights":
+        """All weights, by whether they can be quantized."""
+        rest = self.layers * self.expert_weights + self.embedding_weights + self.small_weights
+        return Weights(self.layers * self.layer_weights, rest)
+
+    @property
     def total_weights(self) -> int:
-        """All weights but the norms' and biases, which are less than 0.01% of them."""
-        return self.layers * (self.layer_weights + self.expert_weights) + self.embedding_weights
+        """All weights: those of transformers' model, in the test over all families to the last one."""
+        return self.weights.total
 
     def targets(self, names: list[str]) -> tuple[Linear, ...]:
         """The linear layers of one transformer layer that get an adapter.
@@ -177,6 +230,7 @@ def read_shape(config: object) -> ModelShape:
     """The shape that ``config``, the content of a ``config.json``, describes.
 
     Raises:
+        UnplannedModelError: the memory of this architecture cannot be planned.
         BadSpecError: something is not understood; the message names the key.
     """
     if not isinstance(config, Mapping):
@@ -190,7 +244,7 @@ def read_shape(config: object) -> ModelShape:
         numbers, prefix, model_type = nested, "text_config.", NESTED[model_type]
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES.keys() | NESTED.keys()))
-        raise BadSpecError(f"config.json: model_type is {model_type!r}; memory can be planned for {known}")
+        raise UnplannedModelError(f"config.json: model_type is {model_type!r}; memory can be planned for {known}")
     if config.get("quantization_config") is not None:
         raise BadSpecError(
             "config.json: quantization_config: the weights are quantized already; use the original model"
@@ -248,4 +302,15 @@ def _read_numbers(numbers: Mapping[str, Any], prefix: str, model_type: str, tied
         tied=tied,
         experts=experts,
         experts_per_token=chosen,
+        biased=_read_biases(numbers, prefix, family),
     )
+
+
+def _read_biases(numbers: Mapping[str, Any], prefix: str, family: Family) -> tuple[str, ...]:
+    found = family.biases.split()
+    for key, names in family.optional_biases.items():
+        value = numbers.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise BadSpecError(f"config.json: {prefix}{key} is {value!r}; it must be true or false")
+        found += names.split() if value else []
+    return tuple(found)

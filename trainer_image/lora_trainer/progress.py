@@ -30,7 +30,11 @@ class Progress:
         """Reports an evaluation. ``fields`` are those of ProgressLine."""
         self._write("eval", **fields)
 
-    def _write(self, event: Literal["stage", "step", "eval"], **fields: Any) -> None:
+    def report_memory(self, **fields: Any) -> None:
+        """Reports what is planned or measured of memory. ``fields`` are those of ProgressLine."""
+        self._write("memory", **fields)
+
+    def _write(self, event: Literal["stage", "step", "eval", "memory"], **fields: Any) -> None:
         if self.enabled:
             line = ProgressLine(event=event, at=datetime.now(UTC), **fields).to_line()
             sys.stdout.write(line + "\n")

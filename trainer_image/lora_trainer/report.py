@@ -70,7 +70,7 @@ def build_report(run: RunSpec, result: RunResult) -> str:
         ("Answers before and after", _samples(result.before.samples, result.after.samples)),
         ("Checks", _table(list_checks(run, result))),
         ("Data", _data(result.data)),
-        ("Memory of a GPU", _table(result.memory) if result.memory else ""),
+        ("Memory of one process", _table(result.memory) if result.memory else ""),
         ("Parameters", _table(list_parameters(run))),
         ("Versions", _table(result.versions.items())),
     ]

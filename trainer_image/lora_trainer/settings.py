@@ -37,6 +37,11 @@ def read_place(env: Mapping[str, str] = os.environ) -> Place:
     return Place(int(env.get("RANK", "0")), int(env.get("LOCAL_RANK", "0")), int(env.get("WORLD_SIZE", "1")))
 
 
+def local_processes(env: Mapping[str, str] = os.environ) -> int:
+    """Training processes of this pod, as the launcher set them."""
+    return int(env.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def work_directory(env: Mapping[str, str] = os.environ) -> Path:
     """Writable scratch directory (LORA_WORK, else the pods' /scratch)."""
     return Path(env.get("LORA_WORK", WORK_DIRECTORY))

@@ -1,5 +1,6 @@
 """One run, from the base model to the published adapter. Every process of the gang runs this page."""
 
+from dataclasses import replace
 from importlib.metadata import version
 
 from transformers import PrinterCallback
@@ -12,6 +13,7 @@ from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import load_records
 from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.gate import check_gate_has_records
+from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
@@ -21,6 +23,7 @@ from lora_trainer.publish import find_published
 from lora_trainer.release import Release, publish_run
 from lora_trainer.report import RunResult
 from lora_trainer.settings import Place, state_directory
+from lora_trainer.sizing import settle_micro_batch
 from lora_trainer.sources import fetch_sources
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store
@@ -46,6 +49,9 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     check_gate_has_records(run, len(records.eval))
     device = training_device(run, place.local_rank)
     start_process_group(place, device)
+    find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find
+    run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint)
+    progress.report_memory(**memory.to_progress())
 
     base = load_base_model(sources.model, run.quantization, device)
     model = add_adapter(base, run.lora, run.training.seed)
@@ -74,11 +80,13 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     after = evaluator.run()
     progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, eval_loss=after.loss)
 
+    memory = replace(memory, measured=measure_memory(device))
+    progress.report_memory(**memory.to_progress())
     progress.stage("publishing")
     versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
     counts = (trainer.args.max_steps, len(records.train), len(records.eval))
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
-    result = RunResult(before, after, metrics, *counts, versions)
+    result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows())
     with stop.deferred():
         adapter = publish_run(Release(store, run, place, work / "adapter"), model, evaluator, result)
         if adapter is not None:

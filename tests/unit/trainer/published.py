@@ -50,10 +50,9 @@ ANSWER = LoRA(r=64, alpha=16, dropout=0.1, target_modules=ANSWER_TARGETS)
 SCHMID = LoRA(r=16, alpha=8, dropout=0.05, target_modules=["all-linear"])
 
 # All of them used FSDP 1, and loaded without the whole model on each GPU or measured later.
-WHOLE = Stack(logits_bytes=14, loss_chunk=None, fsdp1=True, loads_whole=False)
-LIGER = Stack(fused_norms=True, fsdp1=True, loads_whole=False)
-ANSWER_STACK = replace(WHOLE, logits_bytes=16, kept_logits_bytes=4, adapter_bytes=8)
-SCHMID_STACK = replace(WHOLE, offload=True)
+WHOLE = Stack(logits_bytes=14, loss_chunk=None, fsdp1=True, loads_whole=False, padding_mask=False)
+LIGER = replace(WHOLE, logits_bytes=6, loss_chunk=2048, fused_norms=True)
+ANSWER_STACK = replace(WHOLE, logits_bytes=16, kept_logits_bytes=4, adapter_bytes=4, moment_bytes=2)
 
 
 def allocated(plan: MemoryPlan) -> float:
@@ -82,10 +81,20 @@ class Published:
     batch: int
     sequence: int = 4096
     quantization: Quantization = field(default_factory=Quantization)
+    cpu_offload: bool = False
 
     def job(self) -> Job:
         shape = read_shape(self.model)
-        return Job(shape, self.lora, self.quantization, self.batch, self.sequence, self.gpus, stack=self.stack)
+        return Job(
+            shape,
+            self.lora,
+            self.quantization,
+            self.batch,
+            self.sequence,
+            self.gpus,
+            stack=self.stack,
+            cpu_offload=self.cpu_offload,
+        )
 
     @property
     def planned(self) -> float:
@@ -116,7 +125,7 @@ POINTS = (
     Published("Llama-2-7B, fsdp_qlora", 5.21, reserved, LLAMA_2_7B, ANSWER, ANSWER_STACK, 2, 1, 2048),
     Published("Llama-2-7B, fsdp_qlora", 11.22, reserved, LLAMA_2_7B, ANSWER, ANSWER_STACK, 2, 4, 2048),
     Published("Llama-2-7B, fsdp_qlora", 20.97, reserved, LLAMA_2_7B, ANSWER, ANSWER_STACK, 2, 10, 2048),
-    Published("Llama-3-70B, CPU offload", 20.5, on_device, LLAMA_3_70B, SCHMID, SCHMID_STACK, 4, 1, 3072),
+    Published("Llama-3-70B, CPU offload", 20.5, on_device, LLAMA_3_70B, SCHMID, WHOLE, 4, 1, 3072, cpu_offload=True),
     Published("Llama-3-8B, Liger", 13.42, allocated, LLAMA_3_8B, ATTENTION, LIGER, 1, 4),
     Published("Llama-3-8B, Liger", 21.36, allocated, LLAMA_3_8B, ATTENTION, LIGER, 1, 8),
     Published("Llama-3-8B, Liger", 37.24, allocated, LLAMA_3_8B, ATTENTION, LIGER, 1, 16),
