@@ -30,6 +30,8 @@ class FailureClass(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     POD_NOT_STARTED = "PodNotStarted"
     NAME_CONFLICT = "NameConflict"
+    STALLED = "Stalled"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,28 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="An object with the name of a child exists and belongs to something else.",
         remedy="Delete or rename that object, then delete this LoRAFineTune and create it again, or create it under "
         "another name.",
+    ),
+    FailureRule(
+        failure_class=FailureClass.STALLED,
+        exit_code=None,
+        charged=True,
+        retried=True,
+        meaning="The pods ran, but for runPolicy.stallTimeoutSeconds there was no word of progress.",
+        remedy=(
+            "Read the ranks' last words. If one step, the loading of the model or the evaluation takes longer than "
+            "that by itself, create the run again with a larger runPolicy.stallTimeoutSeconds."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.DEADLINE_EXCEEDED,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="The gang has run for runPolicy.activeDeadlineSeconds, over all attempts.",
+        remedy=(
+            "Create the run again with a larger runPolicy.activeDeadlineSeconds, fewer steps or more GPUs. While a run "
+            "lives, its deadline can be raised."
+        ),
     ),
 )
 

@@ -26,7 +26,7 @@ MAX_NAME_LENGTH = 52
 
 
 class RunPolicy(ApiModel):
-    """What happens when something fails."""
+    """When a run waits, how long it may take, what happens when something fails, and what is left of it."""
 
     max_restarts: int = Field(
         3,
@@ -34,6 +34,37 @@ class RunPolicy(ApiModel):
         le=100,
         description="Restarts of the whole gang that failures of the run itself may use up. Restarts after a lost "
         "node, an eviction or a preemption are not counted.",
+    )
+    suspend: bool = Field(
+        default=False,
+        description="Set to true to save a checkpoint and free the pods, and to false to go on from there. It can be "
+        "changed at any time.",
+    )
+    active_deadline_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=315_360_000,
+        description="Seconds that all pods of the gang may run, over all attempts; then the run ends with "
+        "DeadlineExceeded. Waiting for nodes does not count. It can be changed at any time. Default: no limit.",
+    )
+    stall_timeout_seconds: int = Field(
+        3600,
+        ge=10,
+        le=604_800,
+        description="Seconds without a word of progress from a gang that runs, after which it counts as stalled and is "
+        "restarted (Stalled). Leave room for loading the model and for the evaluation.",
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        None,
+        ge=0,
+        le=315_360_000,
+        description="Seconds after the end of the run until its pods, and their logs with them, are deleted. It can be "
+        "changed at any time. Default: never.",
+    )
+    ttl_deletes: Literal["children", "run"] = Field(
+        "children",
+        description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, Services and ConfigMaps. run: this "
+        "LoRAFineTune too. The adapter in the store stays.",
     )
 
 
@@ -71,8 +102,26 @@ _NEAREST_SIZES = (
 )
 
 
+MUTABLE = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
+"""Fields of runPolicy that can be changed while the run lives."""
+
+SECTIONS = (
+    "baseModel", "dataset", "lora", "quantization", "training", "parallelism", "checkpoint", "publish", "tracking",
+    "podTemplate",
+)  # fmt: skip
+
+
+def _unchanged() -> str:
+    """CEL for: everything but MUTABLE is as it was."""
+    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "stallTimeoutSeconds", "ttlDeletes")]
+    same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
+    same.append("has(self.credentials) == has(oldSelf.credentials)")
+    same.append("(!has(self.credentials) || self.credentials == oldSelf.credentials)")
+    return " && ".join(same)
+
+
 class LoRAFineTuneSpec(ApiModel):
-    """One fine-tune. It cannot be changed once created: delete it and create another."""
+    """One fine-tune. But for three fields of runPolicy it cannot be changed once created."""
 
     base_model: BaseModelSource = Field(description="The model that the adapter is trained on.")
     dataset: Dataset = Field(description="What to learn from, and what to measure with.")
@@ -86,7 +135,10 @@ class LoRAFineTuneSpec(ApiModel):
     publish: Publish = Field(description="Where the adapter goes.")
     tracking: Tracking = Field(default_factory=Tracking, description="Who else is told of the run.")
     credentials: Credentials | None = Field(None, description="How the pods reach the store and the model hub.")
-    run_policy: RunPolicy = Field(default_factory=RunPolicy, description="What happens when something fails.")
+    run_policy: RunPolicy = Field(
+        default_factory=RunPolicy,
+        description="When the run waits, how long it may take, and what happens when something fails.",
+    )
     pod_template: PodTemplate = Field(default_factory=PodTemplate, description="What the pods of the gang get.")
 
     cel_rules = (
@@ -136,8 +188,9 @@ class LoRAFineTuneSpec(ApiModel):
             field_path=".lora.newTokens",
         ),
         CelRule(
-            rule="self == oldSelf",
-            message="spec cannot be changed once created: delete this LoRAFineTune and create another one",
+            rule=_unchanged(),
+            message="spec cannot be changed once created: delete this LoRAFineTune and create another one. Only "
+            "runPolicy.suspend, activeDeadlineSeconds and ttlSecondsAfterFinished can be",
         ),
     )
 

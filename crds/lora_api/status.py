@@ -36,6 +36,7 @@ class Phase(StrEnum):
     PUBLISHING = "Publishing"
     SUCCEEDED = "Succeeded"
     FAILED = "Failed"
+    SUSPENDED = "Suspended"
 
 
 class ConditionType(StrEnum):
@@ -97,6 +98,7 @@ class Failure(RecordModel):
     remedy: ShortMessage = Field("", description="What to do about it.")
     pod: str | None = Field(None, description="Pod in which it began.")
     rank: int | None = Field(None, ge=0, description="Process in which it began, by its rank.")
+    step: int | None = Field(None, ge=0, description="Last optimizer step before it.")
     exit_code: int | None = Field(None, description="Exit code of the pod's container.")
     log_tail: LongMessage | None = Field(None, description="Last lines of the pod's log, at most 4096 characters.")
     at: Time = Field(description="When it happened.")
@@ -140,4 +142,13 @@ class LoRAFineTuneStatus(RecordModel):
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
+    retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
+    suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")
+    active_seconds: int = Field(
+        0,
+        ge=0,
+        description="Seconds that the whole gang has run, over all attempts. While it runs, the time since the last "
+        "transition of the condition Running comes on top.",
+    )
+    gpu_seconds: int = Field(0, ge=0, description="activeSeconds times the GPUs of the gang.")
     adapter: AdapterStatus | None = Field(None, description="The published adapter.")

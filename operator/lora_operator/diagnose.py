@@ -32,6 +32,7 @@ class Symptom:
     pod: PodView | None = None
     remedy: str = ""
     rank: int | None = None
+    step: int | None = None
     at: datetime | None = None
 
 
@@ -127,7 +128,9 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     if termination is not None and said is not None:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
-        return Symptom(said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.at)
+        return Symptom(
+            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step, termination.at
+        )
     if ended.reason in _NOT_STARTED:
         message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
@@ -197,6 +200,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         remedy=root.remedy or RULES[root.failure_class].remedy,
         pod=root.pod.name if root.pod else None,
         rank=root.rank,
+        step=root.step,
         exit_code=ended.exit_code if ended else None,
         log_tail=None,
         at=root.at or now,

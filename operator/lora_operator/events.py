@@ -39,6 +39,9 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
         if failure.attempt not in recorded and new.phase != Phase.FAILED:
             note = f"Attempt {failure.attempt}: {failure.message} The run starts again."
             events.append(EventSpec("Warning", str(failure.failure_class), "Restart", note, failure.attempt))
+    if new.suspended_attempt > old.suspended_attempt:
+        note = f"Attempt {attempt}: runPolicy.suspend ends its pods once they have saved a checkpoint"
+        events.append(EventSpec("Normal", "Suspended", "Suspend", note, attempt))
     obstacle = _obstacle(new)
     if obstacle is not None and _obstacle(old) != obstacle:
         events.append(EventSpec("Warning", obstacle[0], "Wait", obstacle[1], attempt))

@@ -2,8 +2,8 @@
 
 from datetime import datetime
 
-from lora_operator.lifecycle import Plan
-from lora_operator.observed import Observed, has_failed, is_finished
+from lora_operator.observed import Observed, is_finished, is_over
+from lora_operator.plan import Plan
 from lora_operator.progress import is_due
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
@@ -15,7 +15,7 @@ REFUSAL_DELAY = 3.0
 def missing_attempt(observed: Observed) -> int | None:
     """The attempt whose Job was made and is not there, though nothing says that the attempt has ended."""
     status = observed.run.status
-    over = is_finished(status) or has_failed(status, status.attempt)
+    over = is_finished(status) or is_over(status, status.attempt)
     if observed.run.metadata.deletion_timestamp or over or not status.attempt or status.attempt in observed.jobs:
         return None
     return status.attempt
@@ -58,7 +58,7 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
 def _live_job(observed: Observed) -> JobView | None:
     """The Job of an attempt that has no verdict yet."""
     job, status = observed.current_job(), observed.run.status
-    return None if job is None or is_finished(status) or has_failed(status, job.attempt) else job
+    return None if job is None or is_finished(status) or is_over(status, job.attempt) else job
 
 
 def _rank_zero(observed: Observed) -> PodView | None:

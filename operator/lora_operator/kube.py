@@ -35,7 +35,7 @@ class Rule:
 
 
 RBAC: tuple[Rule, ...] = (
-    Rule("lorafinetune.io", ("lorafinetunes",), ("get", "list", "watch"), "what is asked for"),
+    Rule("lorafinetune.io", ("lorafinetunes",), ("delete", "get", "list", "watch"), "what is asked for, and its end"),
     Rule("lorafinetune.io", ("lorafinetunes/status",), ("patch",), "what was seen, by server-side apply"),
     Rule(
         "batch",
@@ -43,7 +43,12 @@ RBAC: tuple[Rule, ...] = (
         ("create", "delete", "get", "list", "patch", "watch"),
         "the gang of an attempt: apply, end it, follow it",
     ),
-    Rule("", ("services", "configmaps"), ("create", "get", "patch"), "name and input of the gang: apply"),
+    Rule(
+        "",
+        ("services", "configmaps"),
+        ("create", "delete", "get", "patch"),
+        "name and input of the gang",
+    ),
     Rule("", ("pods",), ("get", "list", "watch"), "how the pods of the gang fare"),
     Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
@@ -202,8 +207,17 @@ class KubeClient:
         }
         return await self._apply(PLURAL, metadata.namespace, metadata.name, body, "status")
 
-    async def delete_job(self, namespace: str, name: str, uid: str) -> None:
-        """Deletes a Job; its pods follow. One that is gone, or has another uid, is left alone."""
+    async def delete_child(self, resource: str, namespace: str, name: str, owner_uid: str) -> None:
+        """Deletes an object if it belongs to the run ``owner_uid``; another one of its name is left alone."""
+        try:
+            found = await self.fetch_object(resource, namespace, name)
+        except NotFoundError:
+            return
+        if controller_of(found["metadata"]).get("uid") == owner_uid:
+            await self.delete_object(resource, namespace, name, found["metadata"]["uid"])
+
+    async def delete_object(self, resource: str, namespace: str, name: str, uid: str) -> None:
+        """Deletes an object; what belongs to it follows. One that is gone, or has another uid, is left alone."""
         options = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -211,9 +225,9 @@ class KubeClient:
             "preconditions": {"uid": uid},
         }
         try:
-            await self._call_json("DELETE", "delete", "jobs", namespace, name, body=options)
+            await self._call_json("DELETE", "delete", resource, namespace, name, body=options)
         except (NotFoundError, ConflictError):
-            logger.debug("%s/%s: the Job is gone already", namespace, name)
+            logger.debug("%s %s/%s: gone already", resource, namespace, name)
 
     async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
         """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""

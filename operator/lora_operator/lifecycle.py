@@ -1,60 +1,37 @@
 r"""The state machine of a run: ``decide(observed, now, settings) -> Plan``. No IO and no clock.
 
 The state is derived from what exists. Of the status only facts are read that cannot be derived again: the attempt,
-the failures so far, the restarts used up, and the terminal condition, which is sticky.
+the failures so far, the restarts used up, the time that the gang has run, what was suspended, and the terminal
+condition, which is sticky.
 
     launch -> wait for pods -> run -> succeed
                  |              |
                  +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
+                 +--- suspend --/                             \-> while suspended: wait
                                  \-> record as final -> end the pods that still run, keep the others for their logs
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, Phase
 from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of, with_remedy
-from lora_operator.observed import Observed, has_failed, is_finished
+from lora_operator.finished import decide_finished
+from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.obstacles import diagnose_obstacle
+from lora_operator.plan import NOTHING, Mark, Plan
+from lora_operator.policy import (
+    SAME_FAILURES,
+    compute_backoff,
+    find_overrun,
+    find_stall,
+    is_repetition,
+    seconds_to_deadline,
+    seconds_to_stall,
+)
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What a condition is to say."""
-
-    value: bool
-    reason: str
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do about a run, and what to say about it.
-
-    ``launch``, ``delete`` and ``stop`` are done in this order, then the status is written. ``phase`` None: nothing is
-    to be said that is not in the status already.
-    """
-
-    phase: Phase | None = None
-    reason: str = ""
-    message: str = ""
-    attempt: int = 0
-    conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
-    launch: int | None = None
-    delete: JobView | None = None
-    stop: JobView | None = None
-    failure: Failure | None = None
-    charged: bool = False
-    adapter: AdapterStatus | None = None
-    ended: bool = False
-    failing: bool = False
-    requeue_after: float | None = None
-
-
-NOTHING = Plan()
 
 
 def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
@@ -63,9 +40,9 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     if observed.run.metadata.deletion_timestamp:
         return NOTHING
     if is_finished(status):
-        return _decide_finished(observed, now, settings)
+        return decide_finished(observed, now, settings)
     attempt = max(status.attempt, 1)
-    if has_failed(status, attempt):
+    if is_over(status, attempt):
         if attempt + 1 not in observed.jobs:
             return _decide_replacement(observed, attempt, now, settings)
         attempt += 1
@@ -79,9 +56,17 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
 
 def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
     """Creates the children of ``attempt``, once the pods of earlier Jobs are gone: they hold GPUs and names."""
+    if observed.run.spec.run_policy.suspend:
+        return _decide_suspended(observed)
+    overrun = find_overrun(observed.run, max(attempt - 1, 1), now)
+    if overrun is not None:
+        return decide_failure(observed, overrun.attempt, overrun, settings)
     waiting = _wait_for_leftovers(observed, now, settings)
     if waiting is not None:
         return waiting
+    retry_time = observed.run.status.retry_time
+    if retry_time is not None and retry_time > now:
+        return Plan(requeue_after=(retry_time - now).total_seconds())
     reason = "Restarting" if attempt > 1 else "Starting"
     return Plan(
         phase=Phase.RESTARTING if attempt > 1 else Phase.STARTING,
@@ -96,8 +81,37 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
     )
 
 
+def _decide_suspended(observed: Observed) -> Plan:
+    """Nothing runs, and nothing is launched."""
+    ending = bool(observed.leftovers())
+    reason = "Suspending" if ending else "Suspended"
+    message = (
+        "Waiting for the pods to save a checkpoint and end" if ending else "Set runPolicy.suspend to false to go on"
+    )
+    return Plan(
+        phase=Phase.SUSPENDED,
+        reason=reason,
+        message=message,
+        attempt=observed.run.status.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason=reason, message=message)},
+    )
+
+
+def _decide_suspension(job: JobView) -> Plan:
+    """Puts on record that ``job`` is ended by the user's wish, so that its end counts as no failure."""
+    message = "The pods are asked to save a checkpoint and end"
+    return Plan(
+        phase=Phase.SUSPENDED,
+        reason="Suspending",
+        message=message,
+        attempt=job.attempt,
+        suspended=job.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason="Suspending", message=message)},
+    )
+
+
 def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
-    """Ends what is left of a failed attempt, then launches the next one."""
+    """Ends what is left of an attempt that is over, then launches the next one."""
     job = observed.jobs.get(attempt)
     if job is not None:
         return Plan(delete=None if job.deleting else job)
@@ -140,6 +154,8 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
     )
     if symptoms:
         return _decide_failing(observed, job, pods, symptoms, now, settings)
+    if observed.run.spec.run_policy.suspend:
+        return _decide_suspension(job)
     return _decide_healthy(observed, job, pods, now, settings)
 
 
@@ -227,16 +243,25 @@ def _decide_running(
     settings: Settings,
     now: datetime,
 ) -> Plan:
-    reason = _STAGE_REASONS.get(observed.reports.stage, "Running")
+    run, reports = observed.run, observed.reports
+    overdue = find_overrun(run, job.attempt, now) or find_stall(run, reports, job.attempt, now)
+    if overdue is not None:
+        return decide_failure(observed, job.attempt, overdue, settings)
+    reason = _STAGE_REASONS.get(reports.stage, "Running")
     late = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
     lost_at = min(late) + timedelta(seconds=settings.failure_grace + 1) if late else None
+    waits = [
+        max(1.0, (lost_at - now).total_seconds()) if lost_at else None,
+        seconds_to_deadline(run, now),
+        seconds_to_stall(run, reports, now),
+    ]
     return Plan(
         phase=Phase.PUBLISHING if reason == "Publishing" else Phase.RUNNING,
         reason=reason,
         message="The gang is training",
         attempt=job.attempt,
         conditions=marks,
-        requeue_after=max(1.0, (lost_at - now).total_seconds()) if lost_at else None,
+        requeue_after=min((seconds for seconds in waits if seconds is not None), default=None),
     )
 
 
@@ -280,6 +305,8 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
         refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
     elif rule.retried and not rule.charged and free >= settings.max_uncharged_restarts:
         refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
+    elif is_repetition(status.failures, failure):
+        refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)
     mark = Mark(value=False, reason=reason, message=text)
@@ -287,6 +314,7 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
         return Plan(
             phase=Phase.RESTARTING, reason=reason, message=text, attempt=attempt, failure=failure,
             charged=rule.charged, conditions={ConditionType.RUNNING: mark},
+            backoff=compute_backoff(status.charged_restarts, settings.restart_backoff) if rule.charged else 0.0,
         )  # fmt: skip
     return Plan(
         phase=Phase.FAILED,
@@ -297,27 +325,6 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
         conditions={ConditionType.RUNNING: mark, ConditionType.FAILED: replace(mark, value=True)},
         ended=True,
     )
-
-
-def _decide_finished(observed: Observed, now: datetime, settings: Settings) -> Plan:
-    """Ends pods that run on after the end of their run; the others are kept for their logs.
-
-    A Job with a failed index is ended by lowering maxFailedIndexes, which leaves its ended pods alone. Another one has
-    no log worth keeping and is deleted.
-    """
-    job = observed.current_job()
-    ended_at = observed.run.status.completion_time
-    if job is None or job.deleting or job.stopping or job.finished:
-        return NOTHING
-    if all(pod.has_ended for pod in observed.gang(job)) and not observed.is_short_of_pods(job):
-        return NOTHING
-    left = settings.failure_grace - (now - ended_at).total_seconds() if ended_at else 0.0
-    succeeded = observed.run.status.adapter is not None
-    if succeeded and left > 0:
-        return Plan(requeue_after=left)
-    if job.failed_indexes:
-        return Plan(stop=job)
-    return Plan(delete=job)
 
 
 def _job_lost(attempt: int, now: datetime) -> Failure:

@@ -15,6 +15,8 @@ class Reports:
     run_uid: str = ""
     stage: str = ""
     progress: Progress | None = None
+    last_word: str = ""
+    heard_at: datetime | None = None
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
     refused: str | None = None
@@ -59,6 +61,11 @@ def is_finished(status: LoRAFineTuneStatus) -> bool:
     """Whether the run has ended for good."""
     final = (ConditionType.COMPLETE, ConditionType.FAILED)
     return any(condition.type in final and condition.status == "True" for condition in status.conditions)
+
+
+def is_over(status: LoRAFineTuneStatus, attempt: int) -> bool:
+    """Whether ``attempt`` has its verdict: it failed, or was suspended. Another one follows it."""
+    return has_failed(status, attempt) or 1 <= attempt <= status.suspended_attempt
 
 
 def has_failed(status: LoRAFineTuneStatus, attempt: int) -> bool:

@@ -26,6 +26,11 @@ def compute_stage(lines: Sequence[ProgressLine], previous: str = "") -> str:
     return previous
 
 
+def describe_last(lines: Sequence[ProgressLine]) -> str:
+    """What tells the last of ``lines`` from any other; empty without lines."""
+    return f"{lines[-1].at.isoformat()} {lines[-1].event} {lines[-1].stage} {lines[-1].step}" if lines else ""
+
+
 def compute_progress(previous: Progress | None, lines: Sequence[ProgressLine], *, logging_steps: int) -> Progress:
     """``previous`` brought up to ``lines``, which are the end of one pod's log."""
     old = previous or Progress()

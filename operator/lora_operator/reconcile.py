@@ -25,11 +25,12 @@ from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
 from lora_operator.follow import compute_next_look, missing_attempt, wants_log, wants_refusal
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
-from lora_operator.lifecycle import Plan, decide, decide_failure, decide_wait
+from lora_operator.lifecycle import decide, decide_failure, decide_wait
 from lora_operator.metrics import Metrics
 from lora_operator.observed import Observed, Reports, is_finished
 from lora_operator.parse import InvalidRunError, parse_run
-from lora_operator.progress import compute_progress, compute_stage, is_due, parse_progress
+from lora_operator.plan import Plan
+from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
 from lora_operator.views import Key, PodView
@@ -102,8 +103,11 @@ class Reconciler:
         if pod is not None:
             log = await self._fetch_log(pod, PROGRESS_LINES)
             lines = parse_progress(log or "")
+            word = describe_last(lines)
             reports = replace(
                 reports,
+                last_word=word or reports.last_word,
+                heard_at=now if log is None or word not in ("", reports.last_word) else reports.heard_at,
                 stage=compute_stage(lines, reports.stage),
                 progress=compute_progress(
                     reports.progress or observed.run.status.progress,
@@ -134,13 +138,28 @@ class Reconciler:
                 return self._decide_conflict(observed, plan.launch, conflict)
             self._cache.put(Resource.JOBS, job)
         if plan.delete is not None:
-            await self._kube.delete_job(plan.delete.namespace, plan.delete.name, plan.delete.uid)
+            await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
             self._cache.remove_job(plan.delete)
             return replace(plan, requeue_after=0.0)
         if plan.stop is not None:
             job = await self._kube.patch_job_stop(plan.stop.namespace, plan.stop.name, plan.stop.uid)
             self._cache.put(Resource.JOBS, job)
+        if plan.clean_up:
+            await self._delete_children(observed)
+        if plan.delete_run:
+            await self._kube.delete_object(PLURAL, run.metadata.namespace, run.metadata.name, run.metadata.uid)
         return plan
+
+    async def _delete_children(self, observed: Observed) -> None:
+        """Deletes what the run was made of, the Jobs last: as long as one is there, there is something to do."""
+        run = observed.run
+        for attempt in range(1, run.status.attempt + 1):
+            name = child_name(run.metadata.name, attempt)
+            for resource in ("services", "configmaps"):
+                await self._kube.delete_child(resource, run.metadata.namespace, name, run.metadata.uid)
+        for job in observed.jobs.values():
+            await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
+            self._cache.remove_job(job)
 
     def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:
         if conflict.passing:
@@ -176,11 +195,11 @@ class Reconciler:
             self._metrics.failures.labels(str(plan.failure.failure_class)).inc()
         await self._emit_events(observed.run.metadata, old, new)
         # A verdict calls for the next step, and no event will.
-        return 0.0 if plan.failure is not None or plan.ended else None
+        return 0.0 if plan.failure is not None or plan.ended or plan.suspended is not None else None
 
     def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
         """A new attempt starts with no reports of the one before."""
-        if plan.launch is not None or plan.failure is not None:
+        if plan.launch is not None or plan.failure is not None or plan.suspended is not None:
             return Reports(
                 run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
             )
@@ -235,12 +254,25 @@ class Reconciler:
                 logger.warning("%s/%s: event not posted: %s", metadata.namespace, metadata.name, error)
 
     async def _fetch_last_lines(self, observed: Observed, failure: Failure) -> Failure:
-        """``failure`` with the last lines of the failing pod's log."""
+        """``failure`` with the last lines of the failing pod's log; of a gang that stalled, with those of every pod."""
+        if failure.failure_class is FailureClass.STALLED:
+            return failure.model_copy(update={"log_tail": await self._fetch_last_words(observed)})
         pod = next((pod for pod in observed.pods if pod.name == failure.pod and not pod.gone), None)
         if pod is None or not (pod.running or pod.ended):
             return failure
         log = await self._fetch_log(pod, LAST_LINES)
         return failure.model_copy(update={"log_tail": log[-LAST_CHARACTERS:]}) if log else failure
+
+    async def _fetch_last_words(self, observed: Observed) -> str:
+        """The last lines of every pod that runs, an equal share of what there is room for."""
+        pods = [pod for pod in observed.pods if pod.running and not pod.gone]
+        share = LAST_CHARACTERS // max(1, len(pods))
+        words = []
+        for pod in pods:
+            log = await self._fetch_log(pod, LAST_LINES) or "no log"
+            head = f"{pod.name}: "
+            words.append(head + log.strip()[-max(0, share - len(head) - 1) :])
+        return "\n".join(words)
 
     async def _fetch_log(self, pod: PodView, lines: int) -> str | None:
         """The end of the pod's log, or ``None`` where it cannot be read: logs go with their pods and nodes."""

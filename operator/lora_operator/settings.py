@@ -57,6 +57,11 @@ class Settings:
         "LORA_MAX_UNCHARGED_RESTARTS",
         "Restarts of one run after evictions, lost nodes and the like, which runPolicy.maxRestarts does not count.",
     )
+    restart_backoff: float = _setting(
+        10.0,
+        "LORA_RESTART_BACKOFF",
+        "Pause before the first restart that is charged. Each further one doubles it, up to 10 minutes.",
+    )
     log_interval: float = _setting(10.0, "LORA_LOG_INTERVAL", "Shortest time between two looks at a run's log.")
     progress_interval: float = _setting(
         15.0, "LORA_PROGRESS_INTERVAL", "Shortest time between two writes of a run's progress."

@@ -1,13 +1,14 @@
 """From a plan to the status that people and machines read. All pure."""
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.status import MAX_FAILURES
-from lora_operator.lifecycle import Mark, Plan
 from lora_operator.observed import Reports
+from lora_operator.plan import Mark, Plan
+from lora_operator.policy import compute_active_seconds, running_since
 from lora_operator.progress import compute_stopped_progress
 
 _ORDER = list(ConditionType)
@@ -21,8 +22,8 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         return old
     progress = reports.progress or old.progress
     failures = [*old.failures, plan.failure][-MAX_FAILURES:] if plan.failure else old.failures
-    stopped = plan.ended or plan.failure is not None
-    return LoRAFineTuneStatus(
+    stopped = plan.ended or plan.failure is not None or plan.suspended is not None
+    new = LoRAFineTuneStatus(
         observed_generation=run.metadata.generation,
         phase=plan.phase,
         reason=plan.reason,
@@ -33,7 +34,33 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         progress=compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED) if stopped else progress,
         failures=failures,
         charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+        retry_time=_retry_time(old, plan, now),
+        suspended_attempt=plan.suspended or old.suspended_attempt,
+        active_seconds=old.active_seconds,
+        gpu_seconds=old.gpu_seconds,
         adapter=plan.adapter,
+    )
+    return new if new == old else _count_time(run, new, now)
+
+
+def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime | None:
+    """When the next attempt may start; it is of no interest once that has."""
+    if plan.failure is not None and plan.backoff and not plan.ended:
+        return now + timedelta(seconds=plan.backoff)
+    return None if plan.launch is not None or plan.ended or plan.failure is not None else old.retry_time
+
+
+def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> LoRAFineTuneStatus:
+    """``new`` with the time that the gang has run, once it stops running.
+
+    While it runs, the time goes on by itself: the condition Running says since when.
+    """
+    if running_since(run.status) is None or running_since(new) is not None:
+        return new
+    active = compute_active_seconds(run.status, now)
+    parallelism = run.spec.parallelism
+    return new.model_copy(
+        update={"active_seconds": active, "gpu_seconds": active * parallelism.nodes * parallelism.gpus_per_node}
     )
 
 

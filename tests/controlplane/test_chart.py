@@ -110,7 +110,10 @@ def older_chart(tmp_path: Path) -> Path:
     (file,) = (older / "files" / "crds").iterdir()
     crd = yaml.safe_load(file.read_text())
     del crd["spec"]["names"]["shortNames"]
-    del crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["lora"]
+    spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    del spec["properties"]["lora"]
+    rules = spec["x-kubernetes-validations"]
+    spec["x-kubernetes-validations"] = [rule for rule in rules if "self.lora" not in rule["rule"]]
     file.write_text(yaml.safe_dump(crd, sort_keys=False))
     return older
 

@@ -104,7 +104,14 @@ MAXIMAL: Spec = {
         "tensorboard": True,
     },
     "credentials": {"secretRef": {"name": "lora-store"}},
-    "runPolicy": {"maxRestarts": 0},
+    "runPolicy": {
+        "maxRestarts": 0,
+        "suspend": True,
+        "activeDeadlineSeconds": 3600,
+        "stallTimeoutSeconds": 600,
+        "ttlSecondsAfterFinished": 86400,
+        "ttlDeletes": "run",
+    },
     "podTemplate": {
         "resources": {
             "requests": {"cpu": "8", "memory": "64Gi"},
@@ -991,6 +998,10 @@ def read_run(cp: devcluster.ControlPlane, name: str) -> dict[str, Any]:
 
 
 CHANGES = {
+    "a limit of the run that is not for changing": {"runPolicy": {"maxRestarts": 9}},
+    "what is deleted": {"runPolicy": {"ttlDeletes": "run"}},
+    "credentials that were absent": {"credentials": {"secretRef": {"name": "store"}}},
+    "placement": {"podTemplate": {"nodeSelector": {"a": "b"}}},
     "another value": {"lora": {"r": 32}},
     "a field that was absent": {"publish": {"name": "other"}},
     "a section taken away, so that its defaults come back": {"training": {"maxSteps": 19}},
@@ -1003,6 +1014,15 @@ def test_the_spec_cannot_be_changed(cp: devcluster.ControlPlane, living: str, ca
         devcluster.DevclusterError, match="spec cannot be changed once created: delete this LoRAFineTune"
     ):
         cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": CHANGES[case]}))
+
+
+def test_suspend_deadline_and_ttl_can_be_changed(cp: devcluster.ControlPlane, living: str) -> None:
+    policy = {"suspend": True, "activeDeadlineSeconds": 60, "ttlSecondsAfterFinished": 5}
+    cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": {"runPolicy": policy}}))
+    assert policy.items() <= read_run(cp, living)["spec"]["runPolicy"].items()
+    gone = {"activeDeadlineSeconds": None, "suspend": False}
+    cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": {"runPolicy": gone}}))
+    assert "activeDeadlineSeconds" not in read_run(cp, living)["spec"]["runPolicy"]
 
 
 def test_metadata_can_be_changed_and_the_same_manifest_applied_again(cp: devcluster.ControlPlane, living: str) -> None:
@@ -1116,6 +1136,9 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "conditions": [],
         "failures": [],
         "chargedRestarts": 0,
+        "suspendedAttempt": 0,
+        "activeSeconds": 0,
+        "gpuSeconds": 0,
     }
 
 

@@ -36,7 +36,7 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 # What is asked for.
 - apiGroups: [lorafinetune.io]
   resources: [lorafinetunes]
-  verbs: [get, list, watch]
+  verbs: [delete, get, list, watch]
 # What was seen, by server-side apply.
 - apiGroups: [lorafinetune.io]
   resources: [lorafinetunes/status]
@@ -51,7 +51,7 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 # Name and input of the gang: apply.
 - apiGroups: [""]
   resources: [services, configmaps]
-  verbs: [create, get, patch]
+  verbs: [create, delete, get, patch]
 # How the pods of the gang fare.
 - apiGroups: [""]
   resources: [pods]

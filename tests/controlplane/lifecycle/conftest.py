@@ -66,6 +66,7 @@ def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
             "concurrency": 2,
             "failure_grace": 1.0,
             "start_timeout": 2.0,
+            "restart_backoff": 0.1,
             "log_interval": 0.2,
             "progress_interval": 0.3,
             "confirm_after": 3.0,

@@ -10,6 +10,7 @@ import yaml
 
 from lora_api import LoRAFineTuneSpec
 from lora_api.crd import PRINTER_COLUMNS, build_crd
+from lora_api.finetune import MUTABLE
 from tools.generate import render_files
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -169,6 +170,15 @@ def test_generated_files_are_up_to_date() -> None:
 def test_the_file_holds_the_schema() -> None:
     crd = yaml.safe_load((ROOT / "crds" / "lorafinetunes.lorafinetune.io.yaml").read_text())
     assert crd == json.loads(json.dumps(build_crd()))
+
+
+def test_the_rule_against_changes_knows_every_field() -> None:
+    rules = NODES["spec"]["x-kubernetes-validations"]
+    (rule,) = (rule["rule"] for rule in rules if "oldSelf" in rule["rule"])
+    fields = [name for name in NODES["spec"]["properties"] if name != "runPolicy"]
+    fields += [f"runPolicy.{name}" for name in NODES["spec.runPolicy"]["properties"] if name not in MUTABLE]
+    assert [name for name in fields if f"self.{name} == oldSelf.{name}" not in rule] == []
+    assert [name for name in MUTABLE if f"runPolicy.{name}" in rule] == []
 
 
 def test_an_absent_section_is_the_same_as_an_empty_one() -> None:

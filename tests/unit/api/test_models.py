@@ -80,6 +80,9 @@ def test_an_unset_field_is_not_written() -> None:
         "conditions": [],
         "failures": [],
         "chargedRestarts": 0,
+        "suspendedAttempt": 0,
+        "activeSeconds": 0,
+        "gpuSeconds": 0,
     }
 
 

@@ -140,7 +140,7 @@ def test_a_child_is_created_or_found_but_never_adopted(metadata: dict[str, Any],
 
 
 def test_a_job_that_is_gone_needs_no_deletion() -> None:
-    with_client([(404, None, {"message": ""})], lambda client: client.delete_job("team", "tickets-1", "uid"))
+    with_client([(404, None, {"message": ""})], lambda client: client.delete_object("jobs", "team", "tickets-1", "uid"))
 
 
 def test_the_chart_grants_what_the_operator_needs_and_no_more() -> None:

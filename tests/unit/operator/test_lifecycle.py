@@ -23,6 +23,7 @@ from tests.unit.operator.builders import (
     running,
     said,
     seen,
+    stamp,
     waiting,
 )
 
@@ -42,6 +43,10 @@ class Case:
 
 JOB = a_job()
 STARTED = {"attempt": 1}
+SUSPENDED = {"suspend": True}
+SUSPENDED_ONCE = {"attempt": 1, "suspendedAttempt": 1}
+IMPATIENT = {"stallTimeoutSeconds": 60}
+LONG_GONE = {"attempt": 1, "conditions": [condition("Failed")], "completionTime": stamp(ago(100))}
 FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
 NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
 
@@ -284,7 +289,195 @@ CASES = [
         seen(a_run(status=FAILED_ONCE), a_job(2), running(0, 2), running(1, 2)),
         {"launch": None, "attempt": 2, "phase": Phase.RUNNING},
     ),
+    # Pauses
+    Case(
+        "a restart that is charged is put off",
+        seen(a_run(status={**FAILED_ONCE, "retryTime": stamp(ago(-7))}), ended(0, gone=True)),
+        {"launch": None, "phase": None, "requeue_after": 7.0},
+    ),
+    Case(
+        "and comes when its time has come",
+        seen(a_run(status={**FAILED_ONCE, "retryTime": stamp(NOW)}), ended(0, gone=True)),
+        {"launch": 2},
+    ),
+    Case(
+        "the pause doubles with each charged restart",
+        seen(
+            a_run(status={"attempt": 3, "chargedRestarts": 2}), a_job(3),
+            *(ended(index, 70, said("Internal"), attempt=3, job_uid="job-3") for index in (0, 1)),
+        ),
+        {"phase": Phase.RESTARTING, "backoff": 40.0},
+        FailureClass.INTERNAL,
+    ),
+    Case(
+        "a restart that is not charged has no pause",
+        seen(a_run(status=STARTED), JOB, *(ended(index, 75, said("Checkpointed")) for index in (0, 1))),
+        {"phase": Phase.RESTARTING, "backoff": 0.0},
+        FailureClass.CHECKPOINTED,
+    ),
+    Case(
+        "the same failure at the same step for the third time is no accident",
+        seen(
+            a_run(
+                status={
+                    "attempt": 3, "chargedRestarts": 2,
+                    "failures": [{**failure(number), "step": 40} for number in (1, 2)],
+                }
+            ),
+            a_job(3),
+            *(ended(index, 70, said("Internal", step=40), attempt=3, job_uid="job-3") for index in (0, 1)),
+        ),
+        {"phase": Phase.FAILED, "ended": True},
+        FailureClass.INTERNAL,
+    ),
+    Case(
+        "the same failure at another step is one",
+        seen(
+            a_run(
+                status={
+                    "attempt": 3, "chargedRestarts": 2,
+                    "failures": [{**failure(number), "step": 39 + number} for number in (1, 2)],
+                }
+            ),
+            a_job(3),
+            *(ended(index, 70, said("Internal", step=41), attempt=3, job_uid="job-3") for index in (0, 1)),
+        ),
+        {"phase": Phase.RESTARTING},
+        FailureClass.INTERNAL,
+    ),
+    # Suspend
+    Case(
+        "a run that is created suspended waits",
+        seen(a_run(runPolicy=SUSPENDED)),
+        {"phase": Phase.SUSPENDED, "reason": "Suspended", "launch": None, "attempt": 0, "requeue_after": None},
+        marks={ConditionType.RUNNING: (False, "Suspended")},
+    ),
+    Case(
+        "a gang that runs is first put on record as suspended",
+        seen(a_run(status=STARTED, runPolicy=SUSPENDED), JOB, running(0), running(1)),
+        {"phase": Phase.SUSPENDED, "reason": "Suspending", "suspended": 1, "delete": None, "failure": None},
+        marks={ConditionType.RUNNING: (False, "Suspending")},
+    ),
+    Case(
+        "then its Job is deleted",
+        seen(a_run(status=SUSPENDED_ONCE, runPolicy=SUSPENDED), JOB, running(0), running(1)),
+        {"delete": JOB, "phase": None, "failure": None},
+    ),
+    Case(
+        "then its pods save a checkpoint",
+        seen(a_run(status=SUSPENDED_ONCE, runPolicy=SUSPENDED), running(0, deleting_at=ago(-60))),
+        {"phase": Phase.SUSPENDED, "reason": "Suspending", "launch": None},
+    ),
+    Case(
+        "then nothing runs",
+        seen(a_run(status=SUSPENDED_ONCE, runPolicy=SUSPENDED), ended(0, 75, gone=True)),
+        {"phase": Phase.SUSPENDED, "reason": "Suspended", "launch": None, "attempt": 1, "requeue_after": None},
+    ),
+    Case(
+        "a run that is resumed goes on as the next attempt, without a failure",
+        seen(a_run(status=SUSPENDED_ONCE)),
+        {"launch": 2, "attempt": 2, "failure": None},
+    ),
+    Case(
+        "a run that is resumed while its pods end waits for them",
+        seen(a_run(status=SUSPENDED_ONCE), running(0, deleting_at=ago(-60))),
+        {"launch": None, "requeue_after": 80.0},
+    ),
+    Case(
+        "an adapter that is published before the suspension counts",
+        seen(a_run(status=STARTED, runPolicy=SUSPENDED), JOB, ended(0, 0, published()), running(1)),
+        {"phase": Phase.SUCCEEDED},
+    ),
+    Case(
+        "a failure before the suspension counts too",
+        seen(a_run(status=STARTED, runPolicy=SUSPENDED), JOB, *(ended(n, 65, said("BadData")) for n in (0, 1))),
+        {"phase": Phase.FAILED},
+        FailureClass.BAD_DATA,
+    ),
+    Case(
+        "a restart waits while the run is suspended",
+        seen(a_run(status=FAILED_ONCE, runPolicy=SUSPENDED), ended(0, gone=True)),
+        {"phase": Phase.SUSPENDED, "launch": None},
+    ),
+    # Deadline and stall
+    Case(
+        "the deadline counts the time of earlier attempts and of this one",
+        seen(
+            a_run(
+                status={"attempt": 2, "activeSeconds": 70, "conditions": [condition("Running", at=ago(30))]},
+                runPolicy={"activeDeadlineSeconds": 100},
+            ),
+            a_job(2), running(0, 2), running(1, 2),
+        ),
+        {"phase": Phase.FAILED, "ended": True},
+        FailureClass.DEADLINE_EXCEEDED,
+    ),
+    Case(
+        "a deadline that has not passed is waited for",
+        seen(
+            a_run(
+                status={"attempt": 2, "activeSeconds": 60, "conditions": [condition("Running", at=ago(30))]},
+                runPolicy={"activeDeadlineSeconds": 100},
+            ),
+            a_job(2), running(0, 2), running(1, 2),
+        ),
+        {"phase": Phase.RUNNING, "requeue_after": 10.0},
+    ),
+    Case(
+        "no attempt is launched after the deadline",
+        seen(a_run(status={**FAILED_ONCE, "activeSeconds": 100}, runPolicy={"activeDeadlineSeconds": 100})),
+        {"phase": Phase.FAILED, "launch": None, "attempt": 1},
+        FailureClass.DEADLINE_EXCEEDED,
+    ),
+    Case(
+        "a gang that says nothing is stalled",
+        seen(
+            a_run(status={**STARTED, "conditions": [condition("Running", at=ago(900))]}, runPolicy=IMPATIENT),
+            JOB, running(0), running(1), reports=Reports(heard_at=ago(60)),
+        ),
+        {"phase": Phase.RESTARTING, "charged": True},
+        FailureClass.STALLED,
+    ),
+    Case(
+        "a gang that spoke lately is not",
+        seen(
+            a_run(status={**STARTED, "conditions": [condition("Running", at=ago(900))]}, runPolicy=IMPATIENT),
+            JOB, running(0), running(1), reports=Reports(heard_at=ago(59)),
+        ),
+        {"phase": Phase.RUNNING, "requeue_after": 1.0},
+    ),
+    Case(
+        "a gang that never said a word has as long from when it began to run",
+        seen(
+            a_run(status={**STARTED, "conditions": [condition("Running", at=ago(20))]}, runPolicy=IMPATIENT),
+            JOB, running(0), running(1),
+        ),
+        {"phase": Phase.RUNNING, "requeue_after": 40.0},
+    ),
     # The end
+    Case(
+        "what a run was made of is deleted after a while",
+        seen(
+            a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60}),
+            a_job(failed_indexes=frozenset({0, 1})), ended(0), ended(1),
+        ),
+        {"clean_up": True, "delete_run": False, "delete": None, "stop": None},
+    ),
+    Case(
+        "and that is it",
+        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60})),
+        NOTHING,
+    ),
+    Case(
+        "the run goes too where that is asked for",
+        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60, "ttlDeletes": "run"})),
+        {"clean_up": False, "delete_run": True},
+    ),
+    Case(
+        "nothing is deleted before its time",
+        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 500}), JOB, ended(0), ended(1)),
+        {"clean_up": False, "requeue_after": 400.0},
+    ),
     Case(
         "a run that has succeeded stays so, whatever is deleted",
         seen(a_run(status={"attempt": 1, "conditions": [condition("Complete")]})),

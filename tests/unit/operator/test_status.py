@@ -7,8 +7,9 @@ import pytest
 from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress
 from lora_api.status import MAX_FAILURES, AdapterStatus
 from lora_operator.events import build_event, compute_events
-from lora_operator.lifecycle import NOTHING, Mark, Plan, decide_success
+from lora_operator.lifecycle import decide_success
 from lora_operator.observed import Reports
+from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.status import compute_conditions, compute_invalid_status, compute_status, is_progress_only
 from tests.unit.operator.builders import ADAPTER, NOW, a_run, ago, condition, failure, stamp
 

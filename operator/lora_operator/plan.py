@@ -1,0 +1,48 @@
+"""What a decision is: a plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lora_api import AdapterStatus, ConditionType, Failure, Phase
+from lora_operator.views import JobView
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a condition is to say."""
+
+    value: bool
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do about a run, and what to say about it.
+
+    ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order, then the status is
+    written. ``phase`` None: nothing is to be said that is not in the status already. ``suspended`` is the attempt that
+    runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor.
+    """
+
+    phase: Phase | None = None
+    reason: str = ""
+    message: str = ""
+    attempt: int = 0
+    conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
+    launch: int | None = None
+    delete: JobView | None = None
+    stop: JobView | None = None
+    clean_up: bool = False
+    delete_run: bool = False
+    suspended: int | None = None
+    backoff: float = 0.0
+    failure: Failure | None = None
+    charged: bool = False
+    adapter: AdapterStatus | None = None
+    ended: bool = False
+    failing: bool = False
+    requeue_after: float | None = None
+
+
+NOTHING = Plan()

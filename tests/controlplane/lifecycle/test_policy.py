@@ -1,0 +1,154 @@
+"""Suspend and resume, pauses, deadline, stall and clearing up, on a real API server and Job controller."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lora_operator.settings import Settings
+from tests.support.api import Api, ApiError
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run, now
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.controlplane
+
+
+def set_policy(run: Run, **policy: Any) -> None:
+    run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": policy}})
+
+
+def started(run: Run, **policy: Any) -> None:
+    """A gang that runs."""
+    run.create(lambda spec: spec.update(runPolicy=policy))
+    run.set_running(1)
+    run.wait_phase("Running")
+
+
+def line(step: int) -> str:
+    """A progress line of now."""
+    return json.dumps({"lora": {"event": "step", "at": now(), "step": step, "totalSteps": 18, "loss": 1.0}}) + "\n"
+
+
+def test_suspend_frees_the_pods_and_resume_goes_on(run: Run, operator: OperatorThread) -> None:
+    started(run)
+    set_policy(run, suspend=True)
+    run.wait("suspended", lambda status: status["reason"] == "Suspended")
+    assert (run.jobs(), run.pods(1)) == ([], [])
+    assert run.condition("Running")["reason"] == "Suspended"
+    set_policy(run, suspend=False)
+    run.set_running(2)
+    status = run.wait_phase("Running")
+    assert (status["attempt"], status.get("failures", []), status.get("chargedRestarts", 0)) == (2, [], 0)
+    run.set_succeeded(2)
+    run.wait_phase("Succeeded")
+    reasons = ["Started", "Running", "Suspended", "Started", "Running", "Succeeded"]
+    eventually("Events", lambda: [event["reason"] for event in run.events()] == reasons)
+
+
+def test_a_run_that_is_created_suspended_makes_nothing(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"suspend": True}))
+    status = run.wait_phase("Suspended")
+    assert (status["attempt"], run.jobs(), run.services()) == (0, [], [])
+    set_policy(run, suspend=False)
+    assert run.wait_phase("Starting")["attempt"] == 1
+    run.gang(1)
+
+
+def test_a_suspension_outlives_the_operator_cut_after_any_call(
+    api: Api, make_namespace: Callable[[], str], fast_settings: Callable[..., Settings]
+) -> None:
+    def suspend_with_cut(k: int | None) -> int:
+        namespace = make_namespace()
+        run, settings = Run(api, namespace), fast_settings(namespace, log_interval=60.0, progress_interval=60.0)
+        with OperatorThread(settings):
+            started(run)
+        set_policy(run, suspend=True)
+        first = OperatorThread(settings, cut_after=k).start()
+        try:
+            eventually("the cut or the end", lambda: first.is_cut or run.status.get("reason") == "Suspended", 60)
+        finally:
+            first.stop()
+        with OperatorThread(settings):
+            run.wait("suspended", lambda status: status["reason"] == "Suspended", 60)
+            assert (run.jobs(), run.pods(1)) == ([], [])
+            set_policy(run, suspend=False)
+            run.gang(2)
+        assert (run.status["attempt"], run.status.get("failures", [])) == (2, [])
+        return len(first.calls)
+
+    calls = suspend_with_cut(None)
+    assert 6 <= calls <= 12, calls
+    for k in range(1, calls + 1):
+        suspend_with_cut(k)
+
+
+def test_a_charged_restart_comes_after_a_pause(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, restart_backoff=2.0)):
+        started(run)
+        run.set_failed(1, "Internal", 70)
+        status = run.wait("a time", lambda status: status.get("retryTime"))
+        assert (status["phase"], status["attempt"]) == ("Restarting", 1)
+        status = run.wait("attempt 2", lambda status: status["attempt"] == 2)
+        assert "retryTime" not in status
+
+
+def test_the_deadline_ends_the_run_and_its_pods(run: Run, operator: OperatorThread) -> None:
+    started(run)
+    set_policy(run, activeDeadlineSeconds=1)
+    status = run.wait_phase("Failed")
+    assert status["failures"][0]["class"] == "DeadlineExceeded"
+    assert "runPolicy.activeDeadlineSeconds is 1" in run.condition("Ready")["message"]
+    assert status["activeSeconds"] >= 1
+    eventually("no pods", lambda: run.pods(1) == [])
+
+
+def test_a_gang_that_says_nothing_more_is_restarted_with_its_last_words(run: Run, operator: OperatorThread) -> None:
+    operator.logs["run-1-0-"] = line(4)
+    operator.logs["run-1-1-"] = "waiting for the others\n"
+    started(run, stallTimeoutSeconds=10)
+    run.wait("progress", lambda status: (status.get("progress") or {}).get("step") == 4)
+    status = run.wait("attempt 2", lambda status: status["attempt"] == 2, 60)
+    failure = status["failures"][0]
+    assert (failure["class"], failure["step"], status["chargedRestarts"]) == ("Stalled", 4, 1)
+    assert "the last it said is step 4 of 18" in failure["message"]
+    assert "waiting for the others" in failure["logTail"]
+    assert '"step": 4' in failure["logTail"]
+
+
+def test_children_are_deleted_after_a_while_and_the_run_stays_ended(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace)):
+        started(run)
+        run.set_failed(1, "Internal", 70)
+        run.set_running(2)
+        run.set_failed(2, "BadData", 65)
+        before = run.wait_phase("Failed")
+        assert [item["metadata"]["name"] for item in run.configmaps()] == ["run-1", "run-2"]
+        foreign = {"metadata": {"name": "run-1-mine", "labels": {"lorafinetune.io/name": "run"}}, "data": {"a": "b"}}
+        run.api.create(f"/api/v1/namespaces/{namespace}/configmaps", foreign)
+        set_policy(run, ttlSecondsAfterFinished=0)
+        for what, look in {"Jobs": run.jobs, "Services": run.services}.items():
+            eventually(f"no {what}", lambda look=look: look() == [])
+        eventually("no pods", lambda: run.pods(2) == [])
+        assert [item["metadata"]["name"] for item in run.configmaps()] == ["run-1-mine"]
+    assert run.status == before
+
+
+def test_the_run_goes_too_where_that_is_asked_for(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"ttlSecondsAfterFinished": 1, "ttlDeletes": "run"}))
+    run.set_running(1)
+    run.set_failed(1, "BadData", 65)
+
+    def gone() -> bool:
+        try:
+            return not run.raw
+        except ApiError as error:
+            return error.status == 404
+
+    eventually("no run", gone)
+    eventually("no Jobs", lambda: run.jobs() == [])
