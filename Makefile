@@ -87,3 +87,7 @@ cluster-logs: venv ## Show the last lines of the logs of the cluster's parts
 .PHONY: images
 images: venv ## Build the images and load them into the cluster
 	@$(RUN) -m devcluster images
+
+.PHONY: bench-trainer
+bench-trainer: venv ## Compare the trainer with plain TRL on the CPU: docs/benchmarks/trainer.md
+	$(RUN) -m bench.trainer

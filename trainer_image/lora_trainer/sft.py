@@ -13,10 +13,11 @@ from trl import SFTConfig, SFTTrainer
 from lora_api.run import RunSpec
 from lora_trainer.data import Records
 from lora_trainer.errors import BadDataError
+from lora_trainer.speed import FastSteps, read_levers
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
 
-class SupervisedTrainer(LoRATrainer, SFTTrainer):  # type: ignore[misc]
+class SupervisedTrainer(FastSteps, LoRATrainer, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer for a gang of processes."""
 
 
@@ -45,6 +46,7 @@ def build_supervised_trainer(
         callbacks=list(callbacks),
     )
     restore_adapter_precision(model)
+    trainer.prepare_loss(summed=read_levers().summed_loss)
     for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if dataset is not None and len(dataset) == 0:
             raise BadDataError(

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerState
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.errors import BadSpecError, DivergedError
 from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
+from lora_trainer.speed import read_levers
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Checkpoints, Resume
@@ -133,9 +134,10 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
     """Arguments of the training loop, for ``records`` of an epoch. Evaluation and its output are ours: off here.
 
     Raises:
-        BadSpecError: the batch sizes do not fit.
+        BadSpecError: the batch sizes do not fit, or LORA_SPEED names no lever.
     """
     training, plan, steps = run.training, batch_plan(run), total_steps(run, records)
+    levers = read_levers()
     on_gpu = device.type == "cuda"
     schedulers = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
@@ -148,7 +150,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "warmup_steps": round(training.warmup_ratio * steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "optim": "adamw_torch_fused" if on_gpu and levers.fused_optimizer else "adamw_torch",
         "gradient_checkpointing": training.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
         "bf16": on_gpu and run.quantization.compute_dtype != "float32",
@@ -156,7 +158,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "fsdp": plan.world_size > 1,
         "fsdp_config": dict(FSDP_ARGUMENTS) if plan.world_size > 1 else None,
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": on_gpu,
+        "dataloader_pin_memory": on_gpu and levers.pinned_memory,
         "seed": training.seed,
         "data_seed": training.seed,
         "logging_strategy": "steps",

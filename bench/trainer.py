@@ -1,0 +1,286 @@
+"""``make bench-trainer``: this trainer against plain TRL and PEFT, the same job on the same machine in one go.
+
+The job is the demo's: SmolLM2-135M-Instruct in NF4, an adapter of rank 8 on all linear layers, the demo's tickets.
+The programs take turns, and each is measured from outside (``watch``). One thread a process.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bench.watch import Watched, watch
+from demo.tickets import write_tickets
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("LORA_CACHE", Path.home() / ".cache" / "lora-operator"))
+RESULTS = ROOT / "docs" / "benchmarks"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+RANK, ALPHA, RATE, SEED = 8, 16, 0.002, 42
+RUN_LIMIT = 300.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done. ``steps`` are optimizer steps of ``global_batch`` sequences of at most ``length`` tokens."""
+
+    model: Callable[[Path], Path]
+    records: int
+    steps: int
+    rounds: int
+    rounds_of_two: int
+    global_batch: int = 8
+    micro_batch: int = 4
+    length: int = 256
+
+
+@dataclass(frozen=True)
+class Side:
+    """One program in one setting."""
+
+    name: str
+    ours: bool
+    processes: int = 1
+    packing: bool = False
+    strategy: str = "auto"
+
+
+PLAIN, OURS = Side("plain TRL", ours=False), Side("this trainer", ours=True)
+PACKED = Side("this trainer, packing", ours=True, packing=True)
+PLAIN_TWO = Side("plain TRL (DDP)", ours=False, processes=2)
+OURS_TWO = Side("this trainer, fsdp", ours=True, processes=2)
+
+
+def demo_model(directory: Path) -> Path:
+    """SmolLM2-135M-Instruct, made once and kept in the cache."""
+    from demo.model import make_model
+
+    target = CACHE / "models" / "smollm2-135m-instruct"
+    make_model(target)
+    return target
+
+
+def small_model(directory: Path) -> Path:
+    """A random Llama for quick runs: 2 layers and a vocabulary of 8,192, with a tokenizer made of the tickets."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from demo.tickets import make_tickets
+
+    texts = [row["prompt"] + row["completion"] for row in make_tickets(100, 7)]
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=500, special_tokens=["<s>", "</s>"], show_progress=False)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=8192, **shape, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special).save_pretrained(directory)  # noqa: SLF001
+    return directory
+
+
+FULL = Size(demo_model, records=144, steps=6, rounds=2, rounds_of_two=1)
+QUICK = Size(small_model, records=64, steps=4, rounds=1, rounds_of_two=0)
+
+
+def plain_job(size: Size, side: Side, model: Path, data: Path, output: Path) -> dict[str, Any]:
+    """The document of ``plain_trl.py``."""
+    return {
+        "model": str(model),
+        "train": str(data / "train.jsonl"),
+        "eval": str(data / "eval.jsonl"),
+        "output": str(output),
+        "steps": size.steps,
+        "micro_batch": size.micro_batch,
+        "accumulation": size.global_batch // size.micro_batch // side.processes,
+        "max_length": size.length,
+        "learning_rate": RATE,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "seed": SEED,
+    }
+
+
+def our_run(size: Size, side: Side, model: Path, data: Path, output: Path) -> dict[str, Any]:
+    """The run document of the same job."""
+    return {
+        "namespace": "bench",
+        "name": "tickets",
+        "uid": "bench",
+        "baseModel": {"uri": f"file://{model}"},
+        "dataset": {
+            "train": {"uri": f"file://{data}/train.jsonl"},
+            "eval": {"uri": f"file://{data}/eval.jsonl"},
+            "maxSeqLength": size.length,
+            "packing": side.packing,
+        },
+        "lora": {"r": RANK, "alpha": ALPHA},
+        "training": {
+            "maxSteps": size.steps,
+            "learningRate": RATE,
+            "scheduler": "constant",
+            "warmupRatio": 0,
+            "globalBatchSize": size.global_batch,
+            "microBatchSize": size.micro_batch,
+            "gradientCheckpointing": False,
+            "seed": SEED,
+        },
+        "parallelism": {"nodes": side.processes, "gpusPerNode": 0, "strategy": side.strategy},
+        "checkpoint": {"everySteps": 1000},
+        "publish": {"store": f"file://{output}/store"},
+    }
+
+
+def run_side(size: Size, side: Side, model: Path, data: Path, output: Path) -> Watched:
+    """Runs one side once."""
+    output.mkdir(parents=True)
+    document = output / "job.json"
+    build = our_run if side.ours else plain_job
+    document.write_text(json.dumps(build(size, side, model, data, output)))
+    if side.ours:
+        command = [sys.executable, "-m", "lora_trainer", "launch", str(document)]
+    else:
+        script = [str(ROOT / "bench" / "plain_trl.py"), str(document)]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={side.processes}"]
+        command = [sys.executable, *(torchrun if side.processes > 1 else []), *script]
+    env = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "HF_HOME": str(output / "hf"),
+        "LORA_WORK": str(output / "work"),
+        "LORA_TERMINATION_LOG": str(output / "words.json"),
+        "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("crds", "trainer_image", "")),
+    }
+    return watch(command, env, output / "log", RUN_LIMIT)
+
+
+def supervised_share(model: Path, data: Path) -> float:
+    """Share of the tokens of the records that are learned from: completion and end, by TRL's tokenization."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    whole = [len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 for row in rows]
+    prompts = [len(tokenizer(row["prompt"])["input_ids"]) for row in rows]
+    return 1 - sum(prompts) / sum(whole)
+
+
+def compare(size: Size, directory: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Runs all sides in turn. Returns what is written to trainer.json."""
+    began = time.monotonic()
+    data = directory / "data"
+    write_tickets(data, size.records, 8, seed=7)
+    model = size.model(directory / "model")
+    order = [PLAIN, OURS, PACKED] * size.rounds + [PLAIN_TWO, OURS_TWO] * size.rounds_of_two
+    runs: dict[Side, list[Watched]] = {}
+    for number, side in enumerate(order):
+        done = run_side(size, side, model, data, directory / f"{number}")
+        runs.setdefault(side, []).append(done)
+        say(
+            f"{side.name}: {done.tokens_per_second:.1f} tokens/s, {done.tokens_per_cpu_second:.1f} by processor time, "
+            f"{done.peak_mib:.0f} MiB, first step after {done.first_step_seconds:.1f} s, "
+            f"last loss {done.steps[-1].loss:.4f}"
+        )
+    share = supervised_share(model, data)
+    sides = [_summary(side, watched, runs, share) for side, watched in runs.items()]
+    return {
+        "job": {"model": model.name, "records": size.records, "steps": size.steps, "globalBatchSize": size.global_batch}
+        | {"microBatchSize": size.micro_batch, "maxSeqLength": size.length, "supervisedShare": round(share, 3)},
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "sides": sides,
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+def _summary(side: Side, watched: Sequence[Watched], runs: dict[Side, list[Watched]], share: float) -> dict[str, Any]:
+    """Medians over the rounds, and ratios to plain TRL: the median of those of each round."""
+    plain = runs[PLAIN if side.processes == 1 else PLAIN_TWO]
+
+    def middle(measure: Callable[[Watched], float]) -> float:
+        return statistics.median(map(measure, watched))
+
+    def ratio(measure: Callable[[Watched], float]) -> list[float]:
+        ratios = [measure(ours) / measure(theirs) for ours, theirs in zip(watched, plain, strict=True)]
+        return [round(value, 3) for value in (min(ratios), statistics.median(ratios), max(ratios))]
+
+    speed = middle(lambda run: run.tokens_per_second)
+    return {
+        "side": side.name,
+        "processes": side.processes,
+        "rounds": len(watched),
+        "tokensPerSecond": round(speed, 1),
+        "supervisedTokensPerSecond": round(speed * share, 1),
+        "tokensPerCpuSecond": round(middle(lambda run: run.tokens_per_cpu_second), 1),
+        "peakMiB": round(middle(lambda run: run.peak_mib)),
+        "firstStepSeconds": round(middle(lambda run: run.first_step_seconds), 1),
+        "lastLoss": round(watched[-1].steps[-1].loss, 4),
+        "ratioMinMedianMax": {
+            "tokensPerSecond": ratio(lambda run: run.tokens_per_second),
+            "tokensPerCpuSecond": ratio(lambda run: run.tokens_per_cpu_second),
+            "peakMiB": ratio(lambda run: run.peak_mib),
+            "firstStepSeconds": ratio(lambda run: run.first_step_seconds),
+        },
+    }
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The table for people."""
+    job = result["job"]
+    lines = [
+        "# Trainer against plain TRL",
+        "",
+        "Written by `make bench-trainer`. Ratios are to plain TRL with as many processes, in the same round; the",
+        "absolute numbers are those of one machine on one day.",
+        "",
+        f"{job['model']} in NF4, rank {RANK} on all linear layers, {job['steps']} steps of {job['globalBatchSize']} "
+        f"sequences in micro-batches of {job['microBatchSize']}, at most {job['maxSeqLength']} tokens, "
+        f"{job['supervisedShare']:.0%} of the tokens learned from, one thread a process, float32.",
+        "",
+        "| | processes | tokens/s | of them supervised | ratio | ratio by processor time | peak MiB | ratio "
+        "| first step, s | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for side in result["sides"]:
+        ratios = {name: f"{values[1]:.2f}" for name, values in side["ratioMinMedianMax"].items()}
+        lines.append(
+            f"| {side['side']} | {side['processes']} | {side['tokensPerSecond']} | {side['supervisedTokensPerSecond']} "
+            f"| {ratios['tokensPerSecond']} | {ratios['tokensPerCpuSecond']} | {side['peakMiB']} | {ratios['peakMiB']} "
+            f"| {side['firstStepSeconds']} | {ratios['firstStepSeconds']} |"
+        )
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    machine = result["machine"]
+    lines += ["", f"{machine['cores']} cores ({machine['processor']}), Python {machine['python']}, {versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: ``python -m bench.trainer``."""
+    parser = argparse.ArgumentParser(description="Compare this trainer with plain TRL and PEFT on the CPU.")
+    parser.add_argument("--quick", action="store_true", help="a small random model and one round, in about a minute")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write trainer.md and trainer.json to")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as directory:
+        result = compare(QUICK if options.quick else FULL, Path(directory))
+    table = to_markdown(result)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "trainer.md").write_text(table, encoding="utf-8")
+    (options.out / "trainer.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The levers of speed: the same loss and the same gradients as without them, from less work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from lora_api.run import RunSpec
+from lora_trainer import loss
+from lora_trainer.errors import BadSpecError
+from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
+from lora_trainer.speed import SPEED_VARIABLE, Levers, read_levers
+from tests.trainer.runs import Launched
+
+Make = Callable[..., RunSpec]
+Launch = Callable[..., Launched]
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES = {
+    "a plain head": LlamaConfig(**SHAPE),
+    "logits squashed by a soft cap": Gemma2Config(**SHAPE, final_logit_softcapping=2.0),
+    "logits multiplied": CohereConfig(**SHAPE, logit_scale=0.0625),
+    "logits divided": GraniteConfig(**SHAPE, logits_scaling=4.0),
+}
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data.mul_(20)  # so that a soft cap of 2 bends the logits
+    return model
+
+
+def freeze_head(model: PreTrainedModel) -> None:
+    model.get_output_embeddings().weight.requires_grad_(requires_grad=False)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 96, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, :7] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: one.grad for name, one in model.named_parameters() if one.requires_grad and "layers" in name}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("chunk", [1, 5, 10_000])
+def test_loss_and_gradients_are_those_of_the_familys_own_forward_pass(
+    case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "MIN_CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 0)
+    inputs = batch()
+    model = build(FAMILIES[case])
+    freeze_head(model)
+    supervised = int((inputs["labels"][:, 1:] != -100).sum())
+    (model(**inputs).loss * supervised).backward()
+    want_loss, want = float(model(**inputs).loss.detach()) * supervised, gradients(model)
+    model.zero_grad()
+    model.base_model.zero_grad()
+    want = {name: gradient.clone() for name, gradient in want.items() if gradient is not None}
+
+    add_summed_loss(model)
+    output = model(**inputs, summed_loss=True).loss
+    (output * 3).backward()
+
+    assert float(output.detach()) == pytest.approx(want_loss, rel=1e-5)
+    got = gradients(model)
+    assert want
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name] / 3, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_micro_batch_without_supervised_tokens_adds_nothing_and_can_be_differentiated() -> None:
+    model = build(FAMILIES["a plain head"])
+    freeze_head(model)
+    add_summed_loss(model)
+    inputs = batch()
+    output = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}, summed_loss=True).loss
+    output.backward()
+    assert float(output.detach()) == 0.0
+    assert all(float(gradient.abs().sum()) == 0.0 for gradient in gradients(model).values())
+
+
+def test_other_calls_of_the_model_stay_as_they_are() -> None:
+    model = build(FAMILIES["a plain head"])
+    inputs = batch()
+    want = model(**inputs)
+    add_summed_loss(model)
+    got = model(**inputs)
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.loss, want.loss)
+
+
+def test_a_head_that_is_trained_keeps_the_loss_that_gives_it_a_gradient() -> None:
+    model = build(FAMILIES["a plain head"])
+    assert not has_summed_loss(model)
+    freeze_head(model)
+    assert has_summed_loss(model)
+
+
+def test_a_division_by_zero_in_a_models_config_is_not_taken_over() -> None:
+    config = GraniteConfig(**SHAPE, logits_scaling=1.0)
+    config.logits_scaling = 0.0
+    assert logit_transform(config) is None
+
+
+def test_levers_are_switched_by_name() -> None:
+    assert read_levers({}) == Levers()
+    changed = read_levers({SPEED_VARIABLE: "pinned-memory, no-summed-loss"})
+    assert changed == Levers(summed_loss=False)
+    with pytest.raises(BadSpecError, match="there is no lever turbo; there are summed-loss"):
+        read_levers({SPEED_VARIABLE: "turbo"})
+
+
+def test_a_run_on_two_processes_has_the_losses_of_trls_own_loss_on_one(
+    make_run: Make, launch: Launch, tmp_path: Path
+) -> None:
+    """Rows of one global batch differ in their supervised tokens, so a mean of means would show."""
+    found = {}
+    for name, processes, speed in (("trl", 1, "no-summed-loss"), ("two", 2, "")):
+        run = make_run(
+            training={"maxSteps": 3},
+            parallelism={"nodes": processes},
+            publish={"store": f"file://{tmp_path}/{name}"},
+        )
+        pod = launch(run, **{SPEED_VARIABLE: speed})
+        assert pod.wait() == 0, pod.log.read_text()[-3000:]
+        found[name] = pod
+    assert len(found["trl"].losses) == 3
+    assert found["two"].losses == pytest.approx(found["trl"].losses, abs=1e-4)

@@ -1,0 +1,113 @@
+"""What makes a step fast beside the model itself, each of it a lever that the benchmarks can switch.
+
+``LORA_SPEED`` holds the names of levers, separated by commas: ``no-summed-loss`` switches one off, ``summed-loss`` on.
+It is for measuring.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lora_trainer.errors import BadSpecError
+from lora_trainer.loss import IGNORED, add_summed_loss, has_summed_loss
+from lora_trainer.parallel import sum_over_ranks
+
+SPEED_VARIABLE = "LORA_SPEED"
+
+
+@dataclass(frozen=True)
+class Levers:
+    """Which levers are on.
+
+    Attributes:
+        summed_loss: only supervised tokens go through the output head, and nothing is computed for metrics that nobody
+            reads (``loss``). Off: TRL's loss, its entropy and accuracy included.
+        fused_optimizer: one kernel for all of AdamW (GPUs).
+        pinned_memory: batches are copied to the GPU from page-locked memory, beside the computation (GPUs).
+    """
+
+    summed_loss: bool = True
+    fused_optimizer: bool = True
+    pinned_memory: bool = True
+
+
+def read_levers(env: Mapping[str, str] = os.environ) -> Levers:
+    """The defaults, changed as ``LORA_SPEED`` says.
+
+    Raises:
+        BadSpecError: it names no lever.
+    """
+    known = {field.name.replace("_", "-"): field.name for field in fields(Levers)}
+    changes = {}
+    for word in filter(None, (part.strip() for part in env.get(SPEED_VARIABLE, "").split(","))):
+        name = word.removeprefix("no-")
+        if name not in known:
+            raise BadSpecError(
+                f"{SPEED_VARIABLE}: there is no lever {name}; there are {', '.join(known)}, and each with no- in front"
+            )
+        changes[known[name]] = name == word
+    return replace(Levers(), **changes)
+
+
+class FastSteps:
+    """Mix-in before SFTTrainer: the summed loss, and tokens counted without asking the device in every micro-batch.
+
+    TRL gathers three metrics and a count over all ranks after each micro-batch and waits for the values. Here the count
+    stays on the device until it is logged.
+    """
+
+    summed_loss = False
+    _tokens: torch.Tensor | int = 0
+    _tokens_logged = 0.0
+
+    def prepare_loss(self, *, summed: bool) -> None:
+        """Takes the summed loss where it is asked for and the model allows it."""
+        model = base_model(self.model)  # type: ignore[attr-defined]
+        self.summed_loss = summed and has_summed_loss(model)
+        if self.summed_loss:
+            add_summed_loss(model)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss: its sum over supervised tokens / those of the whole step.
+
+        ``num_items_in_batch`` counts the supervised tokens of all micro-batches on all ranks. Gradients are averaged
+        over ranks afterwards, so the share is multiplied by their number. ``inputs`` may say how many ``tokens`` it
+        has, where its mask does not.
+        """
+        tokens = inputs.pop("tokens", None)
+        if not self.summed_loss or return_outputs or not self.model.training:  # type: ignore[attr-defined]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        loss = model(**inputs, use_cache=False, summed_loss=True).loss
+        if tokens is None:
+            mask = inputs.get("attention_mask")
+            tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
+        self._tokens += tokens
+        if num_items_in_batch is None:
+            return loss / (inputs["labels"][..., 1:] != IGNORED).sum().clamp(min=1)
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+        return loss * ranks / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds ``num_tokens``, the tokens of all ranks since training began. All ranks call it."""
+        if self.summed_loss and "loss" in logs:
+            self._tokens_logged += sum_over_ranks([float(self._tokens)], self.args.device)[0]  # type: ignore[attr-defined]
+            self._tokens = 0
+            logs["num_tokens"] = self._tokens_logged
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+def base_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The language model inside an adapter."""
+    found: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    return found
