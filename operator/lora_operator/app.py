@@ -45,7 +45,7 @@ class Operator:
     ) -> None:
         self.settings = settings
         self.cache = Cache()
-        self.metrics = Metrics(self.cache.runs_by_phase, self._queue_depth)
+        self.metrics = Metrics(self.cache.runs_by_phase, self.cache.tokens_per_second, self._queue_depth)
         self.ready = False
         self.drain_seconds = DRAIN_SECONDS
         self._make_client = make_client

@@ -129,6 +129,15 @@ class Cache:
         """How many runs there are in each phase."""
         return Counter(str(run["status"].get("phase") or "Pending") for run in self._runs.values())
 
+    def tokens_per_second(self) -> dict[str, float]:
+        """Speed of all runs that train now, by namespace."""
+        speeds: dict[str, float] = {}
+        for (namespace, _), run in self._runs.items():
+            if run["status"].get("phase") == "Running":
+                speed = (run["status"].get("progress") or {}).get("tokensPerSecond") or 0.0
+                speeds[namespace] = speeds.get(namespace, 0.0) + speed
+        return speeds
+
     def _put_run(self, run: Raw) -> Key | None:
         metadata = run["metadata"]
         key = metadata["namespace"], metadata["name"]

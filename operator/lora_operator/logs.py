@@ -3,13 +3,17 @@
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
 from lora_operator.settings import Settings
 
+current_run: ContextVar[str] = ContextVar("current_run", default="")
+"""NAMESPACE/NAME of the run that the current task looks at."""
+
 
 class JsonFormatter(logging.Formatter):
-    """A message as one JSON object."""
+    """A message as one JSON object, with the run that it is about."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -19,6 +23,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if run := current_run.get():
+            line["run"] = run
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

@@ -26,6 +26,7 @@ from lora_operator.events import build_event, compute_events
 from lora_operator.follow import compute_next_look, missing_attempt, wants_log, wants_refusal
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
 from lora_operator.lifecycle import decide, decide_failure, decide_wait
+from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
 from lora_operator.observed import Observed, Reports, is_finished
 from lora_operator.parse import InvalidRunError, parse_run
@@ -65,6 +66,7 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> float | None:
         """Looks at one run; returns the seconds after which to look again without an event, or ``None``."""
+        current_run.set("/".join(key))
         raw = self._cache.run(key)
         if raw is None:
             self._reports.pop(key, None)
@@ -191,8 +193,7 @@ class Reconciler:
         if not await self._write(key, observed.run.metadata, new):
             return 0.0
         self._reports[key] = replace(reports, status_written_at=now)
-        if plan.failure is not None:
-            self._metrics.failures.labels(str(plan.failure.failure_class)).inc()
+        self._metrics.count_change(key[0], old, new, now)
         await self._emit_events(observed.run.metadata, old, new)
         # A verdict calls for the next step, and no event will.
         return 0.0 if plan.failure is not None or plan.ended or plan.suspended is not None else None

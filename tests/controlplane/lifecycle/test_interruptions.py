@@ -258,7 +258,8 @@ def test_the_process_is_killed_and_started_again_in_the_middle_of_a_run(run: Run
         check_end(run)
         metrics = _get(lease.port, "/metrics")
         assert 'lora_operator_runs{phase="Succeeded"} 1.0' in metrics
-        assert 'lora_operator_failures_total{failure_class="StoreUnavailable"} 1.0' in metrics
+        wanted = f'lora_operator_failures_total{{failure_class="StoreUnavailable",namespace="{run.namespace}"}} 1.0'
+        assert wanted in metrics
         assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="apply"} 1.0' in metrics
         assert "lora_operator_queue_depth 0.0" in metrics
         child.send_signal(signal.SIGTERM)
