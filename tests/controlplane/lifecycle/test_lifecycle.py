@@ -138,11 +138,13 @@ def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operato
 def test_a_deleted_pod_restarts_the_gang(
     run: Run, fast_settings: Callable[..., Settings], namespace: str, api: Api
 ) -> None:
-    with OperatorThread(fast_settings(namespace, failure_grace=5.0)):
+    with OperatorThread(fast_settings(namespace, failure_grace=60.0)):
         run.create()
         run.set_running(1)
         run.wait_phase("Running")
-        api.delete(f"/api/v1/namespaces/{run.namespace}/pods/{run.pods(1)[0]['metadata']['name']}")
+        deleted, peer = run.pods(1)
+        api.delete(f"/api/v1/namespaces/{run.namespace}/pods/{deleted['metadata']['name']}")
+        run.set_pod(peer, ended(73, termination("PeerLost", "Connection closed by peer", rank=1)))
         status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
         assert (status["failures"][0]["class"], status.get("chargedRestarts", 0)) == ("PodLost", 0)
         run.gang(2)
