@@ -72,6 +72,11 @@ class LoRA(ApiModel):
         _module_names("alphaPattern"),
     )
 
+    @property
+    def published_rank(self) -> int:
+        """The one rank of the published adapter: the largest that is asked for."""
+        return max([self.r, *self.rank_pattern.values()])
+
 
 class Quantization(ApiModel):
     """How the frozen base weights are held (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""

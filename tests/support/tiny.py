@@ -28,11 +28,10 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def make_model(directory: Path, *, chat_template: bool = True) -> Path:
-    """Writes a random Llama (2 layers, hidden size 64, 0.2 million weights) and a byte-level BPE tokenizer."""
-    import torch
+def save_tokenizer(directory: Path, *, chat_template: bool = True) -> None:
+    """Writes a byte-level BPE tokenizer of 400 tokens that was trained on rows of ``make_rows``."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bpe = ByteLevelBPETokenizer()
     texts = [row["prompt"] + row["completion"] for row in make_rows(100)]
@@ -42,6 +41,14 @@ def make_model(directory: Path, *, chat_template: bool = True) -> Path:
     )
     if chat_template:
         tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+
+
+def make_model(directory: Path, *, chat_template: bool = True) -> Path:
+    """Writes a random Llama (2 layers, hidden size 64, 0.2 million weights) and a byte-level BPE tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -58,5 +65,5 @@ def make_model(directory: Path, *, chat_template: bool = True) -> Path:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(directory, chat_template=chat_template)
     return directory

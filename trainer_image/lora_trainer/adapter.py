@@ -1,6 +1,7 @@
 """The trained adapter as files that PEFT and vLLM load as they are."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,49 @@ def model_name(uri: str) -> str:
     return rest if scheme == "hf" else uri
 
 
+def module_scales(model: PeftModel) -> dict[str, tuple[int, float]]:
+    """Rank and scale (alpha / r, or alpha / sqrt(r) with rsLoRA) of each adapted module, by its full name."""
+    return {
+        name: (int(module.r[ADAPTER]), float(module.scaling[ADAPTER]))
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+    }
+
+
+def unify(
+    tensors: dict[str, torch.Tensor], scales: dict[str, tuple[int, float]], rank: int, scale: float
+) -> dict[str, torch.Tensor]:
+    """The same adapter with one rank and one scale for all modules, as vLLM loads it.
+
+    A (r, inputs) is filled up with zero rows and B (outputs, r) with zero columns to ``rank``, which adds nothing to
+    B A; the ratio of the module's scale to ``scale`` goes into B. A module that fits already keeps its exact values.
+    """
+    unified = dict(tensors)
+    for name, (own_rank, own_scale) in scales.items():
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        if own_scale != scale:
+            unified[b] = tensors[b].to(torch.float32) * (own_scale / scale)
+        if own_rank < rank:
+            unified[a] = torch.nn.functional.pad(unified[a], (0, 0, 0, rank - own_rank))
+            unified[b] = torch.nn.functional.pad(unified[b], (0, rank - own_rank))
+    return unified
+
+
 def write_adapter(tensors: dict[str, torch.Tensor], model: PeftModel, run: RunSpec, directory: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors. Equal weights give equal bytes."""
+    """Writes adapter_config.json and adapter_model.safetensors. Equal weights give equal bytes.
+
+    Rank and alpha patterns are in neither: vLLM reads one rank and one alpha.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in model.peft_config[ADAPTER].to_dict().items()
     }
+    scales = module_scales(model)
+    rank = run.lora.published_rank
+    scale = run.lora.alpha / (math.sqrt(rank) if run.lora.use_rslora else rank)
+    tensors = unify(tensors, scales, rank, scale)
+    config.update(r=rank, lora_alpha=run.lora.alpha, rank_pattern={}, alpha_pattern={})
     config["inference_mode"] = True
     config["base_model_name_or_path"] = model_name(run.base_model.uri)
     config["revision"] = run.base_model.revision

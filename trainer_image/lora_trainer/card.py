@@ -56,7 +56,7 @@ model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 With vLLM:
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {serving_max_lora_rank(run.lora.r)} \\
+vllm serve {base} --enable-lora --max-lora-rank {serving_max_lora_rank(run.lora.published_rank)} \\
   --lora-modules {run.adapter_name}=DIRECTORY_OF_THIS_FILE
 ```
 {_merged(run)}"""

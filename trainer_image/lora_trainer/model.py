@@ -1,14 +1,22 @@
 """The quantized, frozen base model, its tokenizer, and the adapter around it (QLoRA, arXiv:2305.14314)."""
 
+import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.run import RunSpec
 from lora_api.training import LoRA, Quantization
+from lora_trainer.architecture import (
+    Architecture,
+    attention_implementation,
+    check_supported,
+    read_architecture,
+    resolve_targets,
+)
 from lora_trainer.data import Records
 from lora_trainer.errors import BadSpecError, InternalError
 
@@ -49,8 +57,27 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The model's tokenizer, with a padding token."""
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = choose_pad_token(tokenizer)
     return tokenizer
+
+
+def choose_pad_token(tokenizer: Tokenizer) -> str:
+    """A token that pads, for a tokenizer that names none: one that no text has, if there is one.
+
+    In this order: a special token that is called pad (Llama 3.1: <|finetune_right_pad_id|>), a reserved one (Llama 3:
+    <|reserved_special_token_0|>), the unknown token (Llama 2, Mistral), and the end token. Many scripts take the end
+    token at once, and a collator that finds padding by its number then hides every end from the loss: such a model
+    never stops. Ours goes by position, so even the last choice is sound.
+    """
+    ends = {tokenizer.eos_token, tokenizer.bos_token}
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    for word in ("pad", "reserved", "unused"):
+        for token in special:
+            if word in token.lower() and token not in ends:
+                return token
+    if tokenizer.unk_token is not None and tokenizer.unk_token not in ends:
+        return str(tokenizer.unk_token)
+    return str(tokenizer.eos_token)
 
 
 def check_chat_template(tokenizer: Tokenizer, records: Records) -> None:
@@ -66,32 +93,56 @@ def check_chat_template(tokenizer: Tokenizer, records: Records) -> None:
         )
 
 
-def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(
+    quantization: Quantization, dtype: torch.dtype, architecture: Architecture
+) -> BitsAndBytesConfig | None:
     """Settings for bitsandbytes, or ``None`` for weights in ``dtype``.
 
     The storage type equals the type of the other parameters: FSDP2 shards floating-point parameters only, so packed
-    uint8 weights, the default, would stay whole on every rank (accelerate#3987).
+    uint8 weights, the default, would stay whole on every rank (accelerate#3987). The weights of LLM.int8() are int8
+    and nothing else, so they cannot be sharded.
     """
     if quantization.type == "none":
         return None
+    if quantization.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=architecture.unquantized)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=architecture.unquantized,
     )
 
 
+def load_skeleton(directory: Path) -> PreTrainedModel:
+    """The model without weights, on the meta device: its modules and their shapes.
+
+    Raises:
+        BadSpecError: it cannot be trained.
+    """
+    check_supported(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
 def load_base_model(directory: Path, quantization: Quantization, device: torch.device) -> PreTrainedModel:
-    """The base model on ``device``, quantized and frozen."""
+    """The base model on ``device``, quantized and frozen.
+
+    Raises:
+        BadSpecError: it cannot be trained.
+    """
     dtype = compute_dtype(quantization, device)
+    skeleton = load_skeleton(directory)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
-        quantization_config=quantization_config(quantization, dtype),
+        quantization_config=quantization_config(quantization, dtype, read_architecture(skeleton)),
         device_map={"": device},
-        attn_implementation="sdpa",
+        attn_implementation=attention_implementation(skeleton, device, dtype),
         use_safetensors=True,
         trust_remote_code=False,
     )
@@ -111,14 +162,16 @@ def keep_differentiable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def lora_config(lora: LoRA) -> LoraConfig:
+def lora_config(lora: LoRA, targets: list[str]) -> LoraConfig:
     """The adapter's shape, within what vLLM serves: no DoRA, no bias, no extra modules."""
-    targets = "all-linear" if lora.target_modules == ["all-linear"] else list(lora.target_modules)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        use_rslora=lora.use_rslora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
@@ -130,10 +183,8 @@ def add_adapter(model: PreTrainedModel, lora: LoRA, seed: int) -> PeftModel:
     Raises:
         BadSpecError: a target module is not in the model.
     """
+    targets = resolve_targets(read_architecture(model), lora)
     set_seed(seed)
-    try:
-        wrapped = get_peft_model(model, lora_config(lora))
-    except ValueError as error:
-        raise BadSpecError(f"lora.targetModules: {error}") from error
+    wrapped = get_peft_model(model, lora_config(lora, targets))
     assert isinstance(wrapped, PeftModel)  # noqa: S101 - for the type checker
     return wrapped

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.tensor import DTensor
 
+from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import InternalError
 from lora_trainer.settings import Place, collective_seconds, rendezvous_seconds
 
@@ -64,6 +65,8 @@ def shard_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Mo
     if accelerator.num_processes == 1:
         return model
     whole = parameter_bytes(model)
+    classes = {type(layer).__name__ for layer in decoder_layers(model)}
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes)
     sharded = fsdp2_prepare_model(accelerator, model)
     check_sharded(sharded, whole, accelerator.num_processes)
     return sharded
