@@ -82,6 +82,20 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--model-config", type=Path, required=True, help="config.json of the base model")
     estimate.add_argument("--gpu-memory-gib", type=float, required=True, help="memory of one GPU, in GiB")
     estimate.add_argument("--json", action="store_true", help="print one JSON document")
+
+    preflight = commands.add_parser(
+        "preflight",
+        help="check a run before it has a GPU: sources, records, store, memory",
+        description="Pins the model and the data, reads the headers of the model's files, tokenizes and checks every "
+        "record, plans the memory, and writes and deletes a probe object in the store. Downloads no weights. Prints "
+        "one JSON document on standard output, and a summary on standard error. docs/preflight.md says what is in it.",
+    )
+    preflight.add_argument(
+        "run", type=Path, nargs="?", default=Path(RUN_FILE), help="run document (default: %(default)s)"
+    )
+    preflight.add_argument(
+        "--gpu-memory-gib", type=float, help="memory of one GPU, in GiB (default: device of the run)"
+    )
     return parser
 
 
@@ -98,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_process(run_worker(arguments.run))
     if arguments.command == "estimate":
         return _estimate(arguments)
+    if arguments.command == "preflight":
+        from lora_trainer.preflightcli import run_preflight
+
+        return run_preflight(arguments.run, arguments.gpu_memory_gib)
     return _evaluate(arguments)
 
 

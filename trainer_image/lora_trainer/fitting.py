@@ -61,6 +61,7 @@ def build_job(
         cpu_offload=parallelism.cpu_offload,
         objective=training.objective,
         optimizer=training.optimizer,
+        packed=spec.dataset.packing,
         counted=counted,
     )
     return replace(job, shard_size=choose_shard_size(job, parallelism, device_gib))

@@ -22,7 +22,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from lora_trainer.errors import (
     AuthDeniedError,
@@ -73,6 +74,59 @@ def fetch_split(name: str, revision: str | None, split: str, file: Path) -> None
 
     file.parent.mkdir(parents=True, exist_ok=True)
     _call(f"{_say(name, revision)}, split {split}", fetch)
+
+
+def is_offline() -> bool:
+    """Whether nothing is fetched: what is in the cache is all there is (HF_HUB_OFFLINE)."""
+    return bool(constants.is_offline_mode())
+
+
+def resolve(name: str, kind: str, revision: str | None) -> str | None:
+    """The commit of ``revision`` of the model or dataset ``name``; offline ``revision`` itself.
+
+    Raises:
+        ModelNotFoundError: repository or revision are not there.
+        AuthDeniedError: the repository is gated, or HF_TOKEN was refused.
+        StoreUnavailableError: the hub kept failing for LORA_STORE_RETRY_SECONDS.
+    """
+    return _call(_say(name, revision), lambda: _resolve(name, kind, revision))
+
+
+def list_files(name: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """The commit of ``revision`` of the model ``name``, and the sizes of its files in bytes, by path.
+
+    Raises:
+        ModelNotFoundError: repository or revision are not there.
+        AuthDeniedError: the repository is gated, or HF_TOKEN was refused.
+        StoreUnavailableError: the hub kept failing for LORA_STORE_RETRY_SECONDS.
+    """
+
+    def fetch() -> tuple[str, dict[str, int]]:
+        commit = str(_resolve(name, "model", revision))
+        tree = HfApi().list_repo_tree(name, recursive=True, revision=commit)
+        return commit, {file.path: int(file.size) for file in tree if isinstance(file, RepoFile)}
+
+    return _call(_say(name, revision), fetch)
+
+
+def read_range(name: str, commit: str, path: str, start: int, end: int) -> bytes:
+    """Bytes ``start`` to ``end`` (not with it) of a file of the model ``name``.
+
+    Raises:
+        ModelNotFoundError: it is not there.
+        AuthDeniedError: the repository is gated, or HF_TOKEN was refused.
+        StoreUnavailableError: the hub kept failing for LORA_STORE_RETRY_SECONDS.
+    """
+
+    def fetch() -> bytes:
+        _limit_waits()
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+        answer = get_session().get(hf_hub_url(name, path, revision=commit), headers=headers)
+        hf_raise_for_status(answer)
+        whole = answer.status_code != httpx2.codes.PARTIAL_CONTENT  # a proxy that knows no ranges
+        return bytes(answer.content)[start:end] if whole else bytes(answer.content)
+
+    return _call(f"{_say(name, commit)}, {path}", fetch)
 
 
 def _say(name: str, revision: str | None) -> str:

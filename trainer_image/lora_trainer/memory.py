@@ -43,9 +43,10 @@ class Stack:
             holds three float32 arrays in its backward pass: log-probabilities, the gradient of the picked ones, and
             the gradient of the logits: 12. Added to it is what the program still holds of the logits themselves: 2
             in bfloat16 (transformers 4.48: 14), 4 in float32 (transformers up to 4.44 in a loop that keeps the
-            model's output: 16). A chunk of a fused loss takes at most 6.
-        loss_chunk: tokens whose logits exist together; ``None``: all of them. TRL's SFT loss (1.16) and
-            Liger's go through the output head in chunks; 2048 is on the safe side for both.
+            model's output: 16). A chunk of Liger's fused loss takes at most 6. A chunk of this trainer's takes 8: its
+            logits in the compute type and in float32, and their gradient (``loss.SummedCrossEntropy``).
+        loss_chunk: tokens whose logits exist together; ``None``: all of them. 2048 is on the safe side for Liger's.
+        chunk_bytes: bytes of the float32 logits that exist together, in place of ``loss_chunk`` (``loss.CHUNK_BYTES``).
         kept_logits_bytes: bytes per token and word that stay until the backward pass is over, because the training
             loop holds the model's output. They are part of ``logits_bytes`` too.
         fused_norms: the RMSNorm kernel keeps its input in the compute type. Otherwise it keeps a float32 copy.
@@ -61,14 +62,15 @@ class Stack:
             loaded shard by shard here (``parallel.FSDP_ARGUMENTS``).
         context_gib: CUDA context and cuBLAS workspaces, which torch does not count.
         collectives_gib: NCCL's buffers, with more than one GPU.
-        padding_mask: padded batches of several sequences have a mask of c + 1 bytes for each pair of positions. Not so
-            with FlashAttention.
+        padding_mask: padded batches of several sequences, and packed ones, have a mask of c + 1 bytes for each pair of
+            positions. Not so with FlashAttention.
         safety_gib: what the safe figure adds.
         host: the memory is that of the machine: the run trains on CPUs.
     """
 
-    logits_bytes: int = 6
-    loss_chunk: int | None = 2048
+    logits_bytes: int = 8
+    loss_chunk: int | None = None
+    chunk_bytes: int | None = 256 * 2**20
     kept_logits_bytes: int = 0
     fused_norms: bool = False
     residual_bytes: int | None = None
@@ -99,6 +101,7 @@ class Job:
         cpu_offload: weights, adapter and optimizer live in host memory (FSDP's CPU offload).
         objective: sft or dpo.
         optimizer: adamw or paged-adamw-8bit.
+        packed: sequences are filled with several records, which a mask keeps apart.
         counted: weights as the headers of the model's files say; they win over ``shape``.
     """
 
@@ -114,6 +117,7 @@ class Job:
     cpu_offload: bool = False
     objective: str = "sft"
     optimizer: str = "adamw"
+    packed: bool = False
     counted: Weights | None = None
 
     @property
@@ -343,7 +347,7 @@ def mask_bytes(job: Job) -> float:
 
     A row alone has no padding. torch's SDPA makes the values from the bytes; FlashAttention needs neither.
     """
-    if not job.stack.padding_mask or job.rows == 1:
+    if not job.stack.padding_mask or (job.rows == 1 and not job.packed):
         return 0.0
     return float(job.tokens * job.sequence * (1 + job.compute_bytes))
 
@@ -374,6 +378,8 @@ def loss_bytes(job: Job) -> float:
     """Bytes of the loss: k V for each token of a chunk, and 3ch a token: last value, its norm, and its gradient."""
     stack, shape = job.stack, job.shape
     together = min(job.tokens, stack.loss_chunk or job.tokens)
+    if stack.chunk_bytes is not None:
+        together = min(together, max(64, stack.chunk_bytes // (4 * shape.vocabulary)))
     return float(together * shape.vocabulary * stack.logits_bytes + job.tokens * 3 * job.compute_bytes * shape.hidden)
 
 

@@ -33,12 +33,18 @@ class Decision:
 
 
 def settle_micro_batch(
-    run: RunSpec, model: Path, place: Place, device: torch.device, find_checkpoint: Callable[[], CompleteMarker | None]
+    run: RunSpec,
+    model: Path,
+    place: Place,
+    device: torch.device,
+    find_checkpoint: Callable[[], CompleteMarker | None],
+    longest: int | None = None,
 ) -> tuple[RunSpec, MemoryRecord]:
     """``run`` with its micro-batch as a number, and the plan of its memory. All processes call it.
 
-    Rank 0 decides, with the memory of the process that has the least. A resumed run on as many processes as before
-    keeps its micro-batch: the numbers of training do not depend on it, but the order in which they are added up does.
+    ``longest`` is the number of tokens of the longest record, if it is known: no batch is longer. Rank 0 decides, with
+    the memory of the process that has the least. A resumed run on as many processes as before keeps its micro-batch:
+    the numbers of training do not depend on it, but the order in which they are added up does.
 
     Raises:
         BadSpecError: with microBatchSize auto, the plan says that not even one sequence fits; the message has the
@@ -48,7 +54,7 @@ def settle_micro_batch(
     available = least_available(place, device)
     found = Decision()
     if place.is_main:
-        found = decide(run, model, available, find_checkpoint)
+        found = decide(run, model, available, find_checkpoint, longest)
     found = _broadcast(found)
     if found.refusal:
         raise BadSpecError(found.refusal)
@@ -61,7 +67,11 @@ def settle_micro_batch(
 
 
 def decide(
-    run: RunSpec, model: Path, available: float | None, find_checkpoint: Callable[[], CompleteMarker | None]
+    run: RunSpec,
+    model: Path,
+    available: float | None,
+    find_checkpoint: Callable[[], CompleteMarker | None],
+    longest: int | None,
 ) -> Decision:
     """The micro-batch of ``run`` with ``available`` GiB for each process."""
     asked = run.training.micro_batch_size
@@ -70,7 +80,7 @@ def decide(
         run = run.with_micro_batch(before.micro_batch_size)
     try:
         shape = read_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
-        job = build_job(run, shape, device_gib=available)
+        job = build_job(run, shape, longest=longest or None, device_gib=available)
     except UnplannedModelError as error:
         if asked != "auto":
             return Decision(asked)

@@ -133,6 +133,19 @@ class Store:
         inside = directory + "/" if directory else ""
         return {path: sizes[path] for path in sorted(sizes) if path.startswith(inside)}
 
+    def entries(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and etag of all objects, by path: what tells one state of the store from another."""
+        found = self._call("", lambda: obstore.list(self._store).collect())
+        return {str(one["path"]): (int(one["size"]), str(one.get("e_tag") or "")) for one in found}
+
+    def get_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end`` (not with it) of the object at ``path``.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+        """
+        return self._call(path, lambda: bytes(obstore.get_range(self._store, path, start=start, end=end)))
+
     def delete(self, paths: Iterable[str]) -> None:
         """Deletes objects. One that is gone already is no error."""
         for path in paths:

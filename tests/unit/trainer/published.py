@@ -50,7 +50,7 @@ ANSWER = LoRA(r=64, alpha=16, dropout=0.1, target_modules=ANSWER_TARGETS)
 SCHMID = LoRA(r=16, alpha=8, dropout=0.05, target_modules=["all-linear"])
 
 # All of them used FSDP 1, and loaded without the whole model on each GPU or measured later.
-WHOLE = Stack(logits_bytes=14, loss_chunk=None, fsdp1=True, loads_whole=False, padding_mask=False)
+WHOLE = Stack(logits_bytes=14, chunk_bytes=None, fsdp1=True, loads_whole=False, padding_mask=False)
 LIGER = replace(WHOLE, logits_bytes=6, loss_chunk=2048, fused_norms=True)
 ANSWER_STACK = replace(WHOLE, logits_bytes=16, kept_logits_bytes=4, adapter_bytes=4, moment_bytes=2)
 

@@ -1,0 +1,99 @@
+"""What preflight found out about a run before it asks for a GPU. The trainer prints it, the operator keeps it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lora_api._base import LongMessage, RecordModel, ShortMessage, Time
+from lora_api.adapter import Digest
+from lora_api.data import DataReport
+from lora_api.failures import FAILURE_RULES, RULES, FailureClass
+
+MAX_SHOWN = 50
+
+
+class SourcePin(RecordModel):
+    """Exactly what a source held. ``revision`` is the commit on a model hub.
+
+    ``digest`` is over names, sizes and contents (etags in a store) of the files that the trainer reads, of sources that
+    have no commits.
+    """
+
+    uri: str
+    revision: str | None = None
+    digest: Digest | None = None
+    files: int = Field(ge=0)
+    size_bytes: int = Field(ge=0)
+
+
+class Pins(RecordModel):
+    """What the run reads, so that each attempt reads the same."""
+
+    base_model: SourcePin | None = None
+    train: SourcePin | None = None
+    eval: SourcePin | None = None
+
+
+class ModelFacts(RecordModel):
+    """The base model, from its configuration and the headers of its files. ``parameters`` counts tied weights once."""
+
+    model_type: str
+    parameters: int = Field(ge=0)
+    parameters_by_type: dict[str, int] = {}
+    weight_files: int = Field(ge=0)
+    weight_bytes: int = Field(ge=0)
+
+
+class MemoryEstimate(RecordModel):
+    """Peak memory of each GPU (of each process on CPUs) in GiB, by part. ``fits`` is unset for an unknown device."""
+
+    estimate_gib: float = Field(ge=0, alias="estimateGiB")
+    safe_gib: float = Field(ge=0, alias="safeGiB")
+    device_gib: float | None = Field(None, gt=0, alias="deviceGiB")
+    fits: bool | None = None
+    parts: dict[str, float] = {}
+
+
+class RunPlan(RecordModel):
+    """How the run is going to be trained.
+
+    ``micro_batch_size`` is unset where it is auto and the device is not known: the training processes settle it then,
+    and ``memory`` is that of one sequence. ``shard_size`` processes share one copy of the weights.
+    """
+
+    micro_batch_size: int | None = Field(None, ge=1)
+    gradient_accumulation_steps: int | None = Field(None, ge=1)
+    processes: int = Field(ge=1)
+    shard_size: int = Field(ge=1)
+    total_steps: int | None = Field(None, ge=1)
+    tokens_per_epoch: int | None = Field(None, ge=0)
+    memory: MemoryEstimate | None = None
+    suggestions: list[str] = []
+
+
+class Problem(RecordModel):
+    """Something that ends the run."""
+
+    failure_class: FailureClass = Field(alias="class")
+    message: LongMessage
+
+
+class PreflightResult(RecordModel):
+    """The one JSON document that ``lora_trainer preflight`` prints."""
+
+    version: Literal[1] = 1
+    outcome: Literal["passed", "failed"]
+    pins: Pins = Field(default_factory=Pins)
+    model: ModelFacts | None = None
+    plan: RunPlan | None = None
+    data: DataReport | None = None
+    warnings: list[ShortMessage] = []
+    problems: list[Problem] = []
+    at: Time
+
+    @property
+    def failure_class(self) -> FailureClass | None:
+        """The class that the whole counts as: one that trying again cannot help, where there is one."""
+        order = [rule.failure_class for rule in FAILURE_RULES]
+        found = {problem.failure_class for problem in self.problems}
+        return min(found, key=lambda one: (RULES[one].retried, order.index(one)), default=None)

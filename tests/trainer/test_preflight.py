@@ -1,0 +1,287 @@
+"""Preflight on real directories, a real S3 store and a hub: what it pins, plans, refuses, and leaves alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from lora_api.failures import RULES, FailureClass
+from lora_api.messages import parse_termination
+from lora_api.preflight import PreflightResult
+from lora_api.run import RunSpec
+from lora_trainer.cli import main
+from lora_trainer.preflight import preflight
+from tests.support.hub import run_hub
+from tests.support.seaweed import Seaweed
+from tests.support.tiny import make_rows, write_rows
+from tests.trainer.runs import SOURCES
+
+Make = Callable[..., RunSpec]
+Check = Callable[..., PreflightResult]
+BAD_SPEC, BAD_DATA = FailureClass.BAD_SPEC, FailureClass.BAD_DATA
+
+
+@pytest.fixture
+def check(tmp_path: Path, make_run: Make) -> Check:
+    """Checks a run in this process; keywords are merged into it, ``edit`` changes its document."""
+
+    def run(gib: float | None = None, edit: dict[str, Any] | None = None, **changes: Any) -> PreflightResult:
+        document = {**make_run(**changes).to_wire(), **(edit or {})}
+        return preflight(json.dumps(document), "run.json", tmp_path / "preflight", gib)
+
+    return run
+
+
+@pytest.fixture
+def copied(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model that a test may spoil."""
+    return Path(shutil.copytree(model, tmp_path / "copied"))
+
+
+def said(result: PreflightResult) -> list[tuple[FailureClass, str]]:
+    return [(problem.failure_class, problem.message) for problem in result.problems]
+
+
+def test_a_run_that_is_all_right(check: Check, model: Path, tmp_path: Path) -> None:
+    result = check(gib=24, training={"microBatchSize": "auto"}, parallelism={"gpusPerNode": 2})
+    assert result.outcome == "passed", said(result)
+    assert result.warnings == []
+    assert result.model is not None
+    parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
+    assert (result.model.parameters, result.model.parameters_by_type) == (parameters, {"F32": parameters})
+    assert result.model.weight_bytes == (model / "model.safetensors").stat().st_size
+    assert result.data is not None
+    assert (result.data.train_records, result.data.eval_records) == (48, 9)
+    plan = result.plan
+    assert plan is not None
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps, plan.shard_size, plan.total_steps) == (4, 1, 2, 4)
+    assert plan.tokens_per_epoch == result.data.tokens > 0
+    assert plan.memory is not None
+    assert plan.memory.fits is True
+    assert sum(plan.memory.parts.values()) == pytest.approx(plan.memory.estimate_gib, abs=0.01)
+    assert not any(path.is_file() for path in (tmp_path / "store").rglob("*")), "the probe is gone"
+    read_back = PreflightResult.model_validate_json(json.dumps(result.to_wire()))
+    assert read_back.model_copy(update={"at": result.at}) == result
+
+
+def test_pins_follow_content_and_nothing_else(check: Check, copied: Path) -> None:
+    def pins() -> list[str | None]:
+        found = check(baseModel={"uri": f"file://{copied}"}).pins
+        assert found.base_model is not None
+        assert found.train is not None
+        return [found.base_model.digest, found.train.digest]
+
+    first = pins()
+    os.utime(copied / "config.json", (1, 1))
+    assert pins() == first
+    (copied / "generation_config.json").write_text('{"eos_token_id": 3}')
+    changed = pins()
+    assert changed[0] != first[0]
+    assert changed[1] == first[1]
+
+
+def test_a_device_that_is_not_known_leaves_the_micro_batch_open(check: Check) -> None:
+    for parallelism in ({"gpusPerNode": 1}, {"gpusPerNode": 0}):
+        result = check(training={"microBatchSize": "auto"}, parallelism=parallelism)
+        assert result.outcome == "passed", said(result)
+        assert result.plan is not None
+        assert result.plan.micro_batch_size is None
+        assert result.plan.memory is not None
+        assert result.plan.memory.fits is None
+
+
+def test_the_device_of_the_run_is_what_is_planned_for(check: Check) -> None:
+    device = {"device": {"name": "NVIDIA-L4", "memoryGiB": 22.5}}
+    result = check(edit=device, parallelism={"gpusPerNode": 1})
+    assert result.plan is not None
+    assert result.plan.memory is not None
+    assert result.plan.memory.device_gib == 22.5
+    result = check(gib=80, edit=device, parallelism={"gpusPerNode": 1})
+    assert result.plan is not None
+    assert result.plan.memory is not None
+    assert result.plan.memory.device_gib == 80, "the command line wins"
+    result = check(gib=80, parallelism={"gpusPerNode": 0})
+    assert any("gpusPerNode is 0" in warning for warning in result.warnings)
+
+
+def test_what_cannot_fit_is_refused_and_what_was_chosen_is_warned_of(check: Check) -> None:
+    auto = check(gib=1.9, training={"microBatchSize": "auto"}, parallelism={"gpusPerNode": 1})
+    assert [one[0] for one in said(auto)] == [BAD_SPEC]
+    assert "not even 1 x" in said(auto)[0][1]
+    chosen = check(gib=1.9, training={"microBatchSize": 8}, parallelism={"gpusPerNode": 1})
+    assert chosen.outcome == "passed"
+    assert any("do not fit" in warning for warning in chosen.warnings)
+    assert chosen.plan is not None
+    assert chosen.plan.memory is not None
+    assert chosen.plan.memory.fits is False
+
+
+def test_everything_wrong_is_said_at_once(check: Check, tmp_path: Path, copied: Path) -> None:
+    rows: list[Any] = make_rows(5)
+    rows[1], rows[3] = {"prompt": "a"}, {"prompt": 1, "completion": "b"}
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
+    (copied / "model.safetensors").write_bytes((copied / "model.safetensors").read_bytes()[:-5])
+    (tmp_path / "in-the-way").write_text("a file where the store should be")
+    result = check(
+        baseModel={"uri": f"file://{copied}"},
+        dataset={"train": {"uri": f"file://{bad}"}},
+        training={"globalBatchSize": 7},
+        publish={"store": f"file://{tmp_path}/in-the-way/store"},
+        edit={"lora": {"r": 0, "alpha": 8}},
+    )
+    found = said(result)
+    assert (BAD_SPEC, "run.json: lora.r: Input should be greater than or equal to 1") in found
+    assert any("upload it again" in message for kind, message in found if kind == FailureClass.MODEL_NOT_FOUND)
+    assert any("2 records are bad" in message and "record 2" in message for kind, message in found if kind == BAD_DATA)
+    assert len(found) >= 4, found
+    assert result.failure_class == BAD_SPEC
+    result = check(training={"globalBatchSize": 7}, lora={"targetModules": ["c_attn"]})
+    assert [kind for kind, _ in said(result)] == [BAD_SPEC]
+    assert "training.globalBatchSize is 7" in said(result)[0][1]
+    result = check(lora={"targetModules": ["c_attn"]})
+    assert "lora.targetModules: c_attn" in said(result)[0][1]
+
+
+def shard(directory: Path) -> None:
+    """Splits the weights over two files with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_count_as_one_model_and_a_missing_one_is_named(check: Check, model: Path, copied: Path) -> None:
+    whole = check().model
+    shard(copied)
+    sharded = check(baseModel={"uri": f"file://{copied}"})
+    assert sharded.outcome == "passed", said(sharded)
+    assert whole is not None
+    assert sharded.model is not None
+    assert (sharded.model.parameters, sharded.model.weight_files) == (whole.parameters, 2)
+    (copied / "model-00002-of-00002.safetensors").unlink()
+    missing = check(baseModel={"uri": f"file://{copied}"})
+    assert [kind for kind, _ in said(missing)] == [FailureClass.MODEL_NOT_FOUND]
+    assert "model-00002-of-00002.safetensors" in said(missing)[0][1]
+
+
+def test_a_model_that_is_not_trained_here_is_told(check: Check, copied: Path) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    result = check(baseModel={"uri": f"file://{copied}"})
+    assert any("quantized already" in message for kind, message in said(result) if kind == BAD_SPEC)
+    (copied / "config.json").write_text("{")
+    result = check(baseModel={"uri": f"file://{copied}"})
+    assert any("config.json: is not JSON" in message for kind, message in said(result) if kind == BAD_SPEC)
+    (copied / "config.json").unlink()
+    result = check(baseModel={"uri": f"file://{copied}"})
+    assert said(result)[0][0] == FailureClass.MODEL_NOT_FOUND
+    assert result.data is None
+    assert result.pins.train is not None, "the data is looked at all the same"
+
+
+def test_only_headers_come_from_a_store(check: Check, s3: Seaweed, model: Path, data: Path, tmp_path: Path) -> None:
+    uri = s3.upload(model, "preflight/model")
+    train = s3.upload(data / "train.jsonl", "preflight/train.jsonl")
+    changes: dict[str, Any] = {
+        "baseModel": {"uri": uri},
+        "dataset": {"train": {"uri": train}, "eval": None},
+        "publish": {"store": s3.uri("preflight/adapters")},
+    }
+    result = check(**changes)
+    assert result.outcome == "passed", said(result)
+    assert result.model is not None
+    assert result.model.parameters == 106816
+    fetched = [path.name for path in (tmp_path / "preflight" / "model").iterdir()]
+    assert "config.json" in fetched
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    again = check(**changes)
+    assert again.pins == result.pins
+    s3.upload(data / "eval.jsonl", "preflight/train.jsonl")
+    other = check(**changes)
+    assert other.pins.train != result.pins.train
+    assert other.pins.base_model == result.pins.base_model
+
+
+def test_a_store_that_refuses_is_told(check: Check, s3: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    result = check(publish={"store": s3.uri("preflight/adapters")})
+    assert [kind for kind, _ in said(result)] == [FailureClass.AUTH_DENIED]
+    assert result.plan is not None, "the rest is looked at all the same"
+
+
+def run_command(
+    directory: Path, document: str, *arguments: str, environment: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    (directory / "run.json").write_text(document)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, SOURCES)),
+        "LORA_WORK": str(directory),
+        "LORA_TERMINATION_LOG": str(directory / "words"),
+        **(environment or {}),
+    }
+    command = [sys.executable, "-m", "lora_trainer", "preflight", str(directory / "run.json"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_command_pins_commits_on_a_hub_without_its_weights(
+    make_run: Make, model: Path, data: Path, tmp_path: Path
+) -> None:
+    with run_hub() as hub:
+        hub.add("models", "team/tiny", {"main": model}, {"hf_owner"})
+        hub.add("datasets", "team/rows", {"main": data})
+        commits = {kind: hub.repositories[kind, name].revisions["main"].commit for kind, name in hub.repositories}
+        run = make_run(baseModel={"uri": "hf://team/tiny"}, dataset={"train": {"uri": "hf://team/rows"}, "eval": None})
+        environment = {**hub.environment, "HF_TOKEN": "hf_owner"}
+        done = run_command(tmp_path, json.dumps(run.to_wire()), environment=environment)
+        asked = hub.fetched().count("model.safetensors")
+    result = PreflightResult.model_validate_json(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert result.pins.base_model is not None
+    assert result.pins.train is not None
+    assert result.pins.base_model.revision == commits["models"]
+    assert result.pins.train.revision == commits["datasets"]
+    assert result.model is not None
+    assert result.model.parameters == 106816
+    assert asked == 1, "its header"
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    words = parse_termination((tmp_path / "words").read_text())
+    assert words is not None
+    assert words.outcome == "succeeded"
+    assert done.stderr.splitlines()[0].startswith("preflight passed") or "preflight passed" in done.stderr
+
+
+def test_the_command_ends_with_the_class_of_what_is_wrong(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORA_WORK", str(tmp_path))
+    monkeypatch.setenv("LORA_TERMINATION_LOG", str(tmp_path / "words"))
+    document = make_run().to_wire()
+    document["training"]["maxSteps"] = 0
+    (tmp_path / "run.json").write_text(json.dumps(document))
+    assert main(["preflight", str(tmp_path / "run.json")]) == RULES[BAD_SPEC].exit_code
+    shown = capsys.readouterr()
+    result = PreflightResult.model_validate_json(shown.out)
+    assert [problem.failure_class for problem in result.problems] == [BAD_SPEC]
+    assert "BadSpec: run.json: training.maxSteps: " in shown.err
+    words = parse_termination((tmp_path / "words").read_text())
+    assert words is not None
+    assert (words.outcome, words.failure_class) == ("failed", BAD_SPEC)
+    assert words.remedy == RULES[BAD_SPEC].remedy
+    assert main(["preflight", str(tmp_path / "none.json")]) == RULES[BAD_SPEC].exit_code
+    assert "No such file" in json.loads(capsys.readouterr().out)["problems"][0]["message"]
+    for gib in ("0", "nan"):
+        assert main(["preflight", str(tmp_path / "run.json"), f"--gpu-memory-gib={gib}"]) == 64
+        assert "--gpu-memory-gib" in capsys.readouterr().err

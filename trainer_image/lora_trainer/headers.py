@@ -1,0 +1,147 @@
+"""Headers of safetensors files: which tensors there are, of which type and shape, without any of their values.
+
+The format (github.com/huggingface/safetensors, README, "Format"): 8 bytes, the length N of the header, unsigned and
+little-endian; N bytes of JSON, {name: {dtype, shape, data_offsets}}; then the values. Pure.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lora_trainer.errors import ModelNotFoundError
+from lora_trainer.modelshape import ModelShape, Weights
+
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000
+"""Bytes of the longest header that the format allows."""
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: its type as safetensors calls it, such as BF16, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of its values."""
+        return math.prod(self.shape)
+
+
+Header = dict[str, TensorInfo]
+
+
+def header_length(start: bytes, name: str, size: int) -> int:
+    """Length of the header, from the first 8 bytes of the file ``name`` of ``size`` bytes.
+
+    Raises:
+        ModelNotFoundError: it is no safetensors file, or one that was cut.
+    """
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if len(start) < LENGTH_BYTES or length > MAX_HEADER:
+        raise ModelNotFoundError(f"{name}: is no safetensors file")
+    if LENGTH_BYTES + length > size:
+        raise ModelNotFoundError(f"{name}: was cut: it has {size} bytes, and its header alone takes more")
+    return length
+
+
+def parse_header(text: bytes, name: str, size: int) -> Header:
+    """The tensors of the file ``name`` of ``size`` bytes, by name. ``text`` is its header.
+
+    Raises:
+        ModelNotFoundError: the header is broken, or values that it promises are not in the file.
+    """
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        header = {
+            key: TensorInfo(str(value["dtype"]), tuple(map(int, value["shape"]))) for key, value in entries.items()
+        }
+        spans = {key: (int(value["data_offsets"][0]), int(value["data_offsets"][1])) for key, value in entries.items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise ModelNotFoundError(f"{name}: its safetensors header is broken: {error}") from error
+    for key, tensor in header.items():
+        start, end = spans[key]
+        if tensor.dtype in _BYTES and end - start != tensor.weights * _BYTES[tensor.dtype]:
+            raise ModelNotFoundError(f"{name}: {key}: {end - start} bytes are not {tensor.dtype} {list(tensor.shape)}")
+    promised = LENGTH_BYTES + len(text) + max((end for _, end in spans.values()), default=0)
+    if promised != size:
+        raise ModelNotFoundError(f"{name}: has {size} bytes, and its header describes {promised}; upload it again")
+    return header
+
+
+def choose_shards(index: object, present: Iterable[str]) -> list[str]:
+    """The files that hold the weights, as transformers chooses them: one file, else those of the index.
+
+    ``index`` is the content of ``model.safetensors.index.json``, or ``None`` without one.
+
+    Raises:
+        ModelNotFoundError: there is neither, or the index is broken or names files that are not there.
+    """
+    names = set(present)
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    if index is None:
+        raise ModelNotFoundError(f"there is neither {SINGLE_FILE} nor {INDEX_FILE}")
+    shards = sorted(set(_weight_map(index).values()))
+    missing = [shard for shard in shards if shard not in names]
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ModelNotFoundError(f"{INDEX_FILE} names {len(shards)} files, and {len(missing)} are not there: {shown}")
+    return shards
+
+
+def check_index(index: object, headers: Mapping[str, Header]) -> None:
+    """Checks that each file has the tensors that the index says.
+
+    Raises:
+        ModelNotFoundError: some are missing.
+    """
+    missing = [key for key, shard in _weight_map(index).items() if key not in headers.get(shard, {})]
+    if missing:
+        raise ModelNotFoundError(f"{INDEX_FILE}: {len(missing)} tensors are not in their files, such as {missing[0]}")
+
+
+def _weight_map(index: object) -> dict[str, str]:
+    found = index.get("weight_map") if isinstance(index, Mapping) else None
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, str) for value in found.values()):
+        raise ModelNotFoundError(f"{INDEX_FILE}: weight_map must be an object that names a file for each tensor")
+    return dict(found)
+
+
+def merge(headers: Mapping[str, Header]) -> Header:
+    """The tensors of all files."""
+    return {name: tensor for header in headers.values() for name, tensor in header.items()}
+
+
+def count_by_type(tensors: Header) -> dict[str, int]:
+    """Values of each type, the most first."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[tensor.dtype] += tensor.weights
+    return dict(counts.most_common())
+
+
+def count_weights(tensors: Header, shape: ModelShape) -> Weights:
+    """The weights that are loaded: those of linear layers inside transformer layers, and the rest.
+
+    An output head that is tied to the embedding may be stored too; it is loaded once.
+    """
+    endings = tuple(f".{linear.name}.weight" for linear in shape.linears)
+    linear = rest = 0
+    for name, tensor in tensors.items():
+        if shape.tied and name.endswith("lm_head.weight"):
+            continue
+        if ".layers." in name and name.endswith(endings):
+            linear += tensor.weights
+        else:
+            rest += tensor.weights
+    return Weights(linear, rest)

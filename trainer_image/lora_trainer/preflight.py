@@ -1,0 +1,396 @@
+"""Everything that can be known of a run before it has a GPU: ``python -m lora_trainer preflight run.json``.
+
+On the CPU, and without the model's weights: its configuration, its tokenizer and the headers of its files are enough.
+What is wrong is collected, so that one look tells all of it; a step that needs what failed before it is left out.
+"""
+
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from lora_api.data import DataReport
+from lora_api.failures import FailureClass
+from lora_api.preflight import (
+    MAX_SHOWN,
+    MemoryEstimate,
+    ModelFacts,
+    Pins,
+    PreflightResult,
+    Problem,
+    RunPlan,
+    SourcePin,
+)
+from lora_api.run import RunSpec
+from lora_api.sources import DataSource
+from lora_trainer.errors import BadSpecError, classify, describe
+from lora_trainer.fitting import build_job, settle, suggest
+from lora_trainer.headers import Header, count_by_type, count_weights, merge
+from lora_trainer.memory import Job, plan_memory
+from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers
+from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
+
+Result = TypeVar("Result")
+
+MAX_DIFFERENCE = 0.01
+"""By how much the weights of the files may differ from those of the configuration before a warning says so."""
+
+HEAD_KEYS = ("namespace", "name", "uid")
+NEEDED = {"training": {"maxSteps": 1}}
+"""What stands in for a section that is wrong and has no default, so that the other sections can be looked at."""
+
+
+@dataclass
+class Findings:
+    """What was found so far."""
+
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, failure_class: FailureClass, message: str) -> None:
+        """Something that ends the run."""
+        self.problems.append(Problem(failure_class=failure_class, message=message))
+
+    def attempt(self, step: Callable[[], Result]) -> Result | None:
+        """What ``step`` returns, or ``None`` where it failed; why is kept."""
+        try:
+            return step()
+        except Exception as error:  # noqa: BLE001 - classified
+            found = classify(error)
+            if found == FailureClass.INTERNAL:
+                traceback.print_exc()
+            self.add(found, describe(error))
+            return None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of the base model. ``shape`` and ``counted`` are unset where they could not be read."""
+
+    files: ModelFiles
+    shape: ModelShape | None
+    counted: Weights | None
+    facts: ModelFacts | None
+
+
+def preflight(document: str, where: str, directory: Path, device_gib: float | None = None) -> PreflightResult:
+    """Checks the run in ``document``, the JSON text of a RunSpec that came from ``where``.
+
+    ``directory`` is for files. ``device_gib``: memory of one GPU in GiB, where ``device`` of the run does not say it.
+    """
+    findings = Findings()
+    run, broken = read_leniently(document, where, findings)
+    model = tokenizer = report = None
+    pins = Pins()
+    if run is not None:
+        if "baseModel" not in broken:
+            model = findings.attempt(lambda: check_model(run, directory / "model", findings))
+            tokenizer = None if model is None else findings.attempt(lambda: _load_tokenizer(model.files.directory))
+        if "dataset" not in broken:
+            report, pins = check_data(run, tokenizer, directory, findings)
+        if "publish" not in broken:
+            findings.attempt(lambda: check_store(run, directory))
+    if model is not None:
+        pins = pins.model_copy(update={"base_model": model.files.pin})
+    plan = None
+    if run is not None and not broken & {"training", "parallelism", "lora", "quantization"}:
+        device = device_gib if device_gib is not None else (run.device.memory_gib if run.device else None)
+        plan = findings.attempt(lambda: plan_run(run, model, report, device, findings))
+    return PreflightResult(
+        outcome="failed" if findings.problems else "passed",
+        pins=pins,
+        model=None if model is None else model.facts,
+        plan=plan,
+        data=report,
+        warnings=findings.warnings[:MAX_SHOWN],
+        problems=findings.problems[:MAX_SHOWN],
+        at=datetime.now(UTC),
+    )
+
+
+def read_leniently(document: str, where: str, findings: Findings) -> tuple[RunSpec | None, set[str]]:
+    """The run, with defaults for the sections that are wrong, and the names of those; ``None`` where nothing is left.
+
+    Every wrong field becomes a problem.
+    """
+    try:
+        return RunSpec.model_validate_json(document), set()
+    except ValidationError as error:
+        for item in error.errors(include_url=False, include_context=False):
+            path = ".".join(map(str, item["loc"]))
+            findings.add(FailureClass.BAD_SPEC, f"{where}: {path + ': ' if path else ''}{item['msg']}")
+        broken = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+    try:
+        sections = json.loads(document)
+    except (ValueError, RecursionError):
+        return None, broken
+    if not isinstance(sections, dict):
+        return None, broken
+    kept = {name: value for name, value in sections.items() if name not in broken}
+    fillers = dict.fromkeys(HEAD_KEYS, "unknown") | NEEDED | _unreachable()
+    try:
+        return RunSpec.model_validate_json(json.dumps(fillers | kept)), broken
+    except ValidationError:
+        return None, broken
+
+
+def _unreachable() -> dict[str, Any]:
+    """Sections of sources that nobody looks at."""
+    nowhere = {"uri": "file:///nowhere"}
+    return {"baseModel": nowhere, "dataset": {"train": nowhere}, "publish": {"store": "file:///nowhere"}}
+
+
+def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
+    """What can be known of the base model without its weights.
+
+    Raises:
+        TrainerError: it is not there, or cannot be trained.
+    """
+    files = open_model(run.base_model, target)
+    config = _read_json(files, "config.json")
+    supported = findings.attempt(lambda: _check_supported(config))
+    if (files.directory / "generation_config.json").exists():
+        findings.attempt(lambda: _read_json(files, "generation_config.json"))
+    shape = findings.attempt(lambda: _read_shape(config, findings)) if supported else None
+    headers = findings.attempt(lambda: read_headers(files))
+    if headers is None:
+        return Model(files, shape, None, None)
+    tensors = merge(headers)
+    counted = None if shape is None else count_weights(tensors, shape)
+    if shape is not None and counted is not None:
+        _compare(shape, counted, tensors, findings)
+    facts = ModelFacts(
+        model_type=str(config.get("model_type") if isinstance(config, dict) else None),
+        parameters=sum(count_by_type(tensors).values()) if counted is None else counted.total,
+        parameters_by_type=count_by_type(tensors),
+        weight_files=len(headers),
+        weight_bytes=sum(files.sizes[name] for name in headers),
+    )
+    return Model(files, shape, counted, facts)
+
+
+def _read_json(files: ModelFiles, name: str) -> object:
+    try:
+        return json.loads((files.directory / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadSpecError(f"{files.pin.uri}: {name}: is not JSON: {error}") from error
+
+
+def _check_supported(config: object) -> bool:
+    from lora_trainer.architecture import check_supported
+
+    if not isinstance(config, dict):
+        raise BadSpecError("config.json: must be an object with model_type, hidden_size and so on")
+    check_supported(config)
+    return True
+
+
+def _read_shape(config: object, findings: Findings) -> ModelShape | None:
+    try:
+        return read_shape(config)
+    except UnplannedModelError as error:
+        findings.warnings.append(f"memory is not planned: {error}")
+        return None
+
+
+def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Findings) -> None:
+    if abs(counted.total - shape.total_weights) > MAX_DIFFERENCE * shape.total_weights:
+        findings.warnings.append(
+            f"the files hold {counted.total:,} weights in {len(tensors)} tensors, and config.json describes "
+            f"{shape.total_weights:,}; the plan takes those of the files"
+        )
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from lora_trainer.model import load_tokenizer
+
+    try:
+        return load_tokenizer(directory)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise BadSpecError(f"baseModel: its tokenizer cannot be loaded: {describe(error)}") from error
+
+
+def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings) -> tuple[DataReport | None, Pins]:
+    """The records as tokens, and what the sources held. Without a tokenizer only the sources are looked at."""
+    from lora_trainer.sources import Sources, fetch_data
+
+    files: dict[str, list[Path]] = {}
+    pins: dict[str, SourcePin | None] = {"train": None, "eval": None}
+    sources: dict[str, DataSource | None] = {"train": run.dataset.train, "eval": run.dataset.eval}
+    for name, source in sources.items():
+        if source is None:
+            continue
+        found = findings.attempt(lambda: fetch_data(source, directory / name))  # noqa: B023 - called at once
+        if found is not None:
+            files[name] = found
+            pins[name] = findings.attempt(lambda: pin_data(source, found))  # noqa: B023
+    pinned = Pins(train=pins["train"], eval=pins["eval"])
+    if tokenizer is None or len(files) < sum(source is not None for source in sources.values()):
+        return None, pinned
+    fetched = Sources(directory / "model", files["train"], files.get("eval"))
+    return findings.attempt(lambda: _count_tokens(run, fetched, tokenizer)), pinned
+
+
+def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any) -> DataReport:
+    """The records of both sides as the model is given them, cut at maxSeqLength."""
+    from lora_trainer.data import load_records
+
+    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
+    if records.conversational and not tokenizer.chat_template:
+        raise BadSpecError("dataset: the records are conversations, but baseModel's tokenizer has no chat template")
+    limit = run.dataset.max_seq_length
+    whole, learned = [], []
+    for record in records.train:
+        start, end = _lengths(record, tokenizer)
+        whole.append(end)
+        learned.append(max(0, min(end, limit) - start))
+    kept = sum(min(length, limit) for length in whole)
+    return DataReport(
+        train_records=len(whole),
+        eval_records=len(records.eval),
+        tokens=kept,
+        supervised_tokens=sum(learned),
+        sequences=len(whole),
+        longest=max(whole),
+        truncated_records=sum(length > limit for length in whole),
+        lost_token_share=1 - kept / max(1, sum(whole)),
+    )
+
+
+def _lengths(record: Mapping[str, Any], tokenizer: Any) -> tuple[int, int]:
+    """Tokens of a record's prompt, which are not learned, and of all of it."""
+
+    def count(text: Any, *, prompt: bool = False) -> int:
+        if isinstance(text, list):
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=prompt)
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(tokenizer(text)["input_ids"]) + (0 if prompt else 1)
+
+    if "prompt" not in record:
+        return 0, count(record.get("messages") or record["text"])
+    return count(record["prompt"], prompt=True), count(record["prompt"] + record["completion"])
+
+
+def check_store(run: RunSpec, directory: Path) -> None:
+    """Writes and deletes a small object where checkpoints will be.
+
+    Raises:
+        TrainerError: the store did not take it.
+    """
+    from lora_trainer.checkpoint import Checkpoints
+    from lora_trainer.progress import Progress
+    from lora_trainer.settings import Place
+    from lora_trainer.store import Store
+
+    store = Store(run.publish.store)
+    Checkpoints(store, run, Place(0, 0, 1), directory / "checkpoints", Progress(enabled=False)).check_writable()
+
+
+def plan_run(
+    run: RunSpec, model: Model | None, report: DataReport | None, device_gib: float | None, findings: Findings
+) -> RunPlan:
+    """How the run is trained, and whether it fits on GPUs with ``device_gib`` GiB.
+
+    Raises:
+        BadSpecError: batch sizes do not divide, a target module is not there, or nothing fits.
+    """
+    try:
+        batch = run.batch
+    except ValueError as error:
+        raise BadSpecError(str(error)) from error
+    auto = run.training.micro_batch_size == "auto"
+    steps = None if report is None else _total_steps(run, report)
+    plan = RunPlan(
+        micro_batch_size=None if auto else batch.micro_batch_size,
+        gradient_accumulation_steps=None if auto else batch.gradient_accumulation_steps,
+        processes=run.parallelism.world_size,
+        shard_size=1,
+        total_steps=steps,
+        tokens_per_epoch=None if report is None else report.tokens,
+    )
+    if model is None or model.shape is None:
+        return plan
+    on_cpu = run.parallelism.gpus_per_node == 0
+    if on_cpu and device_gib is not None:
+        findings.warnings.append("parallelism.gpusPerNode is 0: the memory of a GPU is of no use to the plan")
+        device_gib = None
+    longest = None if report is None else report.longest or None
+    job = build_job(run, model.shape, counted=model.counted, longest=longest, device_gib=device_gib)
+    settled, complaint = settle(run.training, job, device_gib)
+    if settled is None:
+        findings.add(FailureClass.BAD_SPEC, complaint)
+    elif complaint and device_gib is not None:
+        findings.warnings.append(complaint)
+    return _describe_plan(run, plan, settled or job, device_gib, settled=not auto or device_gib is not None)
+
+
+def _total_steps(run: RunSpec, report: DataReport) -> int:
+    from lora_trainer.trainer import total_steps
+
+    return total_steps(run, report.sequences)
+
+
+def _describe_plan(run: RunSpec, plan: RunPlan, job: Job, device_gib: float | None, *, settled: bool) -> RunPlan:
+    memory = plan_memory(job)
+    estimate = MemoryEstimate(
+        estimate_gib=round(memory.total, 3),
+        safe_gib=round(memory.safe, 3),
+        device_gib=device_gib,
+        fits=None if device_gib is None else memory.fits(device_gib),
+        parts={name: round(size, 3) for name, size in memory.parts().items()},
+    )
+    batch = run.with_micro_batch(job.micro_batch).batch
+    found = [] if device_gib is None else suggest(job, run.training.global_batch_size, device_gib)
+    return plan.model_copy(
+        update={
+            "micro_batch_size": job.micro_batch if settled else None,
+            "gradient_accumulation_steps": batch.gradient_accumulation_steps if settled else None,
+            "shard_size": job.shards,
+            "memory": estimate,
+            "suggestions": [one.to_text() for one in found],
+        }
+    )
+
+
+def to_text(result: PreflightResult) -> str:
+    """The result for people."""
+    lines = [f"preflight {result.outcome}"]
+    for name, pin in (("model", result.pins.base_model), ("train", result.pins.train), ("eval", result.pins.eval)):
+        if pin is not None:
+            lines.append(
+                f"{name}: {pin.uri} at {pin.revision or pin.digest}, {pin.files} files, {pin.size_bytes:,} bytes"
+            )
+    if result.model is not None:
+        types = ", ".join(f"{count:,} {name}" for name, count in result.model.parameters_by_type.items())
+        lines.append(f"weights: {result.model.model_type}, {result.model.parameters:,} parameters ({types})")
+    if result.data is not None:
+        lines.append(f"data: {result.data.to_text()}")
+    if result.plan is not None:
+        lines += _plan_lines(result.plan)
+    lines += [f"warning: {text}" for text in result.warnings]
+    lines += [f"{one.failure_class.value}: {one.message}" for one in result.problems]
+    return "\n".join(lines)
+
+
+def _plan_lines(plan: RunPlan) -> list[str]:
+    micro = "settled when it starts" if plan.micro_batch_size is None else str(plan.micro_batch_size)
+    lines = [
+        f"plan: micro-batch {micro}, {plan.processes} processes, weights over {plan.shard_size}, "
+        f"{plan.total_steps or 'an unknown number of'} steps"
+    ]
+    if plan.memory is not None:
+        fits = {None: "", True: ", which fits", False: ", which does not fit"}[plan.memory.fits]
+        device = "" if plan.memory.device_gib is None else f" of {plan.memory.device_gib:g}"
+        size = f"{plan.memory.estimate_gib:.2f} GiB, {plan.memory.safe_gib:.2f}{device} to be safe"
+        lines.append(f"memory of each process: {size}{fits}")
+    return lines
+
+
+def dump(result: BaseModel) -> str:
+    """One JSON document on one line."""
+    return result.model_dump_json(by_alias=True, exclude_none=True)

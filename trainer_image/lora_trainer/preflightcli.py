@@ -1,0 +1,81 @@
+"""The surroundings of ``lora_trainer preflight``: its environment, its output, its last words and its exit code."""
+
+import contextlib
+import math
+import os
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_api.failures import RULES, FailureClass
+from lora_api.messages import Termination
+from lora_api.preflight import PreflightResult, Problem
+from lora_api.run import WORK_DIRECTORY
+from lora_trainer.errors import classify, describe
+
+UNCLASSED = 70
+
+
+def run_preflight(run_file: Path, device_gib: float | None) -> int:
+    """Checks the run in ``run_file`` and says what was found. Returns the exit code of the failure table."""
+    work = os.environ.get("LORA_WORK") or (WORK_DIRECTORY if Path(WORK_DIRECTORY).is_dir() else None)
+    set_environment(work)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="preflight-", dir=work) as scratch,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            result = _check(run_file, Path(scratch), device_gib)
+    except OSError as error:  # no place for files, or no space left in it
+        result = _refuse(classify(error), describe(error))
+    from lora_trainer.launch import say
+    from lora_trainer.preflight import dump, to_text
+
+    sys.stdout.write(dump(result) + "\n")
+    sys.stderr.write(to_text(result) + "\n")
+    say(last_words(result))
+    found = result.failure_class
+    return 0 if found is None else RULES[found].exit_code or UNCLASSED
+
+
+def _check(run_file: Path, scratch: Path, device_gib: float | None) -> PreflightResult:
+    if device_gib is not None and (not math.isfinite(device_gib) or device_gib <= 0):
+        message = f"--gpu-memory-gib is {device_gib:g}; give the memory of one GPU in GiB, such as 80"
+        return _refuse(FailureClass.BAD_SPEC, message)
+    try:
+        document = run_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return _refuse(FailureClass.BAD_SPEC, f"{run_file}: is not UTF-8 text")
+    except OSError as error:
+        return _refuse(FailureClass.BAD_SPEC, f"{run_file}: {error.strerror or error}")
+    from lora_trainer.preflight import preflight
+    from lora_trainer.worker import quiet_libraries
+
+    quiet_libraries()
+    return preflight(document, run_file.name, scratch, device_gib)
+
+
+def set_environment(work: str | None) -> None:
+    """Gives the libraries of the hub a place to write in a pod, whose root cannot be written to.
+
+    On a person's machine, where there is no scratch directory, they keep their own cache.
+    """
+    if work is not None:
+        os.environ.setdefault("HF_HOME", str(Path(work) / "hf"))
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def last_words(result: PreflightResult) -> Termination:
+    """The termination message."""
+    found = result.failure_class
+    if found is None:
+        return Termination(outcome="succeeded", message="preflight passed", at=result.at)
+    message = "\n".join(problem.message for problem in result.problems)
+    return Termination(outcome="failed", failure_class=found, message=message, remedy=RULES[found].remedy, at=result.at)
+
+
+def _refuse(failure_class: FailureClass, message: str) -> PreflightResult:
+    problem = Problem(failure_class=failure_class, message=message)
+    return PreflightResult(outcome="failed", problems=[problem], at=datetime.now(UTC))
