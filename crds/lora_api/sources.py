@@ -55,23 +55,17 @@ class DataSource(ApiModel):
 
     uri: DataUri = Field(
         description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
-        ".json (one array), .csv or .parquet file, or a directory of such files, read in the order of their names."
+        ".json (one array), .csv, .parquet or .arrow file, a directory of such files, read in the order of their "
+        "names, or a directory that datasets' save_to_disk wrote."
     )
     revision: ShortText | None = Field(
         None, description="Commit, branch or tag on the hub. Only with hf://. Default: the hub's main branch."
     )
-    split: ShortText | None = Field(None, description="Split of a hub dataset. Only with hf://. Default: train.")
-
-    cel_rules = (
-        _SOURCE_FORM,
-        _SOURCE_STAYS_INSIDE,
-        _REVISION_NEEDS_HUB,
-        CelRule(
-            rule="!has(self.split) || self.uri.startsWith('hf://')",
-            message="split belongs to a hub dataset, so it needs a uri that starts with hf://",
-            field_path=".split",
-        ),
+    split: ShortText | None = Field(
+        None, description="Split, of a hub dataset or of a saved one that has splits. Default: train."
     )
+
+    cel_rules = (_SOURCE_FORM, _SOURCE_STAYS_INSIDE, _REVISION_NEEDS_HUB)
 
 
 _COLUMNS = {

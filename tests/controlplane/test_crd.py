@@ -293,7 +293,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.dataset.eval.uri",
         "must be hf://ORG/NAME",
     ),
-    "a split of a file": ({"dataset.train.split": "test"}, "spec.dataset.train.split", "belongs to a hub dataset"),
     "evaluation data in two ways": (
         {"dataset.eval.uri": "s3://b/e.jsonl", "dataset.evalFraction": 0.1},
         "spec.dataset.evalFraction",

@@ -14,15 +14,14 @@ from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
 from lora_trainer.adapter import check_adapter
 from lora_trainer.checkpoint import Checkpoints
-from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError, InternalError
 from lora_trainer.evaluate import Evaluator, make_batches, question, sample_questions
 from lora_trainer.parallel import check_sharded
 from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
+from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.settings import Place
 from lora_trainer.store import Store
-from lora_trainer.trainer import EpochSampler, total_steps
 
 Make = Callable[..., RunSpec]
 ALONE = Place(0, 0, 1)
@@ -79,10 +78,8 @@ def test_steps_of_a_run(make_run: Make) -> None:
 
 
 def test_batches_for_evaluation_hold_every_record_once_within_the_budget() -> None:
-    from datasets import Dataset
-
     lengths = [5, 1, 9, 3, 3, 20, 7]
-    batches = make_batches(Dataset.from_list([{"input_ids": [1] * length} for length in lengths]), 12)
+    batches = make_batches(lengths, 12)
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert all(len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 12 for batch in batches)
 
@@ -94,10 +91,11 @@ def test_questions_of_each_format(make_run: Make) -> None:
     assert question({"messages": [user, assistant]}) == ([user], "b")
     assert question({"messages": [assistant]}) is None
     assert question({"prompt": [user], "completion": [assistant]}) == ([user], "b")
-    chats = Records("messages", [{"messages": [user, assistant]}], [])
-    assert sample_questions(make_run(publish={"samplePrompts": ["hi"]}).publish, chats) == [
-        ([{"role": "user", "content": "hi"}], None)
-    ]
+    publish = make_run(publish={"samplePrompts": ["hi"]}).publish
+    assert sample_questions(publish, [], conversational=True) == [([{"role": "user", "content": "hi"}], None)]
+    assert sample_questions(publish, [], conversational=False) == [("hi", None)]
+    chat = {"messages": [user, assistant]}
+    assert sample_questions(make_run().publish, [{"text": "a"}, chat], conversational=True) == [([user], "b")]
 
 
 def test_a_loss_that_is_not_finite_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,12 @@ from lora_trainer.sources import Sources
 
 MAX_REPORTED = 20
 MAX_KINDS = 10
+MAX_DIFFERENT_KINDS = 1000
+OTHER_KINDS = "other faults"
 DEFAULT_EVAL_FRACTION = 0.05
+
+NOTHING_TO_TRAIN_ON = "dataset.train: no record is left to train on"
+FORMS_DIFFER = "dataset.eval and dataset.train: one has conversations, the other has plain text"
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,17 @@ class Records:
         return is_conversation(self.train[0])
 
 
-class _Faults:
-    """The first bad records in full, and how many there are of each kind."""
+class Faults:
+    """The first bad records in full, and how many there are of each kind. Its size is bounded."""
 
     def __init__(self) -> None:
         self.first: list[BadRecord] = []
         self.kinds: Counter[str] = Counter()
 
     def add(self, bad: BadRecord) -> None:
-        self.kinds[bad.fault] += 1
+        """Counts a bad record."""
+        known = bad.fault in self.kinds or len(self.kinds) < MAX_DIFFERENT_KINDS
+        self.kinds[bad.fault if known else OTHER_KINDS] += 1
         if len(self.first) < MAX_REPORTED:
             self.first.append(bad)
 
@@ -57,8 +64,82 @@ class _Faults:
         raise BadDataError("\n".join(lines).encode("utf-8", "replace").decode())
 
 
+class Reading:
+    """One pass over files: iterating gives ``(record, file, number)`` of each good record, converted.
+
+    Bad ones are counted on the way; ``finish`` tells of them. Nothing but the first record is kept.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        declared: str,
+        columns: Mapping[str, str] | None = None,
+        system_prompt: str | None = None,
+        *,
+        chat: bool = True,
+    ) -> None:
+        self.format: Format | None = None if declared == "auto" else declared  # type: ignore[assignment]
+        self.first: Record | None = None
+        self.faults = Faults()
+        self._files, self._columns, self._system_prompt, self._chat = files, columns or {}, system_prompt, chat
+
+    def __iter__(self) -> Iterator[tuple[Record, str, int]]:
+        """Reads.
+
+        Raises:
+            BadDataError: a file as a whole is not what its name says.
+            BadSpecError: ``columns`` or ``system_prompt`` does not fit the records.
+        """
+        for file in self._files:
+            for number, read in read_file(file):
+                if isinstance(read, BadRecord):
+                    self.faults.add(read)
+                    continue
+                value = rename(read, self._columns)
+                self.format = self.format or detect_format(value)
+                problem = check(value, self.format)
+                if problem is None and self.format is not None and isinstance(value, dict):
+                    record = convert(value, self.format, self._system_prompt, chat=self._chat)
+                    problem = self._differs(record)
+                    if problem is None:
+                        yield record, file.name, number
+                if problem is not None:
+                    self.faults.add(BadRecord(file.name, number, *problem))
+
+    def _differs(self, record: Record) -> Problem | None:
+        if self.first is None:
+            self._check_options(record)
+            self.first = record
+        if is_conversation(record) != is_conversation(self.first):
+            return "prompt", "must have the form of the first record's: all strings, or all lists of messages"
+        return None
+
+    def _check_options(self, record: Record) -> None:
+        found = self.format or "text"
+        fields = (*FIELDS[found], *(["input"] if found == "alpaca" else []))
+        if unused := [name for name in self._columns if name not in fields]:
+            raise BadSpecError(f"dataset.columns: {', '.join(unused)}: the format {found} has {', '.join(fields)}")
+        if self._system_prompt is not None and not is_conversation(record):
+            raise BadSpecError(
+                f"dataset.systemPrompt: the records ({found}) are plain text, which has no messages to put it before; "
+                "write it into the text, or use conversations with a model that has a chat template"
+            )
+
+    def finish(self) -> tuple[Format, Record]:
+        """The format and the first record, once all were read.
+
+        Raises:
+            BadDataError: there is no record, or a bad one; the message names the first 20 bad ones.
+        """
+        self.faults.check()
+        if self.format is None or self.first is None:
+            raise BadDataError(f"{', '.join(file.name for file in self._files)}: there is no record")
+        return self.format, self.first
+
+
 def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True) -> Records:
-    """All records of a run, split into training and evaluation. ``chat``: the model has a chat template.
+    """All records of a run, held in memory, split into training and evaluation. ``chat``: there is a chat template.
 
     Raises:
         BadDataError: some record is bad, or too few are left; the message names the first 20 bad ones.
@@ -69,13 +150,17 @@ def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True) -> Re
     if sources.eval is not None:
         _, evaluation = read_records(sources.eval, found, columns, system_prompt, chat=chat)
         if is_conversation(evaluation[0]) != is_conversation(train[0]):
-            raise BadDataError("dataset.eval and dataset.train: one has conversations, the other has plain text")
+            raise BadDataError(FORMS_DIFFER)
     else:
-        fraction = DEFAULT_EVAL_FRACTION if dataset.eval_fraction is None else dataset.eval_fraction
-        train, evaluation = split_records(train, fraction)
+        train, evaluation = split_records(train, eval_fraction(dataset))
     if not train:
-        raise BadDataError("dataset.train: no record is left to train on")
+        raise BadDataError(NOTHING_TO_TRAIN_ON)
     return Records(found, train, evaluation)
+
+
+def eval_fraction(dataset: Dataset) -> float:
+    """Share of the training records that is held out, 0 to 0.5."""
+    return DEFAULT_EVAL_FRACTION if dataset.eval_fraction is None else dataset.eval_fraction
 
 
 def read_records(
@@ -92,46 +177,9 @@ def read_records(
         BadDataError: there is no record, or a bad one.
         BadSpecError: ``columns`` or ``system_prompt`` does not fit the records.
     """
-    found: Format | None = None if declared == "auto" else declared  # type: ignore[assignment]
-    records: list[Record] = []
-    faults = _Faults()
-    for file in files:
-        for number, read in read_file(file):
-            if isinstance(read, BadRecord):
-                faults.add(read)
-                continue
-            value = rename(read, columns or {})
-            found = found or detect_format(value)
-            problem = check(value, found)
-            if problem is None and found is not None and isinstance(value, dict):
-                record = convert(value, found, system_prompt, chat=chat)
-                problem = _differs(record, records)
-                if problem is None:
-                    records.append(record)
-            if problem is not None:
-                faults.add(BadRecord(file.name, number, *problem))
-    faults.check()
-    if found is None or not records:
-        raise BadDataError(f"{', '.join(file.name for file in files)}: there is no record")
-    _check_options(found, records[0], columns or {}, system_prompt)
-    return found, records
-
-
-def _differs(record: Record, records: list[Record]) -> Problem | None:
-    if records and is_conversation(record) != is_conversation(records[0]):
-        return "prompt", "must have the form of the first record's: all strings, or all lists of messages"
-    return None
-
-
-def _check_options(found: Format, record: Record, columns: Mapping[str, str], system_prompt: str | None) -> None:
-    fields = (*FIELDS[found], *(["input"] if found == "alpaca" else []))
-    if unused := [name for name in columns if name not in fields]:
-        raise BadSpecError(f"dataset.columns: {', '.join(unused)}: the format {found} has {', '.join(fields)}")
-    if system_prompt is not None and not is_conversation(record):
-        raise BadSpecError(
-            f"dataset.systemPrompt: the records ({found}) are plain text, which has no messages to put it before; "
-            "write it into the text, or use conversations with a model that has a chat template"
-        )
+    reading = Reading(files, declared, columns, system_prompt, chat=chat)
+    records = [record for record, _, _ in reading]
+    return reading.finish()[0], records
 
 
 def record_position(record: Record) -> float:
@@ -146,10 +194,16 @@ def split_records(records: list[Record], fraction: float) -> tuple[list[Record],
     Equal records are on one side. Where the fraction selects none, the record that comes next is the evaluation set,
     so that there is always something to measure with.
     """
-    if fraction <= 0 or len(records) < 2:
-        return records, []
     positions = [record_position(record) for record in records]
-    limit = fraction if min(positions) < fraction else min(positions) * (1 + 1e-12) + 1e-300
+    limit = split_limit(positions, fraction)
     train = [record for record, position in zip(records, positions, strict=True) if position >= limit]
     evaluation = [record for record, position in zip(records, positions, strict=True) if position < limit]
     return train, evaluation
+
+
+def split_limit(positions: Sequence[float], fraction: float) -> float:
+    """Records below this place are held out: ``fraction``, or just above the least place where it selects none."""
+    if fraction <= 0 or len(positions) < 2:
+        return 0.0
+    least = min(positions)
+    return fraction if least < fraction else least * (1 + 1e-12) + 1e-300

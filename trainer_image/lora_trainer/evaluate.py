@@ -5,20 +5,21 @@ again around it, because FSDP2 remembers which parameters need a gradient from t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from datasets import Dataset
+from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.publishing import Publish
 from lora_api.status import format_time
-from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record
+from lora_trainer.packs import Sequences, collate
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.settings import Place
 
@@ -26,7 +27,6 @@ MAX_NEW_TOKENS = 64
 DEFAULT_SAMPLES = 4
 
 Prompt = str | list[dict[str, Any]]
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,43 +69,26 @@ def question(record: Record) -> tuple[Prompt, str | None] | None:
     return record["prompt"], expected
 
 
-def sample_questions(publish: Publish, records: Records) -> list[tuple[Prompt, str | None]]:
-    """What is asked before and after training: the prompts that the user gave, else the first held-out records."""
+def sample_questions(
+    publish: Publish, shown: Sequence[Record], *, conversational: bool
+) -> list[tuple[Prompt, str | None]]:
+    """What is asked before and after training: the prompts that the user gave, else those of ``shown``."""
     if publish.sample_prompts:
         return [
-            ([{"role": "user", "content": text}] if records.conversational else text, None)
-            for text in publish.sample_prompts
+            ([{"role": "user", "content": text}] if conversational else text, None) for text in publish.sample_prompts
         ]
-    source = records.eval or records.train
-    return [asked for record in source[:DEFAULT_SAMPLES] if (asked := question(record)) is not None]
+    return [asked for record in shown[:DEFAULT_SAMPLES] if (asked := question(record)) is not None]
 
 
-def make_batches(dataset: Dataset, token_budget: int) -> list[list[int]]:
-    """Indices of the records in each batch: of similar length, at most ``token_budget`` tokens with padding."""
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+def make_batches(lengths: Sequence[int] | NDArray[Any], token_budget: int) -> list[list[int]]:
+    """Numbers of the records in each batch: of similar length, at most ``token_budget`` tokens with padding."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= token_budget:
+        if batches and (len(batches[-1]) + 1) * int(lengths[index]) <= token_budget:
             batches[-1].append(index)
         else:
             batches.append([index])
     return batches
-
-
-def collate(dataset: Dataset, indices: list[int], pad_token: int, device: torch.device) -> Batch:
-    """Input ids, attention mask and labels, each int64 of shape (records, longest record)."""
-    rows = [dataset[index] for index in indices]
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def pad(values: list[int], fill: int) -> list[int]:
-        return list(values) + [fill] * (width - len(values))
-
-    columns = {
-        "input_ids": [pad(row["input_ids"], pad_token) for row in rows],
-        "attention_mask": [pad([1] * len(row["input_ids"]), 0) for row in rows],
-        "labels": [pad(row["labels"], -100) for row in rows],
-    }
-    return {name: torch.tensor(values, device=device) for name, values in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -114,7 +97,7 @@ class Evaluator:
 
     model: torch.nn.Module
     tokenizer: Tokenizer
-    dataset: Dataset | None
+    dataset: Sequences | None
     questions: list[tuple[Prompt, str | None]]
     token_budget: int
     place: Place
@@ -143,7 +126,7 @@ class Evaluator:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: torch.nn.Module, dataset: Dataset, pad_token: int, token_budget: int, place: Place, device: torch.device
+    model: torch.nn.Module, dataset: Sequences, pad_token: int, token_budget: int, place: Place, device: torch.device
 ) -> float:
     """Mean negative log likelihood per supervised token over the whole of ``dataset``, in nats.
 
@@ -151,15 +134,17 @@ def evaluate_loss(
     not depend on the number of processes. With sharded weights all ranks must run equally many forward passes: a rank
     that has none left repeats the first batch and does not count it.
     """
-    batches = make_batches(dataset, token_budget)
+    batches = make_batches(dataset.lengths, token_budget)
     rounds = -(-len(batches) // place.world_size)
     training, total, tokens = model.training, 0.0, 0.0
     model.eval()
     for turn in range(rounds):
         number = turn * place.world_size + place.rank
         counted = number < len(batches)
-        batch = collate(dataset, batches[number if counted else 0], pad_token, device)
-        outputs = model(**batch, use_cache=False, fused_lm_head=True)
+        chosen = [dataset[index] for index in batches[number if counted else 0]]
+        batch = collate(chosen, "padded", pad_token)
+        moved = {name: value.to(device) for name, value in batch.items()}
+        outputs = model(**moved, use_cache=False, fused_lm_head=True)
         if counted:
             total -= float(outputs.log_probs.double().sum())
             tokens += float(outputs.label_mask.sum())
@@ -202,7 +187,7 @@ def generate(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, as TRL encodes it for training."""
+    """Token ids of a prompt, as records are encoded for training."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.adapter import ADAPTER_FILES
 from lora_api.sources import BaseModelSource, DataSource
 from lora_api.training import Quantization
+from lora_trainer.chat import TEMPLATE_FILE, read_template, use_chat_template
 from lora_trainer.data import read_records
 from lora_trainer.evaluate import Sample, answer_questions, evaluate_loss, question
-from lora_trainer.formats import Record
+from lora_trainer.formats import is_conversation
 from lora_trainer.model import load_base_model, load_tokenizer
+from lora_trainer.prepare import encode_all
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_data, fetch_model
 from lora_trainer.store import Store
+from lora_trainer.tokens import Encoder
 
 TOKEN_BUDGET = 4096
 
@@ -87,6 +89,11 @@ def measure(
         work = Path(scratch)
         directory = fetch_model(BaseModelSource(uri=model), work / "model")
         tokenizer = load_tokenizer(directory)
+        local = work / "adapter"
+        if adapter is not None:
+            wanted = {*ADAPTER_FILES, TEMPLATE_FILE}
+            Store(adapter).download_directory("", local, lambda name: name in wanted)
+        use_chat_template(tokenizer, read_template(local))
         files = fetch_data(DataSource(uri=data), work / "data")
         chat = bool(tokenizer.chat_template)
         _, records = read_records(files, data_format, columns, system_prompt, chat=chat)
@@ -96,12 +103,11 @@ def measure(
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
-            network.requires_grad_(requires_grad=False)  # TRL would cast what can be trained to bfloat16
+        add_fused_lm_head(network)
         if adapter is not None:
-            local = work / "adapter"
-            Store(adapter).download_directory("", local, lambda name: name in ADAPTER_FILES)
             network = PeftModel.from_pretrained(network, local)
-        dataset = _tokenize(network, tokenizer, records, max_seq_length, work)
+        encoder = Encoder(tokenizer, assistant_only=False, conversational=is_conversation(records[0]))
+        dataset = encode_all(encoder, records, max_seq_length)
         place = Place(0, 0, 1)
         loss = evaluate_loss(network, dataset, int(tokenizer.pad_token_id), TOKEN_BUDGET, place, device)
         questions = [asked for record in records if (asked := question(record)) is not None]
@@ -110,19 +116,3 @@ def measure(
             part = questions[start : start + batch_size]
             answers += answer_questions(network, tokenizer, part, device, max_new_tokens)
     return Measurement(loss, len(records), answers)
-
-
-def _tokenize(network: Any, tokenizer: Any, records: list[Record], length: int, work: Path) -> Dataset:
-    """The records as a training run tokenizes them: SFTTrainer does it, and gives the model the same loss."""
-    config = SFTConfig(
-        output_dir=str(work / "trainer"),
-        max_length=length,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    prepared = SFTTrainer(
-        model=network, args=config, train_dataset=Dataset.from_list(records), processing_class=tokenizer
-    )
-    return prepared.train_dataset

@@ -17,7 +17,6 @@ from lora_trainer.architecture import (
     read_architecture,
     resolve_targets,
 )
-from lora_trainer.data import Records
 from lora_trainer.errors import BadSpecError, InternalError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -78,19 +77,6 @@ def choose_pad_token(tokenizer: Tokenizer) -> str:
     if tokenizer.unk_token is not None and tokenizer.unk_token not in ends:
         return str(tokenizer.unk_token)
     return str(tokenizer.eos_token)
-
-
-def check_chat_template(tokenizer: Tokenizer, records: Records) -> None:
-    """Conversations need a chat template.
-
-    Raises:
-        BadSpecError: the tokenizer has none.
-    """
-    if records.conversational and not tokenizer.chat_template:
-        raise BadSpecError(
-            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use a model that "
-            "is tuned for chat, or records with text, or with prompt and completion as strings"
-        )
 
 
 def quantization_config(

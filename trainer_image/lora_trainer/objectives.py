@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerCallback
 
 from lora_api.run import RunSpec
-from lora_trainer.data import Records
+from lora_trainer.prepare import TrainingData
 from lora_trainer.sft import build_supervised_trainer
 from lora_trainer.trainer import LoRATrainer
 
@@ -18,15 +18,14 @@ def build_trainer(
     run: RunSpec,
     model: PeftModel,
     tokenizer: Tokenizer,
-    records: Records,
+    data: TrainingData,
     device: torch.device,
     directory: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> LoRATrainer:
-    """The trainer of ``run``: its datasets are tokenized, its model is not sharded yet.
+    """The trainer of ``run``: its model is not sharded yet.
 
     Raises:
         BadSpecError: the batch sizes do not fit.
-        BadDataError: nothing of the records is left to learn from within maxSeqLength.
     """
-    return build_supervised_trainer(run, model, tokenizer, records, device, directory, callbacks)
+    return build_supervised_trainer(run, model, tokenizer, data, device, directory, callbacks)

@@ -17,6 +17,12 @@ class Progress:
         self.step = 0
         """Last optimizer step that was reported."""
 
+    def note(self, text: str) -> None:
+        """Says something to people who read the log."""
+        if self.enabled:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
     def stage(self, stage: Stage) -> None:
         """Says what the trainer is doing now."""
         self._write("stage", stage=stage)

@@ -1,4 +1,4 @@
-"""Reads files of records: JSON lines, JSON, CSV and Parquet. What cannot be read is a bad record or BadDataError."""
+"""Reads files of records: JSON (lines), CSV, Parquet, Arrow. What cannot be read is a bad record or BadDataError."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_trainer.errors import BadDataError
 
 MAX_REASON = 300
+_ARROW_MAGIC = b"ARROW1"
 MAX_CELL = 2**31 - 1
 """Characters of one CSV cell: the csv module's own bound of 131,072 is less than a long conversation has."""
 
@@ -35,12 +36,12 @@ class BadRecord:
 def read_file(file: Path) -> Iterator[tuple[int, object]]:
     """``(number, value)`` of each record; the value is a BadRecord where it cannot be read.
 
-    JSON lines, CSV and Parquet are read in pieces. A .json file is held in memory as a whole.
+    All are read in pieces, but for JSON. A .json file is held in memory as a whole.
 
     Raises:
         BadDataError: the file as a whole is not what its name says.
     """
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json}
+    readers = {".parquet": _read_parquet, ".arrow": _read_arrow, ".csv": _read_csv, ".json": _read_json}
     yield from readers.get(file.suffix, _read_lines)(file)
 
 
@@ -109,3 +110,28 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise BadDataError(f"{file.name}: is not a Parquet file: {error}") from error
+
+
+def _read_arrow(file: Path) -> Iterator[tuple[int, object]]:
+    """Arrow streams, as datasets writes them, and Arrow files."""
+    import pyarrow as pa
+
+    try:
+        number = 0
+        with pa.memory_map(str(file)) as source:
+            is_file = source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
+            source.seek(0)
+            if is_file:
+                table = pa.ipc.open_file(source)
+                batches = (table.get_batch(index) for index in range(table.num_record_batches))
+            else:
+                batches = iter(pa.ipc.open_stream(source))
+            for batch in batches:
+                for start in range(0, batch.num_rows, 1024):
+                    for value in batch.slice(start, 1024).to_pylist():
+                        number += 1
+                        yield number, value
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise BadDataError(f"{file.name}: is not an Arrow file: {error}") from error

@@ -13,6 +13,7 @@ from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer.adapter import gather_adapter, write_adapter
 from lora_trainer.card import build_card
+from lora_trainer.chat import template_files
 from lora_trainer.errors import GateRefusedError
 from lora_trainer.evaluate import Evaluator
 from lora_trainer.gate import decide_gate
@@ -72,6 +73,7 @@ def write_extras(release: Release, result: RunResult) -> list[Path]:
         CARD_FILE: build_card(release.run, result),
         REPORT_FILE: build_report(release.run, result),
         METRICS_FILE: write_metrics(result.metrics),
+        **template_files(release.run.dataset.chat_template),
     }
     release.directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():

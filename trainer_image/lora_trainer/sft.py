@@ -1,7 +1,9 @@
-"""Supervised fine-tuning: TRL's SFTTrainer on the shared trainer."""
+"""Supervised fine-tuning: TRL's SFTTrainer on the shared trainer, with tokens and batches of our own."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -11,9 +13,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_api.run import RunSpec
-from lora_trainer.data import Records
-from lora_trainer.errors import BadDataError
+from lora_trainer.packs import Layout, check_isolation, choose_layout, collate, flash_arguments
+from lora_trainer.prepare import TrainingData
 from lora_trainer.speed import FastSteps, read_levers
+from lora_trainer.tokens import Document
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
 
@@ -25,32 +28,44 @@ def build_supervised_trainer(
     run: RunSpec,
     model: PeftModel,
     tokenizer: Tokenizer,
-    records: Records,
+    data: TrainingData,
     device: torch.device,
     directory: Path,
     callbacks: Sequence[TrainerCallback],
 ) -> SupervisedTrainer:
-    """The trainer of ``run``: its datasets are tokenized, its model is not sharded yet.
+    """The trainer of ``run``: its model is not sharded yet.
 
     Raises:
-        BadSpecError: the batch sizes do not fit.
-        BadDataError: nothing of the records is left to learn from within maxSeqLength.
+        BadSpecError: the batch sizes do not fit, or the model cannot be trained on packed sequences.
     """
-    arguments = loop_arguments(run, len(records.train), device, directory)
+    arguments = loop_arguments(run, len(data.train), device, directory)
+    layout = choose_layout(str(model.config._attn_implementation), packed=data.train.packed)  # noqa: SLF001
+    check_isolation(model, layout, model.config.get_text_config().vocab_size, device)
     trainer = SupervisedTrainer(
         model=model,
-        args=SFTConfig(**arguments, max_length=run.dataset.max_seq_length, packing=False, dataset_num_proc=None),
-        train_dataset=Dataset.from_list(records.train),
-        eval_dataset=Dataset.from_list(records.eval) if records.eval else None,
+        args=SFTConfig(
+            **arguments,
+            max_length=None,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        data_collator=partial(make_micro_batch, layout=layout, pad_token=int(tokenizer.pad_token_id)),
+        # TRL looks at the first record and wants a table; what is trained on takes its place.
+        train_dataset=Dataset.from_list([{"input_ids": [0], "labels": [0]}]),
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.train_dataset = data.train
     restore_adapter_precision(model)
     trainer.prepare_loss(summed=read_levers().summed_loss)
-    for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
-        if dataset is not None and len(dataset) == 0:
-            raise BadDataError(
-                f"dataset.{name}: every record is cut at dataset.maxSeqLength = {run.dataset.max_seq_length} tokens, "
-                "before the part that is learned from; raise maxSeqLength"
-            )
     return trainer
+
+
+def make_micro_batch(sequences: Sequence[list[Document]], layout: Layout, pad_token: int) -> dict[str, Any]:
+    """What the model is given for a micro-batch, and in rows with many documents the number of their ``tokens``."""
+    batch: dict[str, Any] = dict(collate(sequences, layout, pad_token))
+    if layout == "flat":
+        return batch | flash_arguments(batch)
+    if layout == "packed":
+        batch["tokens"] = sum(len(document.ids) for sequence in sequences for document in sequence)
+    return batch

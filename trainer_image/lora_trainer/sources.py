@@ -8,14 +8,17 @@ from pathlib import Path
 from lora_api.run import PVC_ROOT, RunSpec
 from lora_api.sources import BaseModelSource, DataSource
 from lora_trainer import hub
-from lora_trainer.errors import ModelNotFoundError
+from lora_trainer.errors import BadDataError, BadSpecError, ModelNotFoundError
 from lora_trainer.settings import Place
 from lora_trainer.store import ObjectNotFoundError, Store, split_uri
 
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")
 """Files of a model that are used: weights, configuration, tokenizer, chat template. Never pickled weights."""
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+
+SPLITS_FILE, TABLE_FILE = "dataset_dict.json", "state.json"
+"""What datasets' save_to_disk writes beside the data: the names of the splits, and the names of one table's files."""
 
 FETCHED_FILE = "fetched.json"
 
@@ -115,38 +118,76 @@ def fetch_data(source: DataSource, target: Path) -> list[Path]:
     """Files of a dataset, in the order of their names.
 
     Raises:
-        ModelNotFoundError: there is none.
+        ModelNotFoundError: there is none, or not the split.
+        BadSpecError: a split of what has none.
+        BadDataError: a saved dataset whose description cannot be read.
     """
     scheme, rest = split_uri(source.uri)
     mounted = local_path(source.uri)
     if mounted is not None:
-        files = _data_files(mounted)
+        files = _data_files(mounted, source)
     elif scheme == "hf":
         split = source.split or "train"
         files = [target / f"{split}.parquet"]
         hub.fetch_split(rest, source.revision, split, files[0])
     else:
-        files = _fetch_data_objects(source.uri, target)
+        files = _fetch_data_objects(source, target)
     if not files:
         raise ModelNotFoundError(f"{source.uri}: no {', '.join(DATA_SUFFIXES)} file there")
     return files
 
 
-def _data_files(path: Path) -> list[Path]:
+def _data_files(path: Path, source: DataSource) -> list[Path]:
     """Files to read at ``path``. Beside records in another form, a .json file describes them and is not read."""
+    if (path / SPLITS_FILE).is_file():
+        return _saved_table(path / _check_split(_read_names(path / SPLITS_FILE, "splits"), source), source)
+    if source.split is not None and split_uri(source.uri)[0] != "hf":
+        raise BadSpecError(f"dataset: split {source.split}: {source.uri} has no splits; leave split out")
+    if (path / TABLE_FILE).is_file() and (path / "dataset_info.json").is_file():
+        return _saved_table(path, source)
     if path.is_file():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.name.endswith(DATA_SUFFIXES) and file.is_file())
     return [file for file in files if file.suffix != ".json"] or files
 
 
-def _fetch_data_objects(uri: str, target: Path) -> list[Path]:
-    if uri.endswith(DATA_SUFFIXES):
-        parent, _, name = uri.rpartition("/")
+def _saved_table(directory: Path, source: DataSource) -> list[Path]:
+    """The files of one table that datasets saved, in its order."""
+    files = [directory / Path(name).name for name in _read_names(directory / TABLE_FILE, "_data_files")]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelNotFoundError(f"{source.uri}: {', '.join(missing)} is missing, which its {TABLE_FILE} names")
+    return files
+
+
+def _check_split(splits: list[str], source: DataSource) -> str:
+    split = source.split or "train"
+    if split not in splits or Path(split).name != split:
+        raise ModelNotFoundError(f"{source.uri}: there is no split {split}; it has {', '.join(splits) or 'none'}")
+    return split
+
+
+def _read_names(file: Path, field: str) -> list[str]:
+    try:
+        listed = json.loads(file.read_bytes())[field]
+        return [str(entry["filename"] if isinstance(entry, dict) else entry) for entry in listed]
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{file.name} is missing in {file.parent.name}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadDataError(f"{file.name}: is not as datasets' save_to_disk writes it: {error}") from error
+
+
+def _fetch_data_objects(source: DataSource, target: Path) -> list[Path]:
+    if source.uri.endswith(DATA_SUFFIXES):
+        parent, _, name = source.uri.rpartition("/")
         try:
             Store(parent).download(name, target / name)
         except ObjectNotFoundError as error:
-            raise ModelNotFoundError(f"{uri}: there is no such object or bucket") from error
-        return [target / name]
-    Store(uri).download_directory("", target, lambda name: name.endswith(DATA_SUFFIXES))
-    return _data_files(target)
+            raise ModelNotFoundError(f"{source.uri}: there is no such object or bucket") from error
+        return _data_files(target / name, source)
+    store = Store(source.uri)
+    names = store.sizes()
+    inside = f"{source.split or 'train'}/" if SPLITS_FILE in names else ""
+    store.download_directory(
+        "", target, lambda name: name.endswith(DATA_SUFFIXES) and (name.startswith(inside) or name == SPLITS_FILE)
+    )
+    return _data_files(target, source)

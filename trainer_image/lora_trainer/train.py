@@ -9,15 +9,16 @@ from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer import __version__
 from lora_trainer.callbacks import EvaluationCallback, ProgressCallback, StopCallback
+from lora_trainer.chat import use_chat_template
 from lora_trainer.checkpoint import Checkpoints
-from lora_trainer.data import load_records
 from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
-from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
+from lora_trainer.model import add_adapter, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import shard_model, start_process_group
+from lora_trainer.prepare import check_same_data, prepare_data
 from lora_trainer.progress import Progress
 from lora_trainer.publish import find_published
 from lora_trainer.release import Release, publish_run
@@ -43,12 +44,13 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
         return published
     progress.stage("loading")
     sources = fetch_sources(run, place, work / "sources")
-    tokenizer = load_tokenizer(sources.model)
-    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
-    check_chat_template(tokenizer, records)
-    check_gate_has_records(run, len(records.eval))
+    tokenizer = use_chat_template(load_tokenizer(sources.model), run.dataset.chat_template)
+    data = prepare_data(run, sources, tokenizer, place, work / "data")
+    progress.note(f"data: {data.report.to_text()}")
+    check_gate_has_records(run, data.report.eval_records)
     device = training_device(run, place.local_rank)
     start_process_group(place, device)
+    check_same_data(data, device)
     find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find
     run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint)
     progress.report_memory(**memory.to_progress())
@@ -57,7 +59,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     model = add_adapter(base, run.lora, run.training.seed)
     in_between = EvaluationCallback(run.training.eval_every_steps, progress)
     callbacks = [ProgressCallback(progress), in_between, StopCallback(stop)]
-    trainer = build_trainer(run, model, tokenizer, records, device, work / "trainer", callbacks)
+    trainer = build_trainer(run, model, tokenizer, data, device, work / "trainer", callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoints = checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress)
     shard_model(trainer.accelerator, model)
@@ -65,8 +67,8 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     resume = checkpoints.restore(model)
 
     budget = trainer.args.per_device_train_batch_size * run.dataset.max_seq_length
-    questions = sample_questions(run.publish, records)
-    evaluator = Evaluator(model, tokenizer, trainer.eval_dataset, questions, budget, place, device)
+    questions = sample_questions(run.publish, data.shown, conversational=data.conversational)
+    evaluator = Evaluator(model, tokenizer, data.eval, questions, budget, place, device)
     in_between.evaluate = evaluator.loss
     progress.stage("evaluating")
     before = checkpoints.before = resume.before if resume else evaluator.run()
@@ -84,9 +86,9 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     progress.report_memory(**memory.to_progress())
     progress.stage("publishing")
     versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
-    counts = (trainer.args.max_steps, len(records.train), len(records.eval))
+    counts = (trainer.args.max_steps, data.report.train_records, data.report.eval_records)
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
-    result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows())
+    result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows(), data=data.report)
     with stop.deferred():
         adapter = publish_run(Release(store, run, place, work / "adapter"), model, evaluator, result)
         if adapter is not None:

@@ -1,67 +1,24 @@
 """What every objective shares: sharding, exact epochs, checkpoints in the store, finite gradients."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import Sampler
 from transformers import Trainer, TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.errors import BadSpecError, DivergedError
 from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
+from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.speed import read_levers
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Checkpoints, Resume
 
 TRAINER_STATE_NAME = "trainer_state.json"
-
-
-class EpochSampler(Sampler[int]):
-    """Order of the records in each epoch: a permutation, cut to whole global batches.
-
-    Every optimizer step sees ``global_batch_size`` sequences whatever the number of processes, and the order depends
-    on seed and epoch alone, so that a resumed run and a run on another number of nodes see the same batches. Up to
-    ``global_batch_size - 1`` records are left out of an epoch, other ones each time. Fewer records than one global
-    batch are repeated to fill it.
-    """
-
-    def __init__(self, records: int, global_batch_size: int, seed: int) -> None:
-        self.records = records
-        self.length = steps_per_epoch(records, global_batch_size) * global_batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, counted from 0. accelerate calls it."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order: list[int] = torch.randperm(self.records, generator=generator).tolist()
-        repeats = math.ceil(self.length / self.records)
-        yield from (order * repeats)[: self.length]
-
-
-def steps_per_epoch(records: int, global_batch_size: int) -> int:
-    """Optimizer steps in one pass over the records; at least 1."""
-    return max(1, records // global_batch_size)
-
-
-def total_steps(run: RunSpec, records: int) -> int:
-    """Optimizer steps of the whole run."""
-    if run.training.max_steps is not None:
-        return run.training.max_steps
-    epochs = run.training.epochs or 1.0
-    return max(1, round(epochs * steps_per_epoch(records, run.training.global_batch_size)))
 
 
 class LoRATrainer(Trainer):  # type: ignore[misc]
@@ -86,9 +43,9 @@ class LoRATrainer(Trainer):  # type: ignore[misc]
             self.is_fsdp_enabled = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
-        records = len(train_dataset if train_dataset is not None else self.train_dataset)
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
         plan = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size * self.args.world_size
-        return EpochSampler(records, plan, self.args.seed)
+        return EpochSampler(len(dataset), plan, self.args.seed, getattr(dataset, "lengths", None))
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Refuses a step whose gradient is not finite. The norm is the same on all ranks, so all of them stop here."""

@@ -1,0 +1,170 @@
+"""Records as tokens: their ids, and which of them are learned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lora_trainer.chat import Chat, Span, TemplateFailedError
+from lora_trainer.errors import BadSpecError
+from lora_trainer.formats import Problem, Record, is_conversation
+
+IGNORED = -100
+"""The label of a token that is not learned, as PyTorch's cross-entropy has it."""
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One record as tokens.
+
+    ``learned`` has the ranges of positions whose tokens are learned, int32 of shape (ranges, 2): first, and one after
+    the last. The first token is in none of them: nothing stands before it that could tell it.
+    """
+
+    ids: Ids
+    learned: Ids
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are learned."""
+        return int((self.learned[:, 1] - self.learned[:, 0]).sum())
+
+    def labels(self) -> NDArray[np.int64]:
+        """The ids that are learned, IGNORED elsewhere. The model shifts them itself."""
+        labels = np.full(len(self.ids), IGNORED, dtype=np.int64)
+        for start, end in self.learned:
+            labels[start:end] = self.ids[start:end]
+        return labels
+
+    def cut(self, length: int) -> "Document":
+        """The first ``length`` tokens."""
+        if len(self.ids) <= length:
+            return self
+        kept = np.minimum(self.learned, length)
+        return Document(self.ids[:length], kept[kept[:, 1] > kept[:, 0]])
+
+
+def make_document(ids: Sequence[int], spans: Sequence[Span]) -> Document:
+    """A document whose tokens in ``spans`` (of positions) are learned."""
+    learned = [(max(start, 1), end) for start, end in spans if end > max(start, 1)]
+    return Document(np.asarray(ids, dtype=np.int32), np.asarray(learned, dtype=np.int32).reshape(-1, 2))
+
+
+class Encoder:
+    """Turns records into tokens.
+
+    text: all of it is learned, with the end-of-text token. prompt and completion: the completion, from the first token
+    that the prompt alone does not have. messages: all of the conversation, or the assistant's turns alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, assistant_only: bool, conversational: bool) -> None:
+        """For records that are all conversations, or all plain text.
+
+        Raises:
+            BadSpecError: conversations without a chat template, or an option that does not fit.
+        """
+        if conversational and not tokenizer.chat_template:
+            raise BadSpecError(
+                "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use a model "
+                "that is tuned for chat, give one in dataset.chatTemplate, or use records with text, or with prompt "
+                "and completion as strings"
+            )
+        if assistant_only and not tokenizer.is_fast:
+            raise BadSpecError(
+                "dataset.assistantOnlyLoss: baseModel's tokenizer cannot tell which characters a token stands for; "
+                "it needs a tokenizer.json"
+            )
+        self.tokenizer, self.assistant_only = tokenizer, assistant_only
+        self._chat = Chat(tokenizer) if conversational else None
+
+    def encode(self, records: Sequence[Record], names: Sequence[str]) -> list[Document | Problem]:
+        """Each record as tokens, whatever its length, or what is wrong with it. ``names`` are for messages.
+
+        Raises:
+            BadSpecError: an option does not fit a record.
+        """
+        texts: list[str] = []
+        prompts: list[str | None] = []
+        spans: list[list[Span] | None] = []
+        problems: dict[int, Problem] = {}
+        for index, record in enumerate(records):
+            prompt, text, span = None, "", None
+            try:
+                prompt, text, span = self._write(record)
+            except TemplateFailedError as error:
+                field = "messages" if "messages" in record else "prompt"
+                problems[index] = (field, f"the chat template refuses it: {error}")
+            except BadSpecError as error:
+                raise BadSpecError(f"{names[index]}: {error}") from error
+            texts.append(text)
+            prompts.append(prompt)
+            spans.append(span)
+        encoded = self._tokenize(texts, offsets=self.assistant_only)
+        openings = self._tokenize([prompt for prompt in prompts if prompt is not None], offsets=False)["input_ids"]
+        opening = iter(openings)
+        documents: list[Document | Problem] = []
+        for index, ids in enumerate(encoded["input_ids"]):
+            begins = next(opening) if prompts[index] is not None else []
+            if index in problems:
+                documents.append(problems[index])
+                continue
+            found = spans[index]
+            if found is not None:
+                documents.append(make_document(ids, spans_of_tokens(encoded["offset_mapping"][index], found)))
+                continue
+            ids = self._end(records[index], list(ids))
+            documents.append(make_document(ids, [(common_prefix(begins, ids), len(ids))]))
+        return documents
+
+    def _write(self, record: Record) -> tuple[str | None, str, list[Span] | None]:
+        """The prompt's text, the whole text, and the assistant's characters where those alone are learned."""
+        if self._chat is None:
+            prompt = record.get("prompt")
+            return prompt, record["text"] if prompt is None else prompt + record["completion"], None
+        if self.assistant_only:
+            return None, *self._chat.assistant_spans(record["messages"])
+        if "messages" in record:
+            return None, self._chat.render(record["messages"]), None
+        prompt = self._chat.render(record["prompt"], generation_prompt=True)
+        return prompt, self._chat.render(record["prompt"] + record["completion"]), None
+
+    def _tokenize(self, texts: list[str], *, offsets: bool) -> dict[str, list[list[int]]]:
+        if not texts:
+            return {"input_ids": []}
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=self._chat is None,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
+        return dict(encoded)
+
+    def _end(self, record: Record, ids: list[int]) -> list[int]:
+        """Plain text ends with the end-of-text token; of conversations the template says how they end."""
+        end = self.tokenizer.eos_token_id
+        return ids if is_conversation(record) or end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def spans_of_tokens(offsets: Sequence[tuple[int, int]] | Sequence[list[int]], spans: Sequence[Span]) -> list[Span]:
+    """Positions of the tokens that begin inside ``spans`` of characters.
+
+    A token that begins before a span and ends in it is not of it: the model is given it, and does not write it.
+    """
+    starts = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+    return [
+        (int(np.searchsorted(starts, start, "left")), int(np.searchsorted(starts, end, "left"))) for start, end in spans
+    ]
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    for index, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return index
+    return min(len(first), len(second))
