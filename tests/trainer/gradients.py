@@ -49,7 +49,13 @@ def main(model: Path, data: Path, directory: Path) -> None:
 
     def record(self: LoRATrainer, network: torch.nn.Module) -> Any:
         named = [(name, weight) for name, weight in network.named_parameters() if weight.grad is not None]
-        gradients.append({name: full_tensor(weight.grad) for name, weight in named if weight.grad is not None})
+        gradients.append(
+            {
+                name.removeprefix("module."): full_tensor(weight.grad)
+                for name, weight in named
+                if weight.grad is not None
+            }
+        )
         return clip(self, network)
 
     LoRATrainer._clip_grad_norm = record  # type: ignore[method-assign]

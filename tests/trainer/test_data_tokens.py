@@ -1,6 +1,9 @@
 """What is learned of a record: templates, masks, truncation, the report, and tokens on the disk."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from lora_trainer.tokenfile import TokenFile, TokenWriter
 from lora_trainer.tokens import IGNORED, Document, Encoder, common_prefix, make_document
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_model, make_rows, write_rows
+from tests.trainer.runs import ROOT, SOURCES
 from tests.trainer.templates import CONVERSATION, REFUSED, TEMPLATES
 from tests.unit.trainer.test_data import MESSAGES, NAMES, VALUES, WORDS
 
@@ -288,3 +292,18 @@ def test_a_model_without_a_template_is_told_to_need_one(prepare: Prepare, tmp_pa
     bare = AutoTokenizer.from_pretrained(make_model(tmp_path / "bare", chat_template=False))
     with pytest.raises(BadSpecError, match=r"no chat template: .*dataset\.chatTemplate"):
         Encoder(bare, assistant_only=False, conversational=True)
+
+
+def test_memory_does_not_grow_with_the_file(model: Path, tmp_path: Path) -> None:
+    row = json.dumps({"text": "red green blue one two three " * 3, "notes": "x" * 6000}) + "\n"
+    count = 144 * 2**20 // len(row)
+    with (tmp_path / "big.jsonl").open("w") as file:
+        for number in range(count):
+            file.write(row.replace("red", f"red {number}", 1))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*SOURCES, ROOT)))}
+    command = [sys.executable, "-m", "tests.trainer.bigdata", str(model), str(tmp_path / "big.jsonl"), str(tmp_path)]
+    subprocess.run(command, env=env, check=True, timeout=300)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["data"]["trainRecords"] + result["data"]["evalRecords"] == count
+    assert result["tokens"] == result["data"]["tokens"] > 500_000
+    assert result["grownMiB"] < 48, result
