@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from torch.distributed.fsdp import FSDPModule
 from lora_api.run import RunSpec
 from lora_trainer.adapter import gather_adapter, write_adapter
 from lora_trainer.architecture import decoder_layers
-from lora_trainer.data import Records
 from lora_trainer.model import add_adapter, load_base_model, load_tokenizer
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import shard_model, start_process_group
+from lora_trainer.prepare import prepare_data
 from lora_trainer.settings import read_place
+from lora_trainer.sources import Sources
 from lora_trainer.worker import quiet_libraries
 from tests.support.families import make_family
-from tests.support.tiny import make_rows
+from tests.support.tiny import make_rows, write_rows
 from tests.trainer.runs import build_run, merge
 
 CPU = torch.device("cpu")
@@ -47,12 +49,14 @@ def train_case(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     model_directory, adapter_directory = directory / "model", directory / "adapter"
     if place.is_main:
         make_family(case["family"], model_directory)
+        write_rows(directory / "train.jsonl", make_rows(16))
     dist.barrier()
     run = build_run(model_directory, directory, directory, merge(GANG, case["run"]))
     tokenizer = load_tokenizer(model_directory)
     model = add_adapter(load_base_model(model_directory, run.quantization, CPU), run.lora, run.training.seed)
-    rows = make_rows(16)
-    trainer = build_trainer(run, model, tokenizer, Records("prompt-completion", rows, []), CPU, directory / "out", [])
+    sources = Sources(model_directory, [directory / "train.jsonl"], None)
+    data = prepare_data(run, sources, tokenizer, replace(place, local_rank=0), directory / f"data-{place.rank}")
+    trainer = build_trainer(run, model, tokenizer, data, CPU, directory / "out", [])
     shard_model(trainer.accelerator, model)
     layers = decoder_layers(model)
     trainer.train_to_end(None)
