@@ -22,7 +22,15 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.data import DataReport, LengthHistogram
 from lora_api.run import RunSpec
-from lora_trainer.data import FORMS_DIFFER, NOTHING_TO_TRAIN_ON, Reading, eval_fraction, record_position, split_limit
+from lora_trainer.data import (
+    FORMS_DIFFER,
+    NOTHING_TO_TRAIN_ON,
+    Reading,
+    eval_fraction,
+    load_records,
+    record_position,
+    split_limit,
+)
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import Format, Record, is_conversation
 from lora_trainer.packs import Sequences, pack
@@ -44,10 +52,13 @@ MARKER = "prepared.json"
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The records of a run as tokens. ``shown`` are the first held-out records, or the first ones where none are."""
+    """The records of a run, as Sequences of tokens where they are tokenized here.
 
-    train: Sequences
-    eval: Sequences | None
+    ``shown`` are the first held-out records, or the first ones where none are.
+    """
+
+    train: Any
+    eval: Any
     report: DataReport
     conversational: bool
     shown: list[Record]
@@ -325,3 +336,22 @@ class _Held(list[Document]):
     @property
     def lengths(self) -> NDArray[np.int32]:
         return np.asarray([len(document.ids) for document in self], dtype=np.int32)
+
+
+def hold_records(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> TrainingData:
+    """The records of ``run`` in memory, as they are: for an objective that makes its own tokens of them.
+
+    Its report counts records alone, and ``train`` and ``eval`` are lists of them.
+
+    Raises:
+        BadDataError: some record is bad, or none is left.
+        BadSpecError: an option of the dataset does not fit its records.
+    """
+    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
+    digest = hashlib.sha256(json.dumps([records.train, records.eval]).encode()).hexdigest()
+    count = len(records.train)
+    report = DataReport(
+        train_records=count, eval_records=len(records.eval), tokens=0, supervised_tokens=0, sequences=count
+    )
+    shown = (records.eval or records.train)[:SHOWN]
+    return TrainingData(records.train, records.eval or None, report, records.conversational, shown, digest)
