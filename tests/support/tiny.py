@@ -28,7 +28,7 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def make_model(directory: Path, *, chat_template: bool = True) -> Path:
+def make_model(directory: Path, *, chat_template: bool = True, tied: bool = True) -> Path:
     """Writes a random Llama (2 layers, hidden size 64, 0.2 million weights) and a byte-level BPE tokenizer."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -51,7 +51,7 @@ def make_model(directory: Path, *, chat_template: bool = True) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

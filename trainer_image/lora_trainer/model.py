@@ -11,6 +11,7 @@ from lora_api.run import RunSpec
 from lora_api.training import LoRA, Quantization
 from lora_trainer.data import Records
 from lora_trainer.errors import BadSpecError, InternalError
+from lora_trainer.loading import Part, keeping
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -83,18 +84,21 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
     )
 
 
-def load_base_model(directory: Path, quantization: Quantization, device: torch.device) -> PreTrainedModel:
-    """The base model on ``device``, quantized and frozen."""
+def load_base_model(
+    directory: Path, quantization: Quantization, device: torch.device, part: Part | None = None
+) -> PreTrainedModel:
+    """The base model on ``device``, quantized and frozen; with ``part``, that part of each weight alone."""
     dtype = compute_dtype(quantization, device)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        quantization_config=quantization_config(quantization, dtype),
-        device_map={"": device},
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with keeping(part):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            quantization_config=quantization_config(quantization, dtype),
+            device_map={"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     keep_differentiable(model)
     model.requires_grad_(requires_grad=False)
     return model

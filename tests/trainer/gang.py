@@ -1,0 +1,113 @@
+"""Several training processes that run a list of cases, so that torch is imported once in each: a program of the tests.
+
+Each process goes through the whole list and takes part in the cases that name it; cases of different processes run side
+by side. What a case found out is written to DIRECTORY/NAME-RANK.json.
+
+    python -m tests.trainer.gang CASES.json NUMBER
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_trainer.launch import free_port
+from tests.trainer.runs import ROOT, SOURCES
+
+
+@dataclass(frozen=True)
+class Case:
+    """``work`` is a function of ``tests.trainer.gang_work``; ``processes`` take part, the first of them as rank 0."""
+
+    name: str
+    work: str
+    processes: list[int]
+    arguments: dict[str, Any]
+    port: int = 0
+
+
+def run_cases(cases: list[Case], directory: Path, timeout: float = 300) -> dict[str, list[dict[str, Any]]]:
+    """What each case found out, by its name: one entry for each of its ranks."""
+    directory.mkdir(parents=True, exist_ok=True)
+    document = directory / "cases.json"
+    listed = [asdict(case) | {"port": free_port()} for case in cases]
+    document.write_text(json.dumps(listed))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*SOURCES, ROOT]))}
+    env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the kernel, so that memory can be measured
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        env.pop(name, None)
+    numbers = range(1 + max(max(case.processes) for case in cases))
+    logs = [directory / f"log-{number}" for number in numbers]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, log in zip(numbers, logs, strict=True):
+            command = [sys.executable, "-m", "tests.trainer.gang", str(document), str(number)]
+            with log.open("w") as output:
+                running.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT))
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in running):
+            failed = any(process.returncode for process in running) or time.monotonic() > deadline
+            assert not failed, "\n".join(log.read_text()[-3000:] for log in logs)
+            time.sleep(0.05)  # between looks at a condition
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in running]
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    return {
+        case.name: [
+            json.loads((directory / f"{case.name}-{rank}.json").read_text()) for rank in range(len(case.processes))
+        ]
+        for case in cases
+    }
+
+
+@contextmanager
+def place_of(rank: int, world_size: int, port: int) -> Iterator[None]:
+    """The environment that the launcher gives to a training process, and no trace of it afterwards."""
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState
+
+    own = {} if world_size == 1 else {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        for name in own:
+            del os.environ[name]
+
+
+def main(document: Path, number: int) -> None:
+    """One of the processes."""
+    import torch
+
+    from lora_trainer.worker import end_process, end_with_parent, quiet_libraries
+    from tests.trainer import gang_work
+
+    end_with_parent()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    for case in [Case(**entry) for entry in json.loads(document.read_text())]:
+        if number not in case.processes:
+            continue
+        rank = case.processes.index(number)
+        with place_of(rank, len(case.processes), case.port):
+            found = getattr(gang_work, case.work)(**case.arguments)
+        (document.parent / f"{case.name}-{rank}.json").write_text(json.dumps(found))
+    end_process(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
