@@ -1,12 +1,17 @@
 """Every way of training together learns the same: 1, 2, 3 and 4 processes, in one set of processes for all cases."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers.modeling_utils
 from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
 
+from lora_trainer.loading import ASYNC_SWITCH, Part, keeping, local_part
+from lora_trainer.sharding import clip_gradients
 from tests.support.tiny import make_model
 from tests.trainer.gang import Case, run_cases
 from tests.trainer.runs import build_run
@@ -125,6 +130,54 @@ def test_loading_in_parts_never_holds_the_whole_model(case: str, results: Result
     (grown,) = results[case]
     assert grown["whole"] > 0.9 * grown["bytes"]
     assert grown["parts"] < 0.75 * grown["whole"]
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(6, [2, 2, 2]), (7, [3, 3, 1]), (4, [2, 2, 0]), (1, [1, 0, 0])])
+def test_weights_are_cut_as_fsdp_cuts_them(rows: int, expected: list[int]) -> None:
+    whole = torch.arange(rows * 2.0).view(rows, 2)
+    parts = [Part(3, index).of(whole) for index in range(3)]
+    assert [len(part) for part in parts] == expected
+    assert torch.equal(torch.cat(parts), whole)
+    assert all(part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() for part in parts)
+
+
+def test_only_what_came_from_the_files_is_cut_and_nothing_of_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ASYNC_SWITCH, raising=False)
+    warm_up = transformers.modeling_utils.caching_allocator_warmup
+    layer = torch.nn.Linear(4, 6)
+    loaded = torch.nn.Parameter(torch.rand(6, 4), requires_grad=False)
+    loaded._is_hf_initialized = True  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="a file is cut short"), keeping(Part(2, 1)):
+        layer.bias = torch.nn.Parameter(torch.zeros(6))
+        layer.weight = loaded
+        raise RuntimeError("a file is cut short")
+    assert local_part(layer.bias) is None
+    part = local_part(layer.weight)
+    assert part is not None
+    assert torch.equal(part, loaded[3:])
+    assert (layer.weight.shape, layer.weight.untyped_storage().nbytes()) == (loaded.shape, 4)
+    layer.weight = loaded
+    assert local_part(layer.weight) is None
+    assert ASYNC_SWITCH not in os.environ
+    assert transformers.modeling_utils.caching_allocator_warmup is warm_up
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_gradients_are_clipped_as_torch_does(limit: float) -> None:
+    ours, theirs = (torch.nn.Linear(5, 3) for _ in range(2))
+    for model in (ours, theirs):
+        for parameter in model.parameters():
+            parameter.grad = torch.linspace(-3, 4, parameter.numel()).view_as(parameter)
+    assert clip_gradients(ours, limit) == pytest.approx(float(clip_grad_norm_(theirs.parameters(), limit)), rel=1e-6)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+def test_a_gradient_that_is_not_finite_is_left_as_it_is() -> None:
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.tensor([[float("inf"), 1.0]])
+    assert clip_gradients(model, 1.0) == float("inf")
+    assert model.weight.grad.tolist() == [[float("inf"), 1.0]]
 
 
 def published(rank: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,17 +1,21 @@
 """Which strategy a run takes."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_api.training import LoRA, Parallelism, Quantization
 from lora_trainer.errors import BadSpecError
+from lora_trainer.estimate import estimate
 from lora_trainer.memory import Job, plan_memory
 from lora_trainer.modelshape import read_shape
 from lora_trainer.strategy import Strategy, decide_strategy, has_room
 from tests.unit.trainer.published import LLAMA_3_8B, LLAMA_3_70B
 
+ROOT = Path(__file__).parents[3]
 ONE_NODE = {"nodes": 1, "gpusPerNode": 8}
 TWO_NODES = {"nodes": 2, "gpusPerNode": 8}
 CPUS = {"nodes": 4, "gpusPerNode": 0}
@@ -105,3 +109,16 @@ def test_layers_may_stay_gathered_where_the_weights_fit_whole_beside_the_rest() 
     sharded, whole = (plan_memory(replace(small, shard_size=shards)).safe for shards in (8, 1))
     assert not has_room(small, 8, sharded + 0.5)
     assert has_room(small, 8, whole + 1)
+
+
+def test_the_document_shows_what_offload_saves(tmp_path: Path) -> None:
+    config, manifest = tmp_path / "config.json", ROOT / "examples" / "llama-3-70b-offload.yaml"
+    config.write_text(json.dumps(LLAMA_3_70B))
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(manifest.read_text().replace(", cpuOffload: true", ""))
+    document = (ROOT / "docs" / "parallelism.md").read_text()
+    offloaded, whole = estimate(manifest, config, 22.0), estimate(kept, config, 22.0)
+    assert offloaded.fits
+    assert not whole.fits
+    for figure in (offloaded.plan.total, offloaded.plan.safe, whole.plan.safe):
+        assert f"{figure:.2f}" in document
