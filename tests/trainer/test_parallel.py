@@ -147,10 +147,15 @@ def test_only_what_came_from_the_files_is_cut_and_nothing_of_it_stays(monkeypatc
     layer = torch.nn.Linear(4, 6)
     loaded = torch.nn.Parameter(torch.rand(6, 4), requires_grad=False)
     loaded._is_hf_initialized = True  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="a file is cut short"), keeping(Part(2, 1)):
-        layer.bias = torch.nn.Parameter(torch.zeros(6))
-        layer.weight = loaded
-        raise RuntimeError("a file is cut short")
+
+    def load() -> None:
+        with keeping(Part(2, 1)):
+            layer.bias = torch.nn.Parameter(torch.zeros(6))
+            layer.weight = loaded
+            raise RuntimeError("a file is cut short")
+
+    with pytest.raises(RuntimeError, match="a file is cut short"):
+        load()
     assert local_part(layer.bias) is None
     part = local_part(layer.weight)
     assert part is not None

@@ -73,7 +73,7 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
         "ignored_params": {p for p in model.parameters() if not p.is_floating_point()},
     }
     layers = decoder_layers(model)
-    with filling_shards(model, mesh):
+    with filling_shards(model):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=strategy.reshard, **common)
         tail = _shard_ends(model, layers, common)
@@ -136,7 +136,7 @@ def _prefetch(forward: list[nn.Module], layers: list[nn.Module]) -> None:
 
 
 @contextmanager
-def filling_shards(model: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
+def filling_shards(model: nn.Module) -> Iterator[None]:
     """Puts the parts that were kept while loading into the shards that are made inside.
 
     FSDP2 sees stand-ins as parameters on the meta device, of which it makes shards without values.
@@ -154,10 +154,9 @@ def filling_shards(model: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
         _assign(found, empty)
     yield
     for found, part in parts:
-        shard = getattr(*found[0])
-        filled = DTensor.from_local(
-            part, mesh, shard.placements, run_check=False, shape=shard.shape, stride=shard.stride()
-        )
+        # Not DTensor.from_local: it would move what is kept in host memory to the mesh's device.
+        filled = torch.empty_like(getattr(*found[0]), device=part.device)
+        filled.to_local().copy_(part)
         _assign(found, nn.Parameter(filled, requires_grad=False))
 
 
