@@ -153,7 +153,8 @@ def filling_shards(model: nn.Module) -> Iterator[None]:
         empty = nn.Parameter(torch.empty(stand_in.shape, dtype=stand_in.dtype, device="meta"), requires_grad=False)
         _assign(found, empty)
     yield
-    for found, part in parts:
+    while parts:  # so that each part is freed once it is copied
+        found, part = parts.pop()
         # Not DTensor.from_local: it would move what is kept in host memory to the mesh's device.
         filled = torch.empty_like(getattr(*found[0]), device=part.device)
         filled.to_local().copy_(part)
