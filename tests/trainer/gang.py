@@ -1,21 +1,22 @@
-"""Several training processes that run a list of cases, so that torch is imported once in each: a program of the tests.
+"""Several training processes that run a list of cases and share one import of torch: a program of the tests.
 
 Each process goes through the whole list and takes part in the cases that name it; cases of different processes run side
 by side. What a case found out is written to DIRECTORY/NAME-RANK.json.
 
-    python -m tests.trainer.gang CASES.json NUMBER
+    python -m tests.trainer.gang CASES.json
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_trainer.launch import free_port
 from tests.trainer.runs import ROOT, SOURCES
@@ -32,35 +33,21 @@ class Case:
     port: int = 0
 
 
-def run_cases(cases: list[Case], directory: Path, timeout: float = 300) -> dict[str, list[dict[str, Any]]]:
+def run_cases(cases: list[Case], directory: Path, timeout: float = 500) -> dict[str, list[dict[str, Any]]]:
     """What each case found out, by its name: one entry for each of its ranks."""
     directory.mkdir(parents=True, exist_ok=True)
     document = directory / "cases.json"
     listed = [asdict(case) | {"port": free_port()} for case in cases]
     document.write_text(json.dumps(listed))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*SOURCES, ROOT]))}
-    env["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the kernel, so that memory can be measured
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*SOURCES, ROOT])), "OMP_NUM_THREADS": "1"}
+    env["MALLOC_MMAP_THRESHOLD_"] = "16384"  # what is freed goes back to the kernel, so that memory can be measured
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         env.pop(name, None)
-    numbers = range(1 + max(max(case.processes) for case in cases))
-    logs = [directory / f"log-{number}" for number in numbers]
-    running: list[subprocess.Popen[bytes]] = []
-    try:
-        for number, log in zip(numbers, logs, strict=True):
-            command = [sys.executable, "-m", "tests.trainer.gang", str(document), str(number)]
-            with log.open("w") as output:
-                running.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT))
-        deadline = time.monotonic() + timeout
-        while any(process.poll() is None for process in running):
-            failed = any(process.returncode for process in running) or time.monotonic() > deadline
-            assert not failed, "\n".join(log.read_text()[-3000:] for log in logs)
-            time.sleep(0.05)  # between looks at a condition
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    codes = [process.returncode for process in running]
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    log = directory / "log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "tests.trainer.gang", str(document)]
+        done = subprocess.run(command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, timeout=timeout)
+    assert done.returncode == 0, log.read_text()[-8000:]
     return {
         case.name: [
             json.loads((directory / f"{case.name}-{rank}.json").read_text()) for rank in range(len(case.processes))
@@ -89,25 +76,53 @@ def place_of(rank: int, world_size: int, port: int) -> Iterator[None]:
             del os.environ[name]
 
 
-def main(document: Path, number: int) -> None:
-    """One of the processes."""
+def main(document: Path) -> int:
+    """Starts the processes, and ends all of them when one fails. Returns 0 if none did."""
     import torch
 
-    from lora_trainer.worker import end_process, end_with_parent, quiet_libraries
-    from tests.trainer import gang_work
+    from lora_trainer.worker import end_with_parent, quiet_libraries
+    from tests.trainer import gang_work  # noqa: F401 - imported once, for all processes
 
     end_with_parent()
     quiet_libraries()
     torch.set_num_threads(1)
-    for case in [Case(**entry) for entry in json.loads(document.read_text())]:
-        if number not in case.processes:
-            continue
-        rank = case.processes.index(number)
-        with place_of(rank, len(case.processes), case.port):
-            found = getattr(gang_work, case.work)(**case.arguments)
-        (document.parent / f"{case.name}-{rank}.json").write_text(json.dumps(found))
+    cases = [Case(**entry) for entry in json.loads(document.read_text())]
+    running: set[int] = set()
+    for number in range(1 + max(max(case.processes) for case in cases)):
+        process = os.fork()
+        if process == 0:
+            take_part(cases, number, document.parent)
+        running.add(process)
+    failed = False
+    while running:
+        process, status = os.wait()
+        running.discard(process)
+        if status and not failed:
+            failed = True
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return int(failed)
+
+
+def take_part(cases: list[Case], number: int, directory: Path) -> NoReturn:
+    """One of the processes, which ends here."""
+    from lora_trainer.worker import end_process, end_with_parent
+    from tests.trainer import gang_work
+
+    end_with_parent()
+    try:
+        for case in cases:
+            if number not in case.processes:
+                continue
+            rank = case.processes.index(number)
+            with place_of(rank, len(case.processes), case.port):
+                found = getattr(gang_work, case.work)(**case.arguments)
+            (directory / f"{case.name}-{rank}.json").write_text(json.dumps(found))
+    except BaseException:  # noqa: BLE001 - every end is told
+        sys.stderr.write(f"process {number}, {case.name}:\n{traceback.format_exc()}")
+        end_process(1)
     end_process(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,5 +1,6 @@
 """What the processes of ``tests.trainer.gang`` do. Every function takes and gives what JSON can hold."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,6 +132,7 @@ def load_and_weigh(model: str, warm_up: str, quantization: str) -> dict[str, Any
     load_base_model(Path(warm_up), settings, CPU)
     grown = {}
     for name, kept in (("parts", part), ("whole", None)):
+        gc.collect()
         with peak_of_memory() as peak:
             loaded = load_base_model(Path(model), settings, CPU, kept)
         grown[name] = peak()
