@@ -29,12 +29,15 @@ def main(model: Path, data: Path, directory: Path) -> None:
     from transformers import AutoTokenizer
 
     from lora_trainer.errors import BadDataError
+    from lora_trainer.loading import part_to_load
     from lora_trainer.model import add_adapter, load_base_model
     from lora_trainer.objectives import build_trainer
-    from lora_trainer.parallel import full_tensor, shard_model, start_process_group
+    from lora_trainer.parallel import full_tensor, start_process_group
     from lora_trainer.prepare import check_same_data, prepare_data
     from lora_trainer.settings import read_place
+    from lora_trainer.sharding import spread_model
     from lora_trainer.sources import Sources
+    from lora_trainer.strategy import decide_strategy
     from lora_trainer.trainer import LoRATrainer
 
     place, device = read_place(), torch.device("cpu")
@@ -66,12 +69,14 @@ def main(model: Path, data: Path, directory: Path) -> None:
         sources = Sources(model, [data / "train.jsonl"], None)
         prepared = prepare_data(run, sources, tokenizer, place, scratch / "data")
         check_same_data(prepared, device)
-        network = add_adapter(load_base_model(model, run.quantization, device), run.lora, run.training.seed)
+        strategy = decide_strategy(run.parallelism)
+        base = load_base_model(model, run.quantization, device, part_to_load(strategy, place.rank))
+        network = add_adapter(base, run.lora, run.training.seed)
         for weight_name, weight in network.named_parameters():
             if "lora_B" in weight_name:  # zero would hide the gradients of A
                 torch.nn.init.normal_(weight, std=0.05, generator=torch.Generator().manual_seed(len(weight_name)))
         trainer = build_trainer(run, network, tokenizer, prepared, device, scratch, [])
-        shard_model(trainer.accelerator, network)
+        spread_model(network, strategy, device)
         gradients.clear()
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

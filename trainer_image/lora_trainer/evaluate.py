@@ -22,6 +22,7 @@ from lora_trainer.formats import Record
 from lora_trainer.packs import Sequences, collate
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.settings import Place
+from lora_trainer.sharding import reshard
 
 MAX_NEW_TOKENS = 64
 DEFAULT_SAMPLES = 4
@@ -149,6 +150,7 @@ def evaluate_loss(
             total -= float(outputs.log_probs.double().sum())
             tokens += float(outputs.label_mask.sum())
     model.train(training)
+    reshard(model)
     total, tokens = sum_over_ranks([total, tokens], device)
     return total / max(tokens, 1.0)
 
@@ -183,6 +185,7 @@ def generate(
         synced_gpus=sharded,
     )
     model.train(training)
+    reshard(model)
     return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
