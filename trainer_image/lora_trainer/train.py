@@ -52,7 +52,8 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     start_process_group(place, device)
     check_same_data(data, device)
     find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find
-    run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint)
+    longest = None if run.dataset.packing else data.report.longest
+    run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint, longest)
     progress.report_memory(**memory.to_progress())
 
     base = load_base_model(sources.model, run.quantization, device)
