@@ -6,7 +6,7 @@ What is wrong is collected, so that one look tells all of it; a step that needs 
 
 import json
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -233,47 +233,17 @@ def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings
     if tokenizer is None or len(files) < sum(source is not None for source in sources.values()):
         return None, pinned
     fetched = Sources(directory / "model", files["train"], files.get("eval"))
-    return findings.attempt(lambda: _count_tokens(run, fetched, tokenizer)), pinned
+    return findings.attempt(lambda: _count_tokens(run, fetched, tokenizer, directory / "tokens")), pinned
 
 
-def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any) -> DataReport:
-    """The records of both sides as the model is given them, cut at maxSeqLength."""
-    from lora_trainer.data import load_records
+def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any, directory: Path) -> DataReport:
+    """The records of both sides as the model is given them, cut at maxSeqLength: by what the training processes run."""
+    from lora_trainer.chat import use_chat_template
+    from lora_trainer.prepare import prepare_data
+    from lora_trainer.settings import Place
 
-    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
-    if records.conversational and not tokenizer.chat_template:
-        raise BadSpecError("dataset: the records are conversations, but baseModel's tokenizer has no chat template")
-    limit = run.dataset.max_seq_length
-    whole, learned = [], []
-    for record in records.train:
-        start, end = _lengths(record, tokenizer)
-        whole.append(end)
-        learned.append(max(0, min(end, limit) - start))
-    kept = sum(min(length, limit) for length in whole)
-    return DataReport(
-        train_records=len(whole),
-        eval_records=len(records.eval),
-        tokens=kept,
-        supervised_tokens=sum(learned),
-        sequences=len(whole),
-        longest=max(whole),
-        truncated_records=sum(length > limit for length in whole),
-        lost_token_share=1 - kept / max(1, sum(whole)),
-    )
-
-
-def _lengths(record: Mapping[str, Any], tokenizer: Any) -> tuple[int, int]:
-    """Tokens of a record's prompt, which are not learned, and of all of it."""
-
-    def count(text: Any, *, prompt: bool = False) -> int:
-        if isinstance(text, list):
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=prompt)
-            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return len(tokenizer(text)["input_ids"]) + (0 if prompt else 1)
-
-    if "prompt" not in record:
-        return 0, count(record.get("messages") or record["text"])
-    return count(record["prompt"], prompt=True), count(record["prompt"] + record["completion"])
+    tokenizer = use_chat_template(tokenizer, run.dataset.chat_template)
+    return prepare_data(run, sources, tokenizer, Place(0, 0, 1), directory).report
 
 
 def check_store(run: RunSpec, directory: Path) -> None:
@@ -319,7 +289,7 @@ def plan_run(
     if on_cpu and device_gib is not None:
         findings.warnings.append("parallelism.gpusPerNode is 0: the memory of a GPU is of no use to the plan")
         device_gib = None
-    longest = None if report is None else report.longest or None
+    longest = None if report is None or run.dataset.packing else report.longest or None
     job = build_job(run, model.shape, counted=model.counted, longest=longest, device_gib=device_gib)
     settled, complaint = settle(run.training, job, device_gib)
     if settled is None:

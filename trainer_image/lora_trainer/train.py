@@ -54,7 +54,8 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     start_process_group(place, device, alone_too=run.parallelism.cpu_offload)
     check_same_data(data, device)
     find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find
-    run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint)
+    longest = None if run.dataset.packing else data.report.longest
+    run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint, longest)
     progress.report_memory(**memory.to_progress())
     strategy = choose_strategy(run, sources.model, memory.available)
 
