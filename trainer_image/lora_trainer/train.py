@@ -16,7 +16,7 @@ from lora_trainer.gate import check_gate_has_records
 from lora_trainer.loading import part_to_load
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
-from lora_trainer.model import add_adapter, load_base_model, load_tokenizer, training_device
+from lora_trainer.model import add_adapter, check_quantization, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import choose_strategy, start_process_group
 from lora_trainer.prepare import check_same_data, prepare_data
@@ -50,6 +50,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     data = prepare_data(run, sources, tokenizer, place, work / "data")
     progress.note(f"data: {data.report.to_text()}")
     check_gate_has_records(run, data.report.eval_records)
+    check_quantization(run)
     device = training_device(run, place.local_rank)
     start_process_group(place, device, alone_too=run.parallelism.cpu_offload)
     check_same_data(data, device)
