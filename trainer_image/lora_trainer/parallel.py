@@ -1,5 +1,6 @@
 """How the processes of a gang work together: process group, FSDP2 (also on CPUs), and proof that it shards."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import InternalError
-from lora_trainer.settings import Place, collective_seconds, rendezvous_seconds
+from lora_trainer.settings import Place, rendezvous_seconds
 
 FSDP_ARGUMENTS: dict[str, Any] = {
     "version": 2,
@@ -27,10 +28,13 @@ SHARD_TOLERANCE = 1.25
 """How much more than an even share of the weights a rank may hold. Quantization constants are not sharded."""
 
 
-def start_process_group(place: Place, device: torch.device) -> None:
-    """Meets the other processes. One process alone needs no group.
+def start_process_group(
+    place: Place, device: torch.device, timeout_seconds: float, store: Callable[[], dist.Store] | None = None
+) -> None:
+    """Meets the other processes, through ``store`` or through MASTER_ADDR. One process alone needs no group.
 
-    This comes before the training arguments are made: with them the timeout would be ignored on CPUs.
+    ``timeout_seconds`` is how long a process waits for the others in one collective operation. This comes before the
+    training arguments are made: with them the timeout would be ignored on CPUs.
 
     Raises:
         torch.distributed.DistError: the others did not appear in time.
@@ -41,10 +45,11 @@ def start_process_group(place: Place, device: torch.device) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=rendezvous_seconds()),
         device_id=device if device.type == "cuda" else None,
+        **({"store": store(), "rank": place.rank, "world_size": place.world_size} if store else {}),
     )
     dist.barrier()
     group = dist.distributed_c10d._get_default_group()  # noqa: SLF001 - torch has no public call for it
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_seconds()), group)  # noqa: SLF001
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)  # noqa: SLF001
 
 
 def use_fsdp(accelerator: Accelerator, fsdp_arguments: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What every objective shares: sharding, exact epochs, checkpoints in the store, finite gradients."""
+"""What every objective shares: sharding, exact epochs, checkpoints in the store, finite steps."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
-from lora_trainer.errors import BadSpecError, DivergedError
+from lora_trainer.errors import BadSpecError
+from lora_trainer.finite import FiniteTrainer
 from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
 from lora_trainer.speed import read_levers
 
@@ -33,7 +34,9 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, records: int, global_batch_size: int, seed: int) -> None:
         self.records = records
-        self.length = steps_per_epoch(records, global_batch_size) * global_batch_size
+        self.steps = steps_per_epoch(records, global_batch_size)
+        """Optimizer steps in an epoch."""
+        self.length = self.steps * global_batch_size
         self.seed = seed
         self.epoch = 0
 
@@ -64,10 +67,11 @@ def total_steps(run: RunSpec, records: int) -> int:
     return max(1, round(epochs * steps_per_epoch(records, run.training.global_batch_size)))
 
 
-class LoRATrainer(Trainer):  # type: ignore[misc]
+class LoRATrainer(FiniteTrainer):
     """Trainer for a gang of processes. Objectives add their loss; it goes before TRL's trainers among their bases."""
 
     checkpoints: "Checkpoints | None" = None
+    sampler: EpochSampler | None = None
 
     def train_to_end(self, resume: "Resume | None") -> None:
         """Trains the steps that are left. A checkpoint of the last step leaves none."""
@@ -88,18 +92,19 @@ class LoRATrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         records = len(train_dataset if train_dataset is not None else self.train_dataset)
         plan = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size * self.args.world_size
-        return EpochSampler(records, plan, self.args.seed)
+        self.sampler = EpochSampler(records, plan, self.args.seed)
+        return self.sampler
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Refuses a step whose gradient is not finite. The norm is the same on all ranks, so all of them stop here."""
-        norm = super()._clip_grad_norm(model)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"step {self.state.global_step + 1}: the gradient's norm is {value}: the loss or a gradient is no "
-                "longer a finite number; no weight was changed by this step"
-            )
-        return norm
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Tells the sampler which epoch begins.
+
+        transformers does that too, but in an epoch that is resumed in the middle the sampler lies one layer deeper with
+        several processes, behind accelerate's skipped batches, and is not reached (transformers 5.23): the rest of the
+        epoch would have the order of the first one.
+        """
+        if self.sampler is not None:
+            self.sampler.set_epoch(self.state.global_step // self.sampler.steps)
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         """Saves to the store, in place of accelerate's own files."""
@@ -165,8 +170,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
-        "save_steps": run.checkpoint.every_steps,
+        "save_strategy": "no",  # callbacks.BoundaryCallback says when
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
