@@ -79,6 +79,7 @@ class CompleteMarker(RecordModel):
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
+    seed: int | None = None
     files: list[StoredFile]
     created_at: Time
 

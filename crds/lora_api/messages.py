@@ -43,6 +43,7 @@ class ProgressLine(RecordModel):
     allocated_gib: Measure = Field(None, alias="allocatedGiB")
     reserved_gib: Measure = Field(None, alias="reservedGiB")
     host_gib: Measure = Field(None, alias="hostGiB")
+    skipped_steps: int | None = Field(None, ge=0)
 
     def to_line(self) -> str:
         """The line, without a line end."""

@@ -239,5 +239,18 @@ class Parallelism(ApiModel):
 class Checkpoint(ApiModel):
     """What a restart goes on from. Checkpoints go to the store and are deleted when the adapter is published."""
 
-    every_steps: int = Field(100, ge=1, le=10_000_000, description="Save a checkpoint every so many optimizer steps.")
+    every_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10_000_000,
+        description="Save a checkpoint every so many optimizer steps. Default: 100, unless everyMinutes is set.",
+    )
+    every_minutes: int | None = Field(
+        None, ge=1, le=10_080, description="Save a checkpoint every so many minutes. With everySteps: whichever is due."
+    )
     keep: int = Field(2, ge=1, le=20, description="Complete checkpoints to keep; older ones are deleted.")
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between checkpoints; ``None`` where minutes alone say when."""
+        return 100 if self.every_steps is None and self.every_minutes is None else self.every_steps

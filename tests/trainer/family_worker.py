@@ -107,7 +107,7 @@ def main(cases_file: Path, directory: Path) -> None:
     quiet_libraries()
     torch.set_num_threads(1)
     place = read_place()
-    start_process_group(place, CPU)
+    start_process_group(place, CPU, 600)
     results = {}
     for name, case in json.loads(cases_file.read_text()).items():
         try:

@@ -92,7 +92,7 @@ def load_both_ways(model: str) -> dict[str, Any]:
     """Loads a model whole, and part by part into shards; compares bits of weights and of logits."""
     place = read_place()
     strategy = Strategy("fsdp", shards=place.world_size)
-    start_process_group(place, CPU)
+    start_process_group(place, CPU, 600)
     whole = load_base_model(Path(model), Quantization(), CPU)
     parts = load_base_model(Path(model), Quantization(), CPU, part_to_load(strategy, place.rank))
     shard_model(parts, strategy, CPU)

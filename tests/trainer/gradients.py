@@ -43,7 +43,7 @@ def main(model: Path, data: Path, directory: Path) -> None:
     place, device = read_place(), torch.device("cpu")
     torch.set_num_threads(1)
     directory.mkdir(parents=True, exist_ok=True)
-    start_process_group(place, device)
+    start_process_group(place, device, 600)
     tokenizer = AutoTokenizer.from_pretrained(model)
     parallelism = {"parallelism": {"nodes": place.world_size, "gpusPerNode": 0}}
     results: dict[str, Any] = {}

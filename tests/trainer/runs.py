@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
 from lora_api.run import RunSpec
+from tests.trainer.zygote import ForkedPod, Zygote
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "crds", ROOT / "trainer_image")
@@ -59,7 +60,7 @@ def build_run(model: Path, data: Path, directory: Path, changes: Mapping[str, An
 class Launched:
     """A pod of the trainer: the launcher as a process of its own, and what it said."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[str] | ForkedPod"
     log: Path
     words_file: Path
 
@@ -93,6 +94,22 @@ class Launched:
             assert not ended, self.log.read_text()[-5000:]
             time.sleep(0.02)  # between looks at a condition
 
+    def wait_text(self, text: str, timeout: float = 180) -> None:
+        """Returns when the log has ``text``."""
+        deadline = time.monotonic() + timeout
+        while text not in self.log.read_text():
+            ended = self.process.poll() is not None or time.monotonic() > deadline
+            assert not ended, self.log.read_text()[-5000:]
+            time.sleep(0.005)  # between looks at a condition
+
+    def wait_stage(self, stage: str, times: int = 1) -> None:
+        """Returns when ``stage`` was reported so often."""
+        deadline = time.monotonic() + 180
+        while [line.stage for line in self.lines].count(stage) < times:  # type: ignore[arg-type]
+            ended = self.process.poll() is not None or time.monotonic() > deadline
+            assert not ended, self.log.read_text()[-5000:]
+            time.sleep(0.005)  # between looks at a condition
+
     def wait_step(self, step: int) -> None:
         """Returns when ``step`` was reported."""
         self.wait_for(lambda line: (line.step or 0) >= step and line.event == "step")
@@ -119,23 +136,36 @@ def wait_gone(pid: int) -> None:
 
 
 @contextmanager
-def start_pod(run: RunSpec, directory: Path, environment: Mapping[str, str] | None = None) -> Iterator[Launched]:
-    """Starts the launcher as in a pod, with its files in ``directory``. It is killed afterwards if it still runs."""
+def start_pod(
+    run: RunSpec,
+    directory: Path,
+    environment: Mapping[str, str] | None = None,
+    zygote: Zygote | None = None,
+    entry: str = "",
+) -> Iterator[Launched]:
+    """Starts the launcher as in a pod, with its files in ``directory``. It is killed afterwards if it still runs.
+
+    With a ``zygote`` it is forked, in a moment; ``entry`` (MODULE:FUNCTION) may then stand for the training process.
+    """
     directory.mkdir()
     document = directory / "run.json"
     document.write_text(json.dumps(run.to_wire()))
     log = directory / "log"
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, SOURCES)),
+    own = {
         "LORA_WORK": str(directory / "work"),
         "LORA_TERMINATION_LOG": str(directory / "termination-log"),
         "LORA_PEER_GRACE_SECONDS": "20",
         **(environment or {}),
     }
-    command = [sys.executable, "-m", "lora_trainer", "launch", str(document)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
+    process: subprocess.Popen[str] | ForkedPod
+    if zygote is not None:
+        log.touch()
+        process = zygote.start(document, own, log, entry)
+    else:
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, SOURCES)), **own}
+        command = [sys.executable, "-m", "lora_trainer", "launch", str(document)]
+        with log.open("w") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
     try:
         yield Launched(process, log, directory / "termination-log")
     finally:

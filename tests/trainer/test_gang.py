@@ -1,6 +1,5 @@
 """Gangs of two processes, through the launcher: the same losses as one, and what happens when they are hit."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from lora_api.training import Parallelism
 from lora_trainer.launch import free_port
 from lora_trainer.store import Store
 from tests.trainer.runs import Launched, build_run, merge, start_pod, wait_gone
+from tests.trainer.zygote import Zygote
 
 Make = Callable[..., RunSpec]
 Launch = Callable[..., Launched]
@@ -29,14 +29,16 @@ def two_processes(make_run: Make, **changes: Any) -> RunSpec:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+def uninterrupted(
+    model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, zygote: Zygote
+) -> Iterator[Launched]:
     """The whole run on two processes, with nothing in its way."""
     directory = tmp_path_factory.mktemp("whole")
 
     def build(**changes: Any) -> RunSpec:
         return build_run(model, data, directory, changes)
 
-    with start_pod(two_processes(build), directory / "pod") as pod:
+    with start_pod(two_processes(build), directory / "pod", zygote=zygote) as pod:
         assert pod.wait() == 0, pod.log.read_text()[-5000:]
         yield pod
 
@@ -48,10 +50,10 @@ def checkpoint_steps(run: RunSpec) -> set[str]:
 
 
 def test_two_processes_learn_what_one_learns(
-    make_run: Make, launch: Launch, uninterrupted: Launched, tmp_path: Path
+    make_run: Make, fork: Launch, uninterrupted: Launched, tmp_path: Path
 ) -> None:
     run = two_processes(make_run, publish={"store": f"file://{tmp_path}/alone"})
-    alone = launch(run.model_copy(update={"parallelism": Parallelism(nodes=1, gpus_per_node=0)}))
+    alone = fork(run.model_copy(update={"parallelism": Parallelism(nodes=1, gpus_per_node=0)}))
     assert alone.wait() == 0, alone.log.read_text()[-5000:]
     assert set(alone.losses) == set(range(1, STEPS + 1))
     assert uninterrupted.losses == pytest.approx(alone.losses, abs=1e-4)
@@ -66,7 +68,7 @@ def test_two_processes_learn_what_one_learns(
 
 
 def test_a_run_that_is_stopped_and_then_killed_ends_with_the_losses_of_one_that_was_not(
-    make_run: Make, launch: Launch, uninterrupted: Launched
+    make_run: Make, launch: Launch, fork: Launch, uninterrupted: Launched
 ) -> None:
     run = two_processes(make_run)
     stopped = launch(run)
@@ -86,24 +88,24 @@ def test_a_run_that_is_stopped_and_then_killed_ends_with_the_losses_of_one_that_
     for pid in workers:
         wait_gone(pid)
 
-    last = launch(run.model_copy(update={"attempt": 3}))
+    last = fork(run.model_copy(update={"attempt": 3}))
     assert last.wait() == 0, last.log.read_text()[-5000:]
     assert min(last.losses, default=STEPS) > 2
     losses = {**stopped.losses, **killed.losses, **last.losses}
-    assert losses == pytest.approx(uninterrupted.losses, abs=1e-6)
+    assert losses == uninterrupted.losses
     adapter, whole = last.words.adapter, uninterrupted.words.adapter
     assert adapter is not None
     assert whole is not None
     assert adapter.eval_loss_before == whole.eval_loss_before
-    assert adapter.eval_loss_after == pytest.approx(whole.eval_loss_after, abs=1e-6)
+    assert adapter.digest == whole.digest
     assert checkpoint_steps(run) == set()
 
 
-def test_the_pod_that_is_hit_and_the_pod_that_lost_it_tell_them_apart(make_run: Make, launch: Launch) -> None:
+def test_the_pod_that_is_hit_and_the_pod_that_lost_it_tell_them_apart(make_run: Make, fork: Launch) -> None:
     run = two_processes(make_run, training={"maxSteps": 500}, checkpoint={"everySteps": 500})
     port = str(free_port())
     pods = [
-        launch(run, PET_NNODES="2", PET_NPROC_PER_NODE="1", PET_NODE_RANK=str(rank), MASTER_PORT=port)
+        fork(run, PET_NNODES="2", PET_NPROC_PER_NODE="1", PET_NODE_RANK=str(rank), MASTER_PORT=port)
         for rank in range(2)
     ]
     pods[0].wait_step(2)
@@ -116,13 +118,18 @@ def test_the_pod_that_is_hit_and_the_pod_that_lost_it_tell_them_apart(make_run: 
     assert pods[0].wait(30) == 73
     assert pods[0].words.failure_class == FailureClass.PEER_LOST
     assert pods[0].words.rank == 0
+    assert "rank 1 does not answer" in pods[0].words.message
 
 
-def test_a_pod_that_hangs_is_given_up_in_bounded_time(make_run: Make, launch: Launch) -> None:
-    run = two_processes(make_run, training={"maxSteps": 500}, checkpoint={"everySteps": 500})
+def test_a_pod_that_hangs_is_given_up_in_bounded_time(make_run: Make, fork: Launch) -> None:
+    run = two_processes(
+        make_run,
+        training={"maxSteps": 500},
+        checkpoint={"everySteps": 500},
+        parallelism={"collectiveTimeoutSeconds": 10},
+    )
     settings = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port())}
-    settings["LORA_COLLECTIVE_SECONDS"] = "4"
-    pods = [launch(run, PET_NODE_RANK=str(rank), **settings) for rank in range(2)]
+    pods = [fork(run, PET_NODE_RANK=str(rank), **settings) for rank in range(2)]
     pods[0].wait_step(2)
     (victim,) = pods[1].workers
     os.kill(victim, signal.SIGSTOP)
@@ -130,15 +137,4 @@ def test_a_pod_that_hangs_is_given_up_in_bounded_time(make_run: Make, launch: La
     assert pods[0].words.failure_class == FailureClass.PEER_LOST
     assert pods[0].words.step is not None
     assert pods[0].words.step >= 2
-
-
-def test_bad_data_ends_both_pods_with_the_record(make_run: Make, launch: Launch, tmp_path: Path) -> None:
-    rows = [json.dumps({"prompt": "a", "completion": "b"})] * 5
-    rows[3] = json.dumps({"prompt": "a", "completion": 7})
-    (tmp_path / "bad.jsonl").write_text("\n".join(rows))
-    run = two_processes(make_run, dataset={"train": {"uri": f"file://{tmp_path}/bad.jsonl"}, "eval": None})
-    pod = launch(run)
-    assert pod.wait() == 65
-    assert pod.words.failure_class == FailureClass.BAD_DATA
-    assert "bad.jsonl: record 4: completion: must be a string" in pod.words.message
-    assert pod.words.remedy
+    assert "rank 1 does not answer; it was last seen at the start of step" in pods[0].words.message

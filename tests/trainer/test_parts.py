@@ -3,25 +3,19 @@
 import json
 import math
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
 from lora_trainer.adapter import check_adapter
-from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.errors import DivergedError, InternalError
 from lora_trainer.evaluate import Evaluator, make_batches, question, sample_questions
-from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
 from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.settings import Place
 from lora_trainer.sharding import check_sharded
-from lora_trainer.store import Store
 from lora_trainer.strategy import Strategy
 
 Make = Callable[..., RunSpec]
@@ -118,51 +112,3 @@ def test_random_states_come_back() -> None:
     drawn = (random.random(), float(np.random.rand()), float(torch.rand(1)))
     restore_rng_state(state)
     assert (random.random(), float(np.random.rand()), float(torch.rand(1))) == drawn
-
-
-@pytest.fixture
-def checkpoints(make_run: Make, tmp_path: Path) -> tuple[Checkpoints, Store]:
-    run = make_run(checkpoint={"keep": 2})
-    store = Store(run.publish.store)
-    return Checkpoints(store, run, ALONE, tmp_path, Progress(enabled=False)), store
-
-
-def put_checkpoint(checkpoints: Checkpoints, store: Store, step: int, *, complete: bool, size: int = 3) -> None:
-    """A checkpoint of one file."""
-    path = f"{checkpoints.prefix}/step-{step}"
-    store.put(f"{path}/adapter.safetensors", b"abc")
-    if complete:
-        file = StoredFile(path="adapter.safetensors", size=size, sha256="0" * 64)
-        marker = CompleteMarker(
-            step=step, world_size=1, global_batch_size=1, files=[file], created_at=datetime.now(UTC)
-        )
-        store.put(f"{path}/COMPLETE.json", json.dumps(marker.to_wire()).encode())
-
-
-def test_only_complete_checkpoints_are_resumed_from(checkpoints: tuple[Checkpoints, Store]) -> None:
-    own, store = checkpoints
-    assert own.find() is None
-    for step in (2, 10, 9):
-        put_checkpoint(own, store, step, complete=True)
-    put_checkpoint(own, store, 11, complete=False)
-    put_checkpoint(own, store, 12, complete=True, size=4)
-    put_checkpoint(own, store, 13, complete=False)
-    store.put(f"{own.prefix}/step-13/COMPLETE.json", b"{")
-    found = own.find()
-    assert found is not None
-    assert found.step == 10
-
-
-def test_pruning_keeps_the_newest_complete_ones(checkpoints: tuple[Checkpoints, Store]) -> None:
-    own, store = checkpoints
-    put_checkpoint(own, store, 1, complete=False)
-    own.prune()
-    assert len(store.sizes(own.prefix)) == 1
-    for step in (2, 4, 6):
-        put_checkpoint(own, store, step, complete=True)
-    for step in (3, 7):
-        put_checkpoint(own, store, step, complete=False)
-    own.prune()
-    assert {path.split("/")[-2] for path in store.sizes(own.prefix)} == {"step-4", "step-6", "step-7"}
-    own.delete_all()
-    assert store.sizes(own.prefix) == {}

@@ -89,8 +89,8 @@ def test_the_published_directory_is_what_was_evaluated(
     assert adapter.eval_loss_after < adapter.eval_loss_before
     assert [step for step, _ in seen.evaluations] == [0, 4, 6]
     assert seen.stages == [
-        "loading", "evaluating", "training", "checkpointing", "training", "checkpointing", "training", "evaluating",
-        "publishing", "done",
+        "loading", "evaluating", "training", "checkpointing", "training", "evaluating", "training", "checkpointing",
+        "training", "evaluating", "publishing", "done",
     ]  # fmt: skip
     measured = measure(model=f"file://{model}", data=f"file://{data}/eval.jsonl", adapter=adapter.uri, max_new_tokens=8)
     assert measured.loss == pytest.approx(adapter.eval_loss_after, abs=1e-5)
@@ -266,7 +266,7 @@ def test_a_full_disk_is_told_from_a_store_that_fails(
     assert classify(caught.value) == FailureClass.DISK_FULL
 
 
-def test_weights_that_overflow_end_the_run_before_a_step_is_taken(
+def test_weights_that_overflow_end_the_run_before_any_weight_is_changed(
     make_run: Make, run_here: Train, model: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -282,7 +282,7 @@ def test_weights_that_overflow_end_the_run_before_a_step_is_taken(
     found, message = fails(run_here, make_run(**changes))
     assert (found, "evaluation loss" in message) == (FailureClass.DIVERGED, True), message
     found, message = fails(run_here, make_run(**changes, dataset={"eval": None, "evalFraction": 0}))
-    assert (found, "step 1: the gradient" in message) == (FailureClass.DIVERGED, True), message
+    assert (found, "step 3: the gradient" in message) == (FailureClass.DIVERGED, True), message
 
 
 def test_versions_count_up_and_equal_bytes_are_one_version(make_run: Make, run_here: Train) -> None:

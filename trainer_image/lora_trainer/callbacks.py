@@ -8,8 +8,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_api.status import format_time
-from lora_trainer.errors import StoppedError
-from lora_trainer.parallel import any_rank
+from lora_trainer.checkpoint import Checkpoints
+from lora_trainer.errors import StoppedError, StoreUnavailableError
+from lora_trainer.line import Line
+from lora_trainer.parallel import any_rank, sum_over_ranks
 from lora_trainer.progress import Progress
 from lora_trainer.stop import StopRequest
 
@@ -56,49 +58,88 @@ class ProgressCallback(TrainerCallback):
             learning_rate=float(logs["learning_rate"]),
             grad_norm=float(logs["grad_norm"]),
             tokens_per_second=round(speed, 1),
+            skipped_steps=logs.get("skipped_steps"),
         )
 
 
-class StopCallback(TrainerCallback):
-    """Ends the run with a checkpoint when any rank was asked to stop. All ranks decide together, at a step's end."""
+class BoundaryCallback(TrainerCallback):
+    """What all ranks decide together at the end of each step: whether to save a checkpoint, and whether to stop.
 
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
+    One vote settles both: any rank may ask to stop, and rank 0 says whether a checkpoint is due, by its own clock.
+    """
+
+    def __init__(self, stop: StopRequest, checkpoints: Checkpoints, line: Line | None) -> None:
+        self.stop, self.checkpoints, self.line = stop, checkpoints, line
         self.stopping = False
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lets the other ranks know how far this one is."""
+        if self.line is not None:
+            self.line.beat(state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Asks for a checkpoint after this step, if any rank was asked to stop."""
-        if any_rank(self.stop.requested, args.device):
+        """Asks for a checkpoint after this step, if one is due, it is the last, or any rank was asked to stop."""
+        due = args.process_index == 0 and self.checkpoints.due(state.global_step)
+        stops, dues = sum_over_ranks([float(self.stop.requested), float(due)], args.device)
+        if stops > 0:
             self.stopping = True
-            control.should_save = True
+            self.stop.note()
+        control.should_save = self.stopping or dues > 0 or state.global_step >= state.max_steps
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops once the checkpoint is complete.
+        """Stops if any rank was asked to, during the save at the latest.
 
         Raises:
-            StoppedError: always, if a stop was asked for.
+            StoppedError: the checkpoint is complete.
+            StoreUnavailableError: it is not.
         """
-        if self.stopping:
-            raise StoppedError(f"asked to stop; the checkpoint of step {state.global_step} is complete")
+        step = state.global_step
+        if not (self.stopping or any_rank(self.stop.requested, args.device)):
+            return
+        if self.checkpoints.saved == step:
+            raise StoppedError(f"asked to stop; the checkpoint of step {step} is complete")
+        older = "from the beginning" if self.checkpoints.saved is None else f"from step {self.checkpoints.saved}"
+        raise StoreUnavailableError(
+            f"asked to stop, and the checkpoint of step {step} could not be saved in the time that was left; the next "
+            f"attempt goes on {older}"
+        )
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates every so many steps (training.evalEverySteps), but not at the last: a run evaluates after it anyway."""
+    """Evaluates every so many steps (training.evalEverySteps), but not at the last: a run evaluates after it anyway.
 
-    def __init__(self, every: int | None, progress: Progress) -> None:
+    An evaluation may take longer than a pod is given to stop. So it is left when any rank is asked to stop, and the
+    next attempt makes up for it before it goes on.
+    """
+
+    def __init__(self, every: int | None, progress: Progress, stop: StopRequest) -> None:
         self.every = every
         self.progress = progress
-        self.evaluate: Callable[[], float | None] = lambda: None
+        self.stop = stop
+        self.evaluate: Callable[[Callable[[], bool]], float | None] = lambda _: None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes up for an evaluation that was left."""
+        if state.global_step and not any(
+            "eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history
+        ):
+            self.on_step_end(args, state, control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluates on all ranks, and keeps the loss in the trainer's history."""
         step = state.global_step
         if self.every is None or step % self.every or step >= state.max_steps:
             return
-        loss = self.evaluate()
+        self.progress.stage("evaluating")
+        loss = self.evaluate(lambda: any_rank(self.stop.requested, args.device))
+        self.progress.stage("training")
         if loss is not None:
             state.log_history.append({"step": step, "epoch": state.epoch, "eval_loss": loss, "at": now_text()})
             self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, eval_loss=loss)

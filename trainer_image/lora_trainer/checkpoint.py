@@ -1,13 +1,16 @@
-"""Checkpoints in the store: STORE/NAMESPACE/NAME/checkpoints/UID/step-N/, COMPLETE.json last.
+"""Checkpoints: the state of a run after a step, saved to and restored from the store by all ranks together.
 
-A checkpoint holds what the losses after it depend on: the adapter, the optimizer's two moments, the learning rate's
+A checkpoint holds what the weights after it depend on: the adapter, the optimizer's state, the learning rate's
 schedule, the random states of every rank and the trainer's own state (step, history). Tensors are whole, not sharded,
 so that a run can go on with another number of processes; only the random states of dropout are lost by that. No file
-is a pickle. One without COMPLETE.json, or with a file that is not as COMPLETE.json says, does not exist.
+is a pickle. ``catalog`` says how they lie in the store.
 """
 
 import json
-from collections.abc import Iterable
+import shutil
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,26 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from lora_api.adapter import (
-    COMPLETE_FILE,
-    CompleteMarker,
-    StoredFile,
-    adapter_prefix,
-    checkpoint_directory,
-    checkpoints_directory,
-    parse_checkpoint_step,
-)
+from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
-from lora_trainer.errors import BadSpecError, InternalError
+from lora_trainer.catalog import Catalog
+from lora_trainer.errors import InternalError, StoreUnavailableError
 from lora_trainer.evaluate import Evaluation
-from lora_trainer.parallel import any_rank, assign_full, full_tensor
+from lora_trainer.parallel import assign_full, full_tensor
 from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
-from lora_trainer.settings import Place
-from lora_trainer.store import ObjectNotFoundError, Store, describe_file, file_digest, join
+from lora_trainer.settings import Place, stop_grace_seconds
+from lora_trainer.stop import StopRequest
+from lora_trainer.store import Store
 
 if TYPE_CHECKING:
     from lora_trainer.trainer import LoRATrainer
@@ -44,6 +40,15 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 LOOP_STATE = "loop.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARED = (ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE)
+"""Files that rank 0 writes and every rank reads."""
+
+
+MAX_FAILED_SAVES = 3
+"""So many checkpoints in a row may fail for want of the store before the run ends."""
+
+STOP_MARGIN_SECONDS = 2.0
+"""What is left of the grace period, after the last checkpoint, to end in."""
 
 
 def rng_file(rank: int) -> str:
@@ -63,150 +68,202 @@ class Resume:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, store: Store, run: RunSpec, place: Place, directory: Path, progress: Progress) -> None:
-        root = adapter_prefix(run.namespace, run.adapter_name)
-        self.prefix = join(root, checkpoints_directory(run.uid))
+    def __init__(
+        self,
+        store: Store,
+        run: RunSpec,
+        place: Place,
+        directory: Path,
+        progress: Progress,
+        stop: StopRequest | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.catalog = Catalog(store, run)
         self.before: Evaluation | None = None
+        self.saved: int | None = None
+        """Step of the newest complete checkpoint that this process knows of."""
+        self.failures = 0
+        """Checkpoints in a row that could not be saved."""
         self._store, self._run, self._place, self._progress = store, run, place, progress
-        self._root, self._directory = root, directory
-        self._last_step: int | None = None
+        self._directory = directory
+        self._stopping = False
+        self._stop, self._clock, self._tried_at = stop or StopRequest(), clock, clock()
 
     # -- writing
 
     def check_writable(self) -> None:
-        """Writes and deletes a small object, so that credentials that may only read end the run before training."""
+        """Lets rank 0 prove that it may write to the store, before training."""
         if self._place.is_main:
-            path = join(self.prefix, "probe")
-            try:
-                self._store.put(path, b"probe")
-            except ObjectNotFoundError as error:
-                raise BadSpecError(f"publish.store: {self._run.publish.store}: there is no such bucket") from error
-            self._store.delete([path])
+            self.catalog.check_writable()
+
+    def delete_all(self) -> None:
+        """Deletes every checkpoint of the run."""
+        self.catalog.delete_all()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made after ``step``. Rank 0's word counts, because it may depend on a clock."""
+        policy, since = self._run.checkpoint, self._clock() - self._tried_at
+        if self.failures:
+            return since >= self._store.retry_seconds
+        if policy.steps is not None and step % policy.steps == 0:
+            return True
+        return policy.every_minutes is not None and since >= policy.every_minutes * 60
 
     def save(self, trainer: "LoRATrainer") -> None:
-        """Saves the state after the current step. All ranks call it; it returns when the checkpoint is complete."""
+        """Saves the state after the current step. All ranks call it; it returns when the checkpoint is complete.
+
+        A store that fails does not end the run at once: the older checkpoint is still there, and the next is tried
+        soon. The last one of a run is tried until it is there.
+
+        Raises:
+            StoreUnavailableError: MAX_FAILED_SAVES checkpoints in a row could not be saved.
+        """
         step = int(trainer.state.global_step)
-        if step == self._last_step:
+        if step == self.saved:
             return
         self._progress.stage("checkpointing")
+        while (problem := self._try_to_save(trainer, step)) is not None:
+            self._count_failure(step, problem)
+            if step < trainer.args.max_steps or self._stopping:
+                break
+        self._progress.stage("training")
+
+    def _patience(self) -> float:
+        """Seconds that a checkpoint may take: what is left of the grace period, and less than peers wait for it."""
+        seconds = self._run.parallelism.collective_timeout_seconds * 0.8
+        if self._stop.asked_at is not None:
+            left = self._stop.asked_at + stop_grace_seconds() - STOP_MARGIN_SECONDS - time.monotonic()
+            seconds = min(seconds, max(left, 1.0))
+        return seconds
+
+    def _count_failure(self, step: int, problem: str) -> None:
+        self.failures += 1
+        last = "there is none yet" if self.saved is None else f"the last one is of step {self.saved}"
+        if self._place.is_main:
+            sys.stderr.write(f"the checkpoint of step {step} could not be saved, {last}: {problem}\n")
+        if self.failures >= MAX_FAILED_SAVES and not self._stopping:
+            raise StoreUnavailableError(
+                f"{self.failures} checkpoints in a row could not be saved; {last}, and the next attempt goes on from "
+                f"it: {problem}"
+            )
+
+    def _try_to_save(self, trainer: "LoRATrainer", step: int) -> str | None:
+        """One try. Returns why there is no checkpoint, the same on all ranks; ``None`` when it is complete."""
         local = self._directory / f"step-{step}-rank-{self._place.rank}"
         local.mkdir(parents=True, exist_ok=True)
         names = self._write_shared(trainer, local)
         (local / rng_file(self._place.rank)).write_text(json.dumps(read_rng_state()))
-        if not self._place.is_main:
-            names = []
-        target = join(self._root, checkpoint_directory(self._run.uid, step))
-        files = []
-        for name in [*names, rng_file(self._place.rank)]:
-            self._store.upload(local / name, join(target, name))
-            files.append(describe_file(local / name, name))
-            (local / name).unlink()
-        everyone = _gather_lists(files, self._place)
-        if self._place.is_main:
-            self._complete(step, target, everyone)
-        any_rank(False, trainer.args.device)  # noqa: FBT003 - a barrier: nobody goes on before it is complete
-        self._last_step = step
-        self._progress.stage("training")
+        names.append(rng_file(self._place.rank))
+        files: list[StoredFile] = []
+        with self._store.within(self._patience()):
+            main = self._place.is_main
+            problem = self._agree(self._attempt(lambda: self.catalog.begin(step)) if main else None)
+            if problem is None:
+                problem = self._attempt(lambda: files.extend(self.catalog.upload(step, local / name) for name in names))
+            everyone = [file for part in self._gather(files) for file in part]
+            problem = self._agree(problem)
+            if problem is None:
+                marker = self._marker(step, everyone)
+                problem = self._agree(self._attempt(lambda: self.catalog.complete(marker)) if main else None)
+            if problem is None:
+                self.saved, self.failures = step, 0
+                if main:
+                    self._attempt(self.catalog.prune)
+        shutil.rmtree(local)
+        self._tried_at = self._clock()
+        return problem
 
-    def _write_shared(self, trainer: "LoRATrainer", local: Path) -> list[str]:
-        """Gathers the sharded state on all ranks; rank 0 writes it. Returns the names of the files."""
-        adapter, moments = {}, {}
-        optimizer = _inner_optimizer(trainer)
-        for name, parameter in _trainable(trainer.model):
-            adapter[name] = full_tensor(parameter)
-            state = optimizer.state[parameter]
-            moments[f"{name}.step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
-            for moment in MOMENTS:
-                moments[f"{name}.{moment}"] = full_tensor(state[moment])
-        names = [ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE]
-        if self._place.is_main:
-            save_file(adapter, local / ADAPTER_STATE)
-            save_file(moments, local / OPTIMIZER_STATE)
-            trainer.state.save_to_json(str(local / TRAINER_STATE))
-            loop = {
-                "scheduler": trainer.lr_scheduler.state_dict(),
-                "before": self.before.to_wire() if self.before else Evaluation(None, []).to_wire(),
-            }
-            (local / LOOP_STATE).write_text(json.dumps(loop))
-        return names
-
-    def _complete(self, step: int, target: str, files: list[StoredFile]) -> None:
-        marker = CompleteMarker(
+    def _marker(self, step: int, files: list[StoredFile]) -> CompleteMarker:
+        return CompleteMarker(
             step=step,
             world_size=self._place.world_size,
             global_batch_size=self._run.training.global_batch_size,
             micro_batch_size=self._run.batch.micro_batch_size,
+            seed=self._run.training.seed,
             files=sorted(files, key=lambda file: file.path),
             created_at=datetime.now(UTC),
         )
-        self._store.put(join(target, COMPLETE_FILE), json.dumps(marker.to_wire(), indent=1).encode())
-        self.prune()
 
-    def prune(self) -> None:
-        """Deletes all but the newest ``checkpoint.keep`` complete checkpoints, and incomplete ones older than those.
+    def _attempt(self, action: Callable[[], None]) -> str | None:
+        """Runs ``action``. Returns what the store said where it failed."""
+        try:
+            action()
+        except StoreUnavailableError as error:
+            return str(error)
+        return None
 
-        The marker goes first, so that what is half deleted no longer counts.
-        """
-        by_step = _group_by_step(self._store.sizes(self.prefix))
-        complete = sorted(step for step, paths in by_step.items() if _marker_path(paths))
-        kept = complete[-self._run.checkpoint.keep :]
-        for step, paths in by_step.items():
-            if kept and step < kept[-1] and step not in kept:
-                self._store.delete(sorted(paths, key=lambda path: not path.endswith(COMPLETE_FILE)))
+    def _gather(self, value: Any) -> list[Any]:
+        """``value`` of every rank, on every rank."""
+        if self._place.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self._place.world_size
+        dist.all_gather_object(values, value)
+        return values
 
-    def delete_all(self) -> None:
-        """Deletes every checkpoint of the run, newest last, so that a cut leaves the newest."""
-        for _, paths in sorted(_group_by_step(self._store.sizes(self.prefix)).items()):
-            self._store.delete(sorted(paths, key=lambda path: not path.endswith(COMPLETE_FILE)))
+    def _agree(self, problem: str | None) -> str | None:
+        """The first rank's problem, on every rank. Also a barrier, and a vote on whether any was asked to stop."""
+        gathered = self._gather((problem, self._stop.requested))
+        self._stopping = any(stopping for _, stopping in gathered)
+        return next((found for found, _ in gathered if found is not None), None)
+
+    def _write_shared(self, trainer: "LoRATrainer", local: Path) -> list[str]:
+        """Gathers the sharded state on all ranks; rank 0 writes it. Returns the names of the files that it wrote."""
+        adapter, moments = {}, {}
+        optimizer = _inner_optimizer(trainer)
+        for name, parameter in _trainable(trainer.model):
+            adapter[name] = full_tensor(parameter)
+            state = optimizer.state.get(parameter)
+            if not state:  # every step so far was skipped
+                continue
+            moments[f"{name}.step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
+            for moment in MOMENTS:
+                moments[f"{name}.{moment}"] = full_tensor(state[moment])
+        if not self._place.is_main:
+            return []
+        save_file(adapter, local / ADAPTER_STATE)
+        save_file(moments, local / OPTIMIZER_STATE)
+        trainer.state.save_to_json(str(local / TRAINER_STATE))
+        loop = {
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "before": self.before.to_wire() if self.before else Evaluation(None, []).to_wire(),
+            "skipped": [trainer.skipped, trainer.skipped_in_a_row],
+        }
+        (local / LOOP_STATE).write_text(json.dumps(loop))
+        return [*SHARED]
 
     # -- reading
 
     def restore(self, model: torch.nn.Module) -> Resume | None:
         """Fetches the newest complete checkpoint and loads its adapter into ``model``; ``None`` where there is none.
 
-        Rank 0 chooses, so that all ranks go on from the same step.
+        Rank 0 chooses, so that all ranks go on from the same step. One with a file that is not as its COMPLETE.json
+        says on any rank is passed over for the next older one, and no longer counts as complete.
+
+        Raises:
+            BadSpecError: the checkpoint is of a run with another batch size or seed.
         """
-        marker = self.find() if self._place.is_main else None
-        marker = _broadcast(marker, self._place)
-        if marker is None:
-            return None
-        directory = self._directory / f"resume-rank-{self._place.rank}"
-        mine = {ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE, rng_file(self._place.rank)}
-        self._fetch(marker, directory, mine)
-        loop = json.loads((directory / LOOP_STATE).read_text())
+        found = self.catalog.complete_ones() if self._place.is_main else []
+        choices: list[CompleteMarker] = self._gather(found)[0]
+        for marker in choices:
+            self.catalog.check_same_run(marker)
+            directory = self._directory / f"resume-rank-{self._place.rank}-step-{marker.step}"
+            problem = self._agree(self.catalog.fetch(marker, [*SHARED, rng_file(self._place.rank)], directory))
+            if problem is None:
+                return self._load(marker, directory, model)
+            if self._place.is_main:
+                sys.stderr.write(f"the checkpoint of step {marker.step} is damaged and is passed over: {problem}\n")
+                self.catalog.condemn(marker.step)
+        return None
+
+    def _load(self, marker: CompleteMarker, directory: Path, model: torch.nn.Module) -> Resume:
         saved = load_file(directory / ADAPTER_STATE)
         for name, parameter in _trainable(model):
             if name not in saved:
                 raise InternalError(f"checkpoint of step {marker.step}: {name} is missing")
             assign_full(parameter, saved[name])
-        self.before = Evaluation.from_wire(loop["before"])
-        self._last_step = marker.step
+        self.before = Evaluation.from_wire(json.loads((directory / LOOP_STATE).read_text())["before"])
+        self.saved = marker.step
         return Resume(marker.step, directory, self.before)
-
-    def find(self) -> CompleteMarker | None:
-        """Marker of the newest complete checkpoint. One whose files are not all there, in full size, is passed over."""
-        sizes = self._store.sizes(self.prefix)
-        for _, paths in sorted(_group_by_step(sizes).items(), reverse=True):
-            path = _marker_path(paths)
-            if path is None:
-                continue
-            try:
-                marker = CompleteMarker.model_validate_json(self._store.get(path))
-            except (ValidationError, ObjectNotFoundError):
-                continue
-            directory = path.removesuffix(COMPLETE_FILE)
-            if all(sizes.get(directory + file.path) == file.size for file in marker.files):
-                return marker
-        return None
-
-    def _fetch(self, marker: CompleteMarker, directory: Path, wanted: Iterable[str]) -> None:
-        source = join(self._root, checkpoint_directory(self._run.uid, marker.step))
-        for file in marker.files:
-            if file.path in wanted:
-                target = directory / file.path
-                self._store.download(join(source, file.path), target, file.size)
-                if file_digest(target) != file.sha256:
-                    raise InternalError(f"{self._store.url(source)}/{file.path}: its SHA-256 is not as it was written")
 
     def load_optimizer(self, trainer: "LoRATrainer", directory: Path) -> None:
         """Puts the moments and the schedule back."""
@@ -214,6 +271,8 @@ class Checkpoints:
         optimizer = _inner_optimizer(trainer)
         fused = bool(optimizer.defaults.get("fused"))
         for name, parameter in _trainable(trainer.model):
+            if f"{name}.step" not in saved:
+                continue
             state: dict[str, Any] = {}
             state["step"] = saved[f"{name}.step"].to(parameter.device if fused else "cpu")
             for moment in MOMENTS:
@@ -221,6 +280,7 @@ class Checkpoints:
                 assign_full(state[moment], saved[f"{name}.{moment}"])
             optimizer.state[parameter] = state
         loop = json.loads((directory / LOOP_STATE).read_text())
+        trainer.skipped, trainer.skipped_in_a_row = loop.get("skipped", [0, 0])
         trainer.lr_scheduler.load_state_dict(loop["scheduler"])
         for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # the scheduler itself sets it only at its next step
@@ -239,33 +299,3 @@ def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 def _inner_optimizer(trainer: "LoRATrainer") -> torch.optim.Optimizer:
     optimizer: torch.optim.Optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     return optimizer
-
-
-def _group_by_step(paths: Iterable[str]) -> dict[int, list[str]]:
-    groups: dict[int, list[str]] = {}
-    for path in paths:
-        step = parse_checkpoint_step(path)
-        if step is not None:
-            groups.setdefault(step, []).append(path)
-    return groups
-
-
-def _marker_path(paths: Iterable[str]) -> str | None:
-    return next((path for path in paths if path.endswith("/" + COMPLETE_FILE)), None)
-
-
-def _gather_lists(files: list[StoredFile], place: Place) -> list[StoredFile]:
-    if place.world_size == 1:
-        return files
-    gathered: list[Any] = [None] * place.world_size
-    dist.all_gather_object(gathered, files)
-    return [file for part in gathered for file in part]
-
-
-def _broadcast(marker: CompleteMarker | None, place: Place) -> CompleteMarker | None:
-    if place.world_size == 1:
-        return marker
-    box: list[Any] = [marker]
-    dist.broadcast_object_list(box, src=0)
-    found: CompleteMarker | None = box[0]
-    return found

@@ -5,7 +5,7 @@ again around it, because FSDP2 remembers which parameters need a gradient from t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -104,8 +104,10 @@ class Evaluator:
     place: Place
     device: torch.device
 
-    def loss(self) -> float | None:
+    def loss(self, interrupted: Callable[[], bool] | None = None) -> float | None:
         """Evaluation loss in nats per token; ``None`` without evaluation records. All ranks call it.
+
+        ``interrupted`` is asked after each batch, by all ranks; when it says yes to all of them, the loss is ``None``.
 
         Raises:
             DivergedError: it is not finite, on all ranks alike.
@@ -113,7 +115,9 @@ class Evaluator:
         if self.dataset is None:
             return None
         pad = int(self.tokenizer.pad_token_id)
-        loss = evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device)
+        loss = evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device, interrupted)
+        if loss is None:
+            return None
         if not math.isfinite(loss):
             raise DivergedError(f"the evaluation loss is {loss}")
         return loss
@@ -127,13 +131,19 @@ class Evaluator:
 
 @torch.no_grad()
 def evaluate_loss(
-    model: torch.nn.Module, dataset: Sequences, pad_token: int, token_budget: int, place: Place, device: torch.device
-) -> float:
+    model: torch.nn.Module,
+    dataset: Sequences,
+    pad_token: int,
+    token_budget: int,
+    place: Place,
+    device: torch.device,
+    interrupted: Callable[[], bool] | None = None,
+) -> float | None:
     """Mean negative log likelihood per supervised token over the whole of ``dataset``, in nats.
 
     Each rank takes every ``world_size``-th batch; sums of losses and of tokens are added up, so that the result does
     not depend on the number of processes. With sharded weights all ranks must run equally many forward passes: a rank
-    that has none left repeats the first batch and does not count it.
+    that has none left repeats the first batch and does not count it. ``None`` where ``interrupted`` said so.
     """
     batches = make_batches(dataset.lengths, token_budget)
     rounds = -(-len(batches) // place.world_size)
@@ -149,6 +159,10 @@ def evaluate_loss(
         if counted:
             total -= float(outputs.log_probs.double().sum())
             tokens += float(outputs.label_mask.sum())
+        if interrupted is not None and interrupted():
+            model.train(training)
+            reshard(model)
+            return None
     model.train(training)
     reshard(model)
     total, tokens = sum_over_ranks([total, tokens], device)

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from lora_api.failures import CLASS_BY_EXIT_CODE, RULES, FailureClass
 from lora_api.messages import Termination
 from lora_api.run import MASTER_PORT, RunSpec
-from lora_trainer.errors import BadSpecError, PeerLostError, TrainerError
+from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, TrainerError
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
 from lora_trainer.settings import (
@@ -40,6 +40,7 @@ from lora_trainer.settings import (
 POLL_SECONDS = 0.05
 KILLED_CODE = 128 + signal.SIGKILL
 STOPPED_CODE = 128 + signal.SIGTERM
+STOPPED_EXIT = RULES[FailureClass.CHECKPOINTED].exit_code
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Topology:
     node_rank: int
     master_address: str
     master_port: int
+    gpus: bool = False
 
     @property
     def world_size(self) -> int:
@@ -74,6 +76,7 @@ def read_topology(run: RunSpec, env: Mapping[str, str] = os.environ) -> Topology
         int(env.get("PET_NODE_RANK", 0)),
         env.get("MASTER_ADDR", "127.0.0.1"),
         int(env.get("MASTER_PORT", free_port() if alone else MASTER_PORT)),
+        gpus=run.parallelism.gpus_per_node > 0,
     )
     if topology.world_size != run.parallelism.world_size:
         raise BadSpecError(
@@ -148,7 +151,7 @@ class Gang:
             process = subprocess.Popen(command, env=environment, start_new_session=True)
             process.returncode = 0  # reaped below, for all children at once; Popen must not wait for it too
             self.running[process.pid] = local_rank
-        if self.stop_asked_at is not None:
+        if self.stop_asked_at is not None:  # in between
             self._signal_all(signal.SIGTERM)
 
     def wait(self) -> None:
@@ -180,7 +183,9 @@ class Gang:
             if local_rank is None:
                 continue
             self.exits[local_rank] = os.waitstatus_to_exitcode(status)
-            if self.exits[local_rank] != 0 and self.first_failure_at is None:
+            if self.exits[local_rank] == STOPPED_EXIT:  # its peers may be too young to have heard of it
+                self._pass_on(signal.SIGTERM, None)
+            elif self.exits[local_rank] != 0 and self.first_failure_at is None:
                 self.first_failure_at = time.monotonic()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -209,6 +214,8 @@ def launch(run_file: Path) -> int:
         oom_kills = count_oom_kills()
         state = make_state_directory()
         wait_for_name(topology, gang)
+        if gang.stop_asked_at is not None:
+            raise StoppedError("asked to stop before the training processes were started")
         environments = [worker_environment(run, topology, rank, state) for rank in range(topology.processes)]
         gang.start(worker_command(run_file), environments)
         gang.wait()
@@ -296,12 +303,13 @@ def _unexplained(gang: Gang, state: Path, topology: Topology) -> list[WorkerErro
         if code == 0 or rank in explained:
             continue
         ended_here = code == -signal.SIGKILL and local_rank in gang.killed
-        kind, message = _explain_exit(code, stopped=gang.stop_asked_at is not None, ended_here=ended_here)
+        stopped = gang.stop_asked_at is not None
+        kind, message = _explain_exit(code, stopped=stopped, ended_here=ended_here, gpus=topology.gpus)
         found.append(WorkerError(rank, kind, message, time.time()))
     return found
 
 
-def _explain_exit(code: int, *, stopped: bool, ended_here: bool) -> tuple[FailureClass, str]:
+def _explain_exit(code: int, *, stopped: bool, ended_here: bool, gpus: bool) -> tuple[FailureClass, str]:
     if ended_here and stopped:
         return FailureClass.POD_LOST, (
             f"asked to stop, and no checkpoint was complete within {stop_grace_seconds():.0f} s; the next attempt goes "
@@ -309,6 +317,13 @@ def _explain_exit(code: int, *, stopped: bool, ended_here: bool) -> tuple[Failur
         )
     if ended_here:
         return FailureClass.PEER_LOST, "ended by the launcher after another process of the pod had failed"
+    if stopped and code == -signal.SIGTERM:
+        return FailureClass.CHECKPOINTED, "asked to stop before it had begun"
+    if gpus and code == -signal.SIGABRT:
+        return FailureClass.PEER_LOST, (
+            "the training process was ended by SIGABRT. NCCL's watchdog ends it so when a collective operation takes "
+            "longer than parallelism.collectiveTimeoutSeconds: a process of another pod is gone or hangs; see the log"
+        )
     if code < 0:
         return FailureClass.INTERNAL, f"the training process was ended by {signal.Signals(-code).name}"
     return CLASS_BY_EXIT_CODE.get(code, FailureClass.INTERNAL), (

@@ -1,6 +1,8 @@
 """How the processes of a gang talk: the process group, whole tensors from shards and back, sums and votes."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lora_api.run import RunSpec
 from lora_trainer.fitting import build_job
 from lora_trainer.modelshape import UnplannedModelError, read_shape
-from lora_trainer.settings import Place, collective_seconds, rendezvous_seconds
+from lora_trainer.settings import Place, rendezvous_seconds
 from lora_trainer.strategy import Strategy, decide_strategy
 
 
@@ -24,6 +26,11 @@ def choose_strategy(run: RunSpec, model: Path, available_gib: float | None) -> S
     Raises:
         BadSpecError: fields of ``parallelism`` do not go together.
     """
+    strategy = _decide(run, model, available_gib)
+    return replace(strategy, collective_seconds=run.parallelism.collective_timeout_seconds)
+
+
+def _decide(run: RunSpec, model: Path, available_gib: float | None) -> Strategy:
     if run.parallelism.gpus_per_node == 0:
         return decide_strategy(run.parallelism)
     try:
@@ -33,11 +40,20 @@ def choose_strategy(run: RunSpec, model: Path, available_gib: float | None) -> S
     return decide_strategy(run.parallelism, build_job(run, shape, device_gib=available_gib), available_gib)
 
 
-def start_process_group(place: Place, device: torch.device, *, alone_too: bool = False) -> None:
-    """Meets the other processes. One process alone needs no group but with ``alone_too``: FSDP2 offloads in one of one.
+def start_process_group(
+    place: Place,
+    device: torch.device,
+    timeout_seconds: float,
+    store: Callable[[], dist.Store] | None = None,
+    *,
+    alone_too: bool = False,
+) -> None:
+    """Meets the other processes, through ``store`` or through MASTER_ADDR.
 
-    This comes before the training arguments are made: with them the timeout would be ignored on CPUs. On GPUs gloo is
-    there too, for tensors in host memory (CPU offload).
+    One process alone needs no group but with ``alone_too``: FSDP2 offloads in one of one. ``timeout_seconds`` is how
+    long a process waits for the others in one collective operation. This comes before the training arguments are
+    made: with them the timeout would be ignored on CPUs. On GPUs gloo is there too, for tensors in host memory (CPU
+    offload).
 
     Raises:
         torch.distributed.DistError: the others did not appear in time.
@@ -51,14 +67,16 @@ def start_process_group(place: Place, device: torch.device, *, alone_too: bool =
         backend,
         timeout=timedelta(seconds=rendezvous_seconds()),
         device_id=device if device.type == "cuda" else None,
+        **({"store": store(), "rank": place.rank, "world_size": place.world_size} if store else {}),
     )
     dist.barrier()
-    limit_collectives(dist.distributed_c10d._get_default_group())  # noqa: SLF001 - torch has no public call for it
+    group = dist.distributed_c10d._get_default_group()  # noqa: SLF001 - torch has no public call for it
+    limit_collectives(group, timeout_seconds)
 
 
-def limit_collectives(group: dist.ProcessGroup) -> None:
-    """From now on, a process that is missing in a collective operation of ``group`` counts as lost after a while."""
-    timeout = timedelta(seconds=collective_seconds())
+def limit_collectives(group: dist.ProcessGroup, seconds: float) -> None:
+    """From now on, a process that is missing for ``seconds`` in a collective operation of ``group`` counts as lost."""
+    timeout = timedelta(seconds=seconds)
     dist.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001 - torch has no public call for it
 
 

@@ -26,7 +26,9 @@ class EpochSampler(Sampler[int]):
     def __init__(self, records: int, global_batch_size: int, seed: int, lengths: Any = None) -> None:
         self.records = records
         self.global_batch_size = global_batch_size
-        self.length = steps_per_epoch(records, global_batch_size) * global_batch_size
+        self.steps = steps_per_epoch(records, global_batch_size)
+        """Optimizer steps in an epoch."""
+        self.length = self.steps * global_batch_size
         self.seed = seed
         self.epoch = 0
         self.lengths = None if lengths is None else torch.as_tensor(lengths)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_api.run import TERMINATION_LOG, WORK_DIRECTORY
+from lora_api.run import MASTER_PORT, TERMINATION_LOG, WORK_DIRECTORY
 
 STATE_DIRECTORY = "LORA_STATE_DIR"
 
@@ -67,14 +67,19 @@ def rendezvous_seconds() -> float:
     return seconds("LORA_RENDEZVOUS_SECONDS", 1800)
 
 
-def collective_seconds() -> float:
-    """How long a process waits for the others in one collective operation before they count as lost."""
-    return seconds("LORA_COLLECTIVE_SECONDS", 300)
+def rendezvous_address(env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Host and port where rank 0 listens, as the launcher set them."""
+    return env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", MASTER_PORT))
 
 
 def store_retry_seconds() -> float:
     """How long one operation on the store is tried again before the store counts as down."""
     return seconds("LORA_STORE_RETRY_SECONDS", 60)
+
+
+def store_timeout_seconds() -> float:
+    """How long one request to the store may take, its body included. Requests carry at most ``store.CHUNK`` bytes."""
+    return seconds("LORA_STORE_TIMEOUT_SECONDS", 60)
 
 
 def peer_grace_seconds() -> float:

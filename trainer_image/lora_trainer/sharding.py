@@ -89,7 +89,7 @@ def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
         return init_device_mesh(device.type, (strategy.shards,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(device.type, (strategy.replicas, strategy.shards), mesh_dim_names=("replicate", "shard"))
     for name in ("replicate", "shard"):
-        limit_collectives(mesh.get_group(name))
+        limit_collectives(mesh.get_group(name), strategy.collective_seconds)
     return mesh
 
 

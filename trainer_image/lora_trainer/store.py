@@ -1,17 +1,21 @@
 """The object store: a prefix in a bucket (s3://BUCKET/PREFIX) or a directory (file:///PATH), through obstore.
 
-Every operation is tried again with growing pauses until LORA_STORE_RETRY_SECONDS have passed, where trying again can
-help. Large files move in pieces, so that no single request is long.
+Every request has a time limit (LORA_STORE_TIMEOUT_SECONDS), also where the other side accepts the connection and then
+says nothing, or stops in the middle of a body. Where trying again can help, an operation is tried again with growing
+pauses until LORA_STORE_RETRY_SECONDS have passed, at least once. Large files move in pieces, so that no single request
+is long. ``Store.within`` shortens both, for what has to be done before a deadline.
 """
 
 import errno
 import hashlib
+import math
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -28,9 +32,9 @@ from obstore.store import LocalStore, S3Store
 
 from lora_api.adapter import StoredFile
 from lora_trainer.errors import AuthDeniedError, BadSpecError, ModelNotFoundError, StoreUnavailableError
-from lora_trainer.settings import store_retry_seconds
+from lora_trainer.settings import store_retry_seconds, store_timeout_seconds
 
-CHUNK = 64 * 1024 * 1024
+CHUNK = 16 * 1024 * 1024
 """Bytes in one request of a download, and the size from which an upload is in parts."""
 
 CONNECTIONS = 4
@@ -76,9 +80,34 @@ class Store:
     def __init__(self, uri: str, retry_seconds: float | None = None) -> None:
         self.uri = uri.rstrip("/")
         self.retry_seconds = store_retry_seconds() if retry_seconds is None else retry_seconds
-        self._store = self._open()
+        self._deadline = math.inf
+        self._timeout = store_timeout_seconds()
+        self._store = self._open(self._timeout)
 
-    def _open(self) -> S3Store | LocalStore:
+    @contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Within it, no operation goes on for longer than until ``seconds`` from now, retries included."""
+        before = self._store, self._timeout, self._deadline
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+        try:
+            yield
+        finally:
+            self._store, self._timeout, self._deadline = before
+
+    def _hurry(self, path: str) -> None:
+        """Gives the next request no more time than is left.
+
+        Raises:
+            StoreUnavailableError: there is none left.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise StoreUnavailableError(f"{self.url(path)}: no time is left")
+        if left < self._timeout * 0.8:
+            self._timeout = left
+            self._store = self._open(left)
+
+    def _open(self, timeout: float) -> S3Store | LocalStore:
         scheme, rest = split_uri(self.uri)
         if scheme == "file":
             return LocalStore(prefix=Path("/" + rest.lstrip("/")), mkdir=True)
@@ -90,7 +119,7 @@ class Store:
             bucket,
             prefix=prefix or None,
             region=region,
-            client_options={"allow_http": True, "connect_timeout": "5s", "timeout": "300s"},
+            client_options={"allow_http": True, "connect_timeout": "5s", "timeout": timedelta(seconds=timeout)},
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
         )
 
@@ -123,7 +152,7 @@ class Store:
 
     def upload(self, source: Path, path: str) -> None:
         """Copies the file ``source`` to ``path``, in parts where it is large."""
-        self._call(path, lambda: obstore.put(self._store, path, source, chunk_size=CHUNK))
+        self._call(path, lambda: obstore.put(self._store, path, source, chunk_size=CHUNK, max_concurrency=CONNECTIONS))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes of all objects below the directory ``prefix``, by path, in the order of their paths."""
@@ -194,9 +223,10 @@ class Store:
 
     def _call(self, path: str, operation: Callable[[], Result]) -> Result:
         """Runs ``operation``, again where that can help, and turns obstore's errors into ours."""
-        deadline = time.monotonic() + self.retry_seconds
-        pause = 0.1
+        started, pause, tries = time.monotonic(), 0.1, 0
         while True:
+            tries += 1
+            self._hurry(path)
             try:
                 return operation()
             except AlreadyExistsError:
@@ -207,9 +237,12 @@ class Store:
                 raise ObjectNotFoundError(f"{self.url(path)}: there is no such object or bucket") from error
             except (GenericError, TimeoutError, ConnectionError) as error:
                 self._raise_permanent(path, error)
-                if time.monotonic() + pause > deadline:
+                resume_at = time.monotonic() + pause
+                tired = tries > 1 and resume_at > started + self.retry_seconds
+                if tired or resume_at > self._deadline:
+                    seconds = max(min(self.retry_seconds, self._deadline - started), time.monotonic() - started)
                     raise StoreUnavailableError(
-                        f"{self.url(path)}: no success within {self.retry_seconds:.0f} s: {_first_line(error)}"
+                        f"{self.url(path)}: no success within {seconds:.0f} s and {tries} tries: {_first_line(error)}"
                     ) from error
                 time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 pause = min(pause * 2, 5.0)

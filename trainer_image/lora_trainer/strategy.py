@@ -23,6 +23,7 @@ class Strategy:
         shards: processes that share one copy. Neighbouring ranks share, so that a group lies inside a node.
         offload: weights, adapter and optimizer are in host memory between their uses.
         reshard: a layer is put back to shards after its forward pass, and gathered again for the backward pass.
+        collective_seconds: how long a process waits for the others in one collective operation.
     """
 
     kind: Literal["alone", "ddp", "fsdp", "hsdp"]
@@ -30,6 +31,7 @@ class Strategy:
     shards: int = 1
     offload: bool = False
     reshard: bool = True
+    collective_seconds: float = 600.0
 
     @property
     def is_sharded(self) -> bool:

@@ -8,11 +8,13 @@ from transformers import PrinterCallback
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer import __version__
-from lora_trainer.callbacks import EvaluationCallback, ProgressCallback, StopCallback
+from lora_trainer.callbacks import BoundaryCallback, EvaluationCallback, ProgressCallback
+from lora_trainer.catalog import Catalog
 from lora_trainer.chat import use_chat_template
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.gate import check_gate_has_records
+from lora_trainer.line import Line
 from lora_trainer.loading import part_to_load
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
@@ -34,7 +36,9 @@ from lora_trainer.store import Store
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 
 
-def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> AdapterStatus | None:
+def train(
+    run: RunSpec, place: Place, stop: StopRequest, progress: Progress, line: Line | None = None
+) -> AdapterStatus | None:
     """Trains, evaluates and publishes ``run``. Rank 0 returns the published adapter, the others ``None``.
 
     Raises:
@@ -52,21 +56,22 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     check_gate_has_records(run, data.report.eval_records)
     check_quantization(run)
     device = training_device(run, place.local_rank)
-    start_process_group(place, device, alone_too=run.parallelism.cpu_offload)
+    timeout = run.parallelism.collective_timeout_seconds
+    start_process_group(place, device, timeout, line and line.group_store, alone_too=run.parallelism.cpu_offload)
     check_same_data(data, device)
-    find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find
     longest = None if run.dataset.packing else data.report.longest
-    run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint, longest)
+    run, memory = settle_micro_batch(run, sources.model, place, device, Catalog(store, run).find, longest)
     progress.report_memory(**memory.to_progress())
     strategy = choose_strategy(run, sources.model, memory.available)
 
     base = load_base_model(sources.model, run.quantization, device, part_to_load(strategy, place.rank))
     model = add_adapter(base, run.lora, run.training.seed)
-    in_between = EvaluationCallback(run.training.eval_every_steps, progress)
-    callbacks = [ProgressCallback(progress), in_between, StopCallback(stop)]
+    in_between = EvaluationCallback(run.training.eval_every_steps, progress, stop)
+    checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress, stop)
+    callbacks = [ProgressCallback(progress), in_between, BoundaryCallback(stop, checkpoints, line)]
     trainer = build_trainer(run, model, tokenizer, data, device, work / "trainer", callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints = checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress)
+    trainer.checkpoints = checkpoints
     spread_model(model, strategy, device)
     checkpoints.check_writable()
     resume = checkpoints.restore(model)

@@ -1,18 +1,18 @@
-"""What every objective shares: sharding, exact epochs, checkpoints in the store, finite gradients."""
+"""What every objective shares: sharding, exact epochs, checkpoints in the store, finite steps."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
-from lora_trainer.errors import BadSpecError, DivergedError
+from lora_trainer.errors import BadSpecError
+from lora_trainer.finite import FiniteTrainer
 from lora_trainer.sampler import EpochSampler, total_steps
-from lora_trainer.sharding import clip_gradients, own_distribution
+from lora_trainer.sharding import own_distribution
 from lora_trainer.speed import read_levers
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 TRAINER_STATE_NAME = "trainer_state.json"
 
 
-class LoRATrainer(Trainer):  # type: ignore[misc]
+class LoRATrainer(FiniteTrainer):
     """Trainer for a gang of processes. Objectives add their loss; it goes before TRL's trainers among their bases."""
 
     checkpoints: "Checkpoints | None" = None
+    sampler: EpochSampler | None = None
 
     def train_to_end(self, resume: "Resume | None") -> None:
         """Trains the steps that are left. A checkpoint of the last step leaves none."""
@@ -43,17 +44,19 @@ class LoRATrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         plan = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size * self.args.world_size
-        return EpochSampler(len(dataset), plan, self.args.seed, getattr(dataset, "lengths", None))
+        self.sampler = EpochSampler(len(dataset), plan, self.args.seed, getattr(dataset, "lengths", None))
+        return self.sampler
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> float:
-        """Refuses a step whose gradient is not finite. The norm is the same on all ranks, so all of them stop here."""
-        norm = clip_gradients(model, self.args.max_grad_norm)
-        if not math.isfinite(norm):
-            raise DivergedError(
-                f"step {self.state.global_step + 1}: the gradient's norm is {norm}: the loss or a gradient is no "
-                "longer a finite number; no weight was changed by this step"
-            )
-        return norm
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Tells the sampler which epoch begins.
+
+        transformers does that too, but in an epoch that is resumed in the middle the sampler lies one layer deeper with
+        several processes, behind accelerate's skipped batches, and is not reached (transformers 5.23): the rest of the
+        epoch would have the order of the first one.
+        """
+        if self.sampler is not None:
+            self.sampler.set_epoch(self.state.global_step // self.sampler.steps)
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         """Saves to the store, in place of accelerate's own files."""
@@ -117,8 +120,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "logging_steps": training.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
-        "save_steps": run.checkpoint.every_steps,
+        "save_strategy": "no",  # callbacks.BoundaryCallback says when
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

@@ -5,9 +5,12 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_api.failures import RULES, FailureClass
 from lora_api.run import RunSpec
@@ -17,29 +20,69 @@ from lora_trainer.progress import Progress
 from lora_trainer.settings import read_place, state_directory
 from lora_trainer.stop import StopRequest
 
+if TYPE_CHECKING:
+    from lora_trainer import line as gang_line
+
 PR_SET_PDEATHSIG = 1
+
+
+class Ending:
+    """How this process ends: one outcome, whichever thread has it first."""
+
+    def __init__(self, rank: int, directory: Path, progress: Progress) -> None:
+        self._rank, self._directory, self._progress = rank, directory, progress
+        self._begun = threading.Lock()
+        self.farewell: Callable[[], None] = lambda: None
+        """Tells the other processes that this one leaves."""
+
+    def begin(self) -> None:
+        """Takes the last word. Who comes second waits here until the process is gone."""
+        self._begun.acquire()
+
+    def leave(self, message: str) -> None:
+        """Ends the process, which was asked to stop. Called from another thread than the main one."""
+        self.begin()
+        self.farewell()
+        self.record(FailureClass.CHECKPOINTED, message)
+        end_process(exit_code(FailureClass.CHECKPOINTED))
+
+    def record(self, failure_class: FailureClass, message: str) -> None:
+        """Leaves the reason for the launcher."""
+        step = self._progress.step or None
+        write_error(self._directory, WorkerError(self._rank, failure_class, message, time.time(), step))
 
 
 def run_worker(run_file: Path) -> int:
     """Trains the run in ``run_file``. Returns the exit code of the failure table; 0 is success."""
     end_with_parent()
-    stop, place = StopRequest(), read_place()
+    stop, place, directory = StopRequest(), read_place(), state_directory()
     progress = Progress(enabled=place.is_main)
-    directory = state_directory()
-    directory.mkdir(parents=True, exist_ok=True)
+    ending = Ending(place.rank, directory, progress)
+    line: gang_line.Line | None = None
     try:
-        stop.install()
+        directory.mkdir(parents=True, exist_ok=True)
+        stop.install(ending.leave)
         run = RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
         quiet_libraries()
+        from lora_trainer.line import Line
         from lora_trainer.train import train
 
-        adapter = train(run, place, stop, progress)
+        line = Line(place, stop)
+        ending.farewell = line.leave
+        line.open()
+        adapter = train(run, place, stop, progress, line)
+        ending.begin()
         if adapter is not None:
             write_result(directory, adapter)
     except BaseException as error:  # noqa: BLE001 - every end has a row in the failure table
-        found = classify(error)
+        ending.begin()
+        found, message = classify(error), describe(error)
         traceback.print_exc()
-        write_error(directory, WorkerError(place.rank, found, describe(error), time.time(), progress.step or None))
+        ending.record(found, message)
+        if line is not None and found == FailureClass.PEER_LOST:
+            ending.record(found, line.explain(message))
+        elif line is not None and found != FailureClass.CHECKPOINTED:
+            line.announce_failure(found)
         return exit_code(found)
     return 0
 

@@ -20,6 +20,9 @@ COMMAND = ["/opt/lora/bin/python", "-m", "lora_trainer"]
 USER_ID = 65532
 GPU_RESOURCE = "nvidia.com/gpu"
 
+STOP_MARGIN_SECONDS = 10
+"""What the trainer leaves of the grace period to the kubelet, after its last checkpoint."""
+
 
 def build_job(run: LoRAFineTune, attempt: int, settings: Settings) -> dict[str, Any]:
     """The Job of ``attempt``."""
@@ -87,7 +90,7 @@ def _container(run: LoRAFineTune, attempt: int, settings: Settings, claims: Mapp
         "imagePullPolicy": settings.trainer_image_pull_policy,
         "command": COMMAND,
         "args": ["launch", RUN_FILE],
-        "env": _env(run, attempt),
+        "env": _env(run, attempt, settings),
         "envFrom": [{"secretRef": credentials.secret_ref.to_wire()}] if credentials else [],
         "resources": _resources(run),
         "securityContext": {
@@ -112,7 +115,7 @@ def _container(run: LoRAFineTune, attempt: int, settings: Settings, claims: Mapp
     }
 
 
-def _env(run: LoRAFineTune, attempt: int) -> list[dict[str, Any]]:
+def _env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[str, Any]]:
     """Rendezvous and library settings; what the user sets in podTemplate.env wins over the library settings."""
     parallelism = run.spec.parallelism
     name = child_name(run.metadata.name, attempt)
@@ -128,6 +131,7 @@ def _env(run: LoRAFineTune, attempt: int) -> list[dict[str, Any]]:
     libraries = {
         "HF_HOME": f"{WORK_DIRECTORY}/hf",
         "HOME": WORK_DIRECTORY,
+        "LORA_STOP_GRACE_SECONDS": str(max(settings.termination_grace - STOP_MARGIN_SECONDS, 1)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",

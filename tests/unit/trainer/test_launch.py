@@ -19,7 +19,7 @@ from lora_api.failures import RULES, FailureClass
 from lora_api.messages import Termination, parse_termination
 from lora_api.run import RunSpec
 from lora_trainer.errors import BadSpecError
-from lora_trainer.launch import launch, read_topology, worker_environment
+from lora_trainer.launch import _explain_exit, launch, read_topology, worker_environment
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -84,8 +84,12 @@ ENDS: dict[str, tuple[str, int, FailureClass | None, str, int | None]] = {
         """, 64, FailureClass.BAD_SPEC, "no such module", 1),
     "only lost connections": (
         'fail("PeerLost", "connection closed", 100 + rank, 73)', 73, FailureClass.PEER_LOST, "connection closed", 0),
-    "all were asked to stop": (
-        'fail("Checkpointed", "step 3", 100, 75)', 75, FailureClass.CHECKPOINTED, "step 3", 0),
+    "one was asked to stop, and its peer has not heard of it yet": (
+        """
+        if rank == 1:
+            fail("Checkpointed", "step 3", 100, 75)
+        time.sleep(600)
+        """, 75, FailureClass.CHECKPOINTED, "step 3", 1),
     "one fails, its peer hangs and ignores everything": (
         """
         if rank == 1:
@@ -254,3 +258,11 @@ def test_the_launcher_imports_no_torch() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["crds", "trainer_image"])}
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=False).returncode == 0
+
+
+def test_a_process_that_the_watchdog_of_nccl_ended_lost_a_peer() -> None:
+    """Only with GPUs: elsewhere an abort is a fault of its own."""
+    ends = {gpus: _explain_exit(-signal.SIGABRT, stopped=False, ended_here=False, gpus=gpus) for gpus in (True, False)}
+    assert ends[True][0] == FailureClass.PEER_LOST
+    assert "parallelism.collectiveTimeoutSeconds" in ends[True][1]
+    assert ends[False][0] == FailureClass.INTERNAL

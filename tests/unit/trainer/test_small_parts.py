@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from obstore.exceptions import GenericError, PermissionDeniedError
 from demo.tickets import make_tickets
 from lora_api.failures import FAILURE_RULES, FailureClass
 from lora_trainer.cli import build_parser
-from lora_trainer.errors import DivergedError, StoreUnavailableError, classify, describe
+from lora_trainer.errors import DivergedError, StoppedError, StoreUnavailableError, classify, describe
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, root_cause, write_error
 from lora_trainer.stop import StopRequest
@@ -108,11 +111,32 @@ def test_out_of_memory_kills_are_counted(case: str, tmp_path: Path) -> None:
     assert count_oom_kills(tmp_path / "fs", tmp_path / "nowhere") == 0
 
 
-def test_a_stop_inside_the_training_loop_is_only_noted() -> None:
-    stop = StopRequest()
+def test_a_stop_inside_the_training_loop_is_only_noted_and_told_once() -> None:
+    stop, told = StopRequest(), []
+    stop.announce = lambda: told.append(stop.asked_at)
     with stop.deferred():
-        stop._handle(15, None)
+        stop.request("SIGTERM")
+        stop.request("SIGTERM")
     assert stop.requested
+    assert told == [stop.asked_at]
+    with pytest.raises(StoppedError, match="checkpoint is complete"):
+        stop.check()
+
+
+def test_a_stop_outside_the_training_loop_ends_the_process_from_another_thread() -> None:
+    """Also where the main thread is deep in a call that does not return."""
+    program = (
+        "import os, sys, threading\n"
+        "from lora_trainer.stop import StopRequest\n"
+        "stop = StopRequest()\n"
+        "stop.install(lambda message: (print(message, flush=True), os._exit(75)))\n"
+        "os.kill(os.getpid(), 15)\n"
+        "threading.Lock().acquire() and threading.Event().wait(60)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, "asked to stop by SIGTERM" in ended.stdout) == (75, True), ended.stderr
 
 
 def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
