@@ -1,9 +1,10 @@
-"""From the trained model to a published version: gate, upload, proof, files for people, manifest, version.
+"""From the trained model to a published version: gate, upload, proof, files for people, manifest, merge, version.
 
 Nothing that a reader looks for (manifest, version) is written before all that it stands for is there and proven.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
@@ -12,11 +13,13 @@ from lora_api.adapter import StoredFile, adapter_prefix, compute_digest, refused
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer.adapter import gather_adapter, write_adapter
-from lora_trainer.card import build_card
+from lora_trainer.card import build_card, build_merged_card
 from lora_trainer.errors import GateRefusedError
 from lora_trainer.evaluate import Evaluator
 from lora_trainer.gate import decide_gate
+from lora_trainer.merge import publish_merged
 from lora_trainer.metrics import METRICS_FILE, write_metrics
+from lora_trainer.progress import Progress
 from lora_trainer.publish import adapter_directory, publish_adapter, publish_version, upload_adapter
 from lora_trainer.report import RunResult, build_report
 from lora_trainer.settings import Place
@@ -28,12 +31,14 @@ CARD_FILE, REPORT_FILE = "README.md", "report.html"
 
 @dataclass(frozen=True)
 class Release:
-    """Where a run is published from and to. ``directory`` is scratch."""
+    """Where a run is published from and to. ``base`` has the base model's files, ``directory`` is scratch."""
 
     store: Store
     run: RunSpec
     place: Place
+    base: Path
     directory: Path
+    progress: Progress
 
 
 def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result: RunResult) -> AdapterStatus | None:
@@ -63,6 +68,10 @@ def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result
         return None
     extras = write_extras(release, replace(result, verification=proof))
     digest = publish_adapter(store, run, files, extras, (result.before.loss, result.after.loss), result.versions)
+    if run.publish.merge_base:
+        card = build_merged_card(run, result)
+        alive = partial(release.progress.stage, "publishing")
+        publish_merged(store, run, release.directory, release.base, digest, card, alive)
     return publish_version(store, run, digest)
 
 

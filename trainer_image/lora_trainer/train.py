@@ -8,12 +8,14 @@ from transformers import PrinterCallback
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer import __version__
+from lora_trainer.adapter import expected_shapes
 from lora_trainer.callbacks import EvaluationCallback, ProgressCallback, StopCallback
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import load_records
 from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.memrecord import measure_memory
+from lora_trainer.merge import check_mergeable
 from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
@@ -55,6 +57,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
 
     base = load_base_model(sources.model, run.quantization, device)
     model = add_adapter(base, run.lora, run.training.seed)
+    check_mergeable(run, sources.model, expected_shapes(model))
     in_between = EvaluationCallback(run.training.eval_every_steps, progress)
     callbacks = [ProgressCallback(progress), in_between, StopCallback(stop)]
     trainer = build_trainer(run, model, tokenizer, records, device, work / "trainer", callbacks)
@@ -87,8 +90,9 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     counts = (trainer.args.max_steps, len(records.train), len(records.eval))
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
     result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows())
+    release = Release(store, run, place, sources.model, work / "adapter", progress)
     with stop.deferred():
-        adapter = publish_run(Release(store, run, place, work / "adapter"), model, evaluator, result)
+        adapter = publish_run(release, model, evaluator, result)
         if adapter is not None:
             checkpoints.delete_all()
     progress.stage("done")
