@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lora_trainer.release
 from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -93,7 +94,9 @@ def test_a_gate_needs_evaluation_records(make_run: Make, train_here: Train) -> N
 
 
 def test_metrics_and_report_cover_every_attempt(make_run: Make, train_here: Train, tmp_path: Path) -> None:
-    run = make_run(training={"maxSteps": 6, "evalEverySteps": 2}, checkpoint={"everySteps": 100})
+    run = make_run(
+        training={"maxSteps": 6, "evalEverySteps": 2}, checkpoint={"everySteps": 100}, tracking={"tensorboard": True}
+    )
     with pytest.raises(StoppedError):
         train_here(run, stop_after=2)
     with pytest.raises(StoppedError):
@@ -109,6 +112,11 @@ def test_metrics_and_report_cover_every_attempt(make_run: Make, train_here: Trai
     assert all(set(line) == names for line in metrics if "loss" in line)
     assert all(line["tokens_per_second"] > 0 for line in metrics if "loss" in line)
     assert [line["at"] for line in metrics] == sorted(line["at"] for line in metrics)
+    (events,) = (name for name in Store(adapter.uri).sizes() if "tfevents" in name)
+    Store(adapter.uri).download(events, tmp_path / "events" / events)
+    read = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in read.Scalars("eval/loss")] == [0, 2, 4, 6]
     report = Store(adapter.uri).get("report.html").decode()
     assert report.count("<circle") == 4
     assert f"the same bytes; evaluation loss {adapter.eval_loss_after:.6f}, in memory" in report

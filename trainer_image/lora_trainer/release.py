@@ -16,6 +16,7 @@ from lora_trainer.adapter import gather_adapter, write_adapter
 from lora_trainer.card import build_card, build_merged_card
 from lora_trainer.errors import GateRefusedError
 from lora_trainer.evaluate import Evaluator
+from lora_trainer.eventfile import write_event_file
 from lora_trainer.gate import decide_gate
 from lora_trainer.merge import publish_merged
 from lora_trainer.metrics import METRICS_FILE, write_metrics
@@ -76,7 +77,7 @@ def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result
 
 
 def write_extras(release: Release, result: RunResult) -> list[Path]:
-    """Writes the files for people: model card, report, metrics."""
+    """Writes the files for people: model card, report, metrics, and TensorBoard's if it is asked for."""
     contents = {
         CARD_FILE: build_card(release.run, result),
         REPORT_FILE: build_report(release.run, result),
@@ -85,7 +86,10 @@ def write_extras(release: Release, result: RunResult) -> list[Path]:
     release.directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         (release.directory / name).write_text(text, encoding="utf-8")
-    return [release.directory / name for name in contents]
+    extras = [release.directory / name for name in contents]
+    if release.run.tracking.tensorboard:
+        extras.append(write_event_file(result.metrics, release.run.name, release.directory))
+    return extras
 
 
 def keep_refused(release: Release, result: RunResult, refusal: str) -> str:

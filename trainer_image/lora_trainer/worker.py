@@ -15,6 +15,7 @@ from lora_trainer.outcome import WorkerError, write_error, write_result
 from lora_trainer.progress import Progress
 from lora_trainer.settings import read_place, state_directory
 from lora_trainer.stop import StopRequest
+from lora_trainer.tracking import start_trackers
 
 PR_SET_PDEATHSIG = 1
 
@@ -29,16 +30,21 @@ def run_worker(run_file: Path) -> int:
     try:
         stop.install()
         run = RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
+        progress.trackers = start_trackers(run, place, directory)
         quiet_libraries()
         from lora_trainer.train import train
 
         adapter = train(run, place, stop, progress)
         if adapter is not None:
             write_result(directory, adapter)
+            with stop.deferred():
+                progress.trackers.succeed(adapter)
     except BaseException as error:  # noqa: BLE001 - every end has a row in the failure table
         found = classify(error)
         traceback.print_exc()
         write_error(directory, WorkerError(place.rank, found, describe(error), time.time(), progress.step or None))
+        with stop.deferred():
+            progress.trackers.fail(found)
         return exit_code(found)
     return 0
 
