@@ -61,6 +61,19 @@ class AdapterManifest(RecordModel):
     created_by: dict[str, Any] = {}
 
 
+class MergedManifest(RecordModel):
+    """``manifest.json`` of a whole model with an adapter merged into it, written last and create-only."""
+
+    schema_version: Literal[1] = 1
+    adapter_digest: Digest
+    name: str
+    namespace: str
+    base_model: str
+    base_model_revision: str | None = None
+    files: list[StoredFile]
+    created_at: Time
+
+
 class VersionPointer(RecordModel):
     """``versions/v<N>.json``, create-only: version N of an adapter's name is the directory with this digest."""
 
@@ -110,6 +123,14 @@ def adapter_prefix(namespace: str, name: str) -> str:
 def digest_directory(digest: str) -> str:
     """Directory of the adapter with ``digest`` below its name's prefix: ``sha256-HEX``."""
     return digest.replace(":", "-")
+
+
+def merged_directory(digest: str) -> str:
+    """Directory of the whole model that the adapter with ``digest`` is merged into, below its name's prefix.
+
+    It is not inside the adapter's directory: readers of that download everything below it.
+    """
+    return f"merged/{digest_directory(digest)}"
 
 
 def version_path(version: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lora_trainer.release
 from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -20,7 +21,8 @@ from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store
 from lora_trainer.train import train
 from lora_trainer.verify import compare, published_scale, take
-from tests.support.seaweed import Seaweed
+from tests.support.seaweed import Seaweed, free_ports
+from tests.trainer.runs import Launched
 
 Make = Callable[..., RunSpec]
 Train = Callable[..., AdapterStatus]
@@ -93,7 +95,9 @@ def test_a_gate_needs_evaluation_records(make_run: Make, train_here: Train) -> N
 
 
 def test_metrics_and_report_cover_every_attempt(make_run: Make, train_here: Train, tmp_path: Path) -> None:
-    run = make_run(training={"maxSteps": 6, "evalEverySteps": 2}, checkpoint={"everySteps": 100})
+    run = make_run(
+        training={"maxSteps": 6, "evalEverySteps": 2}, checkpoint={"everySteps": 100}, tracking={"tensorboard": True}
+    )
     with pytest.raises(StoppedError):
         train_here(run, stop_after=2)
     with pytest.raises(StoppedError):
@@ -109,6 +113,11 @@ def test_metrics_and_report_cover_every_attempt(make_run: Make, train_here: Trai
     assert all(set(line) == names for line in metrics if "loss" in line)
     assert all(line["tokens_per_second"] > 0 for line in metrics if "loss" in line)
     assert [line["at"] for line in metrics] == sorted(line["at"] for line in metrics)
+    (events,) = (name for name in Store(adapter.uri).sizes() if "tfevents" in name)
+    Store(adapter.uri).download(events, tmp_path / "events" / events)
+    read = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in read.Scalars("eval/loss")] == [0, 2, 4, 6]
     report = Store(adapter.uri).get("report.html").decode()
     assert report.count("<circle") == 4
     assert f"the same bytes; evaluation loss {adapter.eval_loss_after:.6f}, in memory" in report
@@ -216,3 +225,36 @@ def test_ranks_that_were_filled_up_are_cut_again() -> None:
         take("x", whole, torch.Size([1, 2]))
     assert published_scale({"lora_alpha": 8, "r": 4}) == 2
     assert published_scale({"lora_alpha": 8, "r": 4, "use_rslora": True}) == 4
+
+
+def test_two_pods_prove_and_merge_what_they_publish_while_every_tracker_is_down(
+    make_run: Make, launch: Callable[..., Launched]
+) -> None:
+    """Sharded weights: all ranks load what rank 0 read back. LORA_COLLECTIVE_SECONDS does not bound that."""
+    (port,) = free_ports(1)
+    nobody = f"http://127.0.0.1:{port}"
+    run = make_run(
+        parallelism={"nodes": 2, "gpusPerNode": 0},
+        publish={"gate": {"maxEvalLoss": 50.0}, "mergeBase": True},
+        tracking={
+            "wandb": {"project": "p", "baseUrl": nobody},
+            "mlflow": {"trackingUri": nobody, "experiment": "e"},
+            "tensorboard": True,
+        },
+    )
+    pod = launch(run, LORA_TRACKING_SECONDS="2", WANDB_API_KEY="0123456789" * 4)
+    log = pod.log.read_text
+    assert pod.wait() == 0, log()[-5000:]
+    adapter = pod.words.adapter
+    assert adapter is not None
+    assert adapter.merged_uri is not None
+    names = set(Store(adapter.uri).sizes())
+    assert {"manifest.json", "metrics.jsonl", "report.html"} < names
+    assert any("tfevents" in name for name in names)
+    assert (
+        f"the same bytes; evaluation loss {adapter.eval_loss_after:.6f}"
+        in Store(adapter.uri).get("report.html").decode()
+    )
+    assert {"manifest.json", "model.safetensors", "config.json"} < set(Store(adapter.merged_uri).sizes())
+    told = [line for line in log().splitlines() if line.startswith("tracking: ")]
+    assert sorted(line.split(":")[1].strip() for line in told) == ["MLflow", "Weights & Biases"]

@@ -62,6 +62,32 @@ vllm serve {base} --enable-lora --max-lora-rank {serving_max_lora_rank(run.lora.
 {_merged(run)}"""
 
 
+def build_merged_card(run: RunSpec, result: RunResult) -> str:
+    """The card of the whole model with the adapter merged into it."""
+    base = model_name(run.base_model.uri)
+    meta = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
+    return f"""---
+{front}
+---
+
+# {run.adapter_name}, merged
+
+`{base}` with the LoRA adapter of the LoRAFineTune `{run.namespace}/{run.name}` merged into its original, unquantized
+weights. The adapter's own directory has the whole model card, the report and the metrics.
+
+{_training(run, result)}
+Evaluation loss {show_loss(result.before.loss)} before, {show_loss(result.after.loss)} after: of the adapter on base
+weights in {run.quantization.type}, not of this merged model.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY_OF_THIS_FILE")
+```
+"""
+
+
 def _arguments(run: RunSpec, base: str) -> str:
     revision = run.base_model.revision
     return json.dumps(base) + (f", revision={json.dumps(revision)}" if revision else "")

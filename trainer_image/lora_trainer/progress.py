@@ -1,10 +1,11 @@
-"""Progress lines on rank 0's standard output, which the operator reads from the pod's log."""
+"""Progress: lines on rank 0's standard output, which the operator reads from the pod's log, and to the trackers."""
 
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lora_api.messages import ProgressLine
+from lora_trainer.tracking import Trackers
 
 Stage = Literal["loading", "evaluating", "training", "checkpointing", "publishing", "done"]
 
@@ -14,6 +15,7 @@ class Progress:
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
+        self.trackers = Trackers()
         self.step = 0
         """Last optimizer step that was reported."""
 
@@ -42,6 +44,7 @@ class Progress:
 
     def _write(self, event: Literal["stage", "step", "eval", "memory"], **fields: Any) -> None:
         if self.enabled:
-            line = ProgressLine(event=event, at=datetime.now(UTC), **fields).to_line()
-            sys.stdout.write(line + "\n")
+            line = ProgressLine(event=event, at=datetime.now(UTC), **fields)
+            sys.stdout.write(line.to_line() + "\n")
             sys.stdout.flush()
+            self.trackers.tell(line)

@@ -18,6 +18,7 @@ from lora_api.adapter import (
     adapter_prefix,
     compute_digest,
     digest_directory,
+    merged_directory,
     parse_version_path,
     serving_max_lora_rank,
     version_path,
@@ -129,8 +130,10 @@ def describe_published(store: Store, root: str, digest: str, version: int) -> Ad
     """The published adapter, read back from its manifest."""
     target = join(root, digest_directory(digest))
     manifest = AdapterManifest.model_validate_json(store.get(join(target, MANIFEST_FILE)))
+    merged = join(root, merged_directory(digest))
     return AdapterStatus(
         uri=store.url(target),
+        merged_uri=store.url(merged) if has_manifest(store, merged) else None,
         digest=digest,
         version=version,
         served_name=f"{manifest.name}-v{version}",

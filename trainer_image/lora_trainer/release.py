@@ -1,9 +1,10 @@
-"""From the trained model to a published version: gate, upload, proof, files for people, manifest, version.
+"""From the trained model to a published version: gate, upload, proof, files for people, manifest, merge, version.
 
 Nothing that a reader looks for (manifest, version) is written before all that it stands for is there and proven.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
@@ -12,12 +13,15 @@ from lora_api.adapter import StoredFile, adapter_prefix, compute_digest, refused
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer.adapter import gather_adapter, write_adapter
-from lora_trainer.card import build_card
+from lora_trainer.card import build_card, build_merged_card
 from lora_trainer.chat import template_files
 from lora_trainer.errors import GateRefusedError
 from lora_trainer.evaluate import Evaluator
+from lora_trainer.eventfile import write_event_file
 from lora_trainer.gate import decide_gate
+from lora_trainer.merge import publish_merged
 from lora_trainer.metrics import METRICS_FILE, write_metrics
+from lora_trainer.progress import Progress
 from lora_trainer.publish import adapter_directory, publish_adapter, publish_version, upload_adapter
 from lora_trainer.report import RunResult, build_report
 from lora_trainer.settings import Place
@@ -29,12 +33,14 @@ CARD_FILE, REPORT_FILE = "README.md", "report.html"
 
 @dataclass(frozen=True)
 class Release:
-    """Where a run is published from and to. ``directory`` is scratch."""
+    """Where a run is published from and to. ``base`` has the base model's files, ``directory`` is scratch."""
 
     store: Store
     run: RunSpec
     place: Place
+    base: Path
     directory: Path
+    progress: Progress
 
 
 def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result: RunResult) -> AdapterStatus | None:
@@ -64,11 +70,15 @@ def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result
         return None
     extras = write_extras(release, replace(result, verification=proof))
     digest = publish_adapter(store, run, files, extras, (result.before.loss, result.after.loss), result.versions)
+    if run.publish.merge_base:
+        card = build_merged_card(run, result)
+        alive = partial(release.progress.stage, "publishing")
+        publish_merged(store, run, release.directory, release.base, digest, card, alive)
     return publish_version(store, run, digest)
 
 
 def write_extras(release: Release, result: RunResult) -> list[Path]:
-    """Writes the files for people: model card, report, metrics."""
+    """Writes the files for people: model card, report, metrics, and TensorBoard's if it is asked for."""
     contents = {
         CARD_FILE: build_card(release.run, result),
         REPORT_FILE: build_report(release.run, result),
@@ -78,7 +88,10 @@ def write_extras(release: Release, result: RunResult) -> list[Path]:
     release.directory.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
         (release.directory / name).write_text(text, encoding="utf-8")
-    return [release.directory / name for name in contents]
+    extras = [release.directory / name for name in contents]
+    if release.run.tracking.tensorboard:
+        extras.append(write_event_file(result.metrics, release.run.name, release.directory))
+    return extras
 
 
 def keep_refused(release: Release, result: RunResult, refusal: str) -> str:

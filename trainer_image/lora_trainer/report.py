@@ -26,7 +26,7 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.4 
 .tiles { display: flex; gap: 1rem; flex-wrap: wrap; margin: 1rem 0; } .tile { padding: .6rem 1rem;
 border: 1px solid #dde; border-radius: 8px; } .tile b { display: block; font-size: 1.3rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-weight: 600; } figcaption .muted { font-weight: 400; }
+figure { margin: 0; max-width: 30rem; } figcaption { font-weight: 600; } figcaption .muted { font-weight: 400; }
 .key { font-weight: 400; margin-left: .8rem; } .key span { display: inline-block; width: .7rem; height: .7rem;
 border-radius: 2px; margin-right: .3rem; }
 @media (prefers-color-scheme: dark) { body { background: #14181d; color: #dde3ea; } .right { background: #17351f; }

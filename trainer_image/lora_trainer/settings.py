@@ -95,3 +95,8 @@ def stop_grace_seconds() -> float:
 def publish_seconds() -> float:
     """How long the other processes wait until rank 0 has uploaded the adapter and read it back."""
     return seconds("LORA_PUBLISH_SECONDS", 3600)
+
+
+def tracking_seconds() -> float:
+    """How long the trackers may take to send the rest at the end of a run."""
+    return seconds("LORA_TRACKING_SECONDS", 20)

@@ -8,6 +8,7 @@ from transformers import PrinterCallback
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer import __version__
+from lora_trainer.adapter import expected_shapes
 from lora_trainer.callbacks import BoundaryCallback, EvaluationCallback, ProgressCallback
 from lora_trainer.catalog import Catalog
 from lora_trainer.chat import use_chat_template
@@ -17,6 +18,7 @@ from lora_trainer.gate import check_gate_has_records
 from lora_trainer.line import Line
 from lora_trainer.loading import part_to_load
 from lora_trainer.memrecord import measure_memory
+from lora_trainer.merge import check_mergeable
 from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, check_quantization, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
@@ -66,6 +68,7 @@ def train(
 
     base = load_base_model(sources.model, run.quantization, device, part_to_load(strategy, place.rank))
     model = add_adapter(base, run.lora, run.training.seed)
+    check_mergeable(run, sources.model, expected_shapes(model))
     in_between = EvaluationCallback(run.training.eval_every_steps, progress, stop)
     checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress, stop)
     callbacks = [ProgressCallback(progress), in_between, BoundaryCallback(stop, checkpoints, line)]
@@ -99,8 +102,9 @@ def train(
     counts = (trainer.args.max_steps, data.report.train_records, data.report.eval_records)
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
     result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows(), data=data.report)
+    release = Release(store, run, place, sources.model, work / "adapter", progress)
     with stop.deferred():
-        adapter = publish_run(Release(store, run, place, work / "adapter"), model, evaluator, result)
+        adapter = publish_run(release, model, evaluator, result)
         if adapter is not None:
             checkpoints.delete_all()
     progress.stage("done")

@@ -19,6 +19,7 @@ from lora_trainer.outcome import WorkerError, write_error, write_result
 from lora_trainer.progress import Progress
 from lora_trainer.settings import read_place, state_directory
 from lora_trainer.stop import StopRequest
+from lora_trainer.tracking import start_trackers
 
 if TYPE_CHECKING:
     from lora_trainer import line as gang_line
@@ -63,6 +64,7 @@ def run_worker(run_file: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         stop.install(ending.leave)
         run = RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
+        progress.trackers = start_trackers(run, place, directory)
         quiet_libraries()
         from lora_trainer.line import Line
         from lora_trainer.train import train
@@ -74,6 +76,8 @@ def run_worker(run_file: Path) -> int:
         ending.begin()
         if adapter is not None:
             write_result(directory, adapter)
+            with stop.deferred():
+                progress.trackers.succeed(adapter)
     except BaseException as error:  # noqa: BLE001 - every end has a row in the failure table
         ending.begin()
         found, message = classify(error), describe(error)
@@ -83,6 +87,8 @@ def run_worker(run_file: Path) -> int:
             ending.record(found, line.explain(message))
         elif line is not None and found != FailureClass.CHECKPOINTED:
             line.announce_failure(found)
+        with stop.deferred():
+            progress.trackers.fail(found)
         return exit_code(found)
     return 0
 
