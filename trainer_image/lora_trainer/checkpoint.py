@@ -30,6 +30,7 @@ from lora_api.adapter import (
 from lora_api.run import RunSpec
 from lora_trainer.errors import BadSpecError, InternalError
 from lora_trainer.evaluate import Evaluation
+from lora_trainer.optim import collect_state, restore_state
 from lora_trainer.parallel import any_rank, assign_full, full_tensor
 from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
@@ -43,7 +44,6 @@ ADAPTER_STATE = "adapter.safetensors"
 OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 LOOP_STATE = "loop.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def rng_file(rank: int) -> str:
@@ -110,14 +110,8 @@ class Checkpoints:
 
     def _write_shared(self, trainer: "LoRATrainer", local: Path) -> list[str]:
         """Gathers the sharded state on all ranks; rank 0 writes it. Returns the names of the files."""
-        adapter, moments = {}, {}
-        optimizer = _inner_optimizer(trainer)
-        for name, parameter in _trainable(trainer.model):
-            adapter[name] = full_tensor(parameter)
-            state = optimizer.state[parameter]
-            moments[f"{name}.step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
-            for moment in MOMENTS:
-                moments[f"{name}.{moment}"] = full_tensor(state[moment])
+        adapter = {name: full_tensor(parameter) for name, parameter in _trainable(trainer.model)}
+        moments = collect_state(_inner_optimizer(trainer), _trainable(trainer.model))
         names = [ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE]
         if self._place.is_main:
             save_file(adapter, local / ADAPTER_STATE)
@@ -210,16 +204,8 @@ class Checkpoints:
 
     def load_optimizer(self, trainer: "LoRATrainer", directory: Path) -> None:
         """Puts the moments and the schedule back."""
-        saved = load_file(directory / OPTIMIZER_STATE)
         optimizer = _inner_optimizer(trainer)
-        fused = bool(optimizer.defaults.get("fused"))
-        for name, parameter in _trainable(trainer.model):
-            state: dict[str, Any] = {}
-            state["step"] = saved[f"{name}.step"].to(parameter.device if fused else "cpu")
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter, requires_grad=False)
-                assign_full(state[moment], saved[f"{name}.{moment}"])
-            optimizer.state[parameter] = state
+        restore_state(optimizer, _trainable(trainer.model), load_file(directory / OPTIMIZER_STATE))
         loop = json.loads((directory / LOOP_STATE).read_text())
         trainer.lr_scheduler.load_state_dict(loop["scheduler"])
         for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_api.run import RunSpec
 from lora_trainer.data import Records
 from lora_trainer.errors import BadDataError
-from lora_trainer.speed import FastSteps, read_levers
+from lora_trainer.speed import FastSteps, apply_levers, read_levers
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
 
@@ -47,6 +47,7 @@ def build_supervised_trainer(
     )
     restore_adapter_precision(model)
     trainer.prepare_loss(summed=read_levers().summed_loss)
+    apply_levers(model, read_levers(), device)
     for name, dataset in (("train", trainer.train_dataset), ("eval", trainer.eval_dataset)):
         if dataset is not None and len(dataset) == 0:
             raise BadDataError(

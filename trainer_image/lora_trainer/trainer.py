@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.errors import BadSpecError, DivergedError
+from lora_trainer.optim import optimizer_name
 from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
 from lora_trainer.speed import read_levers
 
@@ -150,7 +151,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "warmup_steps": round(training.warmup_ratio * steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": "adamw_torch_fused" if on_gpu and levers.fused_optimizer else "adamw_torch",
+        "optim": optimizer_name(run, fused=on_gpu and levers.fused_optimizer),
         "gradient_checkpointing": training.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
         "bf16": on_gpu and run.quantization.compute_dtype != "float32",
