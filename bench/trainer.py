@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class Side:
 PLAIN, OURS = Side("plain TRL", ours=False), Side("this trainer", ours=True)
 PACKED = Side("this trainer, packing", ours=True, packing=True)
 PLAIN_TWO = Side("plain TRL (DDP)", ours=False, processes=2)
-OURS_TWO = Side("this trainer, fsdp", ours=True, processes=2)
+OURS_TWO = Side("this trainer (FSDP2)", ours=True, processes=2)
 
 
 def demo_model(directory: Path) -> Path:
@@ -89,8 +89,8 @@ def small_model(directory: Path) -> Path:
     return directory
 
 
-FULL = Size(demo_model, records=144, steps=6, rounds=2, rounds_of_two=1)
-QUICK = Size(small_model, records=64, steps=4, rounds=1, rounds_of_two=0)
+FULL = Size(demo_model, records=144, steps=3, rounds=2, rounds_of_two=1)
+QUICK = Size(small_model, records=64, steps=3, rounds=1, rounds_of_two=0)
 
 
 def plain_job(size: Size, side: Side, model: Path, data: Path, output: Path) -> dict[str, Any]:
@@ -270,10 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: ``python -m bench.trainer``."""
     parser = argparse.ArgumentParser(description="Compare this trainer with plain TRL and PEFT on the CPU.")
     parser.add_argument("--quick", action="store_true", help="a small random model and one round, in about a minute")
+    parser.add_argument("--rounds", type=int, help="turns of each program (default: 2, with --quick 1)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write trainer.md and trainer.json to")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as directory:
-        result = compare(QUICK if options.quick else FULL, Path(directory))
+        size = QUICK if options.quick else FULL
+        result = compare(replace(size, rounds=options.rounds or size.rounds), Path(directory))
     table = to_markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "trainer.md").write_text(table, encoding="utf-8")

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -18,9 +20,10 @@ from transformers import (
 
 from lora_api.run import RunSpec
 from lora_trainer import loss
-from lora_trainer.errors import BadSpecError
+from lora_trainer.errors import BadSpecError, InternalError
 from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
-from lora_trainer.speed import SPEED_VARIABLE, Levers, read_levers
+from lora_trainer.optim import collect_state, optimizer_name, restore_state
+from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
 from tests.trainer.runs import Launched
 
 Make = Callable[..., RunSpec]
@@ -158,3 +161,86 @@ def test_a_run_on_two_processes_has_the_losses_of_trls_own_loss_on_one(
         found[name] = pod
     assert len(found["trl"].losses) == 3
     assert found["two"].losses == pytest.approx(found["trl"].losses, abs=1e-4)
+
+
+def learn(optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        for parameter in weights.values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+
+OPTIMIZERS = {
+    "AdamW": lambda weights: torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1),
+    "fused AdamW": lambda weights: torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1, fused=True),
+    "8-bit AdamW": lambda weights: bitsandbytes.optim.PagedAdamW8bit(weights, lr=0.01, weight_decay=0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_optimizer_that_is_saved_and_put_back_goes_on_to_the_bit(kind: str, tmp_path: Path) -> None:
+    """One weight is large enough for 8-bit moments (4,096), with blocks that are not all full; one is not."""
+
+    def make() -> dict[str, torch.nn.Parameter]:
+        torch.manual_seed(7)
+        return {"a": torch.nn.Parameter(torch.randn(90, 50)), "b": torch.nn.Parameter(torch.randn(8, 4))}
+
+    straight = make()
+    optimizer = OPTIMIZERS[kind](straight.values())
+    learn(optimizer, straight, range(3))
+    saved = collect_state(optimizer, straight.items())
+    assert ("a.absmax1" in saved) == (kind == "8-bit AdamW")
+    save_file(saved, tmp_path / "state")
+    weights = {name: parameter.detach().clone() for name, parameter in straight.items()}
+    learn(optimizer, straight, range(3, 8))
+
+    resumed = make()
+    for name, parameter in resumed.items():
+        parameter.data.copy_(weights[name])
+    optimizer = OPTIMIZERS[kind](resumed.values())
+    restore_state(optimizer, resumed.items(), load_file(tmp_path / "state"))
+    learn(optimizer, resumed, range(3, 8))
+
+    for name, parameter in straight.items():
+        assert torch.equal(resumed[name], parameter), name
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    weights = {"a": torch.nn.Parameter(torch.randn(90, 50))}
+    plain, small = OPTIMIZERS["AdamW"](weights.values()), OPTIMIZERS["8-bit AdamW"](weights.values())
+    learn(plain, weights, range(1))
+    learn(small, weights, range(1))
+    for one, other in ((plain, small), (small, plain)):
+        with pytest.raises(InternalError, match="of a: it is of another optimizer"):
+            restore_state(one, weights.items(), collect_state(other, weights.items()))
+
+
+SHARDED = "works in blocks of whole weights, and FSDP shards the adapter"
+EIGHT_BIT = {
+    "one GPU": ({"gpusPerNode": 1}, None),
+    "two GPUs": ({"gpusPerNode": 2}, SHARDED),
+    "one GPU and host memory": ({"gpusPerNode": 1, "cpuOffload": True}, SHARDED),
+    "no GPU": ({"gpusPerNode": 0}, "needs GPUs"),
+}
+
+
+@pytest.mark.parametrize("case", EIGHT_BIT)
+def test_where_8_bit_adamw_can_work(case: str, make_run: Make) -> None:
+    parallelism, refusal = EIGHT_BIT[case]
+    run = make_run(training={"optimizer": "paged-adamw-8bit"}, parallelism=parallelism)
+    if refusal is None:
+        assert optimizer_name(run, fused=True) == "paged_adamw_8bit"
+    else:
+        with pytest.raises(BadSpecError, match=f"training.optimizer: paged-adamw-8bit {refusal}"):
+            optimizer_name(run, fused=True)
+
+
+def test_liger_is_refused_where_it_cannot_work() -> None:
+    model = build(FAMILIES["a plain head"])
+    with pytest.raises(BadSpecError, match="liger needs GPUs"):
+        apply_levers(model, Levers(liger=True), torch.device("cpu"))
+    with pytest.raises(BadSpecError, match="Liger has no kernels for the family cohere"):
+        apply_levers(build(FAMILIES["logits multiplied"]), Levers(liger=True), torch.device("cuda"))

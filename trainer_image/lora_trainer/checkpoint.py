@@ -25,6 +25,7 @@ from lora_api.run import RunSpec
 from lora_trainer.catalog import Catalog
 from lora_trainer.errors import InternalError, StoreUnavailableError
 from lora_trainer.evaluate import Evaluation
+from lora_trainer.optim import collect_state, restore_state
 from lora_trainer.parallel import assign_full, full_tensor
 from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
@@ -39,7 +40,6 @@ ADAPTER_STATE = "adapter.safetensors"
 OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 LOOP_STATE = "loop.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARED = (ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE)
 """Files that rank 0 writes and every rank reads."""
 
@@ -208,16 +208,8 @@ class Checkpoints:
 
     def _write_shared(self, trainer: "LoRATrainer", local: Path) -> list[str]:
         """Gathers the sharded state on all ranks; rank 0 writes it. Returns the names of the files that it wrote."""
-        adapter, moments = {}, {}
-        optimizer = _inner_optimizer(trainer)
-        for name, parameter in _trainable(trainer.model):
-            adapter[name] = full_tensor(parameter)
-            state = optimizer.state.get(parameter)
-            if not state:  # every step so far was skipped
-                continue
-            moments[f"{name}.step"] = torch.as_tensor(state["step"], dtype=torch.float32).detach().cpu().clone()
-            for moment in MOMENTS:
-                moments[f"{name}.{moment}"] = full_tensor(state[moment])
+        adapter = {name: full_tensor(parameter) for name, parameter in _trainable(trainer.model)}
+        moments = collect_state(_inner_optimizer(trainer), _trainable(trainer.model))
         if not self._place.is_main:
             return []
         save_file(adapter, local / ADAPTER_STATE)
@@ -267,18 +259,8 @@ class Checkpoints:
 
     def load_optimizer(self, trainer: "LoRATrainer", directory: Path) -> None:
         """Puts the moments and the schedule back."""
-        saved = load_file(directory / OPTIMIZER_STATE)
         optimizer = _inner_optimizer(trainer)
-        fused = bool(optimizer.defaults.get("fused"))
-        for name, parameter in _trainable(trainer.model):
-            if f"{name}.step" not in saved:
-                continue
-            state: dict[str, Any] = {}
-            state["step"] = saved[f"{name}.step"].to(parameter.device if fused else "cpu")
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter, requires_grad=False)
-                assign_full(state[moment], saved[f"{name}.{moment}"])
-            optimizer.state[parameter] = state
+        restore_state(optimizer, _trainable(trainer.model), load_file(directory / OPTIMIZER_STATE))
         loop = json.loads((directory / LOOP_STATE).read_text())
         trainer.skipped, trainer.skipped_in_a_row = loop.get("skipped", [0, 0])
         trainer.lr_scheduler.load_state_dict(loop["scheduler"])

@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_api.run import RunSpec
 from lora_trainer.packs import Layout, check_isolation, choose_layout, collate, flash_arguments
 from lora_trainer.prepare import TrainingData
-from lora_trainer.speed import FastSteps, read_levers
+from lora_trainer.speed import FastSteps, apply_levers, read_levers
 from lora_trainer.tokens import Document
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
@@ -58,6 +58,7 @@ def build_supervised_trainer(
     trainer.train_dataset = data.train
     restore_adapter_precision(model)
     trainer.prepare_loss(summed=read_levers().summed_loss)
+    apply_levers(model, read_levers(), device)
     return trainer
 
 

@@ -1,7 +1,7 @@
 """What makes a step fast beside the model itself, each of it a lever that the benchmarks can switch.
 
-``LORA_SPEED`` holds the names of levers, separated by commas: ``no-summed-loss`` switches one off, ``summed-loss`` on.
-It is for measuring.
+``LORA_SPEED`` holds the names of levers, separated by commas: ``liger`` switches one on, ``no-summed-loss`` one off.
+What needs a GPU to be measured and changes more than the order of sums is off by default.
 """
 
 import os
@@ -29,11 +29,13 @@ class Levers:
             reads (``loss``). Off: TRL's loss, its entropy and accuracy included.
         fused_optimizer: one kernel for all of AdamW (GPUs).
         pinned_memory: batches are copied to the GPU from page-locked memory, beside the computation (GPUs).
+        liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows).
     """
 
     summed_loss: bool = True
     fused_optimizer: bool = True
     pinned_memory: bool = True
+    liger: bool = False
 
 
 def read_levers(env: Mapping[str, str] = os.environ) -> Levers:
@@ -105,6 +107,34 @@ class FastSteps:
             self._tokens = 0
             logs["num_tokens"] = self._tokens_logged
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+def apply_levers(model: torch.nn.Module, levers: Levers, device: torch.device) -> None:
+    """Changes the layers of ``model``, before it is sharded.
+
+    Raises:
+        BadSpecError: a lever that is on cannot work here.
+    """
+    if levers.liger:
+        apply_liger(base_model(model), device)
+
+
+def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
+    """Liger's kernels, all but those of the loss.
+
+    Raises:
+        BadSpecError: there is no GPU, or the family is unknown to Liger.
+    """
+    if device.type != "cuda":
+        raise BadSpecError(f"{SPEED_VARIABLE}: liger needs GPUs")
+    from liger_kernel.transformers import monkey_patch
+
+    kind = str(model.config.model_type)
+    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise BadSpecError(f"{SPEED_VARIABLE}: Liger has no kernels for the family {kind}")
+    monkey_patch._apply_liger_kernel_to_instance(  # noqa: SLF001 - what transformers' Trainer calls
+        model=model, cross_entropy=False, fused_linear_cross_entropy=False
+    )
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from transformers import TrainerState
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.errors import BadSpecError
 from lora_trainer.finite import FiniteTrainer
+from lora_trainer.optim import optimizer_name
 from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.sharding import own_distribution
 from lora_trainer.speed import read_levers
@@ -107,7 +108,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "warmup_steps": round(training.warmup_ratio * steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": "adamw_torch_fused" if on_gpu and levers.fused_optimizer else "adamw_torch",
+        "optim": optimizer_name(run, fused=on_gpu and levers.fused_optimizer),
         "gradient_checkpointing": training.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
         "bf16": on_gpu and run.quantization.compute_dtype != "float32",
