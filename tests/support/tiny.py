@@ -44,7 +44,7 @@ def save_tokenizer(directory: Path, *, chat_template: bool = True) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def make_model(directory: Path, *, chat_template: bool = True) -> Path:
+def make_model(directory: Path, *, chat_template: bool = True, tied: bool = True) -> Path:
     """Writes a random Llama (2 layers, hidden size 64, 0.2 million weights) and a byte-level BPE tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +58,7 @@ def make_model(directory: Path, *, chat_template: bool = True) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

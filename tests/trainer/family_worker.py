@@ -21,10 +21,13 @@ from lora_api.run import RunSpec
 from lora_trainer.adapter import gather_adapter, write_adapter
 from lora_trainer.architecture import decoder_layers
 from lora_trainer.data import Records
+from lora_trainer.loading import part_to_load
 from lora_trainer.model import add_adapter, load_base_model, load_tokenizer
 from lora_trainer.objectives import build_trainer
-from lora_trainer.parallel import shard_model, start_process_group
+from lora_trainer.parallel import start_process_group
 from lora_trainer.settings import read_place
+from lora_trainer.sharding import spread_model
+from lora_trainer.strategy import decide_strategy
 from lora_trainer.worker import quiet_libraries
 from tests.support.families import make_family
 from tests.support.tiny import make_rows
@@ -50,10 +53,12 @@ def train_case(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     dist.barrier()
     run = build_run(model_directory, directory, directory, merge(GANG, case["run"]))
     tokenizer = load_tokenizer(model_directory)
-    model = add_adapter(load_base_model(model_directory, run.quantization, CPU), run.lora, run.training.seed)
+    strategy = decide_strategy(run.parallelism)
+    base = load_base_model(model_directory, run.quantization, CPU, part_to_load(strategy, place.rank))
+    model = add_adapter(base, run.lora, run.training.seed)
     rows = make_rows(16)
     trainer = build_trainer(run, model, tokenizer, Records("prompt-completion", rows, []), CPU, directory / "out", [])
-    shard_model(trainer.accelerator, model)
+    spread_model(model, strategy, CPU)
     layers = decoder_layers(model)
     trainer.train_to_end(None)
     trained = logits(model)

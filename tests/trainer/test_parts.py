@@ -17,11 +17,12 @@ from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import Records
 from lora_trainer.errors import DivergedError, InternalError
 from lora_trainer.evaluate import Evaluator, make_batches, question, sample_questions
-from lora_trainer.parallel import check_sharded
 from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
 from lora_trainer.settings import Place
+from lora_trainer.sharding import check_sharded
 from lora_trainer.store import Store
+from lora_trainer.strategy import Strategy
 from lora_trainer.trainer import EpochSampler, total_steps
 
 Make = Callable[..., RunSpec]
@@ -56,7 +57,7 @@ def test_a_broken_adapter_is_not_published(case: str) -> None:
 
 def test_a_model_that_is_not_sharded_is_refused() -> None:
     with pytest.raises(InternalError, match="0 parameters are distributed"):
-        check_sharded(torch.nn.Linear(4, 4), 80, 2)
+        check_sharded(torch.nn.Linear(4, 4), 80, Strategy("fsdp", shards=2))
 
 
 def test_every_epoch_has_an_order_of_its_own_in_whole_batches() -> None:

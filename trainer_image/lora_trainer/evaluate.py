@@ -21,6 +21,7 @@ from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.settings import Place
+from lora_trainer.sharding import reshard
 
 MAX_NEW_TOKENS = 64
 DEFAULT_SAMPLES = 4
@@ -164,6 +165,7 @@ def evaluate_loss(
             total -= float(outputs.log_probs.double().sum())
             tokens += float(outputs.label_mask.sum())
     model.train(training)
+    reshard(model)
     total, tokens = sum_over_ranks([total, tokens], device)
     return total / max(tokens, 1.0)
 
@@ -198,6 +200,7 @@ def generate(
         synced_gpus=sharded,
     )
     model.train(training)
+    reshard(model)
     return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 

@@ -99,8 +99,8 @@ def describe_remedies(job: Job, training: Training, device_gib: float) -> str:
     return "it fits with one of these, the cheapest first: " + " | ".join(one.to_text() for one in found)
 
 
-def choose_shard_size(job: Job, parallelism: Parallelism, device_gib: float | None) -> int:
-    """Processes that share one copy of the weights.
+def choose_shard_size(job: Job | None, parallelism: Parallelism, device_gib: float | None) -> int:
+    """Processes that share one copy of the weights of ``job``; ``None``: what it needs is not known.
 
     auto: those of one node, over nodes with several GPUs each where a node holds the model with room to train one
     sequence at a time (hsdp); else all of them (fsdp). Where the GPU's memory is not known, all of them.
@@ -110,10 +110,11 @@ def choose_shard_size(job: Job, parallelism: Parallelism, device_gib: float | No
     if parallelism.strategy == "hsdp":
         return parallelism.shard_size or parallelism.processes_per_node
     node = parallelism.processes_per_node
-    if parallelism.strategy == "auto" and parallelism.nodes > 1 and node > 1 and device_gib is not None:
+    several = parallelism.strategy == "auto" and parallelism.nodes > 1 and node > 1
+    if several and job is not None and device_gib is not None:
         alone = replace(job, micro_batch=1, shard_size=node)
-        return node if plan_memory(alone).fits(device_gib) else job.world_size
-    return job.world_size
+        return node if plan_memory(alone).fits(device_gib) else parallelism.world_size
+    return parallelism.world_size
 
 
 def micro_batches(global_batch_size: int, world_size: int) -> list[int]:

@@ -58,8 +58,8 @@ class Stack:
         fsdp1: sharded by FSDP 1, under which one more value between layers is held per token and layer in the backward
             pass. The cause is not known here, the size is: in a100_80gb_liger.csv of fms-acceleration a token of
             Llama-3-8B takes 520 kB on one GPU and 766 kB on two; (L - 1) c h is 254 kB. This trainer uses FSDP 2.
-        loads_whole: each GPU holds the whole model before it is sharded. bitsandbytes' 4-bit weights cannot be
-            loaded shard by shard here (``parallel.FSDP_ARGUMENTS``).
+        loads_whole: each GPU holds the whole model before it is sharded. This trainer cuts each weight while it loads
+            (``loading.keeping``).
         context_gib: CUDA context and cuBLAS workspaces, which torch does not count.
         collectives_gib: NCCL's buffers, with more than one GPU.
         padding_mask: padded batches of several sequences, and packed ones, have a mask of c + 1 bytes for each pair of
@@ -77,7 +77,7 @@ class Stack:
     adapter_bytes: int = 8
     moment_bytes: int = 4
     fsdp1: bool = False
-    loads_whole: bool = True
+    loads_whole: bool = False
     context_gib: float = 0.5
     collectives_gib: float = 0.5
     padding_mask: bool = True

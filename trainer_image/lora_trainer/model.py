@@ -19,6 +19,7 @@ from lora_trainer.architecture import (
 )
 from lora_trainer.data import Records
 from lora_trainer.errors import BadSpecError, InternalError
+from lora_trainer.loading import Part, keeping
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -129,23 +130,26 @@ def load_skeleton(directory: Path) -> PreTrainedModel:
     return model
 
 
-def load_base_model(directory: Path, quantization: Quantization, device: torch.device) -> PreTrainedModel:
-    """The base model on ``device``, quantized and frozen.
+def load_base_model(
+    directory: Path, quantization: Quantization, device: torch.device, part: Part | None = None
+) -> PreTrainedModel:
+    """The base model on ``device``, quantized and frozen; with ``part``, that part of each weight alone.
 
     Raises:
         BadSpecError: it cannot be trained.
     """
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        quantization_config=quantization_config(quantization, dtype, read_architecture(skeleton)),
-        device_map={"": device},
-        attn_implementation=attention_implementation(skeleton, device, dtype),
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    with keeping(part):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            quantization_config=quantization_config(quantization, dtype, read_architecture(skeleton)),
+            device_map={"": device},
+            attn_implementation=attention_implementation(skeleton, device, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     keep_differentiable(model)
     model.requires_grad_(requires_grad=False)
     return model

@@ -1,117 +1,87 @@
-"""How the processes of a gang work together: process group, FSDP2 (also on CPUs), and proof that it shards."""
+"""How the processes of a gang talk: the process group, whole tensors from shards and back, sums and votes."""
 
+import json
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_trainer.architecture import decoder_layers
-from lora_trainer.errors import InternalError
+from lora_api.run import RunSpec
+from lora_trainer.fitting import build_job
+from lora_trainer.modelshape import UnplannedModelError, read_shape
 from lora_trainer.settings import Place, collective_seconds, rendezvous_seconds
-
-FSDP_ARGUMENTS: dict[str, Any] = {
-    "version": 2,
-    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-    "reshard_after_forward": True,
-    "cpu_ram_efficient_loading": False,
-    "state_dict_type": "FULL_STATE_DICT",
-}
-"""FSDP2, one group a transformer layer. Low-memory loading is not there for 4-bit weights: every rank loads all."""
-
-SHARD_TOLERANCE = 1.25
-"""How much more than an even share of the weights a rank may hold. Quantization constants are not sharded."""
+from lora_trainer.strategy import Strategy, decide_strategy
 
 
-def start_process_group(place: Place, device: torch.device) -> None:
-    """Meets the other processes. One process alone needs no group.
+def choose_strategy(run: RunSpec, model: Path, available_gib: float | None) -> Strategy:
+    """The strategy for ``run`` with so many GiB for each process; config.json is in the directory ``model``.
 
-    This comes before the training arguments are made: with them the timeout would be ignored on CPUs.
+    All ranks call it with the same memory and so decide alike. CPUs, and models that the memory plan does not know, are
+    sharded over all processes.
+
+    Raises:
+        BadSpecError: fields of ``parallelism`` do not go together.
+    """
+    if run.parallelism.gpus_per_node == 0:
+        return decide_strategy(run.parallelism)
+    try:
+        shape = read_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    except UnplannedModelError:
+        return decide_strategy(run.parallelism)
+    return decide_strategy(run.parallelism, build_job(run, shape, device_gib=available_gib), available_gib)
+
+
+def start_process_group(place: Place, device: torch.device, *, alone_too: bool = False) -> None:
+    """Meets the other processes. One process alone needs no group but with ``alone_too``: FSDP2 offloads in one of one.
+
+    This comes before the training arguments are made: with them the timeout would be ignored on CPUs. On GPUs gloo is
+    there too, for tensors in host memory (CPU offload).
 
     Raises:
         torch.distributed.DistError: the others did not appear in time.
     """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.world_size == 1:
+        if alone_too:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         timeout=timedelta(seconds=rendezvous_seconds()),
         device_id=device if device.type == "cuda" else None,
     )
     dist.barrier()
-    group = dist.distributed_c10d._get_default_group()  # noqa: SLF001 - torch has no public call for it
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_seconds()), group)  # noqa: SLF001
+    limit_collectives(dist.distributed_c10d._get_default_group())  # noqa: SLF001 - torch has no public call for it
 
 
-def use_fsdp(accelerator: Accelerator, fsdp_arguments: dict[str, Any]) -> None:
-    """Makes accelerate use FSDP2. On CPUs it ignores the plugin and would train with plain DDP, without a word."""
-    state = accelerator.state
-    if state.distributed_type == DistributedType.FSDP:
-        return
-    state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**fsdp_arguments)
-
-
-def shard_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """Shards ``model`` over all processes and proves it.
-
-    Raises:
-        InternalError: the model was not sharded.
-    """
-    if accelerator.num_processes == 1:
-        return model
-    whole = parameter_bytes(model)
-    classes = {type(layer).__name__ for layer in decoder_layers(model)}
-    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes)
-    sharded = fsdp2_prepare_model(accelerator, model)
-    check_sharded(sharded, whole, accelerator.num_processes)
-    return sharded
-
-
-def parameter_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters that this process holds. Tied weights count once."""
-    total = 0
-    for parameter in model.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        total += local.numel() * local.element_size()
-    return total
-
-
-def check_sharded(model: torch.nn.Module, whole: int, processes: int) -> None:
-    """Raises InternalError unless parameters are distributed and this rank's bytes fell from ``whole`` to its share."""
-    distributed = sum(isinstance(parameter, DTensor) for parameter in model.parameters())
-    share = parameter_bytes(model)
-    if not distributed or share > whole / processes * SHARD_TOLERANCE:
-        raise InternalError(
-            f"FSDP did not shard the model: {distributed} parameters are distributed, and this rank holds {share} of "
-            f"{whole} bytes with {processes} processes"
-        )
+def limit_collectives(group: dist.ProcessGroup) -> None:
+    """From now on, a process that is missing in a collective operation of ``group`` counts as lost after a while."""
+    timeout = timedelta(seconds=collective_seconds())
+    dist.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001 - torch has no public call for it
 
 
 def full_tensor(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole of ``parameter``, on the CPU. A collective operation where it is sharded: all ranks call it."""
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.detach().to("cpu", copy=True)
+    """The whole of ``parameter``, on the CPU. A collective operation where it is sharded: all ranks call it.
+
+    Offloaded shards are gathered on the mesh's device, where the other ranks expect them.
+    """
+    if isinstance(parameter, DTensor):
+        parameter = parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+    return parameter.detach().to("cpu", copy=True)
 
 
 def assign_full(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Puts the whole ``value`` into ``parameter``; each rank keeps its part. No communication."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
-            local = _local_part(parameter, value.to(parameter.device, parameter.dtype))
-            parameter.to_local().copy_(local)
+            cut = distribute_tensor(
+                value.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
+            parameter.to_local().copy_(cut.to_local())
         else:
             parameter.copy_(value)
-
-
-def _local_part(like: DTensor, value: torch.Tensor) -> torch.Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -13,16 +13,18 @@ from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import load_records
 from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.gate import check_gate_has_records
+from lora_trainer.loading import part_to_load
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
-from lora_trainer.parallel import shard_model, start_process_group
+from lora_trainer.parallel import choose_strategy, start_process_group
 from lora_trainer.progress import Progress
 from lora_trainer.publish import find_published
 from lora_trainer.release import Release, publish_run
 from lora_trainer.report import RunResult
 from lora_trainer.settings import Place, state_directory
+from lora_trainer.sharding import spread_model
 from lora_trainer.sizing import settle_micro_batch
 from lora_trainer.sources import fetch_sources
 from lora_trainer.stop import StopRequest
@@ -48,19 +50,20 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     check_chat_template(tokenizer, records)
     check_gate_has_records(run, len(records.eval))
     device = training_device(run, place.local_rank)
-    start_process_group(place, device)
+    start_process_group(place, device, alone_too=run.parallelism.cpu_offload)
     find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find
     run, memory = settle_micro_batch(run, sources.model, place, device, find_checkpoint)
     progress.report_memory(**memory.to_progress())
+    strategy = choose_strategy(run, sources.model, memory.available)
 
-    base = load_base_model(sources.model, run.quantization, device)
+    base = load_base_model(sources.model, run.quantization, device, part_to_load(strategy, place.rank))
     model = add_adapter(base, run.lora, run.training.seed)
     in_between = EvaluationCallback(run.training.eval_every_steps, progress)
     callbacks = [ProgressCallback(progress), in_between, StopCallback(stop)]
     trainer = build_trainer(run, model, tokenizer, records, device, work / "trainer", callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.checkpoints = checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress)
-    shard_model(trainer.accelerator, model)
+    spread_model(model, strategy, device)
     checkpoints.check_writable()
     resume = checkpoints.restore(model)
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.errors import BadSpecError, DivergedError
-from lora_trainer.parallel import FSDP_ARGUMENTS, use_fsdp
+from lora_trainer.sharding import clip_gradients, own_distribution
 from lora_trainer.speed import read_levers
 
 if TYPE_CHECKING:
@@ -79,24 +79,21 @@ class LoRATrainer(Trainer):  # type: ignore[misc]
             self.state = TrainerState.load_from_json(str(resume.directory / TRAINER_STATE_NAME))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Makes FSDP2 real on CPUs too."""
+        """Leaves the model as it is: ``sharding`` spreads it over the processes."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp_plugin_args is not None:
-            use_fsdp(self.accelerator, self.args.fsdp_plugin_args)
-            self.is_fsdp_enabled = True
+        own_distribution(self.accelerator)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         records = len(train_dataset if train_dataset is not None else self.train_dataset)
         plan = self.args.gradient_accumulation_steps * self.args.per_device_train_batch_size * self.args.world_size
         return EpochSampler(records, plan, self.args.seed)
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+    def _clip_grad_norm(self, model: torch.nn.Module) -> float:
         """Refuses a step whose gradient is not finite. The norm is the same on all ranks, so all of them stop here."""
-        norm = super()._clip_grad_norm(model)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if not math.isfinite(value):
+        norm = clip_gradients(model, self.args.max_grad_norm)
+        if not math.isfinite(norm):
             raise DivergedError(
-                f"step {self.state.global_step + 1}: the gradient's norm is {value}: the loss or a gradient is no "
+                f"step {self.state.global_step + 1}: the gradient's norm is {norm}: the loss or a gradient is no "
                 "longer a finite number; no weight was changed by this step"
             )
         return norm
@@ -155,8 +152,6 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
         "bf16": on_gpu and run.quantization.compute_dtype != "float32",
         "use_cpu": not on_gpu,
-        "fsdp": plan.world_size > 1,
-        "fsdp_config": dict(FSDP_ARGUMENTS) if plan.world_size > 1 else None,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": on_gpu and levers.pinned_memory,
         "seed": training.seed,

@@ -18,7 +18,7 @@ from lora_trainer.hostmemory import available_bytes
 from lora_trainer.memory import CPU, GIB, TRAINER, Job, MemoryPlan, adapter_weights, plan_memory, saved_bytes
 from lora_trainer.memrecord import MemoryRecord, MemoryUse
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
-from tests.unit.trainer.published import EXTRA, LLAMA_2_70B, LLAMA_3_8B, MISTRAL_7B, POINTS, Published
+from tests.unit.trainer.published import EXTRA, LLAMA_2_70B, LLAMA_3_8B, LLAMA_3_70B, MISTRAL_7B, POINTS, Published
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "memory.md"
 
@@ -247,10 +247,18 @@ def test_gradient_checkpointing_never_needs_more(planned: Job) -> None:
     assert with_it <= without + 1e-9
 
 
-def test_a_model_is_loaded_whole_on_each_gpu() -> None:
-    plan = plan_memory(job(LLAMA_2_70B, world_size=8))
-    assert plan.loading > 0
-    assert plan.total > 34.2 * 1e9 / GIB
+def test_loading_needs_no_more_than_training_but_where_each_gpu_loads_the_whole_model() -> None:
+    sharded = job(LLAMA_2_70B, world_size=8)
+    assert plan_memory(sharded).loading == 0
+    whole = plan_memory(replace(sharded, stack=replace(sharded.stack, loads_whole=True)))
+    assert whole.loading > 0
+    assert whole.total > 34.2 * 1e9 / GIB
+
+
+def test_offload_puts_70b_on_four_gpus_of_24_gb() -> None:
+    four = job(LLAMA_3_70B, world_size=4, micro_batch=1, sequence=2048)
+    assert not plan_memory(four).fits(22.3)
+    assert plan_memory(replace(four, cpu_offload=True)).fits(22.3)
 
 
 def test_micro_batches_divide_the_share_of_a_gpu() -> None:
@@ -304,7 +312,7 @@ ADVICE: list[tuple[str, Job, float, list[set[str]]]] = [
         60,
         [{MICRO}, {GPUS}, {LENGTH}],
     ),
-    ("nothing helps a model that cannot be loaded", job(LLAMA_2_70B), 24, []),
+    ("more GPUs hold a model that one cannot load", job(LLAMA_2_70B), 24, [{GPUS}]),
 ]
 
 
