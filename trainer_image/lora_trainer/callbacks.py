@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_api.status import format_time
 from lora_trainer.errors import StoppedError
+from lora_trainer.evaluate import Evaluation
 from lora_trainer.parallel import any_rank
 from lora_trainer.progress import Progress
 from lora_trainer.stop import StopRequest
@@ -56,6 +57,8 @@ class ProgressCallback(TrainerCallback):
             learning_rate=float(logs["learning_rate"]),
             grad_norm=float(logs["grad_norm"]),
             tokens_per_second=round(speed, 1),
+            reward_margin=logs.get("reward_margin"),
+            reward_accuracy=logs.get("reward_accuracy"),
         )
 
 
@@ -91,14 +94,14 @@ class EvaluationCallback(TrainerCallback):
     def __init__(self, every: int | None, progress: Progress) -> None:
         self.every = every
         self.progress = progress
-        self.evaluate: Callable[[], float | None] = lambda: None
+        self.evaluate: Callable[[], Evaluation] = lambda: Evaluation(None, [])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluates on all ranks, and keeps the loss in the trainer's history."""
         step = state.global_step
         if self.every is None or step % self.every or step >= state.max_steps:
             return
-        loss = self.evaluate()
-        if loss is not None:
-            state.log_history.append({"step": step, "epoch": state.epoch, "eval_loss": loss, "at": now_text()})
-            self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, eval_loss=loss)
+        found = self.evaluate()
+        if found.loss is not None:
+            state.log_history.append({"step": step, "epoch": state.epoch, **found.scores, "at": now_text()})
+            self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, **found.scores)

@@ -43,6 +43,8 @@ ADAPTER_STATE = "adapter.safetensors"
 OPTIMIZER_STATE = "optimizer.safetensors"
 TRAINER_STATE = "trainer_state.json"
 LOOP_STATE = "loop.json"
+OBJECTIVE_STATE = "objective.safetensors"
+"""What an objective needs again and can no longer compute. Only where there is any."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -119,7 +121,12 @@ class Checkpoints:
             for moment in MOMENTS:
                 moments[f"{name}.{moment}"] = full_tensor(state[moment])
         names = [ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE]
+        objective = trainer.objective_state()
+        if objective is not None:
+            names.append(OBJECTIVE_STATE)
         if self._place.is_main:
+            if objective is not None:
+                save_file(objective[0], local / OBJECTIVE_STATE, metadata=objective[1])
             save_file(adapter, local / ADAPTER_STATE)
             save_file(moments, local / OPTIMIZER_STATE)
             trainer.state.save_to_json(str(local / TRAINER_STATE))
@@ -171,7 +178,7 @@ class Checkpoints:
         if marker is None:
             return None
         directory = self._directory / f"resume-rank-{self._place.rank}"
-        mine = {ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE, rng_file(self._place.rank)}
+        mine = {ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE, OBJECTIVE_STATE, rng_file(self._place.rank)}
         self._fetch(marker, directory, mine)
         loop = json.loads((directory / LOOP_STATE).read_text())
         saved = load_file(directory / ADAPTER_STATE)

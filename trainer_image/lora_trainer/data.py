@@ -57,17 +57,18 @@ class _Faults:
         raise BadDataError("\n".join(lines).encode("utf-8", "replace").decode())
 
 
-def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True) -> Records:
+def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True, objective: str = "sft") -> Records:
     """All records of a run, split into training and evaluation. ``chat``: the model has a chat template.
 
     Raises:
         BadDataError: some record is bad, or too few are left; the message names the first 20 bad ones.
-        BadSpecError: dataset.columns or dataset.systemPrompt does not fit the records.
+        BadSpecError: dataset.columns, dataset.systemPrompt or training.objective does not fit the records.
     """
     columns, system_prompt = dataset.columns, dataset.system_prompt
-    found, train = read_records(sources.train, dataset.format, columns, system_prompt, chat=chat)
+    options = {"chat": chat, "preferences": objective == "dpo"}
+    found, train = read_records(sources.train, dataset.format, columns, system_prompt, **options)
     if sources.eval is not None:
-        _, evaluation = read_records(sources.eval, found, columns, system_prompt, chat=chat)
+        _, evaluation = read_records(sources.eval, found, columns, system_prompt, **options)
         if is_conversation(evaluation[0]) != is_conversation(train[0]):
             raise BadDataError("dataset.eval and dataset.train: one has conversations, the other has plain text")
     else:
@@ -85,12 +86,15 @@ def read_records(
     system_prompt: str | None = None,
     *,
     chat: bool = True,
+    preferences: bool = False,
 ) -> tuple[Format, list[Record]]:
     """Format of ``files`` and their converted records. ``declared`` is a format or ``auto``: that of the first record.
 
+    ``preferences``: whether pairs of chosen and rejected answers are wanted (objective dpo), or anything else.
+
     Raises:
         BadDataError: there is no record, or a bad one.
-        BadSpecError: ``columns`` or ``system_prompt`` does not fit the records.
+        BadSpecError: ``columns``, ``system_prompt`` or ``preferences`` does not fit the records.
     """
     found: Format | None = None if declared == "auto" else declared  # type: ignore[assignment]
     records: list[Record] = []
@@ -101,7 +105,9 @@ def read_records(
                 faults.add(read)
                 continue
             value = rename(read, columns or {})
-            found = found or detect_format(value)
+            found = found or detect_format(value, preferences=preferences)
+            if found is not None:
+                check_objective(found, preferences=preferences)
             problem = check(value, found)
             if problem is None and found is not None and isinstance(value, dict):
                 record = convert(value, found, system_prompt, chat=chat)
@@ -117,6 +123,25 @@ def read_records(
     return found, records
 
 
+def check_objective(found: Format, *, preferences: bool) -> None:
+    """Refuses records that the objective cannot learn from.
+
+    Raises:
+        BadSpecError: pairs for objective sft, or anything else for objective dpo.
+    """
+    if found == "preference" and not preferences:
+        raise BadSpecError(
+            "training.objective: sft cannot learn from pairs of chosen and rejected answers (format preference): set "
+            "objective to dpo, or choose other fields of the records with dataset.format and dataset.columns"
+        )
+    if found != "preference" and preferences:
+        raise BadSpecError(
+            f"training.objective: dpo learns from pairs of chosen and rejected answers, but the records have the "
+            f"format {found}: set objective to sft, or name the fields that hold the pairs in dataset.columns "
+            "({chosen: ..., rejected: ...})"
+        )
+
+
 def _differs(record: Record, records: list[Record]) -> Problem | None:
     if records and is_conversation(record) != is_conversation(records[0]):
         return "prompt", "must have the form of the first record's: all strings, or all lists of messages"
@@ -124,7 +149,8 @@ def _differs(record: Record, records: list[Record]) -> Problem | None:
 
 
 def _check_options(found: Format, record: Record, columns: Mapping[str, str], system_prompt: str | None) -> None:
-    fields = (*FIELDS[found], *(["input"] if found == "alpaca" else []))
+    optional = {"alpaca": ["input"], "preference": ["prompt"]}
+    fields = (*optional.get(found, []), *FIELDS[found])
     if unused := [name for name in columns if name not in fields]:
         raise BadSpecError(f"dataset.columns: {', '.join(unused)}: the format {found} has {', '.join(fields)}")
     if system_prompt is not None and not is_conversation(record):

@@ -5,7 +5,8 @@ again around it, because FSDP2 remembers which parameters need a gradient from t
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,20 +41,36 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token, ``None`` without evaluation records. ``at`` is an RFC 3339 time."""
+    """``loss``: what is trained, on evaluation records; ``None`` without any.
+
+    In nats per token for objective sft. Rewards are those of preference pairs (objective dpo): the mean margin between
+    chosen and rejected, and the share of pairs (0 to 1) whose chosen answer has the larger one. ``at`` is an RFC 3339
+    time.
+    """
 
     loss: float | None
     samples: list[Sample]
     at: str | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Its numbers as fields of ProgressLine."""
+        return {
+            "eval_loss": self.loss,
+            "reward_margin": self.reward_margin,
+            "reward_accuracy": self.reward_accuracy,
+        }
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"loss": self.loss, "samples": [vars(sample) for sample in self.samples], "at": self.at}
+        return vars(self) | {"samples": [vars(sample) for sample in self.samples]}
 
     @staticmethod
     def from_wire(value: dict[str, Any]) -> "Evaluation":
         """The inverse of ``to_wire``."""
-        return Evaluation(value["loss"], [Sample(**sample) for sample in value["samples"]], value.get("at"))
+        return Evaluation(**value | {"samples": [Sample(**sample) for sample in value["samples"]]})
 
 
 def question(record: Record) -> tuple[Prompt, str | None] | None:
@@ -64,7 +81,7 @@ def question(record: Record) -> tuple[Prompt, str | None] | None:
         messages = record["messages"]
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         return (messages[:last], messages[last]["content"]) if last > 0 else None
-    completion = record["completion"]
+    completion = record["chosen"] if "chosen" in record else record["completion"]
     expected = completion if isinstance(completion, str) else completion[-1]["content"]
     return record["prompt"], expected
 
@@ -82,7 +99,11 @@ def sample_questions(publish: Publish, records: Records) -> list[tuple[Prompt, s
 
 def make_batches(dataset: Dataset, token_budget: int) -> list[list[int]]:
     """Indices of the records in each batch: of similar length, at most ``token_budget`` tokens with padding."""
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    return group_by_length([len(ids) for ids in dataset["input_ids"]], token_budget)
+
+
+def group_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Indices of sequences of ``lengths`` tokens in batches, as ``make_batches`` has them."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if batches and (len(batches[-1]) + 1) * lengths[index] <= token_budget:
@@ -120,25 +141,29 @@ class Evaluator:
     place: Place
     device: torch.device
 
-    def loss(self) -> float | None:
-        """Evaluation loss in nats per token; ``None`` without evaluation records. All ranks call it.
+    def measure(self) -> Evaluation:
+        """Evaluation loss in nats per token, without answers. All ranks call it.
 
         Raises:
             DivergedError: it is not finite, on all ranks alike.
         """
         if self.dataset is None:
-            return None
+            return Evaluation(None, [])
         pad = int(self.tokenizer.pad_token_id)
         loss = evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device)
         if not math.isfinite(loss):
             raise DivergedError(f"the evaluation loss is {loss}")
-        return loss
+        return Evaluation(loss, [])
+
+    def loss(self) -> float | None:
+        """The loss of ``measure`` alone; ``None`` without evaluation records. All ranks call it."""
+        return self.measure().loss
 
     def run(self) -> Evaluation:
         """Loss and answers. All ranks call it."""
-        loss = self.loss()
+        found = self.measure()
         answers = answer_questions(self.model, self.tokenizer, self.questions, self.device)
-        return Evaluation(loss, answers, format_time(datetime.now(UTC)))
+        return replace(found, samples=answers, at=format_time(datetime.now(UTC)))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from lora_api.run import RunSpec
 from lora_trainer.data import Records
+from lora_trainer.preference import build_preference_trainer
 from lora_trainer.sft import build_supervised_trainer
 from lora_trainer.trainer import LoRATrainer
 
@@ -29,4 +30,5 @@ def build_trainer(
         BadSpecError: the batch sizes do not fit.
         BadDataError: nothing of the records is left to learn from within maxSeqLength.
     """
-    return build_supervised_trainer(run, model, tokenizer, records, device, directory, callbacks)
+    build = build_preference_trainer if run.training.objective == "dpo" else build_supervised_trainer
+    return build(run, model, tokenizer, records, device, directory, callbacks)

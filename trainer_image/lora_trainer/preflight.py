@@ -240,10 +240,15 @@ def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any) -> DataReport:
     """The records of both sides as the model is given them, cut at maxSeqLength."""
     from lora_trainer.data import load_records
 
-    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
+    objective = run.training.objective
+    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template), objective=objective)
     if records.conversational and not tokenizer.chat_template:
         raise BadSpecError("dataset: the records are conversations, but baseModel's tokenizer has no chat template")
     limit = run.dataset.max_seq_length
+    if objective == "dpo":
+        from lora_trainer.pairs import tokenize_pairs
+
+        return tokenize_pairs(tokenizer, records.train, limit).report(len(records.eval))
     whole, learned = [], []
     for record in records.train:
         start, end = _lengths(record, tokenizer)

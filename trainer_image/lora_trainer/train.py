@@ -11,7 +11,7 @@ from lora_trainer import __version__
 from lora_trainer.callbacks import EvaluationCallback, ProgressCallback, StopCallback
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.data import load_records
-from lora_trainer.evaluate import Evaluator, sample_questions
+from lora_trainer.evaluate import sample_questions
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
@@ -44,7 +44,8 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     progress.stage("loading")
     sources = fetch_sources(run, place, work / "sources")
     tokenizer = load_tokenizer(sources.model)
-    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
+    chat = bool(tokenizer.chat_template)
+    records = load_records(run.dataset, sources, chat=chat, objective=run.training.objective)
     check_chat_template(tokenizer, records)
     check_gate_has_records(run, len(records.eval))
     device = training_device(run, place.local_rank)
@@ -66,11 +67,12 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
 
     budget = trainer.args.per_device_train_batch_size * run.dataset.max_seq_length
     questions = sample_questions(run.publish, records)
-    evaluator = Evaluator(model, tokenizer, trainer.eval_dataset, questions, budget, place, device)
-    in_between.evaluate = evaluator.loss
     progress.stage("evaluating")
+    trainer.prepare(resume, budget, place, progress)
+    evaluator = trainer.build_evaluator(tokenizer, questions, budget, place)
+    in_between.evaluate = evaluator.measure
     before = checkpoints.before = resume.before if resume else evaluator.run()
-    progress.report_eval(step=0, total_steps=trainer.args.max_steps, eval_loss=before.loss)
+    progress.report_eval(step=0, total_steps=trainer.args.max_steps, **before.scores)
 
     progress.stage("training")
     with stop.deferred():
@@ -78,7 +80,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     stop.check()
     progress.stage("evaluating")
     after = evaluator.run()
-    progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, eval_loss=after.loss)
+    progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, **after.scores)
 
     memory = replace(memory, measured=measure_memory(device))
     progress.report_memory(**memory.to_progress())
@@ -86,7 +88,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
     counts = (trainer.args.max_steps, len(records.train), len(records.eval))
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
-    result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows())
+    result = RunResult(before, after, metrics, *counts, versions, data=trainer.data_report, memory=memory.to_rows())
     with stop.deferred():
         adapter = publish_run(Release(store, run, place, work / "adapter"), model, evaluator, result)
         if adapter is not None:
