@@ -178,6 +178,11 @@ class LoRAFineTuneSpec(ApiModel):
             field_path=".dataset.packing",
         ),
         CelRule(
+            rule="self.training.objective != 'dpo' || !self.dataset.assistantOnlyLoss",
+            message="assistantOnlyLoss belongs to objective sft; dpo compares the chosen and the rejected answer",
+            field_path=".dataset.assistantOnlyLoss",
+        ),
+        CelRule(
             rule="self.training.optimizer == 'adamw' || self.parallelism.gpusPerNode > 0",
             message="paged-adamw-8bit needs GPUs (parallelism.gpusPerNode above 0)",
             field_path=".training.optimizer",

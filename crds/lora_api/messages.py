@@ -23,6 +23,8 @@ class ProgressLine(RecordModel):
     stage: what the trainer is doing now, in ``stage``. step: after an optimizer step. eval: after an evaluation.
     memory: the micro-batch that was settled on and the planned peak, and after training the measured one, of the
     process that needed most (GiB; ``host_gib`` is its resident memory).
+    Rewards are those of preference pairs (objective dpo): the mean margin between chosen and rejected, and the share of
+    pairs (0 to 1) whose chosen answer has the larger one.
     """
 
     event: Literal["stage", "step", "eval", "memory"]
@@ -44,6 +46,8 @@ class ProgressLine(RecordModel):
     reserved_gib: Measure = Field(None, alias="reservedGiB")
     host_gib: Measure = Field(None, alias="hostGiB")
     skipped_steps: int | None = Field(None, ge=0)
+    reward_margin: Measure = None
+    reward_accuracy: Measure = None
 
     def to_line(self) -> str:
         """The line, without a line end."""

@@ -118,7 +118,11 @@ class Dataset(ApiModel):
         None, description="Chat template (Jinja) in place of the model's own. It becomes part of what is published."
     )
     max_seq_length: int = Field(
-        2048, ge=8, le=131072, description="Longest sequence in tokens. Longer records are cut at the end."
+        2048,
+        ge=8,
+        le=131072,
+        description="Longest sequence in tokens. Longer records are cut at the end; of preference pairs the prompt "
+        "is cut first, at its start.",
     )
     packing: bool = Field(
         default=False,

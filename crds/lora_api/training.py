@@ -92,7 +92,8 @@ class DPO(ApiModel):
     beta: float = Field(0.1, gt=0.0, le=10.0, description="How strongly the model is held to the reference (0 to 10).")
     loss: Literal["sigmoid", "ipo", "hinge"] = Field(
         "sigmoid",
-        description="sigmoid: the DPO paper. ipo: Azar et al. 2023, arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425.",
+        description="sigmoid: the DPO paper. ipo: Azar et al. 2023, arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425. "
+        "ipo takes means over tokens in place of sums.",
     )
     label_smoothing: float = Field(
         0.0, ge=0.0, le=0.49, description="Share of pairs (0 to 0.49) that is taken to be the wrong way round."
@@ -118,13 +119,13 @@ class Training(ApiModel):
         16,
         ge=1,
         le=MAX_GLOBAL_BATCH_SIZE,
-        description="Sequences per optimizer step over all GPUs of all nodes. The gradient accumulation is derived: "
-        "globalBatchSize / (microBatchSize * processes).",
+        description="Sequences (with objective dpo: pairs) per optimizer step over all GPUs of all nodes. The gradient "
+        "accumulation is derived: globalBatchSize / (microBatchSize * processes).",
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
-        description="Sequences per GPU in one forward pass, 1 to 1024. auto: the largest that divides "
-        "globalBatchSize / processes and fits into memory with margin.",
+        description="Sequences (with objective dpo: pairs) per GPU in one forward pass, 1 to 1024. auto: the largest "
+        "that divides globalBatchSize / processes and fits into memory with margin.",
     )
     optimizer: Literal["adamw", "paged-adamw-8bit"] = Field(
         "adamw",

@@ -369,6 +369,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.dataset.packing",
         "with dpo set it to false",
     ),
+    "the assistant's words of pairs": (
+        {"dataset.assistantOnlyLoss": True, "training.objective": "dpo"},
+        "spec.dataset.assistantOnlyLoss",
+        "dpo compares the chosen and the rejected answer",
+    ),
     "the assistant's words in plain text": (
         {"dataset.format": "text", "dataset.assistantOnlyLoss": True},
         "spec.dataset.assistantOnlyLoss",

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_api.status import format_time
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.errors import StoppedError, StoreUnavailableError
+from lora_trainer.evaluate import Evaluation
 from lora_trainer.line import Line
 from lora_trainer.parallel import any_rank, sum_over_ranks
 from lora_trainer.progress import Progress
@@ -59,6 +60,8 @@ class ProgressCallback(TrainerCallback):
             grad_norm=float(logs["grad_norm"]),
             tokens_per_second=round(speed, 1),
             skipped_steps=logs.get("skipped_steps"),
+            reward_margin=logs.get("reward_margin"),
+            reward_accuracy=logs.get("reward_accuracy"),
         )
 
 
@@ -121,7 +124,7 @@ class EvaluationCallback(TrainerCallback):
         self.every = every
         self.progress = progress
         self.stop = stop
-        self.evaluate: Callable[[Callable[[], bool]], float | None] = lambda _: None
+        self.evaluate: Callable[[Callable[[], bool]], Evaluation | None] = lambda _: None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,8 +141,8 @@ class EvaluationCallback(TrainerCallback):
         if self.every is None or step % self.every or step >= state.max_steps:
             return
         self.progress.stage("evaluating")
-        loss = self.evaluate(lambda: any_rank(self.stop.requested, args.device))
+        found = self.evaluate(lambda: any_rank(self.stop.requested, args.device))
         self.progress.stage("training")
-        if loss is not None:
-            state.log_history.append({"step": step, "epoch": state.epoch, "eval_loss": loss, "at": now_text()})
-            self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, eval_loss=loss)
+        if found is not None and found.loss is not None:
+            state.log_history.append({"step": step, "epoch": state.epoch, **found.scores, "at": now_text()})
+            self.progress.report_eval(step=step, total_steps=state.max_steps, epoch=state.epoch, **found.scores)

@@ -31,7 +31,7 @@ A LoRA adapter of `{base}`, trained by the LoRAFineTune `{run.namespace}/{run.na
 
 | | before | after |
 |---|---|---|
-| evaluation loss (nats per token, {result.eval_records} records) | {losses} |
+| evaluation loss ({result.loss_unit}, {result.eval_records} records) | {losses} |
 
 {_training(run, result)}
 `report.html` beside this file has the curves, sample answers before and after, and every parameter; `metrics.jsonl` has
@@ -96,9 +96,10 @@ def _arguments(run: RunSpec, base: str) -> str:
 def _training(run: RunSpec, result: RunResult) -> str:
     lora, training, size = run.lora, run.training, run.parallelism.world_size
     kind = "direct preference optimization" if training.objective == "dpo" else "supervised fine-tuning"
+    unit = "pairs" if training.objective == "dpo" else "sequences"
     processes = "one process" if size == 1 else f"{size} processes"
     return (
-        f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} sequences, on "
+        f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} {unit}, on "
         f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}, learning rate "
         f"{training.learning_rate:g}, base weights {run.quantization.type}."
     )
@@ -113,8 +114,9 @@ def _limits(run: RunSpec, result: RunResult) -> str:
         limits.append(f"The evaluation has only {result.eval_records} records: small differences mean nothing.")
     if result.improvement is not None and result.improvement <= 0:
         limits.append("On the evaluation records it is no better than the base model.")
+    learned = "tells chosen from rejected answers" if result.has_rewards else "writes records"
     limits.append(
-        "The evaluation loss says how well it writes records like those of its evaluation set. Nothing else was "
+        f"The evaluation loss says how well it {learned} like those of its evaluation set. Nothing else was "
         "measured: not safety, not truth, not what it has forgotten."
     )
     if run.quantization.type != "none":

@@ -43,6 +43,9 @@ LOOP_STATE = "loop.json"
 SHARED = (ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE)
 """Files that rank 0 writes and every rank reads."""
 
+OBJECTIVE_STATE = "objective.safetensors"
+"""What an objective needs again and can no longer compute. Only where there is any."""
+
 
 MAX_FAILED_SAVES = 3
 """So many checkpoints in a row may fail for want of the store before the run ends."""
@@ -212,6 +215,9 @@ class Checkpoints:
         moments = collect_state(_inner_optimizer(trainer), _trainable(trainer.model))
         if not self._place.is_main:
             return []
+        objective = trainer.objective_state()
+        if objective is not None:
+            save_file(objective[0], local / OBJECTIVE_STATE, metadata=objective[1])
         save_file(adapter, local / ADAPTER_STATE)
         save_file(moments, local / OPTIMIZER_STATE)
         trainer.state.save_to_json(str(local / TRAINER_STATE))
@@ -221,7 +227,7 @@ class Checkpoints:
             "skipped": [trainer.skipped, trainer.skipped_in_a_row],
         }
         (local / LOOP_STATE).write_text(json.dumps(loop))
-        return [*SHARED]
+        return [*SHARED, *([OBJECTIVE_STATE] if objective is not None else [])]
 
     # -- reading
 
@@ -239,7 +245,9 @@ class Checkpoints:
         for marker in choices:
             self.catalog.check_same_run(marker)
             directory = self._directory / f"resume-rank-{self._place.rank}-step-{marker.step}"
-            problem = self._agree(self.catalog.fetch(marker, [*SHARED, rng_file(self._place.rank)], directory))
+            problem = self._agree(
+                self.catalog.fetch(marker, [*SHARED, OBJECTIVE_STATE, rng_file(self._place.rank)], directory)
+            )
             if problem is None:
                 return self._load(marker, directory, model)
             if self._place.is_main:

@@ -78,18 +78,20 @@ class Reading:
         system_prompt: str | None = None,
         *,
         chat: bool = True,
+        preferences: bool = False,
     ) -> None:
         self.format: Format | None = None if declared == "auto" else declared  # type: ignore[assignment]
         self.first: Record | None = None
         self.faults = Faults()
         self._files, self._columns, self._system_prompt, self._chat = files, columns or {}, system_prompt, chat
+        self._preferences = preferences
 
     def __iter__(self) -> Iterator[tuple[Record, str, int]]:
         """Reads.
 
         Raises:
             BadDataError: a file as a whole is not what its name says.
-            BadSpecError: ``columns`` or ``system_prompt`` does not fit the records.
+            BadSpecError: ``columns``, ``system_prompt`` or ``preferences`` does not fit the records.
         """
         for file in self._files:
             for number, read in read_file(file):
@@ -97,7 +99,9 @@ class Reading:
                     self.faults.add(read)
                     continue
                 value = rename(read, self._columns)
-                self.format = self.format or detect_format(value)
+                self.format = self.format or detect_format(value, preferences=self._preferences)
+                if self.format is not None:
+                    check_objective(self.format, preferences=self._preferences)
                 problem = check(value, self.format)
                 if problem is None and self.format is not None and isinstance(value, dict):
                     record = convert(value, self.format, self._system_prompt, chat=self._chat)
@@ -117,7 +121,8 @@ class Reading:
 
     def _check_options(self, record: Record) -> None:
         found = self.format or "text"
-        fields = (*FIELDS[found], *(["input"] if found == "alpaca" else []))
+        optional = {"alpaca": ["input"], "preference": ["prompt"]}
+        fields = (*optional.get(found, []), *FIELDS[found])
         if unused := [name for name in self._columns if name not in fields]:
             raise BadSpecError(f"dataset.columns: {', '.join(unused)}: the format {found} has {', '.join(fields)}")
         if self._system_prompt is not None and not is_conversation(record):
@@ -138,17 +143,18 @@ class Reading:
         return self.format, self.first
 
 
-def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True) -> Records:
+def load_records(dataset: Dataset, sources: Sources, *, chat: bool = True, objective: str = "sft") -> Records:
     """All records of a run, held in memory, split into training and evaluation. ``chat``: there is a chat template.
 
     Raises:
         BadDataError: some record is bad, or too few are left; the message names the first 20 bad ones.
-        BadSpecError: dataset.columns or dataset.systemPrompt does not fit the records.
+        BadSpecError: dataset.columns, dataset.systemPrompt or training.objective does not fit the records.
     """
     columns, system_prompt = dataset.columns, dataset.system_prompt
-    found, train = read_records(sources.train, dataset.format, columns, system_prompt, chat=chat)
+    options = {"chat": chat, "preferences": objective == "dpo"}
+    found, train = read_records(sources.train, dataset.format, columns, system_prompt, **options)
     if sources.eval is not None:
-        _, evaluation = read_records(sources.eval, found, columns, system_prompt, chat=chat)
+        _, evaluation = read_records(sources.eval, found, columns, system_prompt, **options)
         if is_conversation(evaluation[0]) != is_conversation(train[0]):
             raise BadDataError(FORMS_DIFFER)
     else:
@@ -170,16 +176,38 @@ def read_records(
     system_prompt: str | None = None,
     *,
     chat: bool = True,
+    preferences: bool = False,
 ) -> tuple[Format, list[Record]]:
     """Format of ``files`` and their converted records. ``declared`` is a format or ``auto``: that of the first record.
 
+    ``preferences``: whether pairs of chosen and rejected answers are wanted (objective dpo), or anything else.
+
     Raises:
         BadDataError: there is no record, or a bad one.
-        BadSpecError: ``columns`` or ``system_prompt`` does not fit the records.
+        BadSpecError: ``columns``, ``system_prompt`` or ``preferences`` does not fit the records.
     """
-    reading = Reading(files, declared, columns, system_prompt, chat=chat)
+    reading = Reading(files, declared, columns, system_prompt, chat=chat, preferences=preferences)
     records = [record for record, _, _ in reading]
     return reading.finish()[0], records
+
+
+def check_objective(found: Format, *, preferences: bool) -> None:
+    """Refuses records that the objective cannot learn from.
+
+    Raises:
+        BadSpecError: pairs for objective sft, or anything else for objective dpo.
+    """
+    if found == "preference" and not preferences:
+        raise BadSpecError(
+            "training.objective: sft cannot learn from pairs of chosen and rejected answers (format preference): set "
+            "objective to dpo, or choose other fields of the records with dataset.format and dataset.columns"
+        )
+    if found != "preference" and preferences:
+        raise BadSpecError(
+            f"training.objective: dpo learns from pairs of chosen and rejected answers, but the records have the "
+            f"format {found}: set objective to sft, or name the fields that hold the pairs in dataset.columns "
+            "({chosen: ..., rejected: ...})"
+        )
 
 
 def record_position(record: Record) -> float:

@@ -6,7 +6,7 @@ again around it, because FSDP2 remembers which parameters need a gradient from t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,20 +41,36 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token, ``None`` without evaluation records. ``at`` is an RFC 3339 time."""
+    """``loss``: what is trained, on evaluation records; ``None`` without any.
+
+    In nats per token for objective sft. Rewards are those of preference pairs (objective dpo): the mean margin between
+    chosen and rejected, and the share of pairs (0 to 1) whose chosen answer has the larger one. ``at`` is an RFC 3339
+    time.
+    """
 
     loss: float | None
     samples: list[Sample]
     at: str | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """Its numbers as fields of ProgressLine."""
+        return {
+            "eval_loss": self.loss,
+            "reward_margin": self.reward_margin,
+            "reward_accuracy": self.reward_accuracy,
+        }
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"loss": self.loss, "samples": [vars(sample) for sample in self.samples], "at": self.at}
+        return vars(self) | {"samples": [vars(sample) for sample in self.samples]}
 
     @staticmethod
     def from_wire(value: dict[str, Any]) -> "Evaluation":
         """The inverse of ``to_wire``."""
-        return Evaluation(value["loss"], [Sample(**sample) for sample in value["samples"]], value.get("at"))
+        return Evaluation(**value | {"samples": [Sample(**sample) for sample in value["samples"]]})
 
 
 def question(record: Record) -> tuple[Prompt, str | None] | None:
@@ -65,7 +81,7 @@ def question(record: Record) -> tuple[Prompt, str | None] | None:
         messages = record["messages"]
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         return (messages[:last], messages[last]["content"]) if last > 0 else None
-    completion = record["completion"]
+    completion = record["chosen"] if "chosen" in record else record["completion"]
     expected = completion if isinstance(completion, str) else completion[-1]["content"]
     return record["prompt"], expected
 
@@ -104,29 +120,34 @@ class Evaluator:
     place: Place
     device: torch.device
 
-    def loss(self, interrupted: Callable[[], bool] | None = None) -> float | None:
-        """Evaluation loss in nats per token; ``None`` without evaluation records. All ranks call it.
+    def measure(self, interrupted: Callable[[], bool] | None = None) -> Evaluation | None:
+        """Evaluation loss in nats per token, without answers. All ranks call it.
 
-        ``interrupted`` is asked after each batch, by all ranks; when it says yes to all of them, the loss is ``None``.
+        ``interrupted`` is asked after each batch, by all ranks; when it says yes to all of them, there is no answer.
 
         Raises:
             DivergedError: it is not finite, on all ranks alike.
         """
         if self.dataset is None:
-            return None
+            return Evaluation(None, [])
         pad = int(self.tokenizer.pad_token_id)
         loss = evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device, interrupted)
         if loss is None:
             return None
         if not math.isfinite(loss):
             raise DivergedError(f"the evaluation loss is {loss}")
-        return loss
+        return Evaluation(loss, [])
+
+    def loss(self) -> float | None:
+        """The loss of ``measure`` alone; ``None`` without evaluation records. All ranks call it."""
+        found = self.measure()
+        return found.loss if found is not None else None
 
     def run(self) -> Evaluation:
         """Loss and answers. All ranks call it."""
-        loss = self.loss()
+        found = self.measure() or Evaluation(None, [])
         answers = answer_questions(self.model, self.tokenizer, self.questions, self.device)
-        return Evaluation(loss, answers, format_time(datetime.now(UTC)))
+        return replace(found, samples=answers, at=format_time(datetime.now(UTC)))
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Forms of a record: how each is found, checked, and brought to one of the three that are trained on."""
+"""Forms of a record: how each is found, checked, and brought to one of the four that are trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text"]
+Format = Literal["messages", "sharegpt", "prompt-completion", "alpaca", "text", "preference"]
 Record = dict[str, Any]
 Problem = tuple[str, str]
 """Field and reason."""
@@ -28,6 +28,7 @@ FIELDS: dict[Format, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
 }
 
 ALPACA_INTRODUCTION = "Below is an instruction that describes a task{input}. Write a response that appropriately " \
@@ -36,11 +37,20 @@ ALPACA_INPUT = ", paired with an input that provides further context"
 """The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca, "Data Release")."""
 
 
-def detect_format(value: object) -> Format | None:
-    """The format whose fields ``value`` has, or ``None``."""
+ASSISTANT_TURN = "\n\nAssistant:"
+"""How a turn of the assistant begins in the strings of Anthropic/hh-rlhf (arXiv:2204.05862)."""
+
+
+def detect_format(value: object, *, preferences: bool = False) -> Format | None:
+    """The format whose fields ``value`` has, or ``None``.
+
+    ``preferences`` puts preference first, because published sets of pairs have messages or text beside them
+    (HuggingFaceH4/ultrafeedback_binarized), which objective sft can learn from.
+    """
     if isinstance(value, dict):
-        for name, fields in FIELDS.items():
-            if all(field in value for field in fields):
+        names: list[Format] = ["preference", *FIELDS] if preferences else list(FIELDS)
+        for name in names:
+            if all(field in value for field in FIELDS[name]):
                 return name
     return None
 
@@ -77,11 +87,16 @@ def check(value: object, kind: Format | None) -> Problem | None:
             or (None if given is None or given == "" else _check_text("input", given, may_be_blank=True))
             or _check_text("output", value["output"])
         )
+    if kind == "preference":
+        return _check_preference(value)
     return _check_text("text", value["text"])
 
 
 def convert(value: Record, kind: Format, system_prompt: str | None, *, chat: bool) -> Record:
-    """A checked record as messages, prompt and completion, or text. ``chat``: the model has a chat template."""
+    """A checked record as messages, prompt and completion, text, or prompt, chosen and rejected.
+
+    ``chat``: the model has a chat template.
+    """
     if kind == "text":
         return {"text": value["text"]}
     if kind == "messages":
@@ -89,6 +104,10 @@ def convert(value: Record, kind: Format, system_prompt: str | None, *, chat: boo
     if kind == "sharegpt":
         turns = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in value["conversations"]]
         return {"messages": _with_system(turns, system_prompt)}
+    if kind == "preference":
+        prompt, chosen, rejected = split_pair(value.get("prompt"), value["chosen"], value["rejected"])
+        start = _with_system(prompt, system_prompt) if isinstance(prompt, list) else prompt
+        return {"prompt": start, "chosen": chosen, "rejected": rejected}
     if kind == "alpaca":
         return _convert_alpaca(value, system_prompt, chat=chat)
     if isinstance(value["prompt"], list):
@@ -131,6 +150,86 @@ def _check_pair(prompt: object, completion: object) -> Problem | None:
     if isinstance(prompt, list):
         return _check_messages("prompt", prompt) or _check_messages("completion", completion, needs_assistant=True)
     return _check_text("prompt", prompt) or _check_text("completion", completion)
+
+
+def _check_preference(value: Record) -> Problem | None:
+    prompt = value.get("prompt")
+    if isinstance(prompt, list):
+        problem = _check_messages("prompt", prompt)
+    else:
+        problem = None if prompt is None else _check_text("prompt", prompt)
+    for field in ("chosen", "rejected"):
+        answer = value[field]
+        if isinstance(answer, list):
+            problem = problem or _check_messages(field, answer, needs_assistant=True)
+        else:
+            problem = problem or _check_text(field, answer)
+    if problem:
+        return problem
+    if type(value["chosen"]) is not type(value["rejected"]):
+        kinds = f"that is {kind_of(value['chosen'])}, this is {kind_of(value['rejected'])}"
+        return "rejected", f"must have the form of chosen: {kinds}"
+    start, chosen, rejected = split_pair(prompt, value["chosen"], value["rejected"])
+    if chosen == rejected:
+        return "rejected", "is equal to chosen, so there is nothing to prefer"
+    if not start or (isinstance(start, str) and not start.strip()):
+        return "prompt", "is missing, and chosen and rejected do not begin with the same prompt"
+    if isinstance(prompt, str) and isinstance(start, list) and not _asks(start, prompt):
+        return "prompt", "is not among the messages that chosen and rejected begin with"
+    for field, answer in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(answer, str):
+            if not answer.strip():
+                return field, "is empty after the prompt"
+        elif any(message["role"] not in ("assistant", "tool") for message in answer):
+            other = "rejected" if field == "chosen" else "chosen"
+            speaker = next(message["role"] for message in answer if message["role"] not in ("assistant", "tool"))
+            return field, f"may differ from {other} in the last answer only, but has a message of {speaker} behind it"
+    return None
+
+
+def _asks(messages: list[Record], prompt: str) -> bool:
+    return any(message["role"] == "user" and message["content"].strip() == prompt.strip() for message in messages)
+
+
+def split_pair(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """``(prompt, chosen, rejected)`` of a pair whose answers may be whole conversations: all strings, or all messages.
+
+    In published sets chosen and rejected often hold the prompt too, and the field prompt is missing
+    (Anthropic/hh-rlhf) or repeats it (HuggingFaceH4/ultrafeedback_binarized). What both begin with is then the prompt.
+    """
+    if isinstance(chosen, str):
+        if isinstance(prompt, list):
+            answers = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
+            return (_plain(prompt), *answers)
+        return (prompt, chosen, rejected) if prompt is not None else _split_strings(chosen, rejected)
+    chosen, rejected = _plain(chosen), _plain(rejected)
+    if isinstance(prompt, list):
+        start = _plain(prompt)
+        whole = all(answer[: len(start)] == start and len(answer) > len(start) for answer in (chosen, rejected))
+        cut = len(start) if whole else 0
+        return start, chosen[cut:], rejected[cut:]
+    cut = shared_length(chosen[:-1], rejected[:-1])
+    start = chosen[:cut]
+    if isinstance(prompt, str) and not any(message["role"] == "user" for message in start):
+        start = [*start, {"role": "user", "content": prompt}]
+    return start, chosen[cut:], rejected[cut:]
+
+
+def shared_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many elements two sequences begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Cuts behind the last turn of the assistant that both begin with, else before the first word that differs."""
+    shared = chosen[: shared_length(chosen, rejected)]
+    marker = shared.rfind(ASSISTANT_TURN)
+    if marker >= 0:
+        cut = marker + len(ASSISTANT_TURN)
+    else:
+        cut = max((index for index, character in enumerate(shared) if character.isspace()), default=0)
+    return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def _check_text(field: str, value: object, *, may_be_blank: bool = False) -> Problem | None:

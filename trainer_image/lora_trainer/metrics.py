@@ -15,14 +15,24 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 
-OPTIONAL = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+OPTIONAL = (
+    "epoch",
+    "loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "reward_margin",
+    "reward_accuracy",
+)
 
 
 @dataclass(frozen=True)
 class Metric:
     """What was measured at ``step``: by training (``loss``) or by an evaluation (``eval_loss``).
 
-    Losses are in nats per token, ``grad_norm`` is the L2 norm before clipping, ``at`` is an RFC 3339 time.
+    Losses are in nats per token, or with rewards (objective dpo, see ProgressLine) per pair. ``grad_norm`` is the L2
+    norm before clipping, ``at`` is an RFC 3339 time.
     """
 
     step: int
@@ -32,6 +42,8 @@ class Metric:
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
     at: str | None = None
 
     def to_line(self) -> str:
@@ -48,9 +60,9 @@ def read_metrics(
     """
     entries = [dict(entry) for entry in history if "loss" in entry or "eval_loss" in entry]
     if before.loss is not None:
-        entries.insert(0, {"step": 0, "eval_loss": before.loss, "at": before.at})
+        entries.insert(0, {"step": 0, **before.scores, "at": before.at})
     if after.loss is not None:
-        entries.append({"step": steps, "eval_loss": after.loss, "at": after.at})
+        entries.append({"step": steps, **after.scores, "at": after.at})
     return [_read(entry) for entry in sorted(entries, key=lambda entry: int(entry["step"]))]
 
 

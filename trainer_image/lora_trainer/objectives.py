@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerCallback
 
 from lora_api.run import RunSpec
+from lora_trainer.preference import build_preference_trainer
 from lora_trainer.prepare import TrainingData
 from lora_trainer.sft import build_supervised_trainer
 from lora_trainer.trainer import LoRATrainer
@@ -28,4 +29,5 @@ def build_trainer(
     Raises:
         BadSpecError: the batch sizes do not fit.
     """
-    return build_supervised_trainer(run, model, tokenizer, data, device, directory, callbacks)
+    build = build_preference_trainer if run.training.objective == "dpo" else build_supervised_trainer
+    return build(run, model, tokenizer, data, device, directory, callbacks)

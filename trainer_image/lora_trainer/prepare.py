@@ -34,6 +34,7 @@ from lora_trainer.data import (
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import Format, Record, is_conversation
 from lora_trainer.packs import Sequences, pack
+from lora_trainer.pairs import digest_pairs, tokenize_pairs
 from lora_trainer.readers import BadRecord
 from lora_trainer.settings import Place
 from lora_trainer.sources import Sources
@@ -68,11 +69,15 @@ class TrainingData:
 def prepare_data(run: RunSpec, sources: Sources, tokenizer: Tokenizer, place: Place, directory: Path) -> TrainingData:
     """Reads, checks, tokenizes and splits the records of ``run``; its files are below ``directory``.
 
+    Preference pairs are few and are held in memory by each process.
+
     Raises:
         BadDataError: some record is bad, or nothing is left to learn from within maxSeqLength.
         BadSpecError: an option of the dataset does not fit its records or the model's tokenizer.
         OSError: the disk is full.
     """
+    if run.training.objective == "dpo":
+        return prepare_pairs(run, sources, tokenizer)
     marker = directory / MARKER
     if place.is_local_main:
         directory.mkdir(parents=True, exist_ok=True)
@@ -338,20 +343,29 @@ class _Held(list[Document]):
         return np.asarray([len(document.ids) for document in self], dtype=np.int32)
 
 
-def hold_records(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> TrainingData:
-    """The records of ``run`` in memory, as they are: for an objective that makes its own tokens of them.
-
-    Its report counts records alone, and ``train`` and ``eval`` are lists of them.
+def prepare_pairs(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> TrainingData:
+    """The preference pairs of ``run`` as tokens, in memory: ``train`` and ``eval`` are lists of TokenPair.
 
     Raises:
-        BadDataError: some record is bad, or none is left.
-        BadSpecError: an option of the dataset does not fit its records.
+        BadDataError: some record is bad, or no pair is left that differs within maxSeqLength.
+        BadSpecError: an option of the dataset does not fit its records or the model's tokenizer.
     """
-    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
-    digest = hashlib.sha256(json.dumps([records.train, records.eval]).encode()).hexdigest()
-    count = len(records.train)
-    report = DataReport(
-        train_records=count, eval_records=len(records.eval), tokens=0, supervised_tokens=0, sequences=count
-    )
+    records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template), objective=run.training.objective)
+    if records.conversational and not tokenizer.chat_template:
+        raise BadSpecError(
+            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use a model that "
+            "is tuned for chat, set dataset.chatTemplate, or use pairs of plain strings"
+        )
+    limit = run.dataset.max_seq_length
+    found = {name: tokenize_pairs(tokenizer, side, limit) for name, side in vars(records).items() if name != "format"}
+    for name, pairs in found.items():
+        if getattr(records, name) and not pairs.pairs:
+            raise BadDataError(
+                f"dataset.{name}: chosen and rejected of every pair are equal in the tokens that are left of them at "
+                f"dataset.maxSeqLength = {limit}; raise maxSeqLength"
+            )
+    train, evaluation = found["train"].pairs, found["eval"].pairs
     shown = (records.eval or records.train)[:SHOWN]
-    return TrainingData(records.train, records.eval or None, report, records.conversational, shown, digest)
+    report = found["train"].report(len(evaluation))
+    digest = digest_pairs([*train, *evaluation])
+    return TrainingData(train, evaluation or None, report, records.conversational, shown, digest)

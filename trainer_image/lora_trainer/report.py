@@ -55,8 +55,18 @@ class RunResult:
     refusal: str | None = None
 
     @property
+    def has_rewards(self) -> bool:
+        """Whether the run learned from preference pairs."""
+        return any(metric.reward_margin is not None for metric in self.metrics)
+
+    @property
+    def loss_unit(self) -> str:
+        """What the losses are, for people."""
+        return "DPO loss, mean over pairs" if self.has_rewards else "nats per token"
+
+    @property
     def improvement(self) -> float | None:
-        """How much lower the evaluation loss is than before training, in nats per token."""
+        """How much lower the evaluation loss is than before training, in ``loss_unit``."""
         if self.before.loss is None or self.after.loss is None:
             return None
         return self.before.loss - self.after.loss
@@ -96,10 +106,28 @@ def build_charts(result: RunResult) -> list[str]:
         Series("evaluation", pick(result.metrics, "eval_loss"), ORANGE, dots=True),
     ]
     return [
-        line_chart("Loss", "nats per token", losses),
+        line_chart("Loss", result.loss_unit, losses),
+        *(_reward_charts(result.metrics) if result.has_rewards else []),
         line_chart("Learning rate", "", [Series("learning rate", pick(result.metrics, "learning_rate"))]),
         line_chart("Gradient norm", "before clipping", [Series("norm", pick(result.metrics, "grad_norm"))]),
         line_chart("Speed", "tokens per second", [Series("speed", pick(result.metrics, "tokens_per_second"))]),
+    ]
+
+
+def _reward_charts(metrics: Sequence[Metric]) -> list[str]:
+    training = [metric for metric in metrics if metric.loss is not None]
+    evaluation = [metric for metric in metrics if metric.eval_loss is not None]
+
+    def draw(title: str, unit: str, name: str) -> str:
+        series = [
+            Series("training", pick(training, name)),
+            Series("evaluation", pick(evaluation, name), ORANGE, dots=True),
+        ]
+        return line_chart(title, unit, series)
+
+    return [
+        draw("Reward margin", "of chosen over rejected, in nats times beta", "reward_margin"),
+        draw("Reward accuracy", "share of pairs", "reward_accuracy"),
     ]
 
 

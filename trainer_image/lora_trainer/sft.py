@@ -55,7 +55,7 @@ def build_supervised_trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.train_dataset = data.train
+    trainer.train_dataset, trainer.eval_dataset = data.train, data.eval
     restore_adapter_precision(model)
     trainer.prepare_loss(summed=read_levers().summed_loss)
     apply_levers(model, read_levers(), device)

@@ -13,7 +13,7 @@ from lora_trainer.callbacks import BoundaryCallback, EvaluationCallback, Progres
 from lora_trainer.catalog import Catalog
 from lora_trainer.chat import use_chat_template
 from lora_trainer.checkpoint import Checkpoints
-from lora_trainer.evaluate import Evaluator, sample_questions
+from lora_trainer.evaluate import sample_questions
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.line import Line
 from lora_trainer.loading import part_to_load
@@ -81,11 +81,12 @@ def train(
 
     budget = trainer.args.per_device_train_batch_size * run.dataset.max_seq_length
     questions = sample_questions(run.publish, data.shown, conversational=data.conversational)
-    evaluator = Evaluator(model, tokenizer, data.eval, questions, budget, place, device)
-    in_between.evaluate = evaluator.loss
     progress.stage("evaluating")
+    trainer.prepare(resume, budget, place, progress)
+    evaluator = trainer.build_evaluator(tokenizer, questions, budget, place)
+    in_between.evaluate = evaluator.measure
     before = checkpoints.before = resume.before if resume else evaluator.run()
-    progress.report_eval(step=0, total_steps=trainer.args.max_steps, eval_loss=before.loss)
+    progress.report_eval(step=0, total_steps=trainer.args.max_steps, **before.scores)
 
     progress.stage("training")
     with stop.deferred():
@@ -93,7 +94,7 @@ def train(
     stop.check()
     progress.stage("evaluating")
     after = evaluator.run()
-    progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, eval_loss=after.loss)
+    progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, **after.scores)
 
     memory = replace(memory, measured=measure_memory(device))
     progress.report_memory(**memory.to_progress())

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.errors import BadSpecError
+from lora_trainer.evaluate import Evaluator, Prompt
 from lora_trainer.finite import FiniteTrainer
 from lora_trainer.optim import optimizer_name
+from lora_trainer.progress import Progress
 from lora_trainer.sampler import EpochSampler, total_steps
+from lora_trainer.settings import Place
 from lora_trainer.sharding import own_distribution
 from lora_trainer.speed import read_levers
 
@@ -27,6 +31,22 @@ class LoRATrainer(FiniteTrainer):
 
     checkpoints: "Checkpoints | None" = None
     sampler: EpochSampler | None = None
+
+    def prepare(self, resume: "Resume | None", token_budget: int, place: Place, progress: Progress) -> None:
+        """Gets what the objective needs besides the model; supervised fine-tuning needs nothing. All ranks call it.
+
+        The model is sharded. Its adapter is fresh, or that of the checkpoint.
+        """
+
+    def objective_state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        """Tensors and metadata for a checkpoint that ``prepare`` could not compute again from a trained adapter."""
+        return None
+
+    def build_evaluator(
+        self, tokenizer: Tokenizer, questions: list[tuple[Prompt, str | None]], token_budget: int, place: Place
+    ) -> Evaluator:
+        """An evaluator of this trainer's model on the held-out records."""
+        return Evaluator(self.model, tokenizer, self.eval_dataset, questions, token_budget, place, self.args.device)
 
     def train_to_end(self, resume: "Resume | None") -> None:
         """Trains the steps that are left. A checkpoint of the last step leaves none."""

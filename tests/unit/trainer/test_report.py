@@ -108,6 +108,23 @@ def test_the_report_shows_what_happened() -> None:
     assert "Not published" not in text
 
 
+def test_a_run_on_preference_pairs_shows_its_rewards() -> None:
+    before = Evaluation(0.7, [], reward_margin=0.0, reward_accuracy=0.5)
+    after = Evaluation(0.2, [], reward_margin=1.5, reward_accuracy=0.9)
+    history = [{"step": step, "loss": 0.5, "reward_margin": 1.0, "reward_accuracy": 0.75} for step in (1, 2)]
+    result = make_result(before=before, after=after, metrics=read_metrics(history, before, after, 2))
+    assert [metric.reward_accuracy for metric in result.metrics] == [0.5, 0.75, 0.75, 0.9]
+    text = build_report(make_run(training={"objective": "dpo"}), result)
+    assert read_page(text).count("circle") == 6, "evaluations of loss, margin and accuracy"
+    assert "Reward margin" in text
+    assert "Reward accuracy" in text
+    assert "nats per token" not in text
+    card = build_card(make_run(training={"objective": "dpo"}), result)
+    for words in ("DPO loss, mean over pairs", "of 8 pairs", "tells chosen from rejected"):
+        assert words in card, words
+    assert "Reward" not in build_report(make_run(), make_result())
+
+
 REPORTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "a refused adapter says so at the top": (
         {"publish": {"gate": {"maxEvalLoss": 0.1}}},
