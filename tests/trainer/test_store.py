@@ -46,7 +46,7 @@ OPERATIONS: dict[str, Callable[[Store, Path], object]] = {
     "upload": lambda store, scratch: store.upload(scratch / "small", "small"),
     "upload in parts": lambda store, scratch: store.upload(scratch / "large", "large"),
     "list": lambda store, scratch: store.sizes(),
-    "delete": lambda store, scratch: store.delete(["there"]),
+    "delete": lambda store, scratch: store.delete(["gone"]),
     "download": lambda store, scratch: store.download("there", scratch / "back"),
 }
 
