@@ -183,9 +183,12 @@ class LoRAFineTuneSpec(ApiModel):
             field_path=".training.optimizer",
         ),
         CelRule(
-            rule="!has(self.lora.newTokens) || size(self.lora.newTokens) == 0 || self.publish.mergeBase",
-            message="servers load new tokens only as part of a whole model: set publish.mergeBase",
-            field_path=".lora.newTokens",
+            rule="self.quantization.type != 'int8' || (!self.parallelism.cpuOffload && "
+            "(self.parallelism.strategy == 'ddp' || "
+            "self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : 1) == 1))",
+            message="int8 weights cannot be sharded: set parallelism.strategy to ddp (without cpuOffload), or type to "
+            "nf4",
+            field_path=".quantization.type",
         ),
         CelRule(
             rule=_unchanged(),

@@ -10,7 +10,6 @@ MAX_GLOBAL_BATCH_SIZE = 65536
 
 MODULE_NAME = "^[A-Za-z0-9_.-]+$"
 ModuleName = Annotated[str, StringConstraints(pattern=MODULE_NAME, min_length=1, max_length=128)]
-Token = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
 def _module_names(field: str) -> CelRule:
@@ -50,13 +49,6 @@ class LoRA(ApiModel):
         description="Other values of alpha for some modules, as in rankPattern. In the published adapter they are "
         "folded into the weights, so that it has one alpha.",
     )
-    new_tokens: Annotated[list[Token], Field(max_length=256)] = Field(
-        [],
-        description="Tokens to add to the tokenizer; only their embeddings are trained. It costs: the embeddings are "
-        "held whole on each GPU, and no server loads the result as an adapter, so it needs publish.mergeBase.",
-        json_schema_extra={"x-kubernetes-list-type": "set"},
-    )
-
     cel_rules = (
         CelRule(
             rule="self.alpha <= 16 * self.r",
@@ -83,8 +75,8 @@ class Quantization(ApiModel):
 
     type: Literal["nf4", "int8", "none"] = Field(
         "nf4",
-        description="nf4: 4-bit NormalFloat through bitsandbytes. int8: LLM.int8() (arXiv:2208.07339). none: the "
-        "compute dtype.",
+        description="nf4: 4-bit NormalFloat through bitsandbytes. int8: LLM.int8() (arXiv:2208.07339), whose "
+        "weights cannot be sharded: one process, or strategy ddp. none: the compute dtype.",
     )
     double_quant: bool = Field(
         default=True, description="Quantize the quantization constants too: 0.37 bits less a weight."

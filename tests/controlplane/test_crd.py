@@ -63,7 +63,6 @@ MAXIMAL: Spec = {
         "useRslora": True,
         "rankPattern": {"q_proj": 4},
         "alphaPattern": {"self_attn.v_proj": 64},
-        "newTokens": ["<tool>"],
     },
     "quantization": {"type": "none", "doubleQuant": False, "computeDtype": "bfloat16"},
     "training": {
@@ -341,10 +340,15 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "must be auto or a whole number from 1 to 1024",
     ),
     "a rank of 0 for a module": ({"lora.rankPattern": {"q_proj": 0}}, "spec.lora.rankPattern.q_proj", "or equal to 1"),
-    "new tokens for a server of adapters": (
-        {"lora.newTokens": ["<tool>"]},
-        "spec.lora.newTokens",
-        "set publish.mergeBase",
+    "int8 weights in shards": (
+        {"quantization.type": "int8", "parallelism.gpusPerNode": 2},
+        "spec.quantization.type",
+        "int8 weights cannot be sharded",
+    ),
+    "int8 weights in host memory": (
+        {"quantization.type": "int8", "parallelism.cpuOffload": True},
+        "spec.quantization.type",
+        "int8 weights cannot be sharded",
     ),
     "settings of another objective": (
         {"training.dpo": {"beta": 0.2}},
@@ -755,7 +759,6 @@ def test_a_good_manifest_comes_back_as_pydantic_reads_it(cp: devcluster.ControlP
 
 # What a field needs beside it.
 COMPANIONS: dict[str, tuple[str, Any]] = {
-    "lora.newTokens": ("publish.mergeBase", True),
     "parallelism.shardSize": ("parallelism", {"strategy": "hsdp", "gpusPerNode": 8}),
     "parallelism.strategy": ("parallelism", {"shardSize": 4, "gpusPerNode": 8}),
 }

@@ -1,18 +1,22 @@
 """Every model family: what is found of it, and the whole way from its files to a published adapter that PEFT loads."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from lora_api.run import RunSpec
 from lora_api.training import LoRA
 from lora_trainer.adapter import unify
 from lora_trainer.architecture import (
@@ -23,7 +27,12 @@ from lora_trainer.architecture import (
     resolve_targets,
 )
 from lora_trainer.errors import BadSpecError
-from lora_trainer.model import choose_pad_token, load_skeleton, load_tokenizer
+from lora_trainer.model import check_quantization, choose_pad_token, load_base_model, load_skeleton, load_tokenizer
+from lora_trainer.progress import Progress
+from lora_trainer.settings import Place
+from lora_trainer.stop import StopRequest
+from lora_trainer.store import split_uri
+from lora_trainer.train import train
 from tests.support.families import FAMILIES, build_config, build_table, make_family
 from tests.support.seaweed import free_ports
 from tests.trainer.runs import ROOT, SOURCES
@@ -292,6 +301,45 @@ def test_the_end_is_learned_even_where_it_is_the_pad_token(tmp_path: Path) -> No
     records = [{"input_ids": [5, end], "labels": [5, end]}, {"input_ids": [5, 6, end], "labels": [5, 6, end]}]
     labels = DataCollatorForLanguageModeling(pad_token_id=end)(records)["labels"]
     assert labels.tolist() == [[5, end, -100], [5, 6, end]]
+
+
+def test_int8_learns_what_the_unquantized_model_learns_and_is_published(
+    make_run: Callable[..., RunSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    losses = {}
+    for kind in ("none", "int8"):
+        monkeypatch.setenv("LORA_STATE_DIR", str(tmp_path / kind))
+        run = make_run(quantization={"type": kind}, training={"maxSteps": 6, "learningRate": 0.05})
+        adapter = train(run, Place(0, 0, 1), StopRequest(), Progress(enabled=False))
+        assert adapter is not None
+        losses[kind] = (adapter.eval_loss_before, adapter.eval_loss_after)
+        assert losses[kind][1] < losses[kind][0]
+    assert losses["int8"] == pytest.approx(losses["none"], abs=0.002)
+    directory = Path("/" + split_uri(adapter.uri)[1].lstrip("/"))
+    source = Path(run.base_model.uri.removeprefix("file://"))
+    base = load_base_model(source, run.quantization, torch.device("cpu"))
+    held = {type(module).__name__ for module in base.modules() if isinstance(module, nn.Linear)}
+    assert held == {"Linear8bitLt", "Linear"}, "layers in int8, and the output head"
+    assert isinstance(PeftModel.from_pretrained(base, directory), PeftModel)
+
+
+INT8: dict[str, tuple[dict[str, Any], bool]] = {
+    "one process": ({}, True),
+    "ddp": ({"nodes": 2, "strategy": "ddp"}, True),
+    "auto": ({"nodes": 2}, False),
+    "fsdp": ({"gpusPerNode": 4, "strategy": "fsdp"}, False),
+    "offload": ({"cpuOffload": True}, False),
+}
+
+
+@pytest.mark.parametrize("case", INT8)
+def test_int8_is_never_sharded(case: str, make_run: Callable[..., RunSpec]) -> None:
+    parallelism, works = INT8[case]
+    check_quantization(make_run(quantization={"type": "nf4"}, parallelism=parallelism))
+    run = make_run(quantization={"type": "int8"}, parallelism=parallelism)
+    with nullcontext() if works else pytest.raises(BadSpecError, match=r"quantization.type int8.* ddp"):
+        check_quantization(run)
 
 
 def test_a_model_is_judged_before_its_weights_are_read(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from lora_trainer.evaluate import Evaluator, sample_questions
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.metrics import read_metrics
-from lora_trainer.model import add_adapter, check_chat_template, load_base_model, load_tokenizer, training_device
+from lora_trainer.model import (
+    add_adapter,
+    check_chat_template,
+    check_quantization,
+    load_base_model,
+    load_tokenizer,
+    training_device,
+)
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import shard_model, start_process_group
 from lora_trainer.progress import Progress
@@ -47,6 +54,7 @@ def train(run: RunSpec, place: Place, stop: StopRequest, progress: Progress) -> 
     records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template))
     check_chat_template(tokenizer, records)
     check_gate_has_records(run, len(records.eval))
+    check_quantization(run)
     device = training_device(run, place.local_rank)
     start_process_group(place, device)
     find_checkpoint = Checkpoints(store, run, place, work / "checkpoints", progress).find

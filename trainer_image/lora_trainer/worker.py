@@ -1,6 +1,7 @@
 """One training process: runs ``train`` and leaves its outcome in a file for the launcher."""
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -63,9 +64,10 @@ def end_with_parent() -> None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars in a pod's log."""
+    """No progress bars in a pod's log, and not a line from LLM.int8() for each product that it casts to float16."""
     import datasets
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
