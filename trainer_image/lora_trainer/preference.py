@@ -30,7 +30,7 @@ from lora_api.run import RunSpec
 from lora_api.training import DPO
 from lora_trainer.checkpoint import OBJECTIVE_STATE, Resume
 from lora_trainer.errors import BadDataError, DivergedError, InternalError
-from lora_trainer.evaluate import Evaluation, Evaluator, group_by_length
+from lora_trainer.evaluate import Evaluation, Evaluator, make_batches
 from lora_trainer.pairs import TokenPair, digest_pairs, pad_sequences
 from lora_trainer.parallel import sum_over_ranks
 from lora_trainer.prepare import TrainingData
@@ -150,7 +150,7 @@ class Scorer:
         passes: one that has none left repeats the first batch and leaves it out.
         """
         sequences = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
-        batches = group_by_length([len(prompt) + len(answer) for prompt, answer in sequences], self.token_budget)
+        batches = make_batches([len(prompt) + len(answer) for prompt, answer in sequences], self.token_budget)
         found = torch.zeros(len(sequences), dtype=torch.float64)
         world, training, spoke = self.place.world_size, self.model.training, time.monotonic()
         self.model.eval()
