@@ -78,7 +78,7 @@ def main(model: Path, data: Path, directory: Path) -> None:
         trainer = build_trainer(run, network, tokenizer, prepared, device, scratch, [])
         spread_model(network, strategy, device)
         gradients.clear()
-        trainer.train()
+        trainer.train_to_end(None)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         results[name] = {"losses": losses, "records": len(prepared.train), "gradients": gradients[0]}
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -19,9 +19,23 @@ from lora_trainer.speed import FastSteps, apply_levers, read_levers
 from lora_trainer.tokens import Document
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
+if TYPE_CHECKING:
+    from lora_trainer.checkpoint import Resume
+
 
 class SupervisedTrainer(FastSteps, LoRATrainer, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer for a gang of processes."""
+
+    layout: Layout = "padded"
+
+    def train_to_end(self, resume: "Resume | None") -> None:
+        """Trains, on a model that is seen to keep documents apart: the whole of it is there only once it is spread.
+
+        Raises:
+            BadSpecError: it does not.
+        """
+        check_isolation(self.model, self.layout, self.model.config.get_text_config().vocab_size, self.args.device)
+        super().train_to_end(resume)
 
 
 def build_supervised_trainer(
@@ -36,11 +50,10 @@ def build_supervised_trainer(
     """The trainer of ``run``: its model is not sharded yet.
 
     Raises:
-        BadSpecError: the batch sizes do not fit, or the model cannot be trained on packed sequences.
+        BadSpecError: the batch sizes do not fit.
     """
     arguments = loop_arguments(run, len(data.train), device, directory)
     layout = choose_layout(str(model.config._attn_implementation), packed=data.train.packed)  # noqa: SLF001
-    check_isolation(model, layout, model.config.get_text_config().vocab_size, device)
     trainer = SupervisedTrainer(
         model=model,
         args=SFTConfig(
@@ -55,7 +68,7 @@ def build_supervised_trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.train_dataset, trainer.eval_dataset = data.train, data.eval
+    trainer.train_dataset, trainer.eval_dataset, trainer.layout = data.train, data.eval, layout
     restore_adapter_precision(model)
     trainer.prepare_loss(summed=read_levers().summed_loss)
     apply_levers(model, read_levers(), device)
