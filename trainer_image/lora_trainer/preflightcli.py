@@ -22,6 +22,8 @@ def run_preflight(run_file: Path, device_gib: float | None) -> int:
     work = os.environ.get("LORA_WORK") or (WORK_DIRECTORY if Path(WORK_DIRECTORY).is_dir() else None)
     set_environment(work)
     try:
+        if work is not None:
+            Path(work).mkdir(parents=True, exist_ok=True)
         with (
             tempfile.TemporaryDirectory(prefix="preflight-", dir=work) as scratch,
             contextlib.redirect_stdout(sys.stderr),
