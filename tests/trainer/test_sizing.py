@@ -122,5 +122,5 @@ def test_a_gang_is_refused_as_one(make_run: Make, launch: Launch, huge: Path, mo
     run = make_run(baseModel={"uri": f"file://{huge}"}, training={"microBatchSize": "auto"}, parallelism={"nodes": 2})
     pod = launch(run)
     assert pod.wait() == RULES[FailureClass.BAD_SPEC].exit_code, pod.log.read_text()[-3000:]
-    assert "not even 1 x 64 tokens fit: a process needs" in pod.words.message
+    assert "not even 1 x 21 tokens fit: a process needs" in pod.words.message
     assert not [line for line in pod.lines if line.event == "memory"]
