@@ -91,3 +91,8 @@ images: venv ## Build the images and load them into the cluster
 .PHONY: bench-trainer
 bench-trainer: venv ## Compare the trainer with plain TRL on the CPU: docs/benchmarks/trainer.md
 	$(RUN) -m bench.trainer
+
+.PHONY: bench-gpu
+bench-gpu: ## Benchmark the trainer on a GPU machine without internet: docs/benchmarks/GPU.json (see docs/speed.md)
+	@bench/gpu/wheels.sh install
+	$(PYTHON) -m bench.gpu
