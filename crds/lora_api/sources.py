@@ -9,6 +9,7 @@ from lora_api._base import ApiModel, CelRule
 # Printable ASCII only: Python, Rust and Go disagree on what else is white space.
 ModelUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
 DataUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
+DataFormat = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "preference"]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 _HUB_URI = "hf://[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -97,7 +98,7 @@ class Dataset(ApiModel):
         description="Share of the training records (0 to 0.5) held out for evaluation when eval is not given. "
         "Default: 0.05. 0 turns evaluation off.",
     )
-    format: Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "preference"] = Field(
+    format: DataFormat = Field(
         "auto",
         description="Form of a record. messages: {messages: [{role, content}]}. sharegpt: {conversations: [{from, "
         "value}]}. prompt-completion: {prompt, completion}, loss on the completion only. alpaca: {instruction, input, "

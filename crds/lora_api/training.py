@@ -8,6 +8,8 @@ from lora_api._base import ApiModel, CelRule
 
 MAX_GLOBAL_BATCH_SIZE = 65536
 
+QuantizationType = Literal["nf4", "int8", "none"]
+
 MODULE_NAME = "^[A-Za-z0-9_.-]+$"
 ModuleName = Annotated[str, StringConstraints(pattern=MODULE_NAME, min_length=1, max_length=128)]
 
@@ -73,7 +75,7 @@ class LoRA(ApiModel):
 class Quantization(ApiModel):
     """How the frozen base weights are held (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""
 
-    type: Literal["nf4", "int8", "none"] = Field(
+    type: QuantizationType = Field(
         "nf4",
         description="nf4: 4-bit NormalFloat through bitsandbytes. int8: LLM.int8() (arXiv:2208.07339), whose "
         "weights cannot be sharded: one process, or strategy ddp. none: the compute dtype.",

@@ -5,9 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from lora_api.failures import FAILURE_RULES, RULES
 from lora_api.run import RUN_FILE
+from lora_api.sources import DataFormat
+from lora_api.training import QuantizationType
 
 EXIT_CODES = "exit codes:\n  0 success\n" + "\n".join(
     f"  {rule.exit_code} {rule.failure_class.value}: {rule.meaning}" for rule in FAILURE_RULES if rule.exit_code
@@ -51,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", required=True, help="base model: s3://, hf://, pvc:// or file:// URI")
     evaluate.add_argument("--data", required=True, help="dataset: s3://, hf://, pvc:// or file:// URI")
     evaluate.add_argument("--adapter", help="adapter's directory: s3:// or file:// URI; none: the base model alone")
-    formats = ("auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text")
+    formats = [name for name in get_args(DataFormat) if name != "preference"]
     evaluate.add_argument("--format", default="auto", choices=formats, help="default: %(default)s")
     evaluate.add_argument(
         "--column",
@@ -61,7 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a field's name in the file; may be repeated",
     )
     evaluate.add_argument("--system-prompt", help="first message of conversations that have no system message")
-    evaluate.add_argument("--quantization", default="nf4", choices=("nf4", "none"), help="default: %(default)s")
+    evaluate.add_argument(
+        "--quantization", default="nf4", choices=get_args(QuantizationType), help="default: %(default)s"
+    )
     evaluate.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a record (default: %(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=32, help="answers at a time (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, help="records to use at most (default: all)")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_api.sources import Dataset
+from lora_api.sources import DataFormat, Dataset
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import FIELDS, Format, Problem, Record, check, convert, detect_format, is_conversation, rename
 from lora_trainer.readers import BadRecord, read_file
@@ -73,14 +73,14 @@ class Reading:
     def __init__(
         self,
         files: Sequence[Path],
-        declared: str,
+        declared: DataFormat,
         columns: Mapping[str, str] | None = None,
         system_prompt: str | None = None,
         *,
         chat: bool = True,
         preferences: bool = False,
     ) -> None:
-        self.format: Format | None = None if declared == "auto" else declared  # type: ignore[assignment]
+        self.format: Format | None = None if declared == "auto" else declared
         self.first: Record | None = None
         self.faults = Faults()
         self._files, self._columns, self._system_prompt, self._chat = files, columns or {}, system_prompt, chat
@@ -171,7 +171,7 @@ def eval_fraction(dataset: Dataset) -> float:
 
 def read_records(
     files: list[Path],
-    declared: str,
+    declared: DataFormat,
     columns: Mapping[str, str] | None = None,
     system_prompt: str | None = None,
     *,

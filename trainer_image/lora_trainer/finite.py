@@ -18,7 +18,7 @@ from lora_trainer.sharding import clip_gradients
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-class FiniteTrainer(Trainer):  # type: ignore[misc]
+class FiniteTrainer(Trainer):
     """A Trainer that takes no step that is not finite. Weights, moments and learning rate stay as they were.
 
     The step counts as one of ``max_steps``: its records were seen.

@@ -129,7 +129,7 @@ def _cross_entropy(
 
 
 @dataclass
-class SupervisedOutput(ModelOutput):  # type: ignore[misc]
+class SupervisedOutput(ModelOutput):
     """What a model gives that is called with ``summed_loss=True``: nats over all supervised tokens, undivided."""
 
     loss: torch.Tensor | None = None
@@ -168,7 +168,7 @@ def add_summed_loss(model: PreTrainedModel) -> None:
             loss=SummedCrossEntropy.apply(hidden[supervised], weight, bias, shifted[supervised], transform)
         )
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

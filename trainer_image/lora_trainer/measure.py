@@ -11,10 +11,11 @@ from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.adapter import ADAPTER_FILES
-from lora_api.sources import BaseModelSource, DataSource
-from lora_api.training import Quantization
+from lora_api.sources import BaseModelSource, DataFormat, DataSource
+from lora_api.training import Quantization, QuantizationType
 from lora_trainer.chat import TEMPLATE_FILE, read_template, use_chat_template
 from lora_trainer.data import read_records
+from lora_trainer.errors import BadDataError
 from lora_trainer.evaluate import Sample, answer_questions, evaluate_loss, question
 from lora_trainer.formats import is_conversation
 from lora_trainer.model import load_base_model, load_tokenizer
@@ -71,10 +72,10 @@ def measure(
     model: str,
     data: str,
     adapter: str | None,
-    data_format: str = "auto",
+    data_format: DataFormat = "auto",
     columns: dict[str, str] | None = None,
     system_prompt: str | None = None,
-    quantization: str = "nf4",
+    quantization: QuantizationType = "nf4",
     max_seq_length: int = 2048,
     batch_size: int = 16,
     limit: int | None = None,
@@ -99,7 +100,7 @@ def measure(
         _, records = read_records(files, data_format, columns, system_prompt, chat=chat)
         records = records[:limit]
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        network: Any = load_base_model(directory, Quantization(type=quantization), device)  # type: ignore[arg-type]
+        network: Any = load_base_model(directory, Quantization(type=quantization), device)
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
@@ -108,6 +109,11 @@ def measure(
             network = PeftModel.from_pretrained(network, local)
         encoder = Encoder(tokenizer, assistant_only=False, conversational=is_conversation(records[0]))
         dataset = encode_all(encoder, records, max_seq_length)
+        if not len(dataset):
+            raise BadDataError(
+                f"--data: every record is cut at --max-seq-length {max_seq_length} tokens, before the part that is "
+                "measured; raise it"
+            )
         place = Place(0, 0, 1)
         loss = evaluate_loss(network, dataset, int(tokenizer.pad_token_id), TOKEN_BUDGET, place, device)
         questions = [asked for record in records if (asked := question(record)) is not None]
@@ -115,4 +121,4 @@ def measure(
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
             answers += answer_questions(network, tokenizer, part, device, max_new_tokens)
-    return Measurement(loss, len(records), answers)
+    return Measurement(loss, len(dataset), answers)

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.data import DataReport, LengthHistogram
 from lora_api.run import RunSpec
+from lora_api.sources import DataFormat
 from lora_trainer.data import (
     FORMS_DIFFER,
     NOTHING_TO_TRAIN_ON,
@@ -165,7 +166,9 @@ class _Pass:
                 "that is learned from; raise maxSeqLength"
             )
 
-    def _write(self, name: str, files: list[Path], declared: str) -> tuple[Format, Record, _Side, str, list[Record]]:
+    def _write(
+        self, name: str, files: list[Path], declared: DataFormat
+    ) -> tuple[Format, Record, _Side, str, list[Record]]:
         dataset = self._run.dataset
         chat = bool(self._tokenizer.chat_template)
         reading = Reading(files, declared, dataset.columns, dataset.system_prompt, chat=chat)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_trainer.checkpoint import Resume
 
 
-class SupervisedTrainer(FastSteps, LoRATrainer, SFTTrainer):  # type: ignore[misc]
+class SupervisedTrainer(FastSteps, LoRATrainer, SFTTrainer):
     """SFTTrainer for a gang of processes."""
 
     layout: Layout = "padded"
