@@ -12,7 +12,7 @@ import kopf
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.children.names import MANAGER
 from lora_operator.kube import KubeClient, KubeError, NotFoundError, load_configuration
-from lora_operator.metrics import Metrics
+from lora_operator.metrics import Metrics, Readings
 from lora_operator.queue import WorkQueue
 from lora_operator.ratelimit import RateLimit
 from lora_operator.reconcile import Reconciler
@@ -45,7 +45,7 @@ class Operator:
     ) -> None:
         self.settings = settings
         self.cache = Cache()
-        self.metrics = Metrics(self.cache.runs_by_phase, self.cache.tokens_per_second, self._queue_depth)
+        self.metrics = Metrics(Readings(self.cache.runs_by_phase, self.cache.tokens_per_second, self._queue_depth))
         self.ready = False
         self.drain_seconds = DRAIN_SECONDS
         self._make_client = make_client

@@ -2,6 +2,7 @@
 
 from collections import Counter as Count
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -15,19 +16,19 @@ _WAIT = (1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0, 4
 _RUN = (60.0, 300.0, 900.0, 1800.0, 3600.0, 2 * 3600.0, 4 * 3600.0, 12 * 3600.0, 24 * 3600.0, 7 * 24 * 3600.0)
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What is asked when metrics are read, so that nothing has to be kept in step."""
+
+    runs_by_phase: Callable[[], Count[str]]
+    tokens_per_second: Callable[[], Mapping[str, float]]
+    queue_depth: Callable[[], int]
+
+
 class Metrics:
-    """All that the operator counts.
+    """All that the operator counts. What is no reading is counted when a status has been written."""
 
-    ``runs_by_phase``, ``tokens_per_second`` and ``queue_depth`` are asked when metrics are read, so nothing has to be
-    kept in step. The rest is counted when a status has been written.
-    """
-
-    def __init__(
-        self,
-        runs_by_phase: Callable[[], Count[str]],
-        tokens_per_second: Callable[[], Mapping[str, float]],
-        queue_depth: Callable[[], int],
-    ) -> None:
+    def __init__(self, readings: Readings) -> None:
         self.registry = CollectorRegistry()
         self.failures = Counter(
             "lora_operator_failures",
@@ -65,7 +66,7 @@ class Metrics:
             ["namespace"],
             registry=self.registry,
         )
-        self.registry.register(_Gauges(runs_by_phase, tokens_per_second, queue_depth))
+        self.registry.register(_Gauges(readings))
 
     def count_change(self, namespace: str, old: LoRAFineTuneStatus, new: LoRAFineTuneStatus, now: datetime) -> None:
         """Counts what a write of a status tells: a gang was scheduled, began, stopped, failed, or the run ended."""
@@ -97,27 +98,20 @@ def _became_true(kind: ConditionType, old: LoRAFineTuneStatus, new: LoRAFineTune
 
 
 class _Gauges(Collector):
-    def __init__(
-        self,
-        runs_by_phase: Callable[[], Count[str]],
-        tokens_per_second: Callable[[], Mapping[str, float]],
-        queue_depth: Callable[[], int],
-    ) -> None:
-        self._runs_by_phase = runs_by_phase
-        self._tokens_per_second = tokens_per_second
-        self._queue_depth = queue_depth
+    def __init__(self, readings: Readings) -> None:
+        self._readings = readings
 
     def collect(self) -> Iterator[Metric]:
         runs = GaugeMetricFamily("lora_operator_runs", "LoRAFineTune objects by phase.", labels=["phase"])
-        for phase, count in sorted(self._runs_by_phase().items()):
+        for phase, count in sorted(self._readings.runs_by_phase().items()):
             runs.add_metric([phase], count)
         yield runs
         tokens = GaugeMetricFamily(
             "lora_operator_tokens_per_second", "Tokens per second of all runs that train.", labels=["namespace"]
         )
-        for namespace, speed in sorted(self._tokens_per_second().items()):
+        for namespace, speed in sorted(self._readings.tokens_per_second().items()):
             tokens.add_metric([namespace], speed)
         yield tokens
         depth = GaugeMetricFamily("lora_operator_queue_depth", "Runs that are due to be looked at.")
-        depth.add_metric([], self._queue_depth())
+        depth.add_metric([], self._readings.queue_depth())
         yield depth

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
 from lora_api.run import RunSpec
+from lora_trainer.progress import Stage
 from tests.trainer.zygote import ForkedPod, Zygote
 
 ROOT = Path(__file__).parents[2]
@@ -102,10 +103,10 @@ class Launched:
             assert not ended, self.log.read_text()[-5000:]
             time.sleep(0.005)  # between looks at a condition
 
-    def wait_stage(self, stage: str, times: int = 1) -> None:
+    def wait_stage(self, stage: Stage, times: int = 1) -> None:
         """Returns when ``stage`` was reported so often."""
         deadline = time.monotonic() + 180
-        while [line.stage for line in self.lines].count(stage) < times:  # type: ignore[arg-type]
+        while [line.stage for line in self.lines].count(stage) < times:
             ended = self.process.poll() is not None or time.monotonic() > deadline
             assert not ended, self.log.read_text()[-5000:]
             time.sleep(0.005)  # between looks at a condition

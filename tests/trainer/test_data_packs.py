@@ -90,8 +90,9 @@ def test_a_document_in_a_pack_has_the_logits_and_the_loss_that_it_has_alone(name
     alone = [run_model(model, collate([[document]], "padded", 0)) for document in documents]
     total = sum(loss for _, loss in alone)
     rows = [[documents[0], documents[1], documents[3]], [documents[2], documents[4]]]
-    for layout in ("packed", "flat"):
-        batch = collate(rows, layout, 0)  # type: ignore[arg-type]
+    layouts: tuple[Layout, ...] = ("packed", "flat")
+    for layout in layouts:
+        batch = collate(rows, layout, 0)
         logits, loss = run_model(model, batch)
         found, place = [], {}
         for number, row in enumerate(rows):
@@ -112,8 +113,9 @@ def test_a_document_in_a_pack_has_the_logits_and_the_loss_that_it_has_alone(name
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_keeps_documents_apart_is_let_through(name: str) -> None:
     model = make_network(name, "sdpa").train()
-    for layout in ("padded", "packed"):
-        check_isolation(model, layout, VOCABULARY, CPU)  # type: ignore[arg-type]
+    layouts: tuple[Layout, ...] = ("padded", "packed")
+    for layout in layouts:
+        check_isolation(model, layout, VOCABULARY, CPU)
     assert model.training
 
 

@@ -20,11 +20,13 @@ from lora_api.run import RunSpec
 from lora_api.sources import DataSource
 from lora_trainer.chat import Chat, use_chat_template
 from lora_trainer.errors import BadDataError, BadSpecError, ModelNotFoundError, TrainerError
+from lora_trainer.formats import shared_length
+from lora_trainer.loss import IGNORED
 from lora_trainer.prepare import MARKER, TrainingData, prepare_data
 from lora_trainer.settings import Place
 from lora_trainer.sources import Sources, fetch_data
 from lora_trainer.tokenfile import TokenFile, TokenWriter
-from lora_trainer.tokens import IGNORED, Document, Encoder, common_prefix, make_document
+from lora_trainer.tokens import Document, Encoder, make_document
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_model, make_rows, write_rows
 from tests.trainer.runs import ROOT, SOURCES
@@ -146,8 +148,8 @@ def test_what_is_learned_of_text_and_of_completions(tokenizer: Any) -> None:
     (turns,) = chat.encode([{"prompt": CONVERSATION[1:2], "completion": CONVERSATION[2:3]}], ["a"])
     assert isinstance(turns, Document)
     assert learned(tokenizer, turns) == ["yes</s>"]
-    assert common_prefix([1, 2], [1, 2, 3]) == 2
-    assert common_prefix([1, 4], [1, 2, 3]) == 1
+    assert shared_length([1, 2], [1, 2, 3]) == 2
+    assert shared_length([1, 4], [1, 2, 3]) == 1
 
 
 def test_todays_date_does_not_change_what_is_learned(tokenizer: Any) -> None:

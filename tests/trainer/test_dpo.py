@@ -20,6 +20,7 @@ from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_api.training import DPO, Quantization
 from lora_trainer.errors import BadDataError, InternalError, StoppedError
+from lora_trainer.evaluate import encode_prompt
 from lora_trainer.model import add_adapter, load_base_model
 from lora_trainer.pairs import cut_pair, pad_sequences, tokenize_pair, tokenize_pairs
 from lora_trainer.preference import Ratios, answer_log_probs, fuse_head, pair_losses, sum_rewards
@@ -214,12 +215,24 @@ def test_answers_are_tokenized_as_the_model_meets_them(model: Path) -> None:
     assert decoded == ["<|user|>red</s><|assistant|>", "yes</s>", "no</s>"]
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(model: Path) -> None:
+    """Otherwise a run that is resumed on the next day would not know its own pairs again."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    answer = [{"role": "assistant", "content": "yes"}]
+    prompt, _, _ = tokenize_pair(
+        tokenizer, {"prompt": [{"role": "user", "content": "red"}], "chosen": answer, "rejected": answer}
+    )
+    assert tokenizer.decode(prompt).startswith("26 Jul 2024 <|user|>red")
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "red"}]) == prompt[: len(prompt)]
+
+
 def test_a_template_that_refuses_a_pair_says_why(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{{ raise_exception('no system messages') }}"
     answer = [{"role": "assistant", "content": "yes"}]
     record = {"prompt": [{"role": "system", "content": "x"}], "chosen": answer, "rejected": answer}
-    with pytest.raises(BadDataError, match="refuses a pair with the roles system: no system messages"):
+    with pytest.raises(BadDataError, match="refuses a pair with the roles system: line 1: no system messages"):
         tokenize_pair(tokenizer, record)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -304,6 +305,9 @@ def test_a_record_that_overflows_costs_its_step_and_nothing_else(bench: Bench) -
     assert again.words.adapter.digest == whole.words.adapter.digest
     last = [line for line in again.lines if line.event == "step"][-1]
     assert last.skipped_steps == len(skipped)
+    for adapter in (whole.words.adapter, again.words.adapter):
+        report = Path(adapter.uri.removeprefix("file://"), "report.html").read_text()
+        assert re.search(rf"Steps skipped[^<]*</t[hd]><t[hd][^>]*>{len(skipped)}<", report)
 
 
 def test_weights_that_overflow_later_end_the_run_and_keep_the_last_checkpoint(bench: Bench) -> None:

@@ -27,8 +27,9 @@ from lora_trainer.architecture import (
     resolve_targets,
 )
 from lora_trainer.errors import BadSpecError
-from lora_trainer.model import check_quantization, choose_pad_token, load_base_model, load_skeleton, load_tokenizer
+from lora_trainer.model import choose_pad_token, load_base_model, load_skeleton, load_tokenizer
 from lora_trainer.progress import Progress
+from lora_trainer.rules import check_quantization
 from lora_trainer.settings import Place
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import split_uri

@@ -96,6 +96,20 @@ def test_a_merged_model_of_several_files_answers_as_base_and_adapter(
     assert all(describe_file(merged / file.path, file.path) == file for file in manifest.files)
 
 
+def test_a_model_that_was_trained_with_another_template_is_merged_with_it(
+    make_run: Make, model: Path, tmp_path: Path
+) -> None:
+    template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    base = resave(model, tmp_path / "base")
+    adapt(base, tmp_path / "adapter")
+    merged = merge(make_run(dataset={"chatTemplate": template}), base, tmp_path / "adapter")
+    assert AutoTokenizer.from_pretrained(base).chat_template != template
+    assert AutoTokenizer.from_pretrained(merged).chat_template == template
+    manifest = MergedManifest.model_validate_json((merged / "manifest.json").read_text())
+    assert [file.path for file in manifest.files].count("chat_template.jinja") == 1
+    assert all(describe_file(merged / file.path, file.path) == file for file in manifest.files)
+
+
 def test_products_are_float32_and_the_files_keep_their_type(make_run: Make, model: Path, tmp_path: Path) -> None:
     base = resave(model, tmp_path / "base", dtype=torch.bfloat16, shard="1GB")
     adapt(base, tmp_path / "adapter", use_rslora=True)

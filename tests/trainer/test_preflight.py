@@ -162,6 +162,33 @@ def shard(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+RULES_OF_A_RUN: dict[str, tuple[dict[str, Any], str]] = {
+    "weights that cannot be sharded": (
+        {"quantization": {"type": "int8"}, "parallelism": {"gpusPerNode": 2}},
+        "quantization.type int8: these weights cannot be sharded",
+    ),
+    "an optimizer of whole weights": (
+        {"training": {"optimizer": "paged-adamw-8bit"}, "parallelism": {"gpusPerNode": 2}},
+        "training.optimizer: paged-adamw-8bit works in blocks of whole weights",
+    ),
+    "groups that do not divide": (
+        {"parallelism": {"gpusPerNode": 4, "strategy": "hsdp", "shardSize": 3}},
+        "parallelism.shardSize: 4 processes do not divide into groups of 3",
+    ),
+    "a gate that measures nothing": (
+        {"publish": {"gate": {"maxEvalLoss": 1.0}}, "dataset": {"eval": None, "evalFraction": 0.0}},
+        "publish.gate needs records to evaluate on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RULES_OF_A_RUN)
+def test_a_rule_that_would_end_the_run_on_its_gpus_is_told_before(check: Check, case: str) -> None:
+    changes, words = RULES_OF_A_RUN[case]
+    result = check(gib=24, **changes)
+    assert [(found, message.startswith(words)) for found, message in said(result)] == [(BAD_SPEC, True)], said(result)
+
+
 def test_shards_count_as_one_model_and_a_missing_one_is_named(check: Check, model: Path, copied: Path) -> None:
     whole = check().model
     shard(copied)

@@ -13,7 +13,7 @@ from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_FILES, AdapterManifest, par
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
-from lora_trainer.errors import StoppedError, classify
+from lora_trainer.errors import BadDataError, StoppedError, classify
 from lora_trainer.measure import measure
 from lora_trainer.model import load_base_model
 from lora_trainer.progress import Progress
@@ -94,6 +94,8 @@ def test_the_published_directory_is_what_was_evaluated(
     ]  # fmt: skip
     measured = measure(model=f"file://{model}", data=f"file://{data}/eval.jsonl", adapter=adapter.uri, max_new_tokens=8)
     assert measured.loss == pytest.approx(adapter.eval_loss_after, abs=1e-5)
+    with pytest.raises(BadDataError, match="--data: every record is cut at --max-seq-length 3 tokens"):
+        measure(model=f"file://{model}", data=f"file://{data}/eval.jsonl", adapter=None, max_seq_length=3)
     before = measure(model=f"file://{model}", data=f"file://{data}/eval.jsonl", adapter=None, max_new_tokens=8)
     assert before.loss == pytest.approx(adapter.eval_loss_before, abs=1e-5)
     assert len(before.answers) == before.records == 9

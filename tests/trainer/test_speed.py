@@ -23,6 +23,7 @@ from lora_trainer import loss
 from lora_trainer.errors import BadSpecError, InternalError
 from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
 from lora_trainer.optim import collect_state, optimizer_name, restore_state
+from lora_trainer.rules import check_run
 from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
 from tests.trainer.runs import Launched
 
@@ -222,6 +223,7 @@ SHARDED = "works in blocks of whole weights, and FSDP shards the adapter"
 EIGHT_BIT = {
     "one GPU": ({"gpusPerNode": 1}, None),
     "two GPUs": ({"gpusPerNode": 2}, SHARDED),
+    "two GPUs, each with all of the adapter": ({"gpusPerNode": 2, "strategy": "ddp"}, None),
     "one GPU and host memory": ({"gpusPerNode": 1, "cpuOffload": True}, SHARDED),
     "no GPU": ({"gpusPerNode": 0}, "needs GPUs"),
 }
@@ -232,10 +234,11 @@ def test_where_8_bit_adamw_can_work(case: str, make_run: Make) -> None:
     parallelism, refusal = EIGHT_BIT[case]
     run = make_run(training={"optimizer": "paged-adamw-8bit"}, parallelism=parallelism)
     if refusal is None:
+        check_run(run)
         assert optimizer_name(run, fused=True) == "paged_adamw_8bit"
     else:
         with pytest.raises(BadSpecError, match=f"training.optimizer: paged-adamw-8bit {refusal}"):
-            optimizer_name(run, fused=True)
+            check_run(run)
 
 
 def test_liger_is_refused_where_it_cannot_work() -> None:

@@ -65,13 +65,14 @@ def test_tensorboard_reads_its_event_file(tmp_path: Path) -> None:
     metrics = [
         Metric(0, eval_loss=2.0, at="2026-11-25T12:00:00Z"),
         Metric(1, loss=1.5, learning_rate=1e-3, grad_norm=0.5, tokens_per_second=10.0, at="2026-11-25T12:00:05Z"),
-        Metric(2, loss=1.0),
+        Metric(2, loss=1.0, reward_margin=0.25),
     ]
     file = write_event_file(metrics, "my.run", tmp_path)
     assert file.name == "events.out.tfevents.1795608000.my.run"
     read = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 1.5), (2, 1.0)]
     assert [(event.step, event.wall_time) for event in read.Scalars("eval/loss")] == [(0, 1795608000.0)]
+    assert [(event.step, event.value) for event in read.Scalars("reward/margin")] == [(2, 0.25)]
     assert read.Scalars("train/learning_rate")[0].value == pytest.approx(1e-3)
     assert read.Scalars("train/loss")[0].wall_time == 1795608005.0
     assert write_event_file(metrics, "my.run", tmp_path).read_bytes() == file.read_bytes()
@@ -183,13 +184,24 @@ def test_weights_and_biases_gets_parameters_metrics_and_the_adapter(
 # -- trackers that are down
 
 
+class AnsweringServer(http.server.ThreadingHTTPServer):
+    """Answers everything with ``status``, and notes what was asked for."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.status = status
+        self.asked: list[str] = []
+
+
 class Answer(http.server.BaseHTTPRequestHandler):
-    """Answers everything with the server's status, and notes what was asked for."""
+    """One answer."""
+
+    server: AnsweringServer
 
     def answer(self) -> None:
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.server.asked.append(self.path)
         body = b'{"errors": [{"message": "no"}]}'
-        self.send_response(self.server.status)  # type: ignore[attr-defined]
+        self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -203,12 +215,11 @@ class Answer(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def answering(status: int) -> Iterator[tuple[str, list[str]]]:
     """A server that answers everything with ``status``: its address, and what it was asked."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        server.status, server.asked = status, []  # type: ignore[attr-defined]
+    with AnsweringServer(status) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", server.asked  # type: ignore[attr-defined]
+            yield f"http://127.0.0.1:{server.server_address[1]}", server.asked
         finally:
             server.shutdown()
             thread.join()

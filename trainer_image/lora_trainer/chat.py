@@ -39,6 +39,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self.template: str = tokenizer.get_chat_template()
         self._variables = dict(tokenizer.special_tokens_map)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -58,6 +59,15 @@ class Chat:
             TemplateFailedError: the template refuses it.
         """
         return self._render(messages, generation_prompt=generation_prompt)[0]
+
+    def encode(self, messages: list[Record], *, generation_prompt: bool = False) -> list[int]:
+        """The token ids of a conversation. Special tokens are those that the template writes.
+
+        Raises:
+            TemplateFailedError: the template refuses it.
+        """
+        text = self.render(messages, generation_prompt=generation_prompt)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def assistant_spans(self, messages: list[Record]) -> tuple[str, list[Span]]:
         """The text of a conversation, and what of it the assistant wrote, each turn with the token that ends it.

@@ -61,11 +61,12 @@ def rng_file(rank: int) -> str:
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint that was fetched: its step, its files, and the evaluation before training."""
+    """A checkpoint that was fetched: its step, its files, the evaluation before training, and steps skipped so far."""
 
     step: int
     directory: Path
     before: Evaluation
+    skipped: int = 0
 
 
 class Checkpoints:
@@ -261,16 +262,17 @@ class Checkpoints:
             if name not in saved:
                 raise InternalError(f"checkpoint of step {marker.step}: {name} is missing")
             assign_full(parameter, saved[name])
-        self.before = Evaluation.from_wire(json.loads((directory / LOOP_STATE).read_text())["before"])
+        loop = json.loads((directory / LOOP_STATE).read_text())
+        self.before = Evaluation.from_wire(loop["before"])
         self.saved = marker.step
-        return Resume(marker.step, directory, self.before)
+        return Resume(marker.step, directory, self.before, loop["skipped"][0])
 
     def load_optimizer(self, trainer: "LoRATrainer", directory: Path) -> None:
         """Puts the moments and the schedule back."""
         optimizer = _inner_optimizer(trainer)
         restore_state(optimizer, _trainable(trainer.model), load_file(directory / OPTIMIZER_STATE))
         loop = json.loads((directory / LOOP_STATE).read_text())
-        trainer.skipped, trainer.skipped_in_a_row = loop.get("skipped", [0, 0])
+        trainer.skipped, trainer.skipped_in_a_row = loop["skipped"]
         trainer.lr_scheduler.load_state_dict(loop["scheduler"])
         for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # the scheduler itself sets it only at its next step

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.publishing import Publish
 from lora_api.status import format_time
+from lora_trainer.chat import Chat
 from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record
 from lora_trainer.packs import Sequences, collate
@@ -228,8 +229,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, as records are encoded for training."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return Chat(tokenizer).encode(prompt, generation_prompt=True)
 
 
 def show_prompt(prompt: Prompt) -> str:

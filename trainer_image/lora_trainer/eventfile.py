@@ -13,6 +13,8 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "tokens_per_second": "train/tokens_per_second",
     "epoch": "train/epoch",
+    "reward_margin": "reward/margin",
+    "reward_accuracy": "reward/accuracy",
 }
 """Names of the charts."""
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 IGNORED = -100
-"""Label of a token that nothing is learned from."""
+"""Label of a token that nothing is learned from, as PyTorch's cross-entropy has it."""
 
 CHUNK_BYTES = 256 * 2**20
 """Size of one chunk's logits in float32: about 500 tokens of Llama 3. Larger chunks are not faster on CPUs."""

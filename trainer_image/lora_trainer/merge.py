@@ -30,6 +30,7 @@ from lora_api.adapter import (
 )
 from lora_api.run import RunSpec
 from lora_trainer.adapter import model_name
+from lora_trainer.chat import template_files
 from lora_trainer.errors import BadSpecError, InternalError, StoreUnavailableError
 from lora_trainer.publish import has_manifest
 from lora_trainer.store import Store, describe_file, join
@@ -176,11 +177,13 @@ def publish_merged(
 
     for name, source in merge_files(plan, tensors, scale, scratch):
         put(name, source)
+    written = {CARD_FILE: card, **template_files(run.dataset.chat_template)}
     for name in list_kept_files(base):
-        put(name, base / name)
-    readme = scratch / CARD_FILE
-    readme.write_text(card, encoding="utf-8")
-    put(CARD_FILE, readme)
+        if name not in written:
+            put(name, base / name)
+    for name, text in written.items():
+        (scratch / name).write_text(text, encoding="utf-8")
+        put(name, scratch / name)
     check_sizes(store, target, files)
     manifest = MergedManifest(
         adapter_digest=digest,

@@ -53,21 +53,6 @@ def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dty
     return DTYPES[quantization.compute_dtype]
 
 
-def check_quantization(run: RunSpec) -> None:
-    """The weights of LLM.int8() are integers, which FSDP2 does not shard.
-
-    Raises:
-        BadSpecError: int8 weights would be sharded. The API server refuses this too.
-    """
-    parallelism = run.parallelism
-    sharded = parallelism.cpu_offload or (parallelism.world_size > 1 and parallelism.strategy != "ddp")
-    if run.quantization.type == "int8" and sharded:
-        raise BadSpecError(
-            f"quantization.type int8: these weights cannot be sharded over {parallelism.world_size} processes or held "
-            "in host memory: set parallelism.strategy to ddp (without cpuOffload), or type to nf4"
-        )
-
-
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The model's tokenizer, with a padding token."""
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lora_api.run import RunSpec
-from lora_trainer.errors import BadSpecError, InternalError
+from lora_trainer.errors import InternalError
 from lora_trainer.parallel import assign_full, full_tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -22,23 +22,9 @@ Named = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 def optimizer_name(run: RunSpec, *, fused: bool) -> str:
-    """Transformers' name of the run's optimizer.
-
-    Raises:
-        BadSpecError: 8-bit AdamW on CPUs, or with a sharded adapter.
-    """
+    """Transformers' name of the run's optimizer."""
     if run.training.optimizer == "adamw":
         return "adamw_torch_fused" if fused else "adamw_torch"
-    parallelism = run.parallelism
-    if parallelism.gpus_per_node == 0:
-        raise BadSpecError(
-            "training.optimizer: paged-adamw-8bit needs GPUs (parallelism.gpusPerNode above 0); use adamw"
-        )
-    if parallelism.cpu_offload or (parallelism.world_size > 1 and parallelism.strategy != "ddp"):
-        raise BadSpecError(
-            "training.optimizer: paged-adamw-8bit works in blocks of whole weights, and FSDP shards the adapter: use "
-            "adamw, whose moments are sharded too, or parallelism.strategy ddp without cpuOffload"
-        )
     return "paged_adamw_8bit"
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lora_trainer.errors import BadSpecError
-from lora_trainer.tokens import IGNORED, Document
+from lora_trainer.loss import IGNORED
+from lora_trainer.tokens import Document
 
 WINDOW = 4096
 """Documents that are packed with each other. More waste less, and take longer: at 4096 under 1% is left empty."""

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.data import DataReport
+from lora_trainer.chat import Chat, TemplateFailedError
 from lora_trainer.errors import BadDataError
-from lora_trainer.formats import Record, shared_length
-
-IGNORED = -100
-"""Label of a token that is not scored."""
+from lora_trainer.formats import Record, is_conversation, shared_length
+from lora_trainer.loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,10 @@ class Cut:
     lost: int
 
 
-def tokenize_pair(tokenizer: Tokenizer, record: Record) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prompt, chosen and rejected of a converted record.
+def tokenize_pair(
+    tokenizer: Tokenizer, record: Record, chat: Chat | None = None
+) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of prompt, chosen and rejected of a converted record. ``chat`` writes conversations.
 
     Prompt and answer are tokenized together, as the model meets them. An answer begins with the first token at which
     one of the two differs from the prompt alone: tokens may merge across the border. Plain text ends with the end
@@ -58,19 +58,19 @@ def tokenize_pair(tokenizer: Tokenizer, record: Record) -> tuple[list[int], list
         texts = [prompt + answer + ("" if end and answer.endswith(end) else end) for answer in answers]
         whole = [list(tokenizer(text)["input_ids"]) for text in texts]
     else:
-        alone = _render(tokenizer, prompt, ask=True)
-        whole = [_render(tokenizer, [*prompt, *answer], ask=False) for answer in answers]
+        chat = chat or Chat(tokenizer)
+        alone = _encode(chat, prompt, ask=True)
+        whole = [_encode(chat, [*prompt, *answer], ask=False) for answer in answers]
     cut = min(shared_length(alone, ids) for ids in whole)
     return whole[0][:cut], whole[0][cut:], whole[1][cut:]
 
 
-def _render(tokenizer: Tokenizer, messages: list[Record], *, ask: bool) -> list[int]:
+def _encode(chat: Chat, messages: list[Record], *, ask: bool) -> list[int]:
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=ask, tokenize=True, return_dict=True)
-    except TemplateError as error:
+        return chat.encode(messages, generation_prompt=ask)
+    except TemplateFailedError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise BadDataError(f"dataset: the chat template refuses a pair with the roles {roles}: {error}") from error
-    return list(encoded["input_ids"])
 
 
 def cut_pair(prompt: list[int], chosen: list[int], rejected: list[int], limit: int, first: int | None) -> Cut:
@@ -122,10 +122,11 @@ class PairSet:
 
 def tokenize_pairs(tokenizer: Tokenizer, records: Sequence[Record], limit: int) -> PairSet:
     """``records`` as tokens, at most ``limit`` a sequence."""
+    chat = Chat(tokenizer) if records and is_conversation(records[0]) else None
     pairs: list[TokenPair] = []
     dropped = truncated = tokens = longest = 0
     for record in records:
-        prompt, chosen, rejected = tokenize_pair(tokenizer, record)
+        prompt, chosen, rejected = tokenize_pair(tokenizer, record, chat)
         tokens += 2 * len(prompt) + len(chosen) + len(rejected)
         longest = max(longest, len(prompt) + max(len(chosen), len(rejected)))
         cut = cut_pair(prompt, chosen, rejected, limit, tokenizer.bos_token_id)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +31,12 @@ from lora_api.run import RunSpec
 from lora_api.sources import DataSource
 from lora_trainer.errors import BadSpecError, classify, describe
 from lora_trainer.fitting import build_job, settle, suggest
+from lora_trainer.gate import check_gate_has_records
 from lora_trainer.headers import Header, count_by_type, count_weights, merge
 from lora_trainer.memory import Job, plan_memory
 from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
+from lora_trainer.rules import RULES
 
 Result = TypeVar("Result")
 
@@ -94,7 +97,11 @@ def preflight(document: str, where: str, directory: Path, device_gib: float | No
         if "dataset" not in broken:
             report, pins = check_data(run, tokenizer, directory, findings)
         if "publish" not in broken:
-            findings.attempt(lambda: check_store(run, directory))
+            findings.attempt(partial(check_store, run))
+        for rule in RULES if not broken & {"training", "parallelism", "quantization"} else ():
+            findings.attempt(partial(rule, run))
+        if report is not None and "publish" not in broken:
+            findings.attempt(partial(check_gate_has_records, run, report.eval_records))
     if model is not None:
         pins = pins.model_copy(update={"base_model": model.files.pin})
     plan = None
@@ -246,19 +253,16 @@ def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any, directory: Path) -
     return prepare_data(run, sources, tokenizer, Place(0, 0, 1), directory).report
 
 
-def check_store(run: RunSpec, directory: Path) -> None:
+def check_store(run: RunSpec) -> None:
     """Writes and deletes a small object where checkpoints will be.
 
     Raises:
         TrainerError: the store did not take it.
     """
-    from lora_trainer.checkpoint import Checkpoints
-    from lora_trainer.progress import Progress
-    from lora_trainer.settings import Place
+    from lora_trainer.catalog import Catalog
     from lora_trainer.store import Store
 
-    store = Store(run.publish.store)
-    Checkpoints(store, run, Place(0, 0, 1), directory / "checkpoints", Progress(enabled=False)).check_writable()
+    Catalog(Store(run.publish.store), run).check_writable()
 
 
 def plan_run(

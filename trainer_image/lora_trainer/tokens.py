@@ -9,10 +9,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_trainer.chat import Chat, Span, TemplateFailedError
 from lora_trainer.errors import BadSpecError
-from lora_trainer.formats import Problem, Record, is_conversation
-
-IGNORED = -100
-"""The label of a token that is not learned, as PyTorch's cross-entropy has it."""
+from lora_trainer.formats import Problem, Record, is_conversation, shared_length
+from lora_trainer.loss import IGNORED
 
 Ids = NDArray[np.int32]
 
@@ -117,7 +115,7 @@ class Encoder:
                 documents.append(make_document(ids, spans_of_tokens(encoded["offset_mapping"][index], found)))
                 continue
             ids = self._end(records[index], list(ids))
-            documents.append(make_document(ids, [(common_prefix(begins, ids), len(ids))]))
+            documents.append(make_document(ids, [(shared_length(begins, ids), len(ids))]))
         return documents
 
     def _write(self, record: Record) -> tuple[str | None, str, list[Span] | None]:
@@ -160,11 +158,3 @@ def spans_of_tokens(offsets: Sequence[tuple[int, int]] | Sequence[list[int]], sp
     return [
         (int(np.searchsorted(starts, start, "left")), int(np.searchsorted(starts, end, "left"))) for start, end in spans
     ]
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    for index, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return index
-    return min(len(first), len(second))

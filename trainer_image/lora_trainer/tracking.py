@@ -29,7 +29,10 @@ QUEUE_LIMIT = 10_000
 FAILED_SECONDS = 5.0
 """Seconds that the trackers of a failed run have: the pod is to end soon."""
 
-MEASURED = ("epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+MEASURED = (
+    "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped_steps", "reward_margin",
+    "reward_accuracy",
+)  # fmt: skip
 PARAMETERS = ("baseModel", "dataset", "lora", "quantization", "training", "parallelism")
 TITLES = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
 

@@ -20,7 +20,7 @@ from lora_trainer.loading import part_to_load
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.merge import check_mergeable
 from lora_trainer.metrics import read_metrics
-from lora_trainer.model import add_adapter, check_quantization, load_base_model, load_tokenizer, training_device
+from lora_trainer.model import add_adapter, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import choose_strategy, start_process_group
 from lora_trainer.prepare import check_same_data, prepare_data
@@ -28,6 +28,7 @@ from lora_trainer.progress import Progress
 from lora_trainer.publish import find_published
 from lora_trainer.release import Release, publish_run
 from lora_trainer.report import RunResult
+from lora_trainer.rules import check_run
 from lora_trainer.settings import Place, state_directory
 from lora_trainer.sharding import spread_model
 from lora_trainer.sizing import settle_micro_batch
@@ -46,6 +47,7 @@ def train(
     Raises:
         TrainerError: with its row of the failure table; exceptions of libraries are told apart by ``errors.classify``.
     """
+    check_run(run)
     work = state_directory()
     store = Store(run.publish.store)
     if run.attempt > 1 and (published := find_published(store, run)):
@@ -56,7 +58,6 @@ def train(
     data = prepare_data(run, sources, tokenizer, place, work / "data")
     progress.note(f"data: {data.report.to_text()}")
     check_gate_has_records(run, data.report.eval_records)
-    check_quantization(run)
     device = training_device(run, place.local_rank)
     timeout = run.parallelism.collective_timeout_seconds
     start_process_group(place, device, timeout, line and line.group_store, alone_too=run.parallelism.cpu_offload)
@@ -102,7 +103,10 @@ def train(
     versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
     counts = (trainer.args.max_steps, data.report.train_records, data.report.eval_records)
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
-    result = RunResult(before, after, metrics, *counts, versions, memory=memory.to_rows(), data=data.report)
+    result = RunResult(
+        before, after, metrics, *counts, versions, memory=memory.to_rows(), data=data.report,
+        skipped_steps=trainer.skipped,
+    )  # fmt: skip
     release = Release(store, run, place, sources.model, work / "adapter", progress)
     with stop.deferred():
         adapter = publish_run(release, model, evaluator, result)

@@ -56,6 +56,7 @@ class LoRATrainer(FiniteTrainer):
             self.train(resume_from_checkpoint=str(resume.directory))
         else:
             self.state = TrainerState.load_from_json(str(resume.directory / TRAINER_STATE_NAME))
+            self.skipped = resume.skipped
 
     def create_accelerator_and_postprocess(self) -> None:
         """Leaves the model as it is: ``sharding`` spreads it over the processes."""

@@ -10,7 +10,7 @@ import pytest
 from lora_api import LoRAFineTuneStatus
 from lora_operator.cache import Cache, Resource
 from lora_operator.logs import JsonFormatter, current_run
-from lora_operator.metrics import Metrics
+from lora_operator.metrics import Metrics, Readings
 from tests.unit.operator.builders import NOW, ago, condition, failure, stamp
 
 NAMESPACE = {"namespace": "team"}
@@ -21,7 +21,7 @@ def a_status(**fields: Any) -> LoRAFineTuneStatus:
 
 
 def counted(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> Metrics:
-    metrics = Metrics(Counter, dict, lambda: 0)
+    metrics = Metrics(Readings(Counter, dict, lambda: 0))
     metrics.count_change("team", old, new, NOW)
     return metrics
 
@@ -70,7 +70,7 @@ def test_speed_is_that_of_the_runs_that_train() -> None:
         names = {"namespace": namespace, "name": f"run-{number}", "uid": f"uid-{number}", "resourceVersion": "1"}
         status = {"phase": phase, "progress": {"tokensPerSecond": speed}}
         cache.put(Resource.RUNS, {"metadata": names, "spec": {}, "status": status})
-    metrics = Metrics(cache.runs_by_phase, cache.tokens_per_second, lambda: 3)
+    metrics = Metrics(Readings(cache.runs_by_phase, cache.tokens_per_second, lambda: 3))
     read = metrics.registry.get_sample_value
     assert read("lora_operator_tokens_per_second", {"namespace": "a"}) == 150.0
     assert read("lora_operator_tokens_per_second", {"namespace": "b"}) == 0.0

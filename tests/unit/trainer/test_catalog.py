@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ class MortalStore(Store):
         super().__init__(uri)
         self.left = operations
 
-    def _call(self, path, operation):  # type: ignore[no-untyped-def]
+    def _call(self, path: str, operation: Callable[[], Any]) -> Any:
         if self.left == 0:
             raise Killed
         self.left -= 1
