@@ -1,7 +1,7 @@
 """Observed: all that a decision about one run may look at."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
@@ -23,6 +23,16 @@ class Reports:
     refusal_read_at: datetime | None = None
     failing_since: datetime | None = None
     status_written_at: datetime | None = None
+
+
+def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
+    """``reports`` after a look at the log whose last progress line is ``word``; empty: there is none yet.
+
+    ``None``: the log could not be read. Then nobody knows, and a gang is not called silent for that.
+    """
+    if word is None:
+        return replace(reports, heard_at=now)
+    return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflic
 from lora_operator.lifecycle import decide, decide_failure, decide_wait
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
-from lora_operator.observed import Observed, Reports, is_finished
+from lora_operator.observed import Observed, Reports, hear, is_finished
 from lora_operator.parse import InvalidRunError, parse_run
 from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
@@ -105,11 +105,8 @@ class Reconciler:
         if pod is not None:
             log = await self._fetch_log(pod, PROGRESS_LINES)
             lines = parse_progress(log or "")
-            word = describe_last(lines)
             reports = replace(
-                reports,
-                last_word=word or reports.last_word,
-                heard_at=now if log is None or word not in ("", reports.last_word) else reports.heard_at,
+                hear(reports, None if log is None else describe_last(lines), now),
                 stage=compute_stage(lines, reports.stage),
                 progress=compute_progress(
                     reports.progress or observed.run.status.progress,

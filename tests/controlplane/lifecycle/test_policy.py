@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lora_operator.settings import Settings
-from tests.support.api import Api, ApiError
+from lora_operator.views import parse_time
+from tests.support.api import Api, ApiError, Raw
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run, now
 from tests.support.wait import eventually
@@ -106,6 +107,30 @@ def test_the_deadline_ends_the_run_and_its_pods(run: Run, operator: OperatorThre
     eventually("no pods", lambda: run.pods(1) == [])
 
 
+class Talk(dict[str, str]):
+    """A log that has a new line at every look."""
+
+    looks = 0
+
+    def items(self) -> Any:
+        self.looks += 1
+        return {"run-1-0-": line(self.looks)}.items()
+
+
+def test_a_gang_that_talks_is_not_stalled(run: Run, fast_settings: Callable[..., Settings], namespace: str) -> None:
+    with OperatorThread(fast_settings(namespace), logs=Talk()):
+        started(run, stallTimeoutSeconds=10)
+        since = parse_time(run.condition("Running")["lastTransitionTime"])
+        assert since is not None
+
+        def seconds(status: Raw) -> float:
+            at = parse_time((status.get("progress") or {}).get("at"))
+            return (at - since).total_seconds() if at else 0.0
+
+        status = run.wait("more than the timeout", lambda status: seconds(status) > 12, 60)
+        assert (status["phase"], status["attempt"], status.get("failures", [])) == ("Running", 1, [])
+
+
 def test_a_gang_that_says_nothing_more_is_restarted_with_its_last_words(run: Run, operator: OperatorThread) -> None:
     operator.logs["run-1-0-"] = line(4)
     operator.logs["run-1-1-"] = "waiting for the others\n"
@@ -129,13 +154,16 @@ def test_children_are_deleted_after_a_while_and_the_run_stays_ended(
         run.set_failed(2, "BadData", 65)
         before = run.wait_phase("Failed")
         assert [item["metadata"]["name"] for item in run.configmaps()] == ["run-1", "run-2"]
-        foreign = {"metadata": {"name": "run-1-mine", "labels": {"lorafinetune.io/name": "run"}}, "data": {"a": "b"}}
-        run.api.create(f"/api/v1/namespaces/{namespace}/configmaps", foreign)
+        configmaps = f"/api/v1/namespaces/{namespace}/configmaps"
+        run.api.delete(f"{configmaps}/run-1")
+        foreign = {"metadata": {"name": "run-1", "labels": {"lorafinetune.io/name": "run"}}, "data": {"a": "b"}}
+        run.api.create(configmaps, foreign)
         set_policy(run, ttlSecondsAfterFinished=0)
         for what, look in {"Jobs": run.jobs, "Services": run.services}.items():
             eventually(f"no {what}", lambda look=look: look() == [])
         eventually("no pods", lambda: run.pods(2) == [])
-        assert [item["metadata"]["name"] for item in run.configmaps()] == ["run-1-mine"]
+        (left,) = run.configmaps()
+        assert (left["metadata"]["name"], left["data"]) == ("run-1", {"a": "b"}), "what is not the run's stays"
     assert run.status == before
 
 

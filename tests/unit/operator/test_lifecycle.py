@@ -345,6 +345,21 @@ CASES = [
         {"phase": Phase.RESTARTING},
         FailureClass.INTERNAL,
     ),
+    Case(
+        "another failure at the same step is one too",
+        seen(
+            a_run(
+                status={
+                    "attempt": 3, "chargedRestarts": 2,
+                    "failures": [{**failure(1), "step": 40}, {**failure(2, "StoreUnavailable"), "step": 40}],
+                }
+            ),
+            a_job(3),
+            *(ended(index, 70, said("Internal", step=40), attempt=3, job_uid="job-3") for index in (0, 1)),
+        ),
+        {"phase": Phase.RESTARTING},
+        FailureClass.INTERNAL,
+    ),
     # Suspend
     Case(
         "a run that is created suspended waits",

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_api import Progress, ProgressLine
+from lora_operator.observed import Reports, hear
 from lora_operator.progress import (
     compute_progress,
     compute_stage,
@@ -17,7 +18,7 @@ from lora_operator.progress import (
     parse_progress,
     shorten,
 )
-from tests.unit.operator.builders import NOW
+from tests.unit.operator.builders import NOW, ago
 
 
 def step(number: int, *, total: int = 100, seconds: float = 2.0, loss: float | None = 1.0) -> ProgressLine:
@@ -27,6 +28,20 @@ def step(number: int, *, total: int = 100, seconds: float = 2.0, loss: float | N
 
 def steps(first: int, last: int, total: int = 100) -> list[ProgressLine]:
     return [step(number, total=total) for number in range(first, last + 1)]
+
+
+HEARD: dict[str, tuple[str | None, Reports]] = {
+    "a word that is new": ("b", Reports(last_word="b", heard_at=NOW)),
+    "the same word again": ("a", Reports(last_word="a", heard_at=ago(60))),
+    "no word yet": ("", Reports(last_word="a", heard_at=ago(60))),
+    "a log that cannot be read": (None, Reports(last_word="a", heard_at=NOW)),
+}
+
+
+@pytest.mark.parametrize("case", HEARD)
+def test_a_gang_was_heard_when_it_said_something_new(case: str) -> None:
+    word, want = HEARD[case]
+    assert hear(Reports(last_word="a", heard_at=ago(60)), word, NOW) == want
 
 
 def test_only_whole_progress_lines_are_read() -> None:

@@ -1,5 +1,6 @@
 """From a plan to a status and its Events."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +66,19 @@ def test_times_are_kept() -> None:
     assert new.start_time == ago(500)
     assert next(item for item in new.conditions if item.type == "Running").last_transition_time == ago(400)
     assert new.completion_time is None
+
+
+def test_time_is_counted_when_the_gang_stops_and_only_then() -> None:
+    status = {"attempt": 2, "activeSeconds": 100, "gpuSeconds": 800, "conditions": [condition("Running", at=ago(30))]}
+    run = a_run(status=status, parallelism={"nodes": 2, "gpusPerNode": 4})
+    goes_on = compute_status(run, RUNNING, Reports(), NOW)
+    assert (goes_on.active_seconds, goes_on.gpu_seconds) == (100, 800)
+    stopped = compute_status(run, replace(RUNNING, conditions=POD_FAILED), Reports(), NOW)
+    assert (stopped.active_seconds, stopped.gpu_seconds) == (130, 130 * 8)
+    later = compute_status(
+        run.model_copy(update={"status": stopped}), replace(RUNNING, conditions=POD_FAILED), Reports(), NOW
+    )
+    assert (later.active_seconds, later.gpu_seconds) == (130, 130 * 8)
 
 
 def test_the_time_of_a_condition_changes_with_its_value_only() -> None:
