@@ -1,0 +1,46 @@
+"""A control plane that knows the CRD, and judges without keeping."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+import devcluster
+from devcluster.progress import wait_for
+from tests.support.crd import (
+    MINIMAL,
+    ROOT,
+    DryRun,
+    manifest,
+)
+
+
+@pytest.fixture(scope="session")
+def cp(control_plane: devcluster.ControlPlane) -> devcluster.ControlPlane:
+    control_plane.kubectl("apply", f"--filename={ROOT / 'crds'}")
+    control_plane.kubectl("wait", "--for=condition=Established", "crd/lorafinetunes.lorafinetune.io", "--timeout=30s")
+
+    def published() -> bool:
+        """The schema comes some time after the resource is served, and kubectl keeps on disk what it once found."""
+        control_plane.kubectl("api-resources", "--cached=false")
+        try:
+            return "LoRAFineTune" in control_plane.kubectl("explain", "lft")
+        except devcluster.DevclusterError:
+            return False
+
+    wait_for("the schema of LoRAFineTune to be published", published, 30)
+    return control_plane
+
+
+@pytest.fixture(scope="session")
+def dry(cp: devcluster.ControlPlane) -> Iterator[DryRun]:
+    dry = DryRun(cp)
+    yield dry
+    dry.close()
+
+
+@pytest.fixture
+def living(cp: devcluster.ControlPlane) -> Iterator[str]:
+    cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(MINIMAL, "living")))
+    yield "living"
+    cp.kubectl("delete", "lft", "living")

@@ -1,0 +1,184 @@
+"""A LoRAFineTune on the server: what can be changed, who writes what, and what people see."""
+
+import json
+from typing import Any
+
+import pytest
+
+import devcluster
+from lora_api import LoRAFineTune
+from lora_api.crd import PRINTER_COLUMNS
+from tests.support.crd import MINIMAL, manifest
+
+pytestmark = pytest.mark.controlplane
+
+
+def read_run(cp: devcluster.ControlPlane, name: str) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads(cp.kubectl("get", "lft", name, "--output=json"))
+    return stored
+
+
+CHANGES = {
+    "a limit of the run that is not for changing": {"runPolicy": {"maxRestarts": 9}},
+    "what is deleted": {"runPolicy": {"ttlDeletes": "run"}},
+    "credentials that were absent": {"credentials": {"secretRef": {"name": "store"}}},
+    "placement": {"podTemplate": {"nodeSelector": {"a": "b"}}},
+    "another value": {"lora": {"r": 32}},
+    "a field that was absent": {"publish": {"name": "other"}},
+    "a section taken away, so that its defaults come back": {"training": {"maxSteps": 19}},
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_the_spec_cannot_be_changed(cp: devcluster.ControlPlane, living: str, case: str) -> None:
+    with pytest.raises(
+        devcluster.DevclusterError, match="spec cannot be changed once created: delete this LoRAFineTune"
+    ):
+        cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": CHANGES[case]}))
+
+
+def test_suspend_deadline_and_ttl_can_be_changed(cp: devcluster.ControlPlane, living: str) -> None:
+    policy = {"suspend": True, "activeDeadlineSeconds": 60, "ttlSecondsAfterFinished": 5}
+    cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": {"runPolicy": policy}}))
+    assert policy.items() <= read_run(cp, living)["spec"]["runPolicy"].items()
+    gone = {"activeDeadlineSeconds": None, "suspend": False}
+    cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": {"runPolicy": gone}}))
+    assert "activeDeadlineSeconds" not in read_run(cp, living)["spec"]["runPolicy"]
+
+
+def test_metadata_can_be_changed_and_the_same_manifest_applied_again(cp: devcluster.ControlPlane, living: str) -> None:
+    cp.kubectl("label", "lft", living, "team=support")
+    assert "unchanged" in cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(MINIMAL, living)))
+    assert read_run(cp, living)["metadata"]["generation"] == 1
+
+
+def test_status_and_spec_are_written_apart(cp: devcluster.ControlPlane, living: str) -> None:
+    both = {"spec": {"lora": {"r": 32}}, "status": {"phase": "Running"}}
+    cp.kubectl("patch", "lft", living, "--subresource=status", "--type=merge", "--patch", json.dumps(both))
+    stored = read_run(cp, living)
+    assert stored["status"]["phase"] == "Running"
+    assert stored["spec"]["lora"]["r"] == 16
+    assert stored["metadata"]["generation"] == 1
+    cp.kubectl("patch", "lft", living, "--type=merge", "--patch", '{"status": {"phase": "Failed"}}')
+    assert read_run(cp, living)["status"]["phase"] == "Running"
+
+
+def test_a_status_of_nonsense_is_refused(cp: devcluster.ControlPlane, living: str) -> None:
+    for status, field in (
+        ({"phase": "Dancing"}, "status.phase"),
+        ({"progress": {"percent": 101}}, "status.progress.percent"),
+        ({"progress": {"history": [[1]]}}, r"status.progress.history\[0\]"),
+        ({"startTime": "yesterday"}, "status.startTime"),
+    ):
+        with pytest.raises(devcluster.DevclusterError, match=field):
+            cp.kubectl(
+                "patch",
+                "lft",
+                living,
+                "--subresource=status",
+                "--type=merge",
+                "--patch",
+                json.dumps({"status": status}),
+            )
+
+
+def apply_status(cp: devcluster.ControlPlane, name: str, manager: str, status: dict[str, Any]) -> None:
+    body = {
+        "apiVersion": "lorafinetune.io/v1alpha1",
+        "kind": "LoRAFineTune",
+        "metadata": {"name": name},
+        "status": status,
+    }
+    cp.kubectl(
+        "apply",
+        "--filename=-",
+        "--server-side",
+        "--subresource=status",
+        f"--field-manager={manager}",
+        input=json.dumps(body),
+    )
+
+
+def condition(kind: str, status: str) -> dict[str, str]:
+    return {"type": kind, "status": status, "reason": "Test", "lastTransitionTime": "2026-11-23T18:00:00Z"}
+
+
+def test_conditions_of_two_writers_merge_by_type(cp: devcluster.ControlPlane, living: str) -> None:
+    apply_status(cp, living, "operator", {"phase": "Running", "conditions": [condition("Ready", "False")]})
+    apply_status(cp, living, "another", {"conditions": [condition("Approved", "True")]})
+    apply_status(cp, living, "operator", {"phase": "Running", "conditions": [condition("Ready", "True")]})
+    stored = LoRAFineTune.model_validate(read_run(cp, living)).status
+    assert {entry.type: entry.status for entry in stored.conditions} == {"Ready": "True", "Approved": "True"}
+
+
+FULL_STATUS: dict[str, Any] = {
+    "phase": "Running",
+    "reason": "Training",
+    "attempt": 2,
+    "progress": {
+        "step": 9,
+        "totalSteps": 18,
+        "percent": 50,
+        "summary": "50%",
+        "loss": 0.5123,
+        "eta": "1m20s",
+        "tokensPerSecond": 1234.5,
+        "history": [[1, 3.25], [9, 0.5123]],
+    },
+    "adapter": {
+        "uri": "s3://models/adapters/default/living/sha256-0",
+        "digest": "sha256:0",
+        "version": 1,
+        "servedName": "living-v1",
+        "rank": 16,
+        "servingMaxLoraRank": 16,
+        "sizeBytes": 1,
+    },
+}
+
+
+def test_the_columns_are_what_people_see(cp: devcluster.ControlPlane, living: str) -> None:
+    apply_status(cp, living, "operator", FULL_STATUS)
+    header, row = cp.kubectl("get", "lft", living).splitlines()
+    assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "ADAPTER", "AGE"]
+    assert row.split()[:-1] == ["living", "Running", "50%", "0.5123", "1m20s", "living-v1"]
+    wide, row = cp.kubectl("get", "lft", living, "--output=wide").splitlines()
+    assert wide.split()[1:] == [str(column["name"]).upper() for column in PRINTER_COLUMNS]
+    assert row.split()[-6:] == ["9", "1234.5", "1", "2", MINIMAL["baseModel"]["uri"], "Training"]
+    assert "living" in cp.kubectl("get", "all")
+
+
+def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, living: str) -> None:
+    apply_status(cp, living, "operator", FULL_STATUS)
+    status = LoRAFineTune.model_validate(read_run(cp, living)).status
+    assert status.to_wire() == {
+        **FULL_STATUS,
+        "observedGeneration": 0,
+        "conditions": [],
+        "failures": [],
+        "chargedRestarts": 0,
+        "suspendedAttempt": 0,
+        "activeSeconds": 0,
+        "gpuSeconds": 0,
+    }
+
+
+def test_explain_shows_a_field_with_its_text(cp: devcluster.ControlPlane) -> None:
+    text = " ".join(cp.kubectl("explain", "lft.spec.training").split())
+    assert "maxGradNorm <number> Gradients are scaled down to this L2 norm" in text
+    assert "in one forward pass, 1 to 1024." in text
+    assert "ENUM: constant linear cosine" in " ".join(cp.kubectl("explain", "lft.spec.training.scheduler").split())
+
+
+def test_describe_shows_a_remedy_to_a_newcomer(cp: devcluster.ControlPlane, living: str) -> None:
+    failure = {
+        "attempt": 1,
+        "class": "BadData",
+        "message": "train.jsonl: record 17 has no messages",
+        "remedy": "Correct the records.",
+        "at": "2026-11-23T18:00:00Z",
+    }
+    apply_status(cp, living, "operator", {"phase": "Failed", "failures": [failure]})
+    text = cp.kubectl("describe", "lft", living)
+    assert "train.jsonl: record 17 has no messages" in text
+    assert "Correct the records." in text

@@ -1,0 +1,491 @@
+"""What the CRD refuses, and that the message names the field."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+import devcluster
+from lora_api.training import LoRA
+from tests.support.crd import GONE, MAXIMAL, MINIMAL, DryRun, manifest, place
+
+pytestmark = pytest.mark.controlplane
+
+
+# A sentence that says the case: changes to the minimal spec, the field that the message names, and what it says of it.
+BAD: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no base model": ({"baseModel": GONE}, "spec.baseModel", "Required value"),
+    "a base model without a uri": ({"baseModel.uri": GONE}, "spec.baseModel.uri", "Required value"),
+    "a base model from an unknown place": (
+        {"baseModel.uri": "ftp://h/m"},
+        "spec.baseModel.uri",
+        "must be hf://ORG/NAME, s3://",
+    ),
+    "a base model from the node's disk": (
+        {"baseModel.uri": "file:///models/m"},
+        "spec.baseModel.uri",
+        "must be hf://ORG/NAME, s3://",
+    ),
+    "a hub name without an organization": (
+        {"baseModel.uri": "hf://gpt2"},
+        "spec.baseModel.uri",
+        "must be hf://ORG/NAME",
+    ),
+    "a base model by its bare name": (
+        {"baseModel.uri": "meta-llama/Llama-3"},
+        "spec.baseModel.uri",
+        "must be hf://ORG/NAME",
+    ),
+    "a uri with a space": ({"baseModel.uri": "s3://b/a b"}, "spec.baseModel.uri", "should match"),
+    "a uri that is too long": (
+        {"baseModel.uri": "s3://b/" + "x" * 600},
+        "spec.baseModel.uri",
+        "may not be more than 512",
+    ),
+    "a claim's path that climbs out": (
+        {"baseModel.uri": "pvc://c/../secret"},
+        "spec.baseModel.uri",
+        "may not have . or ..",
+    ),
+    "a claim with a name that no claim can have": (
+        {"baseModel.uri": "pvc://My_Claim/m"},
+        "spec.baseModel.uri",
+        "pvc://CLAIM",
+    ),
+    "a revision of a bucket": (
+        {"baseModel.uri": "s3://b/m", "baseModel.revision": "main"},
+        "spec.baseModel.revision",
+        "needs a uri that starts with hf://",
+    ),
+    "no data": ({"dataset": GONE}, "spec.dataset", "Required value"),
+    "no training data": ({"dataset": {}}, "spec.dataset.train", "Required value"),
+    "training data from the web": (
+        {"dataset.train.uri": "https://x/y.jsonl"},
+        "spec.dataset.train.uri",
+        "must be hf://ORG/NAME",
+    ),
+    "evaluation data from the web": (
+        {"dataset.eval.uri": "https://x/y.jsonl"},
+        "spec.dataset.eval.uri",
+        "must be hf://ORG/NAME",
+    ),
+    "evaluation data in two ways": (
+        {"dataset.eval.uri": "s3://b/e.jsonl", "dataset.evalFraction": 0.1},
+        "spec.dataset.evalFraction",
+        "either eval or evalFraction",
+    ),
+    "all data held out": ({"dataset.evalFraction": 1.0}, "spec.dataset.evalFraction", "less than or equal to 0.5"),
+    "an unknown format": ({"dataset.format": "csv"}, "spec.dataset.format", 'supported values: "auto", "messages"'),
+    "a column that no format has": ({"dataset.columns": {"question": "q"}}, "spec.dataset.columns", "may name only"),
+    "a column of another format": (
+        {"dataset.format": "text", "dataset.columns": {"prompt": "q"}},
+        "spec.dataset.columns",
+        "may name only the fields of the format",
+    ),
+    "no columns at all": ({"dataset.columns": {}}, "spec.dataset.columns", "at least 1 properties"),
+    "a column without a name": ({"dataset.columns": {"text": ""}}, "spec.dataset.columns.text", "at least 1 chars"),
+    "an empty system prompt": ({"dataset.systemPrompt": ""}, "spec.dataset.systemPrompt", "at least 1 chars"),
+    "a book as the system prompt": (
+        {"dataset.systemPrompt": "x" * 16385},
+        "spec.dataset.systemPrompt",
+        "may not be more than 16384",
+    ),
+    "a system prompt of plain text": (
+        {"dataset.format": "text", "dataset.systemPrompt": "x"},
+        "spec.dataset.systemPrompt",
+        "needs conversations",
+    ),
+    "sequences of nothing": ({"dataset.maxSeqLength": 0}, "spec.dataset.maxSeqLength", "greater than or equal to 8"),
+    "rank 0": ({"lora.r": 0}, "spec.lora.r", "greater than or equal to 1"),
+    "a rank that vLLM cannot serve": ({"lora.r": 1024}, "spec.lora.r", "less than or equal to 512"),
+    "a rank in quotes": ({"lora.r": "16"}, "spec.lora.r", 'must be of type integer: "string"'),
+    "half a rank": ({"lora.r": 1.5}, "spec.lora.r", 'must be of type integer: "number"'),
+    "an alpha that diverges": ({"lora.r": 2, "lora.alpha": 64}, "spec.lora.alpha", "at most 16 times r"),
+    "an alpha that diverges at the default rank": ({"lora.alpha": 257}, "spec.lora.alpha", "at most 16 times r"),
+    "dropout of nearly all": ({"lora.dropout": 0.9}, "spec.lora.dropout", "less than or equal to 0.5"),
+    "no module": ({"lora.targetModules": []}, "spec.lora.targetModules", "at least 1 items"),
+    "one module twice": ({"lora.targetModules": ["q", "q"]}, "spec.lora.targetModules[1]", "Duplicate value"),
+    "a micro-batch in other words": (
+        {"training.microBatchSize": "most"},
+        "spec.training.microBatchSize",
+        "must be auto or a whole number from 1 to 1024",
+    ),
+    "a micro-batch of nothing": (
+        {"training.microBatchSize": 0},
+        "spec.training.microBatchSize",
+        "must be auto or a whole number from 1 to 1024",
+    ),
+    "a rank of 0 for a module": ({"lora.rankPattern": {"q_proj": 0}}, "spec.lora.rankPattern.q_proj", "or equal to 1"),
+    "int8 weights in shards": (
+        {"quantization.type": "int8", "parallelism.gpusPerNode": 2},
+        "spec.quantization.type",
+        "int8 weights cannot be sharded",
+    ),
+    "int8 weights in host memory": (
+        {"quantization.type": "int8", "parallelism.cpuOffload": True},
+        "spec.quantization.type",
+        "int8 weights cannot be sharded",
+    ),
+    "settings of another objective": (
+        {"training.dpo": {"beta": 0.2}},
+        "spec.training.dpo",
+        "set objective: dpo",
+    ),
+    "preferences without their objective": (
+        {"dataset.format": "preference"},
+        "spec.dataset.format",
+        "objective dpo learns from records with chosen and rejected answers",
+    ),
+    "preferences from records without any": (
+        {"dataset.format": "messages", "training.objective": "dpo"},
+        "spec.dataset.format",
+        "objective dpo learns from records with chosen and rejected answers",
+    ),
+    "pairs that are packed": (
+        {"dataset.packing": True, "training.objective": "dpo"},
+        "spec.dataset.packing",
+        "with dpo set it to false",
+    ),
+    "the assistant's words of pairs": (
+        {"dataset.assistantOnlyLoss": True, "training.objective": "dpo"},
+        "spec.dataset.assistantOnlyLoss",
+        "dpo compares the chosen and the rejected answer",
+    ),
+    "the assistant's words in plain text": (
+        {"dataset.format": "text", "dataset.assistantOnlyLoss": True},
+        "spec.dataset.assistantOnlyLoss",
+        "needs conversations",
+    ),
+    "an optimizer that pages, on CPUs": (
+        {"training.optimizer": "paged-adamw-8bit", "parallelism.gpusPerNode": 0},
+        "spec.training.optimizer",
+        "needs GPUs",
+    ),
+    "an offload of what is not sharded": (
+        {"parallelism.strategy": "ddp", "parallelism.cpuOffload": True},
+        "spec.parallelism.cpuOffload",
+        "needs sharded weights",
+    ),
+    "hsdp on one node": (
+        {"parallelism.strategy": "hsdp", "parallelism.gpusPerNode": 8},
+        "spec.parallelism.strategy",
+        "needs more than one node",
+    ),
+    "a shard size of another strategy": (
+        {"parallelism.shardSize": 2, "parallelism.gpusPerNode": 8},
+        "spec.parallelism.shardSize",
+        "belongs to strategy hsdp",
+    ),
+    "a shard size that does not divide": (
+        {"parallelism.strategy": "hsdp", "parallelism.shardSize": 3, "parallelism.gpusPerNode": 8},
+        "spec.parallelism.shardSize",
+        "must divide",
+    ),
+    "no patience at all": (
+        {"parallelism.collectiveTimeoutSeconds": 1},
+        "spec.parallelism.collectiveTimeoutSeconds",
+        "greater than or equal to 10",
+    ),
+    "a gate that lets all through": ({"publish.gate": {}}, "spec.publish.gate.maxEvalLoss", "maxEvalLoss or both"),
+    "a gate that measures nothing": (
+        {"publish.gate": {"maxEvalLoss": 1.0}, "dataset.evalFraction": 0},
+        "spec.publish.gate",
+        "needs records to evaluate on",
+    ),
+    "a tracker without an address": (
+        {"tracking.mlflow": {"experiment": "x"}},
+        "spec.tracking.mlflow.trackingUri",
+        "Required value",
+    ),
+    "a tracker of another protocol": (
+        {"tracking.mlflow": {"experiment": "x", "trackingUri": "databricks"}},
+        "spec.tracking.mlflow.trackingUri",
+        "should match",
+    ),
+    "all modules and one more": (
+        {"lora.targetModules": ["all-linear", "q_proj"]},
+        "spec.lora.targetModules",
+        "must be the only entry",
+    ),
+    "modules in one string": ({"lora.targetModules": "all-linear"}, "spec.lora.targetModules", "must be of type array"),
+    "an unknown quantization": (
+        {"quantization.type": "int4"},
+        "spec.quantization.type",
+        'supported values: "nf4", "int8", "none"',
+    ),
+    "a truth in quotes": (
+        {"quantization.doubleQuant": "true"},
+        "spec.quantization.doubleQuant",
+        "must be of type boolean",
+    ),
+    "no training": ({"training": GONE}, "spec.training", "Required value"),
+    "neither epochs nor steps": ({"training": {}}, "spec.training.maxSteps", "exactly one of epochs and maxSteps"),
+    "epochs and steps": ({"training.epochs": 1}, "spec.training.maxSteps", "exactly one of epochs and maxSteps"),
+    "no epochs at all": ({"training": {"epochs": 0}}, "spec.training.epochs", "greater than 0"),
+    "a learning rate of 0": ({"training.learningRate": 0}, "spec.training.learningRate", "greater than 0"),
+    "a learning rate of 2, as a whole number": (
+        {"training.learningRate": 2},
+        "spec.training.learningRate",
+        "may be at most 0.1",
+    ),
+    "all data held out, as a whole number": ({"dataset.evalFraction": 1}, "spec.dataset.evalFraction", "at most 0.5"),
+    "a learning rate of 0.2": (
+        {"training.learningRate": 0.2},
+        "spec.training.learningRate",
+        "less than or equal to 0.1",
+    ),
+    "a learning rate in words": (
+        {"training.learningRate": "2e-4"},
+        "spec.training.learningRate",
+        "must be of type number",
+    ),
+    "a batch that does not divide": (
+        {"training.globalBatchSize": 30, "training.microBatchSize": 4, "parallelism.nodes": 3},
+        "spec.training.globalBatchSize",
+        "must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = 12; the nearest: 24 and 36",
+    ),
+    "a batch that the default does not divide into": (
+        {"parallelism.nodes": 3},
+        "spec.training.globalBatchSize",
+        "= 3; the nearest: 15 and 18",
+    ),
+    "a batch smaller than the gang": (
+        {"training.globalBatchSize": 4, "parallelism.nodes": 2, "parallelism.gpusPerNode": 8},
+        "spec.training.globalBatchSize",
+        "= 16; the nearest: 16",
+    ),
+    "a batch beyond the bound when rounded up": (
+        {"training.globalBatchSize": 65536, "parallelism.gpusPerNode": 15},
+        "spec.training.globalBatchSize",
+        "= 15; the nearest: 65535",
+    ),
+    "one pass of all processes is too large": (
+        {"training.microBatchSize": 1024, "parallelism.nodes": 64, "parallelism.gpusPerNode": 8},
+        "spec.training.microBatchSize",
+        "may be at most 65536",
+    ),
+    "an unknown scheduler": ({"training.scheduler": "step"}, "spec.training.scheduler", 'supported values: "constant"'),
+    "evaluation on the way, but of nothing": (
+        {"training.evalEverySteps": 5, "dataset.evalFraction": 0},
+        "spec.training.evalEverySteps",
+        "needs records to evaluate on",
+    ),
+    "a seed below 0": ({"training.seed": -1}, "spec.training.seed", "greater than or equal to 0"),
+    "no nodes": ({"parallelism.nodes": 0}, "spec.parallelism.nodes", "greater than or equal to 1"),
+    "17 GPUs a node": ({"parallelism.gpusPerNode": 17}, "spec.parallelism.gpusPerNode", "less than or equal to 16"),
+    "1024 GPUs in all": (
+        {"parallelism.nodes": 64, "parallelism.gpusPerNode": 16, "training.globalBatchSize": 1024},
+        "spec.parallelism.nodes",
+        "nodes * gpusPerNode may be at most 512",
+    ),
+    "a checkpoint every 0 steps": (
+        {"checkpoint.everySteps": 0},
+        "spec.checkpoint.everySteps",
+        "greater than or equal to 1",
+    ),
+    "nowhere to publish": ({"publish": GONE}, "spec.publish", "Required value"),
+    "a store that is no bucket": (
+        {"publish.store": "hf://org/repo"},
+        "spec.publish.store",
+        "must be s3://BUCKET/PREFIX",
+    ),
+    "a store on the node's disk": (
+        {"publish.store": "file:///out"},
+        "spec.publish.store",
+        "must be s3://BUCKET/PREFIX",
+    ),
+    "a store whose prefix has an empty part": (
+        {"publish.store": "s3://b//p"},
+        "spec.publish.store",
+        "must be s3://BUCKET/PREFIX",
+    ),
+    "a store whose prefix climbs out": ({"publish.store": "s3://b/p/.."}, "spec.publish.store", "may not have . or .."),
+    "an adapter's name with capitals": ({"publish.name": "Support"}, "spec.publish.name", "should match"),
+    "an adapter's name of 64 characters": ({"publish.name": "a" * 64}, "spec.publish.name", "may not be more than 63"),
+    "17 prompts": ({"publish.samplePrompts": ["x"] * 17}, "spec.publish.samplePrompts", "at most 16 items"),
+    "a Secret without a name": (
+        {"credentials": {"secretRef": {}}},
+        "spec.credentials.secretRef.name",
+        "Required value",
+    ),
+    "a token in the manifest": (
+        {"podTemplate.env": [{"name": "HF_TOKEN", "value": "x"}]},
+        "spec.podTemplate.env[0].name",
+        "put it into the Secret of credentials.secretRef",
+    ),
+    "a variable that is the operator's": (
+        {"podTemplate.env": [{"name": "MASTER_ADDR", "value": "x"}]},
+        "spec.podTemplate.env[0].name",
+        "should match '^(NCCL|",
+    ),
+    "one variable twice": (
+        {"podTemplate.env": [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "OMP_NUM_THREADS", "value": "2"}]},
+        "spec.podTemplate.env[1]",
+        "Duplicate value",
+    ),
+    "endless restarts": ({"runPolicy.maxRestarts": -1}, "spec.runPolicy.maxRestarts", "greater than or equal to 0"),
+    "GPUs as a resource": (
+        {"podTemplate.resources.limits": {"nvidia.com/gpu": "8"}},
+        "spec.podTemplate.resources.limits",
+        "GPUs are asked for by parallelism.gpusPerNode",
+    ),
+    "an unknown resource": (
+        {"podTemplate.resources.requests": {"ram": "8Gi"}},
+        "spec.podTemplate.resources.requests",
+        "may name cpu, memory",
+    ),
+    "memory in words": (
+        {"podTemplate.resources.limits": {"memory": "8 GB"}},
+        "spec.podTemplate.resources.limits.memory",
+        "should match",
+    ),
+    "requests above limits": (
+        {"podTemplate.resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "8G"}}},
+        "spec.podTemplate.resources.requests",
+        "may not be larger than limits",
+    ),
+    "a part of a device": (
+        {"podTemplate.resources.requests": {"rdma/hca": "1"}},
+        "spec.podTemplate.resources.requests",
+        "needs the same value in limits",
+    ),
+    "a taint that no node can have": (
+        {"podTemplate.tolerations": [{"key": "a b", "operator": "Exists"}]},
+        "spec.podTemplate.tolerations[0].key",
+        "should match",
+    ),
+    "a label of the operator": (
+        {"podTemplate.labels": {"lorafinetune.io/name": "x"}},
+        "spec.podTemplate.labels",
+        "belong to the operator",
+    ),
+    "a label that no pod may have": (
+        {"podTemplate.labels": {"team": "a b"}},
+        "spec.podTemplate.labels.team",
+        "should match",
+    ),
+    "a label's key that no pod may have": (
+        {"podTemplate.labels": {"my team": "a"}},
+        "spec.podTemplate.labels",
+        "must be NAME or DOMAIN/NAME",
+    ),
+    "an annotation's key with two slashes": (
+        {"podTemplate.annotations": {"a/b/c": "x"}},
+        "spec.podTemplate.annotations",
+        "must be NAME or",
+    ),
+    "a node selector with an empty key": (
+        {"podTemplate.nodeSelector": {"": "x"}},
+        "spec.podTemplate.nodeSelector",
+        "must be NAME or",
+    ),
+    "a toleration that equals nothing": (
+        {"podTemplate.tolerations": [{"value": "x"}]},
+        "spec.podTemplate.tolerations[0].operator",
+        "operator Equal needs a key",
+    ),
+    "a toleration of any value of one value": (
+        {"podTemplate.tolerations": [{"operator": "Exists", "key": "k", "value": "x"}]},
+        "spec.podTemplate.tolerations[0].operator",
+        "operator Exists takes no value",
+    ),
+    "a time for a taint that evicts nobody": (
+        {"podTemplate.tolerations": [{"operator": "Exists", "tolerationSeconds": 5}]},
+        "spec.podTemplate.tolerations[0].tolerationSeconds",
+        "needs effect NoExecute",
+    ),
+}
+
+
+def test_there_are_enough_bad_manifests() -> None:
+    assert len(BAD) >= 40
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_manifest_is_refused_with_its_field(dry: DryRun, case: str) -> None:
+    changes, field, words = BAD[case]
+    spec = MINIMAL
+    for path, value in changes.items():
+        spec = place(spec, path, value)
+    code, answer = dry.create_run(spec)
+    assert code == 422, answer
+    found = {cause["field"]: cause["message"] for cause in answer["details"]["causes"] if words in cause["message"]}
+    assert field in found, answer["message"]
+
+
+NAMES = {
+    "53 characters": ("a" * 53, "metadata.name may have at most 52 characters"),
+    "a digit first": ("8b", "metadata.name must start with a letter"),
+    "a dot": ("a.b", "metadata.name must start with a letter and have only"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_name_that_a_child_cannot_have_is_refused(dry: DryRun, case: str) -> None:
+    name, words = NAMES[case]
+    code, answer = dry.create_run(MINIMAL, name)
+    assert code == 422
+    assert words in answer["message"]
+
+
+def test_the_longest_name_is_legal_for_every_child(dry: DryRun) -> None:
+    name = "a" * 52
+    assert dry.create_run(MINIMAL, name)[0] == 201
+    child = {"name": f"{name}-999"}
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": child,
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": 64,
+            "parallelism": 64,
+            "backoffLimitPerIndex": 0,
+            "template": {
+                "metadata": {"labels": {"lorafinetune.io/name": name}},
+                "spec": {
+                    "restartPolicy": "Never",
+                    "subdomain": child["name"],
+                    "containers": [{"name": "c", "image": "i"}],
+                },
+            },
+        },
+    }
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": child,
+        "spec": {"clusterIP": "None", "ports": [{"port": 29500}]},
+    }
+    for path, body in (
+        ("/apis/batch/v1/namespaces/default/jobs", job),
+        ("/api/v1/namespaces/default/services", service),
+    ):
+        code, answer = dry.create(path, body)
+        assert code == 201, answer
+
+
+UNKNOWN = {
+    "a field of another name": ("lora.rank", 8),
+    "a field at the top": ("model", "x"),
+    "a field in a list": ("podTemplate.env[0].valueFrom", {}),
+    "a security context": ("podTemplate.securityContext", {"privileged": True}),
+    "a host path": ("podTemplate.volumes", [{"hostPath": {"path": "/"}}]),
+    "a service account": ("podTemplate.serviceAccountName", "admin"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_an_unknown_field_is_refused_by_its_name(cp: devcluster.ControlPlane, case: str) -> None:
+    path, value = UNKNOWN[case]
+    body = json.dumps(manifest(place(MAXIMAL, path, value)))
+    with pytest.raises(devcluster.DevclusterError, match=re.escape(f'unknown field "spec.{path}"')):
+        cp.kubectl("apply", "--filename=-", "--dry-run=server", input=body)
+
+
+def test_an_unknown_field_is_dropped_without_validation(cp: devcluster.ControlPlane) -> None:
+    body = json.dumps(manifest(place(MINIMAL, "lora.rank", 8), "pruned"))
+    cp.kubectl("apply", "--filename=-", "--validate=false", input=body)
+    stored = json.loads(cp.kubectl("get", "lft", "pruned", "--output=json"))
+    assert stored["spec"]["lora"] == LoRA().to_wire()
