@@ -21,6 +21,18 @@ def missing_attempt(observed: Observed) -> int | None:
     return status.attempt
 
 
+def unseen_failures(observed: Observed) -> JobView | None:
+    """A Job without a verdict that has failed pods which nobody has seen.
+
+    The watches of Jobs and of pods are apart, so news of a Job may come before its pods, most of all at start. A pod
+    that is taken to be gone has no last words, and its gang would be restarted whatever they say.
+    """
+    job = _live_job(observed)
+    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job)}:
+        return None
+    return job
+
+
 def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
     """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended."""
     pod = _rank_zero(observed)

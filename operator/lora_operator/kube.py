@@ -144,11 +144,11 @@ class KubeClient:
         """Closes the connections."""
         await self._api.close()
 
-    async def fetch_list(self, resource: str, namespace: str | None) -> AsyncIterator[Raw]:
-        """Every object of ``resource`` that belongs to a run, page by page."""
+    async def fetch_list(self, resource: str, namespace: str | None, selector: str = RUN_LABEL) -> AsyncIterator[Raw]:
+        """Every object of ``resource`` that belongs to a run, or has the labels of ``selector``, page by page."""
         query = {"limit": str(_PAGE)}
         if resource != PLURAL:
-            query["labelSelector"] = RUN_LABEL
+            query["labelSelector"] = selector
         while True:
             page = await self._call_json("GET", "list", resource, namespace, query=query)
             for item in page.get("items") or ():

@@ -20,10 +20,10 @@ from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap
 from lora_operator.children.job import build_job
-from lora_operator.children.names import child_name
+from lora_operator.children.names import JOB_NAME_LABEL, child_name
 from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
-from lora_operator.follow import compute_next_look, missing_attempt, wants_log, wants_refusal
+from lora_operator.follow import compute_next_look, missing_attempt, unseen_failures, wants_log, wants_refusal
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
 from lora_operator.lifecycle import decide, decide_failure, decide_wait
 from lora_operator.logs import current_run
@@ -77,6 +77,7 @@ class Reconciler:
             await self._patch_invalid(key, error)
             return None
         observed = await self._confirm_job(key, self._observe(key, run))
+        observed = await self._confirm_pods(key, observed)
         observed = await self._fetch_reports(key, observed)
         plan = decide(observed, self._clock(), self._settings)
         plan = await self._apply(observed, plan)
@@ -235,6 +236,15 @@ class Reconciler:
             self._cache.put(Resource.JOBS, await self._kube.fetch_object("jobs", key[0], name))
         except NotFoundError:
             return observed
+        return self._observe(key, observed.run)
+
+    async def _confirm_pods(self, key: Key, observed: Observed) -> Observed:
+        """Looks for pods that a Job says have failed, and that no watch has shown yet."""
+        job = unseen_failures(observed)
+        if job is None:
+            return observed
+        async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
+            self._cache.put(Resource.PODS, pod)
         return self._observe(key, observed.run)
 
     async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:

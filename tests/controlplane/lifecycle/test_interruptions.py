@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import pytest
 
 import devcluster
 from devcluster.ports import PortLease
-from lora_operator.kube import RBAC
+from lora_operator.kube import RBAC, KubeClient
 from lora_operator.settings import Settings
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
@@ -126,6 +126,36 @@ def test_an_operator_cut_after_any_call_is_continued_by_the_next(
     assert 20 <= calls <= 40, calls
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(live_with_cut, range(1, calls + 1)))
+
+
+def test_pods_that_came_and_failed_while_an_operator_started_are_asked_for_their_last_words(
+    run: Run, settings: Settings
+) -> None:
+    """Its list of pods is older than its list of Jobs: failed indexes alone are no pods that are gone."""
+    with OperatorThread(settings):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+    run.set_failed(1, "BadData", 65, "record 7 is broken")
+    eventually("the Job knows", lambda: run.jobs()[0]["status"].get("failedIndexes") == "0,1")
+
+    def list_no_pods_at_first(client: KubeClient) -> None:
+        whole = client.fetch_list
+
+        async def fetch_list(resource: str, *args: Any) -> AsyncIterator[dict[str, Any]]:
+            if resource == "pods" and len(args) == 1:
+                return
+            async for item in whole(resource, *args):
+                yield item
+
+        client.fetch_list = fetch_list  # type: ignore[method-assign]
+
+    with OperatorThread(settings, wrap=list_no_pods_at_first):
+        status = run.wait_phase("Failed")
+    assert [(failure["class"], failure["message"]) for failure in status["failures"]] == [
+        ("BadData", "record 7 is broken")
+    ]
+    assert status["attempt"] == 1
 
 
 def test_two_operators_at_once_make_one_run(run: Run, settings: Settings, cp: devcluster.ControlPlane) -> None:
