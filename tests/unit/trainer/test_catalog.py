@@ -1,7 +1,7 @@
 """Checkpoints in a store that a kill may leave in any state."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,12 +55,12 @@ def content(step: int, name: str) -> bytes:
     return f"{name} of step {step}".encode() * 7
 
 
-def save(catalog: Catalog, step: int, scratch: Path, names: Iterable[str] = FILES) -> None:
+def save(catalog: Catalog, step: int, scratch: Path, make: Callable[[int, str], bytes] = content) -> None:
     """What ``checkpoint.Checkpoints.save`` does to the store."""
     catalog.begin(step)
     files = []
-    for name in names:
-        (scratch / name).write_bytes(content(step, name))
+    for name in FILES:
+        (scratch / name).write_bytes(make(step, name))
         files.append(catalog.upload(step, scratch / name))
     catalog.complete(
         CompleteMarker(step=step, world_size=1, global_batch_size=8, seed=3, files=files, created_at=datetime.now(UTC))
@@ -122,6 +122,24 @@ def test_a_kill_before_any_operation_leaves_a_checkpoint_to_go_on_from(
         assert len(again.complete_ones()) == min(keep, 4)
         operations += 1
     assert operations > 30
+
+
+def test_a_damaged_checkpoint_that_is_written_again_is_at_no_time_taken_for_a_whole_one(
+    place: Callable[[], tuple[str, Path]],
+) -> None:
+    """Its marker names files of the same sizes, so the marker must go before they come."""
+    operations, finished = 0, False
+    while not finished:
+        uri, scratch = place()
+        save(Catalog(Store(uri), make_run()), 4, scratch, lambda step, name: content(step, name).swapcase())
+        Store(uri).put(Catalog(Store(uri), make_run()).path(4, FILES[0]), b"short")
+        with suppress(Killed):
+            save(Catalog(MortalStore(uri, operations), make_run()), 4, scratch)
+            finished = True
+        found = resumable(Store(uri), 2, scratch)
+        assert found == 4 if finished else found in (None, 4)
+        operations += 1
+    assert operations > len(FILES)
 
 
 def test_a_kill_in_the_deletion_of_all_leaves_the_newest_or_nothing(
