@@ -6,6 +6,7 @@ Preflight and the training processes read them here. Imports no torch.
 from collections.abc import Callable
 
 from lora_api.run import RunSpec
+from lora_api.training import Parallelism
 from lora_trainer.errors import BadSpecError
 from lora_trainer.strategy import decide_strategy
 
@@ -16,12 +17,10 @@ def check_quantization(run: RunSpec) -> None:
     Raises:
         BadSpecError: int8 weights would be sharded.
     """
-    parallelism = run.parallelism
-    sharded = parallelism.cpu_offload or (parallelism.world_size > 1 and parallelism.strategy != "ddp")
-    if run.quantization.type == "int8" and sharded:
+    if run.quantization.type == "int8" and _uses_fsdp(run.parallelism):
         raise BadSpecError(
-            f"quantization.type int8: these weights cannot be sharded over {parallelism.world_size} processes or held "
-            "in host memory: set parallelism.strategy to ddp (without cpuOffload), or type to nf4"
+            f"quantization.type int8: these weights cannot be sharded over {run.parallelism.world_size} processes or "
+            "held in host memory: set parallelism.strategy to ddp (without cpuOffload), or type to nf4"
         )
 
 
@@ -31,18 +30,21 @@ def check_optimizer(run: RunSpec) -> None:
     Raises:
         BadSpecError: on CPUs, or with a sharded adapter.
     """
-    parallelism = run.parallelism
     if run.training.optimizer == "adamw":
         return
-    if parallelism.gpus_per_node == 0:
+    if run.parallelism.gpus_per_node == 0:
         raise BadSpecError(
             "training.optimizer: paged-adamw-8bit needs GPUs (parallelism.gpusPerNode above 0); use adamw"
         )
-    if parallelism.cpu_offload or (parallelism.world_size > 1 and parallelism.strategy != "ddp"):
+    if _uses_fsdp(run.parallelism):
         raise BadSpecError(
             "training.optimizer: paged-adamw-8bit works in blocks of whole weights, and FSDP shards the adapter: use "
             "adamw, whose moments are sharded too, or parallelism.strategy ddp without cpuOffload"
         )
+
+
+def _uses_fsdp(parallelism: Parallelism) -> bool:
+    return parallelism.cpu_offload or (parallelism.world_size > 1 and parallelism.strategy != "ddp")
 
 
 def check_strategy(run: RunSpec) -> None:
