@@ -7,12 +7,7 @@ import pytest
 
 import devcluster
 from devcluster.progress import wait_for
-from tests.support.crd import (
-    MINIMAL,
-    ROOT,
-    DryRun,
-    manifest,
-)
+from tests.support.crd import MINIMAL, ROOT, DryRun, manifest
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +27,9 @@ def cp(control_plane: devcluster.ControlPlane) -> devcluster.ControlPlane:
     return control_plane
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dry(cp: devcluster.ControlPlane) -> Iterator[DryRun]:
+    """One connection for a module: the server closes one that lies idle, as it would while other modules run."""
     dry = DryRun(cp)
     yield dry
     dry.close()
