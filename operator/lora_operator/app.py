@@ -18,7 +18,7 @@ from lora_operator.ratelimit import RateLimit
 from lora_operator.reconcile import Reconciler
 from lora_operator.settings import Settings
 from lora_operator.views import Key
-from lora_operator.watch import Confirmations, apply_event, build_kopf_settings, build_registry
+from lora_operator.watch import Confirmations, NoMemories, apply_event, build_kopf_settings, build_registry
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class Operator:
         await kopf.operator(
             registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
             settings=build_kopf_settings(self.settings),
+            memories=NoMemories(),
             clusterwide=not self.settings.namespaces,
             namespaces=self.settings.namespaces,
             # Without it kopf asks for the user's name, and the image's user has none.

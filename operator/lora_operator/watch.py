@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import kopf
+from kopf._core.reactor.inventory import ResourceMemories
 from kubernetes.aio import client as kubernetes_client
 
 from lora_api import GROUP, PLURAL, VERSION
@@ -30,19 +31,45 @@ _SELECTORS: dict[Resource, tuple[str, str, str]] = {
 }
 
 
+class _NoDiffBase(kopf.DiffBaseStorage):
+    """Compares no object with what it was, which only handlers of another kind than ours ask for.
+
+    kopf makes a deep copy of every object of every event for this: 1.5 ms, where all the rest of it takes 0.3 ms.
+    """
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Keeps nothing."""
+
+
+class NoMemories(ResourceMemories):
+    """Keeps no record of objects, which is 1 KB for each and for handlers of another kind than ours too."""
+
+    async def recall(self, raw_body: Any, **options: Any) -> Any:
+        """A record that lasts for one event."""
+        return await super().recall(raw_body, **{**options, "ephemeral": True})
+
+
 def build_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
     """Settings that make kopf a watcher: no peering, no Events of its own, no look at CRDs and namespaces."""
     ours = kopf.OperatorSettings()
     ours.peering.standalone = True
     ours.posting.enabled = False
     ours.scanning.disabled = True
-    ours.queueing.idle_timeout = 0.2
-    ours.watching.chunk_size = 500
+    # Small pages, and tasks that end soon: what is in memory at once during a long list stays there for good.
+    ours.queueing.idle_timeout = 0.02
+    ours.watching.chunk_size = 100
     ours.watching.server_timeout = 540
     ours.watching.client_timeout = 600
     ours.watching.connect_timeout = 10
     ours.networking.request_timeout = settings.api_timeout
     ours.process.ultimate_exiting_timeout = 20
+    ours.persistence.diffbase_storage = _NoDiffBase()
     for resource in (Resource.JOBS, Resource.PODS):
         ours.watching.label_selectors[_SELECTORS[resource]] = RUN_LABEL
     return ours
@@ -92,8 +119,8 @@ class Confirmations:
     """Finds objects that went away unseen: between two LISTs of kopf, or between our LIST and kopf's first.
 
     A new LIST of kopf shows every object that exists, as events without a type. The first such event of a resource
-    puts all other known objects of it on a list; each one that is shown leaves the list; what is left after ``delay``
-    seconds is looked up by ``check``.
+    puts all other known objects of it on a list; each one that is shown leaves the list; what is left when no such
+    event has come for ``delay`` seconds is looked up by ``check``.
     """
 
     def __init__(
@@ -110,15 +137,18 @@ class Confirmations:
         self._by_namespace = by_namespace
         self._open: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
         self._timers: dict[tuple[Resource, str | None], asyncio.TimerHandle] = {}
+        self._shown_at: dict[tuple[Resource, str | None], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, resource: Resource, namespace: str | None) -> set[ObjectKey]:
         """Puts every known object of ``resource`` on the list."""
         scope = resource, namespace if self._by_namespace else None
+        loop = asyncio.get_running_loop()
+        self._shown_at[scope] = loop.time()
         if scope not in self._open:
             self._open[scope] = self._cache.object_keys(*scope)
             # A timer, not a sleeping task: kopf waits for tasks when it stops.
-            self._timers[scope] = asyncio.get_running_loop().call_later(self._delay, self._finish, scope)
+            self._timers[scope] = loop.call_later(self._delay, self._finish, scope)
         return self._open[scope]
 
     def see(self, resource: Resource, event_type: str | None, metadata: dict[str, Any]) -> None:
@@ -142,10 +172,15 @@ class Confirmations:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _finish(self, scope: tuple[Resource, str | None]) -> None:
+        loop = asyncio.get_running_loop()
+        due = self._shown_at[scope] + self._delay
+        if due > loop.time():  # a long list takes its time
+            self._timers[scope] = loop.call_at(due, self._finish, scope)
+            return
         del self._timers[scope]
         missing = self._open.pop(scope)
         if missing:
-            task = asyncio.get_running_loop().create_task(self._look_up(missing))
+            task = loop.create_task(self._look_up(missing))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

@@ -57,6 +57,24 @@ def test_what_a_new_list_does_not_show_is_looked_up(*, by_namespace: bool, elsew
     assert set(looked_up) == (lost | {(Resource.RUNS, "elsewhere", "other")} if elsewhere else lost)
 
 
+def test_a_list_that_still_comes_in_is_waited_for() -> None:
+    async def main() -> None:
+        async def check(key: ObjectKey) -> None:
+            raise AssertionError(key)
+
+        cache = Cache()
+        for name in ("shown", "not yet"):
+            cache.put(Resource.RUNS, raw(name, 1))
+        confirmations = Confirmations(cache, 60.0, check, by_namespace=False)
+        confirmations.see(Resource.RUNS, None, raw("shown", 1)["metadata"])
+        confirmations._finish((Resource.RUNS, None))  # a minute after the list began, and now it was shown
+        await asyncio.sleep(0)
+        assert confirmations.pending
+        await confirmations.stop()
+
+    asyncio.run(main())
+
+
 def test_nothing_is_looked_up_after_the_stop() -> None:
     async def main() -> None:
         async def check(key: ObjectKey) -> None:
