@@ -10,7 +10,9 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from lora_operator.views import JobView, Key, PodView, Raw, parse_job, parse_pod, trim_run
+from pydantic_core import from_json
+
+from lora_operator.views import JobView, Key, PodView, Raw, RunView, parse_job, parse_pod, parse_view
 
 _REMEMBERED_DELETIONS = 20_000
 
@@ -30,10 +32,10 @@ ObjectKey = tuple[Resource, str, str]
 
 
 class Cache:
-    """Runs as trimmed documents, Jobs and pods as views, grouped by run."""
+    """Views of runs, and of Jobs and pods by run."""
 
     def __init__(self) -> None:
-        self._runs: dict[Key, Raw] = {}
+        self._runs: dict[Key, RunView] = {}
         self._jobs: dict[Key, dict[str, JobView]] = {}
         self._pods: dict[Key, dict[str, PodView]] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
@@ -42,7 +44,7 @@ class Cache:
         """Keeps ``raw`` if it is news; returns the run that it concerns, or ``None`` if it is no news."""
         match resource:
             case Resource.RUNS:
-                return self._put_run(trim_run(raw))
+                return self._put_run(raw)
             case Resource.JOBS:
                 job = parse_job(raw)
                 return self._put_view(self._jobs, job) if job.run else None
@@ -57,7 +59,7 @@ class Cache:
         """
         match resource:
             case Resource.RUNS:
-                return self._remove_run(trim_run(raw))
+                return self._remove_run(raw["metadata"])
             case Resource.JOBS:
                 return self.remove_job(parse_job(raw))
             case Resource.PODS:
@@ -79,11 +81,12 @@ class Cache:
         """Takes out a run that the API server no longer knows."""
         run = self._runs.pop(key, None)
         if run is not None:
-            self._bury(run["metadata"]["uid"])
+            self._bury(run.uid)
 
     def run(self, key: Key) -> Raw | None:
-        """The run as a trimmed document."""
-        return self._runs.get(key)
+        """The run as a document, but for metadata that nobody reads."""
+        run = self._runs.get(key)
+        return None if run is None else dict(from_json(run.document))
 
     def jobs(self, key: Key) -> list[JobView]:
         """The Jobs that carry the run's name."""
@@ -127,33 +130,31 @@ class Cache:
 
     def runs_by_phase(self) -> Counter[str]:
         """How many runs there are in each phase."""
-        return Counter(str(run["status"].get("phase") or "Pending") for run in self._runs.values())
+        return Counter(run.phase for run in self._runs.values())
 
     def tokens_per_second(self) -> dict[str, float]:
         """Speed of all runs that train now, by namespace."""
         speeds: dict[str, float] = {}
-        for (namespace, _), run in self._runs.items():
-            if run["status"].get("phase") == "Running":
-                speed = (run["status"].get("progress") or {}).get("tokensPerSecond") or 0.0
-                speeds[namespace] = speeds.get(namespace, 0.0) + speed
+        for run in self._runs.values():
+            if run.phase == "Running":
+                speeds[run.namespace] = speeds.get(run.namespace, 0.0) + run.tokens_per_second
         return speeds
 
-    def _put_run(self, run: Raw) -> Key | None:
-        metadata = run["metadata"]
-        key = metadata["namespace"], metadata["name"]
-        old = self._runs.get(key)
+    def _put_run(self, raw: Mapping[str, Any]) -> Key | None:
+        metadata = raw["metadata"]
+        old = self._runs.get((metadata["namespace"], metadata["name"]))
         if metadata["uid"] in self._deleted:
             return None
-        if old is not None and int(old["metadata"]["resourceVersion"]) >= int(metadata["resourceVersion"]):
+        if old is not None and old.version >= int(metadata["resourceVersion"]):
             return None
-        self._runs[key] = run
-        return key
+        run = parse_view(raw)
+        self._runs[run.key] = run
+        return run.key
 
-    def _remove_run(self, run: Raw) -> Key:
-        metadata = run["metadata"]
+    def _remove_run(self, metadata: Mapping[str, Any]) -> Key:
         key = metadata["namespace"], metadata["name"]
         self._bury(metadata["uid"])
-        if key in self._runs and self._runs[key]["metadata"]["uid"] == metadata["uid"]:
+        if key in self._runs and self._runs[key].uid == metadata["uid"]:
             del self._runs[key]
         return key
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from pydantic_core import to_json
+
 from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, RUN_LABEL
 
 Raw = dict[str, Any]
@@ -88,6 +90,24 @@ class JobView:
     def key(self) -> Key:
         """The run that the Job belongs to."""
         return self.namespace, self.run
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A LoRAFineTune: what is asked of all at once, and the whole of it as JSON, which is a sixth of a dictionary."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    phase: str
+    tokens_per_second: float
+    document: bytes
+
+    @property
+    def key(self) -> Key:
+        """The run itself."""
+        return self.namespace, self.name
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -176,15 +196,24 @@ def parse_indexes(text: str) -> frozenset[int]:
     return frozenset(indexes)
 
 
-def trim_run(raw: Mapping[str, Any]) -> Raw:
-    """A LoRAFineTune without the parts of its metadata that nobody here reads: they are most of its size."""
-    metadata = raw["metadata"]
+def parse_view(raw: Mapping[str, Any]) -> RunView:
+    """The view of a LoRAFineTune, without the parts of its metadata that nobody here reads."""
+    metadata, status = raw["metadata"], raw.get("status") or {}
     kept = ("name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
-    return {
+    document = {
         "metadata": {field: metadata[field] for field in kept if field in metadata},
         "spec": raw.get("spec") or {},
-        "status": raw.get("status") or {},
+        "status": status,
     }
+    return RunView(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        version=int(metadata["resourceVersion"]),
+        phase=status.get("phase") or "Pending",
+        tokens_per_second=(status.get("progress") or {}).get("tokensPerSecond") or 0.0,
+        document=to_json(document),
+    )
 
 
 def controller_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
