@@ -44,9 +44,12 @@ def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView 
 
 
 def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
-    """The Job whose Events are to be read now, because pods of it are missing."""
+    """The Job whose Events are to be read now, because pods of it are missing.
+
+    One that the Job controller has not come to yet has none, and in a burst of runs there are many.
+    """
     job = _live_job(observed)
-    if job is None or not observed.is_short_of_pods(job):
+    if job is None or not job.taken or not observed.is_short_of_pods(job):
         return None
     late = is_due(job.created, now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
@@ -62,7 +65,7 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
         pod = _rank_zero(observed)
         if pod is not None and pod.running:
             times.append(settings.log_interval)
-        elif observed.is_short_of_pods(job):
+        elif job.taken and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
     return min(times, default=None)
 

@@ -79,6 +79,8 @@ class JobView:
     attempt: int
     owner_uid: str
     created: datetime
+    taken: bool = True
+    """The Job controller has come to it."""
     deleting: bool = False
     failed_indexes: frozenset[int] = frozenset()
     completed_indexes: frozenset[int] = frozenset()
@@ -178,6 +180,7 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         attempt=_number(labels.get(ATTEMPT_LABEL)),
         owner_uid=_controller_uid(metadata),
         created=_created(metadata),
+        taken=bool(status.get("startTime")),
         deleting=bool(metadata.get("deletionTimestamp")),
         failed_indexes=parse_indexes(status.get("failedIndexes") or ""),
         completed_indexes=parse_indexes(status.get("completedIndexes") or ""),
