@@ -88,7 +88,7 @@ def jobs_created(cp: devcluster.ControlPlane, namespace: str) -> list[str]:
     for entry in cp.audit_entries("lora-operator"):
         reference = entry.get("objectRef", {})
         is_job = (reference.get("resource"), reference.get("namespace")) == ("jobs", namespace)
-        if is_job and entry["verb"] == "patch" and entry.get("responseStatus", {}).get("code") == 201:
+        if is_job and entry["verb"] == "create" and entry.get("responseStatus", {}).get("code") == 201:
             names.append(reference["name"])
     return sorted(names)
 
@@ -290,7 +290,7 @@ def test_the_process_is_killed_and_started_again_in_the_middle_of_a_run(run: Run
         assert 'lora_operator_runs{phase="Succeeded"} 1.0' in metrics
         wanted = f'lora_operator_failures_total{{failure_class="StoreUnavailable",namespace="{run.namespace}"}} 1.0'
         assert wanted in metrics
-        assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="apply"} 1.0' in metrics
+        assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="create"} 1.0' in metrics
         assert "lora_operator_queue_depth 0.0" in metrics
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=20) == 0
