@@ -38,8 +38,8 @@ class Settings:
     http_host: str = _setting("0.0.0.0", "LORA_HTTP_HOST", "Address to listen on.")  # noqa: S104
     http_port: int = _setting(8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one.")
     concurrency: int = _setting(8, "LORA_CONCURRENCY", "Runs that are looked at at the same time.")
-    api_qps: float = _setting(100.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
-    api_burst: int = _setting(200, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
+    api_qps: float = _setting(500.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
+    api_burst: int = _setting(1000, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
     api_timeout: float = _setting(30.0, "LORA_API_TIMEOUT", "Longest wait for an answer of the API server.")
     failure_grace: float = _setting(
         20.0, "LORA_FAILURE_GRACE", "Time that the other pods of a gang get for their last words after one failed."
