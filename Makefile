@@ -92,6 +92,10 @@ images: venv ## Build the images and load them into the cluster
 bench-trainer: venv ## Compare the trainer with plain TRL on the CPU: docs/benchmarks/trainer.md
 	$(RUN) -m bench.trainer
 
+.PHONY: bench-operator
+bench-operator: venv binaries ## Measure the operator's scale and cost on a real API server: docs/benchmarks/operator.md
+	$(RUN) -m bench.operator
+
 .PHONY: bench-gpu
 bench-gpu: ## Benchmark the trainer on a GPU machine without internet: docs/benchmarks/GPU.json (see docs/speed.md)
 	@bench/gpu/wheels.sh install
