@@ -22,6 +22,7 @@ class FailureClass(StrEnum):
     STORE_UNAVAILABLE = "StoreUnavailable"
     CHECKPOINTED = "Checkpointed"
     GATE_REFUSED = "GateRefused"
+    SOURCE_CHANGED = "SourceChanged"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DISK_FULL = "DiskFull"
     POD_LOST = "PodLost"
@@ -159,6 +160,16 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         remedy=(
             "Look at the losses in the message: train longer, change training.learningRate or the data, or lower what "
             "publish.gate asks for; then delete this LoRAFineTune and create it again."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.SOURCE_CHANGED,
+        exit_code=78,
+        charged=False,
+        retried=False,
+        meaning="The base model or the dataset is no longer what the preflight checked.",
+        remedy=(
+            "Put back what was there, or delete this LoRAFineTune and create it again to train on what is there now."
         ),
     ),
     FailureRule(

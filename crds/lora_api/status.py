@@ -7,6 +7,7 @@ from pydantic import Field
 
 from lora_api._base import LongMessage, Measure, RecordModel, ShortMessage, Time, format_time
 from lora_api.failures import FailureClass
+from lora_api.preflight import Pins, RunPlan
 
 __all__ = [
     "MAX_FAILURES",
@@ -30,6 +31,7 @@ class Phase(StrEnum):
     """Where a run is, in one word, for people. The operator never reads it back."""
 
     PENDING = "Pending"
+    PREFLIGHT = "Preflight"
     STARTING = "Starting"
     RUNNING = "Running"
     RESTARTING = "Restarting"
@@ -45,6 +47,7 @@ class ConditionType(StrEnum):
     READY = "Ready"
     RECONCILING = "Reconciling"
     STALLED = "Stalled"
+    PREFLIGHT_PASSED = "PreflightPassed"
     SCHEDULED = "Scheduled"
     RUNNING = "Running"
     PUBLISHED = "Published"
@@ -91,7 +94,7 @@ class Progress(RecordModel):
 class Failure(RecordModel):
     """Why an attempt ended."""
 
-    attempt: int = Field(ge=1, description="Attempt that failed, counted from 1.")
+    attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is the preflight.")
     failure_class: FailureClass = Field(alias="class", description="Kind of failure.")
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")
@@ -141,6 +144,9 @@ class LoRAFineTuneStatus(RecordModel):
         description="Why attempts ended, the last 10.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
+    failed_preflights: int = Field(0, ge=0, description="Preflights that failed so far.")
+    pins: Pins | None = Field(None, description="What the sources held at the preflight. Each attempt reads the same.")
+    plan: RunPlan | None = Field(None, description="How the run is trained, as the preflight planned it.")
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
     retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
     suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")

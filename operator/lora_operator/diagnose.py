@@ -52,6 +52,23 @@ class Obstacle:
         """For a condition's message."""
         return with_remedy(self.message, self.remedy)
 
+    def seconds_left(self, now: datetime, limit: float) -> float | None:
+        """Seconds until the run fails because this has lasted for ``limit`` seconds, or ``None``."""
+        return None if self.failure_class is None else limit - (now - self.since).total_seconds()
+
+    def to_failure(self, attempt: int, now: datetime) -> Failure:
+        """The failure of ``attempt`` that this became.
+
+        Raises:
+            ValueError: it is one that is waited for.
+        """
+        if self.failure_class is None:
+            raise ValueError(f"{self.reason} ends no attempt")
+        return Failure(
+            attempt=attempt, failure_class=self.failure_class, reason=self.reason,
+            message=f"{self.message} (for {(now - self.since).total_seconds():.0f} s)", remedy=self.remedy, at=now,
+        )  # fmt: skip
+
 
 def with_remedy(message: str, remedy: str) -> str:
     """``<what happened>. Remedy: <what to do>``."""
@@ -104,11 +121,12 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None
 
 
 def _diagnose_silent_success(pod: PodView) -> Symptom | None:
-    """Rank 0 has to say what it published; its peers have nothing to say."""
+    """Rank 0 has to say what it published, and a preflight what it settled; other pods have nothing to say."""
     termination = termination_of(pod)
-    if pod.index != 0 or (termination and termination.outcome == "succeeded" and termination.adapter):
+    said = termination is not None and (termination.adapter or termination.preflight)
+    if pod.index != 0 or (termination is not None and termination.outcome == "succeeded" and said):
         return None
-    message = f"Pod {pod.name} ended with success but did not say which adapter it published"
+    message = f"Pod {pod.name} ended with success but did not say what came of it"
     return Symptom(FailureClass.INTERNAL, "NoTerminationMessage", message, pod, at=pod.ended.at if pod.ended else None)
 
 

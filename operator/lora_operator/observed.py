@@ -37,10 +37,11 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
 
 @dataclass(frozen=True)
 class Observed:
-    """A run, its Jobs by attempt, and every pod that carries its name."""
+    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name."""
 
     run: LoRAFineTune
     jobs: Mapping[int, JobView] = field(default_factory=dict)
+    preflights: Mapping[int, JobView] = field(default_factory=dict)
     pods: tuple[PodView, ...] = ()
     job_uids: frozenset[str] = frozenset()
     reports: Reports = Reports()
@@ -57,20 +58,42 @@ class Observed:
         """Pods that are still there though their Job is not."""
         return [pod for pod in self.pods if not pod.gone and pod.job_uid not in self.job_uids]
 
+    def all_jobs(self) -> list[JobView]:
+        """Every Job of the run, in the order in which they were made."""
+        return [jobs[number] for jobs in (self.preflights, self.jobs) for number in sorted(jobs)]
+
     def current_job(self) -> JobView | None:
-        """The Job of the attempt that runs, or that ran last."""
-        return self.jobs[max(self.jobs)] if self.jobs else None
+        """The Job that runs, or that ran last."""
+        return next(reversed(self.all_jobs()), None)
+
+    def live_job(self) -> JobView | None:
+        """The Job that has no verdict yet."""
+        job, status = self.current_job(), self.run.status
+        if job is None or is_finished(status):
+            return None
+        if job.preflight:
+            return None if job.preflight <= status.failed_preflights or has_passed(status) else job
+        return None if is_over(status, job.attempt) else job
 
     def is_short_of_pods(self, job: JobView) -> bool:
         """Whether the Job controller has not made all pods of ``job``."""
         indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
-        return len(indexes) < self.run.spec.parallelism.nodes
+        return len(indexes) < job.size
 
 
 def is_finished(status: LoRAFineTuneStatus) -> bool:
     """Whether the run has ended for good."""
-    final = (ConditionType.COMPLETE, ConditionType.FAILED)
-    return any(condition.type in final and condition.status == "True" for condition in status.conditions)
+    return holds(status, ConditionType.COMPLETE) or holds(status, ConditionType.FAILED)
+
+
+def has_passed(status: LoRAFineTuneStatus) -> bool:
+    """Whether a preflight passed."""
+    return holds(status, ConditionType.PREFLIGHT_PASSED)
+
+
+def holds(status: LoRAFineTuneStatus, kind: ConditionType) -> bool:
+    """Whether the condition is true."""
+    return any(condition.type == kind and condition.status == "True" for condition in status.conditions)
 
 
 def is_over(status: LoRAFineTuneStatus, attempt: int) -> bool:

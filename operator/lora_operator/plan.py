@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora_api import AdapterStatus, ConditionType, Failure, Phase
+from lora_api.preflight import PreflightOutcome
 from lora_operator.views import JobView
 
 
@@ -20,9 +21,10 @@ class Mark:
 class Plan:
     """What to do about a run, and what to say about it.
 
-    ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order, then the status is
-    written. ``phase`` None: nothing is to be said that is not in the status already. ``suspended`` is the attempt that
-    runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor.
+    ``launch_preflight``, ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order, then
+    the status is written. ``phase`` None: nothing is to be said that is not in the status already. ``suspended`` is the
+    attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed``
+    what the preflight settled.
     """
 
     phase: Phase | None = None
@@ -30,6 +32,7 @@ class Plan:
     message: str = ""
     attempt: int = 0
     conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
+    launch_preflight: int | None = None
     launch: int | None = None
     delete: JobView | None = None
     stop: JobView | None = None
@@ -40,6 +43,7 @@ class Plan:
     failure: Failure | None = None
     charged: bool = False
     adapter: AdapterStatus | None = None
+    passed: PreflightOutcome | None = None
     ended: bool = False
     failing: bool = False
     requeue_after: float | None = None

@@ -49,6 +49,15 @@ class Settings:
         "LORA_START_TIMEOUT",
         "Time after which a run fails whose image cannot be pulled or whose pods cannot be created or configured.",
     )
+    preflight: Literal["on", "off"] = _setting(
+        "on",
+        "LORA_PREFLIGHT",
+        "Check model, records, store and memory in a pod without a GPU before the first attempt.",
+        ("on", "off"),
+    )
+    preflight_timeout: float = _setting(
+        3600.0, "LORA_PREFLIGHT_TIMEOUT", "Time after which a preflight that does not end has failed."
+    )
     termination_grace: int = _setting(
         120, "LORA_TERMINATION_GRACE", "Time that a pod has between SIGTERM and SIGKILL, to save a checkpoint."
     )

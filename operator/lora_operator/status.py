@@ -12,6 +12,8 @@ from lora_operator.policy import compute_active_seconds, running_since
 from lora_operator.progress import compute_stopped_progress
 
 _ORDER = list(ConditionType)
+_WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
+"""Conditions whose reason tells what a run waits for."""
 _MAX_MESSAGE = 8192
 
 
@@ -33,6 +35,9 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
         progress=compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED) if stopped else progress,
         failures=failures,
+        failed_preflights=old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
+        pins=plan.passed.pins if plan.passed else old.pins,
+        plan=plan.passed.plan if plan.passed else old.plan,
         charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
         retry_time=_retry_time(old, plan, now),
         suspended_attempt=plan.suspended or old.suspended_attempt,
@@ -47,7 +52,8 @@ def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime 
     """When the next attempt may start; it is of no interest once that has."""
     if plan.failure is not None and plan.backoff and not plan.ended:
         return now + timedelta(seconds=plan.backoff)
-    return None if plan.launch is not None or plan.ended or plan.failure is not None else old.retry_time
+    launched = plan.launch is not None or plan.launch_preflight is not None
+    return None if launched or plan.ended or plan.failure is not None else old.retry_time
 
 
 def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> LoRAFineTuneStatus:
@@ -121,7 +127,7 @@ def is_progress_only(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> bool:
 
 def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
     conditions = tuple(
-        (item.type, item.status, item.reason if item.type in (ConditionType.SCHEDULED, ConditionType.RUNNING) else "")
-        for item in status.conditions
+        (item.type, item.status, item.reason if item.type in _WAITS else "") for item in status.conditions
     )
-    return status.phase, status.attempt, len(status.failures), status.adapter, status.charged_restarts, conditions
+    counts = status.attempt, len(status.failures), status.failed_preflights, status.charged_restarts
+    return status.phase, *counts, status.adapter, conditions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, RUN_LABEL
+from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL
 
 Raw = dict[str, Any]
 Key = tuple[str, str]
@@ -50,6 +50,7 @@ class PodView:
     waiting_reason: str = ""
     waiting_message: str = ""
     running: bool = False
+    started: datetime | None = None
     ended: Ended | None = None
     gone: bool = False
     """The object was deleted; this is the last that was seen of it."""
@@ -67,7 +68,7 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """The Job of one attempt."""
+    """The Job of one attempt, or of one preflight: then ``preflight`` is its number, and ``attempt`` is 0."""
 
     namespace: str
     name: str
@@ -77,6 +78,8 @@ class JobView:
     attempt: int
     owner_uid: str
     created: datetime
+    preflight: int = 0
+    size: int = 1
     deleting: bool = False
     failed_indexes: frozenset[int] = frozenset()
     completed_indexes: frozenset[int] = frozenset()
@@ -128,6 +131,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         waiting_reason=waiting.get("reason") or "",
         waiting_message=waiting.get("message") or "",
         running="running" in state,
+        started=parse_time((state.get("running") or {}).get("startedAt")),
         ended=_parse_ended(state.get("terminated")),
     )
 
@@ -158,6 +162,8 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         attempt=_number(labels.get(ATTEMPT_LABEL)),
         owner_uid=_controller_uid(metadata),
         created=_created(metadata),
+        preflight=_number(labels.get(PREFLIGHT_LABEL)),
+        size=spec.get("completions") or 1,
         deleting=bool(metadata.get("deletionTimestamp")),
         failed_indexes=parse_indexes(status.get("failedIndexes") or ""),
         completed_indexes=parse_indexes(status.get("completedIndexes") or ""),

@@ -64,6 +64,7 @@ def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
             "kubeconfig": str(cp.kubeconfig),
             "namespaces": (namespace,),
             "concurrency": 2,
+            "preflight": "off",
             "failure_grace": 1.0,
             "start_timeout": 2.0,
             "restart_backoff": 0.1,
