@@ -34,13 +34,21 @@ def images(cluster: Cluster) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def install(cluster: Cluster, images: dict[str, Any]) -> Install:
-    """Installs the operator with changed chart values; called without any, as the tests want it."""
+    """Installs the operator with changed chart values; called without any, as the tests want it: without preflight."""
 
     def install(**values: Any) -> None:
-        stack.install_operator(cluster, {**images, **values})
+        stack.install_operator(cluster, {**images, "operator.preflight": False, **values})
 
     install()
     return install
+
+
+@pytest.fixture(scope="module")
+def preflight(install: Install) -> Iterator[None]:
+    """The operator as the chart has it: each run is looked at before its first attempt."""
+    install(**{"operator.preflight": True})
+    yield
+    install()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import yaml
 
 import devcluster
 from devcluster import binaries
+from tests.support.install import wait_for_crds
 
 pytestmark = pytest.mark.controlplane
 
@@ -123,7 +124,7 @@ def test_a_release_is_installed_upgraded_and_uninstalled(
 ) -> None:
     notes = helm("install", "lora-operator", str(older_chart))
     assert f"kubectl --namespace {SPACE} rollout status deployment/lora-operator" in notes
-    cp.kubectl("wait", "--for=condition=Established", CRD, "--timeout=30s")
+    wait_for_crds(cp)
     cp.kubectl("apply", "--filename=-", input=RUN)
 
     # An upgrade brings the CRD up to date too, which Helm does not do for a chart's crds/ folder.
