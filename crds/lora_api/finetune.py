@@ -35,6 +35,12 @@ class RunPolicy(ApiModel):
         description="Restarts of the whole gang that failures of the run itself may use up. Restarts after a lost "
         "node, an eviction or a preemption are not counted.",
     )
+    on_out_of_memory: Literal["fail", "shrinkMicroBatch"] = Field(
+        "fail",
+        description="What follows when a GPU or a pod runs out of memory. fail: the run ends. shrinkMicroBatch: the "
+        "gang is restarted from its last checkpoint with half the micro-batch and the same globalBatchSize, down to "
+        "one sequence; these restarts are not counted.",
+    )
     suspend: bool = Field(
         default=False,
         description="Set to true to save a checkpoint and free the pods, and to false to go on from there. It can be "
@@ -113,7 +119,7 @@ SECTIONS = (
 
 def _unchanged() -> str:
     """CEL for: everything but MUTABLE is as it was."""
-    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "stallTimeoutSeconds", "ttlDeletes")]
+    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
     same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
     same.append("has(self.credentials) == has(oldSelf.credentials)")
     same.append("(!has(self.credentials) || self.credentials == oldSelf.credentials)")

@@ -98,9 +98,8 @@ def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
         tracking=spec.tracking,
         pins=run.status.pins,
     )
-    if plan is None or plan.micro_batch_size is None:
-        return document
-    return document.with_micro_batch(plan.micro_batch_size)
+    settled = run.status.micro_batch_size or (plan.micro_batch_size if plan else None)
+    return document if settled is None else document.with_micro_batch(settled)
 
 
 def _pin(source: Source, pin: SourcePin | None) -> Source:

@@ -102,6 +102,7 @@ class Failure(RecordModel):
     pod: str | None = Field(None, description="Pod in which it began.")
     rank: int | None = Field(None, ge=0, description="Process in which it began, by its rank.")
     step: int | None = Field(None, ge=0, description="Last optimizer step before it.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Sequences that each process took at once.")
     exit_code: int | None = Field(None, description="Exit code of the pod's container.")
     log_tail: LongMessage | None = Field(None, description="Last lines of the pod's log, at most 4096 characters.")
     at: Time = Field(description="When it happened.")
@@ -147,6 +148,9 @@ class LoRAFineTuneStatus(RecordModel):
     failed_preflights: int = Field(0, ge=0, description="Preflights that failed so far.")
     pins: Pins | None = Field(None, description="What the sources held at the preflight. Each attempt reads the same.")
     plan: RunPlan | None = Field(None, description="How the run is trained, as the preflight planned it.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences that each process takes at once, since memory ran out with more."
+    )
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
     retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
     suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")

@@ -33,6 +33,7 @@ class Symptom:
     remedy: str = ""
     rank: int | None = None
     step: int | None = None
+    micro_batch_size: int | None = None
     at: datetime | None = None
 
 
@@ -137,7 +138,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     at = ended.at
     if ended.reason == "OOMKilled":
         message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
-        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, at=at)
+        size = termination.micro_batch_size if termination else None
+        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
     said = termination.failure_class if termination else None
     if said is None or said in ECHOES:
         taken = _diagnose_disruption(pod)
@@ -147,8 +149,9 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
         return Symptom(
-            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step, termination.at
-        )
+            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
+            termination.micro_batch_size, termination.at,
+        )  # fmt: skip
     if ended.reason in _NOT_STARTED:
         message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
@@ -219,6 +222,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         pod=root.pod.name if root.pod else None,
         rank=root.rank,
         step=root.step,
+        micro_batch_size=root.micro_batch_size,
         exit_code=ended.exit_code if ended else None,
         log_tail=None,
         at=root.at or now,

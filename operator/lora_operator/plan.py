@@ -24,7 +24,7 @@ class Plan:
     ``launch_preflight``, ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order, then
     the status is written. ``phase`` None: nothing is to be said that is not in the status already. ``suspended`` is the
     attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed``
-    what the preflight settled.
+    what the preflight settled, ``micro_batch_size`` what the next attempt is to have.
     """
 
     phase: Phase | None = None
@@ -42,6 +42,7 @@ class Plan:
     backoff: float = 0.0
     failure: Failure | None = None
     charged: bool = False
+    micro_batch_size: int | None = None
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False

@@ -35,6 +35,7 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
         progress=compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED) if stopped else progress,
         failures=failures,
+        micro_batch_size=plan.micro_batch_size or old.micro_batch_size,
         failed_preflights=old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
         pins=plan.passed.pins if plan.passed else old.pins,
         plan=plan.passed.plan if plan.passed else old.plan,

@@ -194,6 +194,8 @@ def test_each_row_of_the_failure_table_is_provoked(rule: FailureRule, bench: Ben
     assert pod.words.failure_class == kind
     assert words in pod.words.message
     assert pod.words.remedy == rule.remedy
+    if kind == FailureClass.GPU_OUT_OF_MEMORY:
+        assert pod.words.micro_batch_size == 2, "what the operator would halve"
 
 
 def test_no_provocation_is_for_a_row_that_is_gone() -> None:

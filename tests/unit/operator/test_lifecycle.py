@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from lora_api import RULES, ConditionType, FailureClass, Phase
+from lora_api import RULES, ConditionType, FailureClass, Phase, build_run_spec
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
 from lora_operator.settings import Settings
+from lora_operator.status import compute_status
 from tests.unit.operator.builders import (
     ADAPTER,
     NOW,
@@ -550,6 +551,49 @@ def test_decide(case: Case) -> None:
     assert (plan.failure.failure_class if plan.failure else None) == case.failure
     found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
     assert found == case.marks
+
+
+SHRINK = {"onOutOfMemory": "shrinkMicroBatch"}
+SHRINKS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any], int | None]] = {
+    "half of what the specification says": ({}, {}, "GPUOutOfMemory", {}, 2),
+    "half of what it was last": ({}, {"microBatchSize": 2}, "GPUOutOfMemory", {}, 1),
+    "half of what the trainer says": ({"microBatchSize": "auto"}, {}, "GPUOutOfMemory", {"microBatchSize": 4}, 2),
+    "half of what was planned": (
+        {"microBatchSize": "auto"}, {"plan": {"microBatchSize": 4, "processes": 2, "shardSize": 2}},
+        "HostOutOfMemory", {}, 2,
+    ),
+    "a size that divides": ({"globalBatchSize": 36, "microBatchSize": 9}, {}, "GPUOutOfMemory", {}, 3),
+    "one sequence is the least": ({"microBatchSize": 1}, {}, "GPUOutOfMemory", {}, None),
+    "nobody knows what it was": ({"microBatchSize": "auto"}, {}, "HostOutOfMemory", {}, None),
+    "another failure": ({}, {}, "Diverged", {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHRINKS)
+def test_the_micro_batch_shrinks(name: str) -> None:
+    training, status, failure_class, words, want = SHRINKS[name]
+    run = a_run(
+        status={"attempt": 1, **status},
+        runPolicy=SHRINK,
+        training={"maxSteps": 18, "globalBatchSize": 8, "microBatchSize": 4, **training},
+    )
+    pods = [ended(index, 71, said(failure_class, **words)) for index in (0, 1)]
+    plan = decide(seen(run, JOB, *pods), NOW, SETTINGS)
+    assert (plan.micro_batch_size, plan.ended, plan.charged) == (want, want is None, False)
+    new = compute_status(run, plan, Reports(), NOW)
+    if want is None:
+        assert plan.phase == Phase.FAILED
+        return
+    assert f"micro-batches of {want} instead of" in plan.message
+    again = run.model_copy(update={"status": new})
+    assert build_run_spec(again, 2).training.micro_batch_size == want
+    assert build_run_spec(again, 2).batch.global_batch_size == run.spec.training.global_batch_size
+
+
+def test_without_being_asked_nothing_shrinks() -> None:
+    pods = [ended(index, 71, said("GPUOutOfMemory")) for index in (0, 1)]
+    plan = decide(seen(a_run(status=STARTED), JOB, *pods), NOW, SETTINGS)
+    assert (plan.phase, plan.micro_batch_size) == (Phase.FAILED, None)
 
 
 @pytest.mark.parametrize("failure_class", list(FailureClass))
