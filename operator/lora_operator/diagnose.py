@@ -192,6 +192,22 @@ def _diagnose_disruption(pod: PodView) -> Symptom | None:
     return None
 
 
+def find_silent(symptoms: Sequence[Symptom], pods: Sequence[PodView]) -> list[PodView]:
+    """The pods that say nothing while their peers have only lost a peer: hung, or on a node that is gone.
+
+    Those whose node does not answer come first: its node controller marks pods as not ready once it has not heard from
+    the kubelet for 50 s (--node-monitor-grace-period, Kubernetes 1.32).
+    """
+    if any(symptom.failure_class != FailureClass.PEER_LOST for symptom in symptoms):
+        return []
+    return sorted((pod for pod in pods if not pod.has_ended), key=lambda pod: not is_off(pod))
+
+
+def is_off(pod: PodView) -> bool:
+    """Whether the node of a pod that runs no longer answers."""
+    return pod.running and pod.unready and pod.deleting_at is None
+
+
 def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt: int, now: datetime) -> Failure:
     """The failure that explains all ``symptoms``: the earliest that is no echo of another pod's.
 
@@ -201,11 +217,15 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
     causes = [symptom for symptom in symptoms if symptom.failure_class not in ECHOES]
     lost = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.PEER_LOST]
     asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
-    silent = [pod for pod in pods if not pod.has_ended]
+    silent = find_silent(symptoms, pods)
     if causes:
         root = _earliest(causes, now)
     elif asked:
         root = next((symptom for symptom in asked if symptom.pod and symptom.pod.deleting_at), _earliest(asked, now))
+    elif silent and is_off(silent[0]):
+        first = _earliest(lost, now)
+        message = f"Node of pod {silent[0].name} does not answer; {_words(first)}"
+        root = Symptom(FailureClass.NODE_LOST, "NodeNotReady", message, silent[0], step=first.step, at=first.at)
     elif silent:
         first = _earliest(lost, now)
         message = f"Pod {silent[0].name} stopped answering its peers and says nothing itself; {_words(first)}"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Phase
-from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of
+from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, find_silent, is_off, termination_of
 from lora_operator.finished import decide_finished
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.obstacles import diagnose_obstacle
@@ -145,16 +145,21 @@ def _decide_failing(
 ) -> Plan:
     """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
 
+    A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
+
     The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
     """
     nodes = observed.run.spec.parallelism.nodes
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes
     since = observed.reports.failing_since or now
-    left = settings.failure_grace - (now - since).total_seconds()
+    silent = find_silent(symptoms, pods)
+    grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
+    left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
         failure = diagnose_root(symptoms, pods, job.attempt, now)
         return decide_failure(observed, job.attempt, failure, settings)
-    message = f"{symptoms[0].message.rstrip('.')}. Waiting a moment for the last words of the other pods"
+    awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
+    message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
     return Plan(
         phase=Phase.RUNNING,
         reason="PodFailed",

@@ -44,6 +44,12 @@ class Settings:
     failure_grace: float = _setting(
         20.0, "LORA_FAILURE_GRACE", "Time that the other pods of a gang get for their last words after one failed."
     )
+    node_grace: float = _setting(
+        90.0,
+        "LORA_NODE_GRACE",
+        "Time that a pod gets which its peers have lost and which says nothing. Kubernetes needs about 50 to notice "
+        "that a node is gone.",
+    )
     start_timeout: float = _setting(
         600.0,
         "LORA_START_TIMEOUT",

@@ -50,6 +50,8 @@ class PodView:
     waiting_reason: str = ""
     waiting_message: str = ""
     running: bool = False
+    unready: bool = False
+    """Kubernetes says that it is not ready. Nothing probes it, so while it runs this is the node's fault."""
     started: datetime | None = None
     ended: Ended | None = None
     gone: bool = False
@@ -131,6 +133,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         waiting_reason=waiting.get("reason") or "",
         waiting_message=waiting.get("message") or "",
         running="running" in state,
+        unready=(conditions.get("Ready") or {}).get("status") == "False",
         started=parse_time((state.get("running") or {}).get("startedAt")),
         ended=_parse_ended(state.get("terminated")),
     )

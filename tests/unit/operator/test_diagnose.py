@@ -130,6 +130,18 @@ ROOTS = [
         1,
     ),
     Root(
+        "a node that does not answer explains it",
+        [ended(0, 73, said("PeerLost")), running(1), running(2, unready=True)],
+        FailureClass.NODE_LOST,
+        2,
+    ),
+    Root(
+        "a pod that is about to end is not ready either",
+        [ended(0, 73, said("PeerLost")), running(1, unready=True, deleting_at=ago(-60))],
+        FailureClass.PEER_LOST,
+        1,
+    ),
+    Root(
         "when all lost each other, the first to say so",
         [ended(0, 73, said("PeerLost", at=ago(1))), ended(1, 73, said("PeerLost", at=ago(2)))],
         FailureClass.PEER_LOST,

@@ -10,6 +10,7 @@ from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
 from lora_operator.settings import Settings
 from lora_operator.status import compute_status
+from lora_operator.views import PodView
 from tests.unit.operator.builders import (
     ADAPTER,
     NOW,
@@ -551,6 +552,27 @@ def test_decide(case: Case) -> None:
     assert (plan.failure.failure_class if plan.failure else None) == case.failure
     found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
     assert found == case.marks
+
+
+LOST = ended(0, 73, said("PeerLost"))
+SILENT: dict[str, tuple[tuple[PodView, ...], float, FailureClass | None, float | None]] = {
+    "a silent peer has time to turn out lost": ((LOST, running(1)), 60.0, None, 30.0),
+    "but not for ever": ((LOST, running(1)), 91.0, FailureClass.PEER_LOST, None),
+    "its node is gone: the usual moment": ((LOST, running(1, unready=True)), 5.0, None, 15.0),
+    "and then it is the node's fault": ((LOST, running(1, unready=True)), 21.0, FailureClass.NODE_LOST, None),
+    "a node that is gone says nothing of a gang that trains": ((running(0), running(1, unready=True)), 0.0, None, None),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_who_is_silent_is_given_time(name: str) -> None:
+    pods, elapsed, want, left = SILENT[name]
+    reports = Reports(run_uid="run-uid", failing_since=ago(elapsed) if elapsed else None)
+    plan = decide(seen(a_run(status=STARTED), JOB, *pods, reports=reports), NOW, SETTINGS)
+    assert (plan.failure.failure_class if plan.failure else None) == want
+    assert plan.requeue_after == left
+    if want is not None:
+        assert plan.charged == (want == FailureClass.PEER_LOST)
 
 
 SHRINK = {"onOutOfMemory": "shrinkMicroBatch"}
