@@ -144,7 +144,9 @@ class Cache:
         old = self._runs.get(key)
         if metadata["uid"] in self._deleted:
             return None
-        if old is not None and int(old["metadata"]["resourceVersion"]) >= int(metadata["resourceVersion"]):
+        if old is not None and int(old["metadata"]["resourceVersion"]) > int(metadata["resourceVersion"]):
+            return None
+        if old == run:  # not by its version alone: another version of the CRD shows the same object with other fields
             return None
         self._runs[key] = run
         return key

@@ -226,8 +226,18 @@ class KubeClient:
         }
         try:
             await self._call_json("DELETE", "delete", resource, namespace, name, body=options)
-        except (NotFoundError, ConflictError):
+        except NotFoundError:
             logger.debug("%s %s/%s: gone already", resource, namespace, name)
+        except ConflictError:
+            if await self._is_there(resource, namespace, name, uid):
+                raise
+
+    async def _is_there(self, resource: str, namespace: str, name: str, uid: str) -> bool:
+        try:
+            found = await self.fetch_object(resource, namespace, name)
+        except NotFoundError:
+            return False
+        return bool(found["metadata"]["uid"] == uid)
 
     async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
         """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""

@@ -184,9 +184,10 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     phase = Phase.RESTARTING if job.attempt > 1 else Phase.STARTING
     if obstacle is None:
         marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
+        due = observed.seconds_to_restoring(job, now)
         return Plan(
             phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
-            conditions=marks,
+            conditions=marks, restore=job if due == 0 else None, requeue_after=due or None,
         )  # fmt: skip
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:

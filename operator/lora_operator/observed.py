@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
 from lora_operator.views import JobView, PodView
@@ -19,6 +19,7 @@ class Reports:
     heard_at: datetime | None = None
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
+    restored_at: datetime | None = None
     refused: str | None = None
     refusal_read_at: datetime | None = None
     failing_since: datetime | None = None
@@ -33,6 +34,11 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
     if word is None:
         return replace(reports, heard_at=now)
     return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
+
+
+RESTORE_DELAY = 30.0
+RESTORE_INTERVAL = 60.0
+"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,21 @@ class Observed:
             if pod.job_uid == job.uid:
                 newest[pod.index] = pod
         return [newest[index] for index in sorted(newest)]
+
+    def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
+        """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
+
+        Somebody may have deleted what it needs, and no watch would tell: Services and ConfigMaps are not watched.
+        """
+        if not any(pod.scheduled and not (pod.running or pod.has_ended) for pod in self.gang(job)):
+            return None
+        last = self.reports.restored_at
+        due = (
+            job.created + timedelta(seconds=RESTORE_DELAY)
+            if last is None
+            else last + timedelta(seconds=RESTORE_INTERVAL)
+        )
+        return max(0.0, (due - now).total_seconds())
 
     def leftovers(self) -> list[PodView]:
         """Pods that are still there though their Job is not."""

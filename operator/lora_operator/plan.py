@@ -21,10 +21,11 @@ class Mark:
 class Plan:
     """What to do about a run, and what to say about it.
 
-    ``launch_preflight``, ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order, then
-    the status is written. ``phase`` None: nothing is to be said that is not in the status already. ``suspended`` is the
-    attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed``
-    what the preflight settled, ``micro_batch_size`` what the next attempt is to have.
+    ``launch_preflight``, ``launch``, ``restore``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in
+    this order, then the status is written. ``phase`` None: nothing is to be said that is not in the status already.
+    ``restore`` is the Job whose other children are to be made again if they are gone, ``suspended`` the attempt that
+    runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the
+    preflight settled, ``micro_batch_size`` what the next attempt is to have.
     """
 
     phase: Phase | None = None
@@ -34,6 +35,7 @@ class Plan:
     conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
     launch_preflight: int | None = None
     launch: int | None = None
+    restore: JobView | None = None
     delete: JobView | None = None
     stop: JobView | None = None
     clean_up: bool = False

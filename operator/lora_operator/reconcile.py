@@ -43,6 +43,8 @@ PROGRESS_LINES = 200
 LAST_LINES = 40
 LAST_CHARACTERS = 4000
 CLEANUP_DELAY = 2.0
+INVALID_RETRY = 60.0
+"""Seconds until a run that could not be read is looked up again."""
 
 
 class Reconciler:
@@ -76,7 +78,8 @@ class Reconciler:
             run = parse_run(raw)
         except InvalidRunError as error:
             await self._patch_invalid(key, error)
-            return None
+            await self._fetch_run(key)  # another version of the CRD may be back, and no event tells
+            return INVALID_RETRY
         observed = await self._confirm_job(key, self._observe(key, run))
         observed = await self._confirm_pods(key, observed)
         observed = await self._fetch_reports(key, observed)
@@ -138,7 +141,8 @@ class Reconciler:
                 if child["kind"] == "Job":
                     self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
-            return self._decide_conflict(observed, plan.launch or PREFLIGHT, conflict)
+            restored = plan.restore.attempt if plan.restore else PREFLIGHT
+            return self._decide_conflict(observed, plan.launch or restored, conflict)
         if plan.delete is not None:
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
             self._cache.remove_job(plan.delete)
@@ -153,7 +157,14 @@ class Reconciler:
         return plan
 
     def _build_children(self, run: LoRAFineTune, plan: Plan) -> list[Raw]:
-        """What ``plan`` launches, in the order in which it is made: the Job last, as its pods need the others."""
+        """What ``plan`` launches, in the order in which it is made: the Job last, as its pods need the others.
+
+        Or, to restore what somebody deleted, the others alone.
+        """
+        if plan.restore is not None and plan.restore.preflight:
+            return [build_preflight_configmap(run, plan.restore.preflight)]
+        if plan.restore is not None:
+            return [build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]
         if plan.launch_preflight is not None:
             number = plan.launch_preflight
             return [build_preflight_configmap(run, number), build_preflight_job(run, number, self._settings)]
@@ -220,6 +231,8 @@ class Reconciler:
             return Reports(
                 run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
             )
+        if plan.restore is not None:
+            reports = replace(reports, restored_at=now)
         if plan.failing:
             return replace(reports, failing_since=reports.failing_since or now)
         return replace(reports, failing_since=None)

@@ -105,7 +105,7 @@ def compute_conditions(
 
 
 def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: str, now: datetime) -> LoRAFineTuneStatus:
-    """The status of a run whose specification this operator cannot read."""
+    """The status of a run whose specification this operator cannot read. What runs goes on, and nobody looks at it."""
     marks = {
         ConditionType.READY: Mark(value=False, reason="InvalidSpec", message=message),
         ConditionType.RECONCILING: Mark(value=False, reason="InvalidSpec"),
@@ -114,7 +114,7 @@ def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: st
     return run.model_copy(
         update={
             "observed_generation": generation,
-            "phase": Phase.FAILED,
+            "phase": run.phase or Phase.PENDING,
             "reason": "InvalidSpec",
             "conditions": compute_conditions(run.conditions, marks, generation, now),
         }

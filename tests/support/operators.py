@@ -4,9 +4,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime
 from typing import Any
 
-from lora_operator.app import Operator
+from lora_operator.app import Operator, utc_now
 from lora_operator.kube import KubeClient, KubeError
 from lora_operator.settings import Settings
 
@@ -49,12 +50,13 @@ class OperatorThread:
         cut_after: int | None = None,
         logs: dict[str, str] | None = None,
         wrap: Callable[[KubeClient], None] = lambda client: None,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.calls: list[str] = []
         self.logs = {} if logs is None else logs
         self._cut_after = cut_after
         self._wrap = wrap
-        self.operator = Operator(settings, make_client=self._make_client)
+        self.operator = Operator(settings, make_client=self._make_client, clock=clock)
         if cut_after is not None:
             self.operator.drain_seconds = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -35,12 +35,22 @@ def test_an_older_answer_does_not_replace_a_newer_one() -> None:
     cache = Cache()
     assert cache.put(Resource.RUNS, raw("tickets", 7, status={"phase": "Running"})) == KEY
     assert cache.put(Resource.RUNS, raw("tickets", 6, status={"phase": "Starting"})) is None
-    assert cache.put(Resource.RUNS, raw("tickets", 7)) is None, "what is known is no news"
+    assert cache.put(Resource.RUNS, raw("tickets", 7, status={"phase": "Running"})) is None, "what is known is no news"
     run = cache.run(KEY)
     assert run is not None
     assert run["status"] == {"phase": "Running"}
     assert "managedFields" not in run["metadata"]
     assert cache.runs_by_phase() == {"Running": 1}
+
+
+def test_the_same_version_in_another_form_is_news() -> None:
+    """As after a change of the CRD, which adds or takes away fields of objects that nobody wrote."""
+    cache = Cache()
+    cache.put(Resource.RUNS, raw("tickets", 7, spec={"later": "yes"}))
+    assert cache.put(Resource.RUNS, raw("tickets", 7, spec={})) == KEY
+    run = cache.run(KEY)
+    assert run is not None
+    assert run["spec"] == {}
 
 
 def test_versions_are_numbers() -> None:
