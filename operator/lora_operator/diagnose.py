@@ -141,7 +141,7 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         size = termination.micro_batch_size if termination else None
         return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
     said = termination.failure_class if termination else None
-    if said is None or said in ECHOES:
+    if said is None or said in ECHOES or said == FailureClass.POD_LOST:
         taken = _diagnose_disruption(pod)
         if taken is not None:
             return replace(taken, at=at)

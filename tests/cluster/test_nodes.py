@@ -38,7 +38,7 @@ def store(pair: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(pair)
     upload_tiny_data(store, tmp_path_factory.mktemp("tiny"))
     values = stack.load_images(pair)
-    stack.install_operator(pair, {**values, "operator.preflight": False, "operator.terminationGraceSeconds": 20})
+    stack.install_operator(pair, {**values, "operator.preflight": False, "operator.terminationGraceSeconds": 40})
     return store
 
 

@@ -115,6 +115,12 @@ ROOTS = [
         1,
     ),
     Root(
+        "an eviction explains a checkpoint that was not complete in time",
+        [ended(0, 73, said("PeerLost", at=ago(2))), ended(1, 70, said("PodLost", at=ago(1)), **DISRUPTED)],
+        FailureClass.EVICTED,
+        1,
+    ),
+    Root(
         "the pod that was deleted is why all saved a checkpoint",
         [
             ended(0, 75, said("Checkpointed", at=ago(2))),
