@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from lora_api._base import ApiModel, CelRule
-from lora_api.pods import PodTemplate
+from lora_api.pods import ObjectName, PodTemplate
 from lora_api.publishing import Credentials, Publish, Tracking
 from lora_api.sources import BaseModelSource, Dataset
 from lora_api.status import LoRAFineTuneStatus
@@ -23,6 +23,16 @@ API_VERSION: Literal["lorafinetune.io/v1alpha1"] = "lorafinetune.io/v1alpha1"
 
 MAX_NAME_LENGTH = 52
 """Longest name of a run: its pods are called ``<name>-<attempt>-<index>`` and a host name has at most 63 characters."""
+
+
+MAX_TTL_SECONDS = 315_360_000
+"""Ten years."""
+
+
+class RuntimeRef(ApiModel):
+    """A ClusterLoRARuntime."""
+
+    name: ObjectName = Field(description="Name of the ClusterLoRARuntime.")
 
 
 class RunPolicy(ApiModel):
@@ -63,9 +73,9 @@ class RunPolicy(ApiModel):
     ttl_seconds_after_finished: int | None = Field(
         None,
         ge=0,
-        le=315_360_000,
+        le=MAX_TTL_SECONDS,
         description="Seconds after the end of the run until its pods, and their logs with them, are deleted. It can be "
-        "changed at any time. Default: never.",
+        "changed at any time. Default: that of the runtime, else never.",
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
@@ -121,8 +131,9 @@ def _unchanged() -> str:
     """CEL for: everything but MUTABLE is as it was."""
     fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
     same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
-    same.append("has(self.credentials) == has(oldSelf.credentials)")
-    same.append("(!has(self.credentials) || self.credentials == oldSelf.credentials)")
+    for field in ("credentials", "runtimeRef"):
+        same.append(f"has(self.{field}) == has(oldSelf.{field})")
+        same.append(f"(!has(self.{field}) || self.{field} == oldSelf.{field})")
     return " && ".join(same)
 
 
@@ -138,9 +149,14 @@ class LoRAFineTuneSpec(ApiModel):
     training: Training = Field(description="The optimization.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How many nodes and GPUs train together.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What a restart goes on from.")
-    publish: Publish = Field(description="Where the adapter goes.")
+    publish: Publish = Field(default_factory=Publish, description="Where the adapter goes.")
     tracking: Tracking = Field(default_factory=Tracking, description="Who else is told of the run.")
     credentials: Credentials | None = Field(None, description="How the pods reach the store and the model hub.")
+    runtime_ref: RuntimeRef | None = Field(
+        None,
+        description="What an administrator has settled for runs like this one: image, GPUs, store, defaults, limits. "
+        "Default: the ClusterLoRARuntime called default, if there is one.",
+    )
     run_policy: RunPolicy = Field(
         default_factory=RunPolicy,
         description="When the run waits, how long it may take, and what happens when something fails.",

@@ -1,7 +1,7 @@
 """The status of a LoRAFineTune: what the operator has seen. Written by the operator only."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ __all__ = [
     "LoRAFineTuneStatus",
     "Phase",
     "Progress",
+    "RuntimeSnapshot",
     "Time",
     "format_time",
 ]
@@ -125,6 +126,18 @@ class AdapterStatus(RecordModel):
     eval_loss_after: Measure = Field(None, description="Evaluation loss with the adapter (nats per token).")
 
 
+class RuntimeSnapshot(RecordModel):
+    """The ClusterLoRARuntime as the run found it. Later edits of it, and its deletion, do not concern the run."""
+
+    name: str = Field(description="Name of the ClusterLoRARuntime.")
+    generation: int = Field(0, ge=0, description="Its generation.")
+    spec: dict[str, Any] = Field(
+        {},
+        description="Its spec, but for the limits, which are looked at once.",
+        json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+    )
+
+
 class LoRAFineTuneStatus(RecordModel):
     """What the operator has seen."""
 
@@ -132,6 +145,7 @@ class LoRAFineTuneStatus(RecordModel):
     phase: Phase | None = Field(None, description="Where the run is, in one word, for people.")
     reason: str | None = Field(None, description="Why the run is in this phase, in one word.")
     attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
+    runtime: RuntimeSnapshot | None = Field(None, description="The runtime that the run took when it started.")
     start_time: Time | None = Field(None, description="When the first attempt was created.")
     completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
     conditions: Annotated[list[Condition], Field(max_length=16)] = Field(

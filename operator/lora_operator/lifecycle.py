@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Phase
+from lora_operator.admission import decide_runtime
 from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, find_silent, is_off, termination_of
 from lora_operator.finished import decide_finished
 from lora_operator.observed import Observed, is_finished, is_over
@@ -41,6 +42,9 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
         return NOTHING
     if is_finished(status):
         return decide_finished(observed, now, settings)
+    unsettled = decide_runtime(observed, now, settings)
+    if unsettled is not None:
+        return unsettled
     if needs_preflight(observed, settings):
         return decide_preflight(observed, now, settings)
     attempt = max(status.attempt, 1)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
+from lora_api import ClusterLoRARuntime, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
 from lora_operator.views import JobView, PodView
 
 
@@ -43,7 +43,10 @@ RESTORE_INTERVAL = 60.0
 
 @dataclass(frozen=True)
 class Observed:
-    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name."""
+    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name.
+
+    ``runtime`` is looked up for a run that has not begun.
+    """
 
     run: LoRAFineTune
     jobs: Mapping[int, JobView] = field(default_factory=dict)
@@ -51,6 +54,13 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     job_uids: frozenset[str] = frozenset()
     reports: Reports = Reports()
+    runtime: ClusterLoRARuntime | None = None
+
+    def has_begun(self) -> bool:
+        """Whether the run has taken its runtime, or something was created for it without one."""
+        status = self.run.status
+        tried = status.attempt or status.failed_preflights or has_passed(status)
+        return bool(status.runtime or tried or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
         """The pods of ``job``, rank by rank; where an index has several, the newest."""

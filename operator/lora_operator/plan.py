@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lora_api import AdapterStatus, ConditionType, Failure, Phase
+from lora_api import AdapterStatus, ConditionType, Failure, Phase, RuntimeSnapshot
 from lora_api.preflight import PreflightOutcome
 from lora_operator.views import JobView
 
@@ -25,7 +25,8 @@ class Plan:
     this order, then the status is written. ``phase`` None: nothing is to be said that is not in the status already.
     ``restore`` is the Job whose other children are to be made again if they are gone, ``suspended`` the attempt that
     runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the
-    preflight settled, ``micro_batch_size`` what the next attempt is to have.
+    preflight settled, ``micro_batch_size`` what the next attempt is to have, ``runtime`` what the run takes of its
+    runtime.
     """
 
     phase: Phase | None = None
@@ -42,6 +43,7 @@ class Plan:
     delete_run: bool = False
     suspended: int | None = None
     backoff: float = 0.0
+    runtime: RuntimeSnapshot | None = None
     failure: Failure | None = None
     charged: bool = False
     micro_batch_size: int | None = None

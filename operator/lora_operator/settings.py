@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from lora_api import ClusterLoRARuntimeSpec
+
 DEFAULT_TRAINER_IMAGE = "lora-trainer:dev"
 
 
@@ -28,6 +32,12 @@ class Settings:
         "LORA_TRAINER_IMAGE_PULL_POLICY",
         "When the nodes pull the trainer's image.",
         ("Always", "IfNotPresent", "Never"),
+    )
+    default_runtime: str = _setting(
+        "",
+        "LORA_DEFAULT_RUNTIME",
+        "Spec (JSON) of the ClusterLoRARuntime called default, which the operator applies when it starts. Empty: it "
+        "leaves that alone.",
     )
     namespaces: tuple[str, ...] = _setting(
         (), "LORA_NAMESPACES", "Namespaces to serve, with commas between them. Empty: all namespaces."
@@ -119,6 +129,8 @@ class Settings:
 
 def _reader(name: str, default: Any) -> Any:
     """The function that turns an argument's text into the type of ``default``."""
+    if name == "default_runtime":
+        return _runtime_spec
     if isinstance(default, tuple):
         return _names
     if isinstance(default, str):
@@ -128,6 +140,17 @@ def _reader(name: str, default: Any) -> Any:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _runtime_spec(text: str) -> str:
+    """``text``, once it has been found to be a spec."""
+    try:
+        ClusterLoRARuntimeSpec.model_validate_json(text or "{}")
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in wrong["loc"])
+        raise argparse.ArgumentTypeError(f"{where}: {wrong['msg']}" if where else wrong["msg"]) from error
+    return text
 
 
 class _Number:

@@ -30,6 +30,7 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         phase=plan.phase,
         reason=plan.reason,
         attempt=plan.attempt,
+        runtime=plan.runtime or old.runtime,
         start_time=old.start_time or (now if plan.attempt else None),
         completion_time=now if plan.ended else None,
         conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
@@ -131,4 +132,4 @@ def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
         (item.type, item.status, item.reason if item.type in _WAITS else "") for item in status.conditions
     )
     counts = status.attempt, len(status.failures), status.failed_preflights, status.charged_restarts
-    return status.phase, *counts, status.adapter, conditions
+    return status.phase, *counts, status.adapter, status.runtime is not None, conditions

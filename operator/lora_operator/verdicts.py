@@ -103,8 +103,8 @@ def decide_suspended(observed: Observed) -> Plan:
     )
 
 
-def decide_wait(reason: str, message: str, requeue_after: float) -> Plan:
-    """Nothing can be created yet."""
+def decide_wait(reason: str, message: str, requeue_after: float | None) -> Plan:
+    """Nothing can be created yet. ``requeue_after`` None: an event will say when."""
     return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
 
 

@@ -185,8 +185,8 @@ def parse_indexes(text: str) -> frozenset[int]:
     return frozenset(indexes)
 
 
-def trim_run(raw: Mapping[str, Any]) -> Raw:
-    """A LoRAFineTune without the parts of its metadata that nobody here reads: they are most of its size."""
+def trim_document(raw: Mapping[str, Any]) -> Raw:
+    """A resource of ours without the parts of its metadata that nobody here reads: they are most of its size."""
     metadata = raw["metadata"]
     kept = ("name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
     return {

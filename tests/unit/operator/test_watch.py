@@ -17,9 +17,9 @@ NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
 def test_events_fill_the_cache() -> None:
     cache = Cache()
-    assert apply_event(cache, Resource.RUNS, None, raw("tickets", 1)) == KEY
-    assert apply_event(cache, Resource.RUNS, "MODIFIED", raw("tickets", 1)) is None
-    assert apply_event(cache, Resource.RUNS, "DELETED", raw("tickets", 2)) == KEY
+    assert apply_event(cache, Resource.RUNS, None, raw("tickets", 1)) == [KEY]
+    assert apply_event(cache, Resource.RUNS, "MODIFIED", raw("tickets", 1)) == []
+    assert apply_event(cache, Resource.RUNS, "DELETED", raw("tickets", 2)) == [KEY]
     assert cache.run_keys() == []
 
 
@@ -83,7 +83,7 @@ def test_kopf_only_watches() -> None:
         return Configuration()
 
     registry = build_registry(lambda *_: None, login)
-    assert len(registry._watching.get_all_handlers()) == 3
+    assert len(registry._watching.get_all_handlers()) == len(Resource)
     assert not registry._changing.get_all_handlers()
     assert not registry._spawning.get_all_handlers()
     assert not registry._indexing.get_all_handlers()
