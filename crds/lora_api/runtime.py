@@ -99,6 +99,11 @@ class ClusterLoRARuntimeSpec(ApiModel):
         description="Seconds that a pod has between SIGTERM and SIGKILL, to save a checkpoint. Default: the operator's "
         "--termination-grace.",
     )
+    preflight: bool | None = Field(
+        None,
+        description="Whether runs are checked, by a pod without a GPU, before their first attempt. Default: the "
+        "operator's --preflight.",
+    )
     ttl_seconds_after_finished: int | None = Field(
         None,
         ge=0,

@@ -95,7 +95,7 @@ class Progress(RecordModel):
 class Failure(RecordModel):
     """Why an attempt ended."""
 
-    attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is the preflight.")
+    attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is what comes before the first.")
     failure_class: FailureClass = Field(alias="class", description="Kind of failure.")
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")

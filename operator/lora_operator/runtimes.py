@@ -92,8 +92,12 @@ def resolve(run: LoRAFineTune, settings: Settings) -> Settings:
     if run.status.runtime is None:
         return settings
     runtime = taken_runtime(run)
+    preflight = settings.preflight
+    if runtime.preflight is not None:
+        preflight = "on" if runtime.preflight else "off"
     return replace(
         settings,
+        preflight=preflight,
         trainer_image=runtime.image or settings.trainer_image,
         trainer_image_pull_policy=runtime.image_pull_policy or settings.trainer_image_pull_policy,
         termination_grace=runtime.termination_grace_period_seconds or settings.termination_grace,

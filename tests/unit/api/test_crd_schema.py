@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lora_api import LoRAFineTuneSpec
-from lora_api.crd import RESOURCES, RUN, RUNTIME, CustomResource, build_crd
+from lora_api.crd import RUN, build_crd
 from lora_api.finetune import MUTABLE
 from tools.generate import render_files
 

@@ -8,6 +8,7 @@ import pytest
 from lora_api import RULES, ConditionType, FailureClass, Phase, build_run_spec
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
+from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
 from lora_operator.status import compute_status
 from lora_operator.views import PodView
@@ -17,6 +18,7 @@ from tests.unit.operator.builders import (
     a_job,
     a_pod,
     a_run,
+    a_runtime,
     ago,
     condition,
     ended,
@@ -52,7 +54,61 @@ LONG_GONE = {"attempt": 1, "conditions": [condition("Failed")], "completionTime"
 FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
 NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
 
+RUNTIME = a_runtime("h100", generation=3, image="trainer:7", limits={"maxNodes": 2})
+REFERENCE = {"runtimeRef": {"name": "h100"}}
+
 CASES = [
+    # Runtime
+    Case(
+        "a run takes its runtime before anything is created",
+        seen(a_run(**REFERENCE), runtime=RUNTIME),
+        {
+            "runtime": build_snapshot(RUNTIME), "launch": None, "attempt": 0, "phase": Phase.PENDING,
+            "reason": "RuntimeTaken", "requeue_after": 0.0,
+        },
+    ),
+    Case(
+        "a run that has taken its runtime is launched",
+        seen(a_run(status={"runtime": build_snapshot(RUNTIME).to_wire()}, **REFERENCE)),
+        {"launch": 1, "runtime": None},
+    ),
+    Case(
+        "the default runtime is taken without being named",
+        seen(a_run(), runtime=a_runtime()),
+        {"runtime": build_snapshot(a_runtime()), "launch": None},
+    ),
+    Case(
+        "a runtime that is not there is waited for",
+        seen(a_run(**REFERENCE)),
+        {"launch": None, "phase": Phase.PENDING, "reason": "RuntimeNotFound", "requeue_after": None, "failure": None},
+    ),
+    Case(
+        "a suspended run takes no runtime yet, not even one that would refuse it",
+        seen(a_run(runPolicy=SUSPENDED, parallelism={"nodes": 3, "gpusPerNode": 0}, **REFERENCE), runtime=RUNTIME),
+        {"runtime": None, "launch": None, "phase": Phase.SUSPENDED},
+    ),
+    Case(
+        "a run that asks for too much ends, and says whose runtime it was",
+        seen(a_run(parallelism={"nodes": 3, "gpusPerNode": 0}, **REFERENCE), runtime=RUNTIME),
+        {"attempt": 0, "phase": Phase.FAILED, "ended": True, "runtime": build_snapshot(RUNTIME)},
+        FailureClass.RUNTIME_REFUSED,
+    ),
+    Case(
+        "a run without a store ends",
+        seen(a_run(publish={})),
+        {"attempt": 0, "phase": Phase.FAILED, "ended": True, "runtime": None},
+        FailureClass.BAD_SPEC,
+    ),
+    Case(
+        "a run that began without a runtime takes none later",
+        seen(a_run(status=STARTED), JOB, running(0), running(1), runtime=RUNTIME),
+        {"runtime": None, "phase": Phase.RUNNING},
+    ),
+    Case(
+        "nor does one whose Job the status does not know yet",
+        seen(a_run(), JOB, runtime=a_runtime()),
+        {"runtime": None, "launch": None, "attempt": 1},
+    ),
     # Launch
     Case(
         "a new run is launched",
