@@ -257,6 +257,7 @@ def process(settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
         f"--http-port={port}",
         "--http-host=127.0.0.1",
         "--failure-grace=1",
+        "--preflight=off",
         "--log-format=json",
     ]
     child = subprocess.Popen(
