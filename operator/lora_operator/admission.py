@@ -25,8 +25,10 @@ _NOT_FOUND_REMEDY = (
 def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
     """What to do next about the runtime of a run; ``None`` once that is settled."""
     run, runtime = observed.run, observed.runtime
-    if observed.has_begun() or run.spec.run_policy.suspend:
+    if run.spec.run_policy.suspend or observed.live_job() is not None:
         return None
+    if observed.has_begun():
+        return None if run.spec.publish.store else _decide_lost(observed, now, settings)
     if runtime is None and run.spec.runtime_ref is not None:
         message = f"spec.runtimeRef.name: there is no ClusterLoRARuntime {run.spec.runtime_ref.name}"
         return decide_wait("RuntimeNotFound", with_remedy(message, _NOT_FOUND_REMEDY), None)
@@ -38,6 +40,13 @@ def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Pla
         return None
     message = f"Takes ClusterLoRARuntime {snapshot.name} as it is now (generation {snapshot.generation})"
     return replace(decide_wait("RuntimeTaken", message, 0.0), runtime=snapshot)
+
+
+def _decide_lost(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """Ends a run that began with a store of its runtime, and whose snapshot somebody has taken away."""
+    message = "spec.publish.store is not set, and status.runtime, which had one when the run began, is gone"
+    failure = _failure(FailureClass.BAD_SPEC, message, now).model_copy(update={"attempt": observed.run.status.attempt})
+    return decide_failure(observed, failure.attempt, failure, settings)
 
 
 def _failure(failure_class: FailureClass, message: str, now: datetime) -> Failure:

@@ -105,6 +105,17 @@ CASES = [
         {"runtime": None, "phase": Phase.RUNNING},
     ),
     Case(
+        "a run whose snapshot was taken away ends once it would need it",
+        seen(a_run(status=FAILED_ONCE, publish={}), runtime=RUNTIME),
+        {"attempt": 1, "launch": None, "phase": Phase.FAILED, "runtime": None},
+        FailureClass.BAD_SPEC,
+    ),
+    Case(
+        "but not before",
+        seen(a_run(status=STARTED, publish={}), JOB, running(0), running(1)),
+        {"phase": Phase.RUNNING},
+    ),
+    Case(
         "nor does one whose Job the status does not know yet",
         seen(a_run(), JOB, runtime=a_runtime()),
         {"runtime": None, "launch": None, "attempt": 1},
