@@ -138,7 +138,7 @@ def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operato
 def test_a_deleted_pod_restarts_the_gang(
     run: Run, fast_settings: Callable[..., Settings], namespace: str, api: Api
 ) -> None:
-    with OperatorThread(fast_settings(namespace, failure_grace=60.0)):
+    with OperatorThread(fast_settings(namespace, failure_grace=60.0, node_grace=60.0)):
         run.create()
         run.set_running(1)
         run.wait_phase("Running")
