@@ -232,8 +232,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The trainer's image cannot be pulled.",
         remedy=(
-            "Check the operator's trainer.image value and podTemplate.imagePullSecrets, and that the nodes reach the "
-            "registry."
+            "Check the image of the runtime, or the operator's trainer.image where that has none, "
+            "podTemplate.imagePullSecrets, and that the nodes reach the registry."
         ),
     ),
     FailureRule(

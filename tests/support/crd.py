@@ -99,6 +99,7 @@ MAXIMAL: Spec = {
     "runtimeRef": {"name": "h100"},
     "runPolicy": {
         "maxRestarts": 0,
+        "onOutOfMemory": "shrinkMicroBatch",
         "suspend": True,
         "activeDeadlineSeconds": 3600,
         "stallTimeoutSeconds": 600,

@@ -158,6 +158,7 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "observedGeneration": 0,
         "conditions": [],
         "failures": [],
+        "failedPreflights": 0,
         "chargedRestarts": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,
