@@ -36,6 +36,7 @@ SEEN_BY_KUBERNETES: dict[FailureClass, str] = {
     FailureClass.IMAGE_PULL_FAILED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.POD_NOT_STARTED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.NAME_CONFLICT: "controlplane/lifecycle/test_lifecycle.py",
+    FailureClass.RUNTIME_REFUSED: "controlplane/lifecycle/test_runtimes.py",
     FailureClass.STALLED: "controlplane/lifecycle/test_policy.py",
     FailureClass.DEADLINE_EXCEEDED: "controlplane/lifecycle/test_policy.py",
 }
