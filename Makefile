@@ -44,7 +44,7 @@ test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 	$(PYTEST) tests/trainer
 
 .PHONY: test-cluster
-test-cluster: venv binaries ## Tests with real pods on a real cluster
+test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
 	$(PYTEST) tests/devcluster tests/cluster -m cluster
 
 .PHONY: lint

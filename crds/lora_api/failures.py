@@ -22,6 +22,7 @@ class FailureClass(StrEnum):
     STORE_UNAVAILABLE = "StoreUnavailable"
     CHECKPOINTED = "Checkpointed"
     GATE_REFUSED = "GateRefused"
+    SOURCE_CHANGED = "SourceChanged"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DISK_FULL = "DiskFull"
     POD_LOST = "PodLost"
@@ -30,6 +31,7 @@ class FailureClass(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     POD_NOT_STARTED = "PodNotStarted"
     NAME_CONFLICT = "NameConflict"
+    RUNTIME_REFUSED = "RuntimeRefused"
     STALLED = "Stalled"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
 
@@ -162,6 +164,16 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         ),
     ),
     FailureRule(
+        failure_class=FailureClass.SOURCE_CHANGED,
+        exit_code=78,
+        charged=False,
+        retried=False,
+        meaning="The base model or the dataset is no longer what the preflight checked.",
+        remedy=(
+            "Put back what was there, or delete this LoRAFineTune and create it again to train on what is there now."
+        ),
+    ),
+    FailureRule(
         failure_class=FailureClass.HOST_OUT_OF_MEMORY,
         exit_code=None,
         charged=False,
@@ -220,8 +232,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The trainer's image cannot be pulled.",
         remedy=(
-            "Check the operator's trainer.image value and podTemplate.imagePullSecrets, and that the nodes reach the "
-            "registry."
+            "Check the image of the runtime, or the operator's trainer.image where that has none, "
+            "podTemplate.imagePullSecrets, and that the nodes reach the registry."
         ),
     ),
     FailureRule(
@@ -240,6 +252,17 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="An object with the name of a child exists and belongs to something else.",
         remedy="Delete or rename that object, then delete this LoRAFineTune and create it again, or create it under "
         "another name.",
+    ),
+    FailureRule(
+        failure_class=FailureClass.RUNTIME_REFUSED,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="The run asks for more than its ClusterLoRARuntime allows.",
+        remedy=(
+            "Stay within the limits that the message names, or name another runtime in runtimeRef (kubectl get clr); "
+            "then delete this LoRAFineTune and create it again."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.STALLED,

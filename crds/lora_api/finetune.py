@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from lora_api._base import ApiModel, CelRule
-from lora_api.pods import PodTemplate
+from lora_api.pods import ObjectName, PodTemplate
 from lora_api.publishing import Credentials, Publish, Tracking
 from lora_api.sources import BaseModelSource, Dataset
 from lora_api.status import LoRAFineTuneStatus
@@ -25,6 +25,16 @@ MAX_NAME_LENGTH = 52
 """Longest name of a run: its pods are called ``<name>-<attempt>-<index>`` and a host name has at most 63 characters."""
 
 
+MAX_TTL_SECONDS = 315_360_000
+"""Ten years."""
+
+
+class RuntimeRef(ApiModel):
+    """A ClusterLoRARuntime."""
+
+    name: ObjectName = Field(description="Name of the ClusterLoRARuntime.")
+
+
 class RunPolicy(ApiModel):
     """When a run waits, how long it may take, what happens when something fails, and what is left of it."""
 
@@ -34,6 +44,12 @@ class RunPolicy(ApiModel):
         le=100,
         description="Restarts of the whole gang that failures of the run itself may use up. Restarts after a lost "
         "node, an eviction or a preemption are not counted.",
+    )
+    on_out_of_memory: Literal["fail", "shrinkMicroBatch"] = Field(
+        "fail",
+        description="What follows when a GPU or a pod runs out of memory. fail: the run ends. shrinkMicroBatch: the "
+        "gang is restarted from its last checkpoint with half the micro-batch and the same globalBatchSize, down to "
+        "one sequence; these restarts are not counted.",
     )
     suspend: bool = Field(
         default=False,
@@ -57,9 +73,9 @@ class RunPolicy(ApiModel):
     ttl_seconds_after_finished: int | None = Field(
         None,
         ge=0,
-        le=315_360_000,
+        le=MAX_TTL_SECONDS,
         description="Seconds after the end of the run until its pods, and their logs with them, are deleted. It can be "
-        "changed at any time. Default: never.",
+        "changed at any time. Default: that of the runtime, else never.",
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
@@ -113,10 +129,11 @@ SECTIONS = (
 
 def _unchanged() -> str:
     """CEL for: everything but MUTABLE is as it was."""
-    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "stallTimeoutSeconds", "ttlDeletes")]
+    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
     same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
-    same.append("has(self.credentials) == has(oldSelf.credentials)")
-    same.append("(!has(self.credentials) || self.credentials == oldSelf.credentials)")
+    for field in ("credentials", "runtimeRef"):
+        same.append(f"has(self.{field}) == has(oldSelf.{field})")
+        same.append(f"(!has(self.{field}) || self.{field} == oldSelf.{field})")
     return " && ".join(same)
 
 
@@ -132,9 +149,14 @@ class LoRAFineTuneSpec(ApiModel):
     training: Training = Field(description="The optimization.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How many nodes and GPUs train together.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What a restart goes on from.")
-    publish: Publish = Field(description="Where the adapter goes.")
+    publish: Publish = Field(default_factory=Publish, description="Where the adapter goes.")
     tracking: Tracking = Field(default_factory=Tracking, description="Who else is told of the run.")
     credentials: Credentials | None = Field(None, description="How the pods reach the store and the model hub.")
+    runtime_ref: RuntimeRef | None = Field(
+        None,
+        description="What an administrator has settled for runs like this one: image, GPUs, store, defaults, limits. "
+        "Default: the ClusterLoRARuntime called default, if there is one.",
+    )
     run_policy: RunPolicy = Field(
         default_factory=RunPolicy,
         description="When the run waits, how long it may take, and what happens when something fails.",

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from lora_api._base import Measure, RecordModel, Time, clean_text, cut_middle
 from lora_api.failures import FailureClass
+from lora_api.preflight import PreflightOutcome
 from lora_api.status import AdapterStatus
 
 TERMINATION_LIMIT = 4096
@@ -70,7 +71,10 @@ def parse_progress_line(line: str) -> ProgressLine | None:
 
 
 class Termination(RecordModel):
-    """The trainer's last words (``/dev/termination-log``)."""
+    """The trainer's last words (``/dev/termination-log``).
+
+    After success rank 0 says which ``adapter`` it published, and a preflight what it settled.
+    """
 
     version: Literal[1] = 1
     outcome: Literal["succeeded", "failed"]
@@ -79,8 +83,10 @@ class Termination(RecordModel):
     remedy: Text | None = None
     rank: int | None = Field(None, ge=0)
     step: int | None = Field(None, ge=0)
+    micro_batch_size: int | None = Field(None, ge=1)
     at: Time
     adapter: AdapterStatus | None = None
+    preflight: PreflightOutcome | None = None
 
     def to_message(self, limit: int = TERMINATION_LIMIT) -> str:
         """JSON of at most ``limit`` bytes in UTF-8. Where it is too long, the longer of its texts is cut."""

@@ -19,19 +19,19 @@ class SourcePin(RecordModel):
     have no commits.
     """
 
-    uri: str
-    revision: str | None = None
-    digest: Digest | None = None
-    files: int = Field(ge=0)
-    size_bytes: int = Field(ge=0)
+    uri: str = Field(description="Where it is.")
+    revision: str | None = Field(None, description="Commit on the model hub.")
+    digest: Digest | None = Field(None, description="Digest over names, sizes and contents of the files, sha256:HEX.")
+    files: int = Field(ge=0, description="Files that are read.")
+    size_bytes: int = Field(ge=0, description="Their size in bytes.")
 
 
 class Pins(RecordModel):
     """What the run reads, so that each attempt reads the same."""
 
-    base_model: SourcePin | None = None
-    train: SourcePin | None = None
-    eval: SourcePin | None = None
+    base_model: SourcePin | None = Field(None, description="The base model.")
+    train: SourcePin | None = Field(None, description="The training records.")
+    eval: SourcePin | None = Field(None, description="The evaluation records.")
 
 
 class ModelFacts(RecordModel):
@@ -47,11 +47,11 @@ class ModelFacts(RecordModel):
 class MemoryEstimate(RecordModel):
     """Peak memory of each GPU (of each process on CPUs) in GiB, by part. ``fits`` is unset for an unknown device."""
 
-    estimate_gib: float = Field(ge=0, alias="estimateGiB")
-    safe_gib: float = Field(ge=0, alias="safeGiB")
-    device_gib: float | None = Field(None, gt=0, alias="deviceGiB")
-    fits: bool | None = None
-    parts: dict[str, float] = {}
+    estimate_gib: float = Field(ge=0, alias="estimateGiB", description="Planned peak of each process, in GiB.")
+    safe_gib: float = Field(ge=0, alias="safeGiB", description="The same with a margin, in GiB.")
+    device_gib: float | None = Field(None, gt=0, alias="deviceGiB", description="Memory of one GPU, in GiB.")
+    fits: bool | None = Field(None, description="Whether the safe figure fits into one GPU.")
+    parts: dict[str, float] = Field({}, description="The peak by part, in GiB.")
 
 
 class RunPlan(RecordModel):
@@ -61,14 +61,23 @@ class RunPlan(RecordModel):
     and ``memory`` is that of one sequence. ``shard_size`` processes share one copy of the weights.
     """
 
-    micro_batch_size: int | None = Field(None, ge=1)
-    gradient_accumulation_steps: int | None = Field(None, ge=1)
-    processes: int = Field(ge=1)
-    shard_size: int = Field(ge=1)
-    total_steps: int | None = Field(None, ge=1)
-    tokens_per_epoch: int | None = Field(None, ge=0)
-    memory: MemoryEstimate | None = None
-    suggestions: list[str] = []
+    micro_batch_size: int | None = Field(None, ge=1, description="Sequences that a process takes at once.")
+    gradient_accumulation_steps: int | None = Field(
+        None, ge=1, description="Micro-batches of each process in one optimizer step."
+    )
+    processes: int = Field(ge=1, description="Training processes, one for each GPU.")
+    shard_size: int = Field(ge=1, description="Processes that share one copy of the weights.")
+    total_steps: int | None = Field(None, ge=1, description="Optimizer steps in all.")
+    tokens_per_epoch: int | None = Field(None, ge=0, description="Tokens in one pass over the training records.")
+    memory: MemoryEstimate | None = Field(None, description="Memory of each GPU (of each process on CPUs).")
+    suggestions: list[str] = Field([], description="What would make it fit, the cheapest first.")
+
+
+class PreflightOutcome(RecordModel):
+    """What a preflight that passed has settled: the part of its result that the operator keeps."""
+
+    pins: Pins = Field(default_factory=Pins)
+    plan: RunPlan | None = None
 
 
 class Problem(RecordModel):

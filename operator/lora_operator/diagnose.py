@@ -33,6 +33,7 @@ class Symptom:
     remedy: str = ""
     rank: int | None = None
     step: int | None = None
+    micro_batch_size: int | None = None
     at: datetime | None = None
 
 
@@ -51,6 +52,23 @@ class Obstacle:
     def text(self) -> str:
         """For a condition's message."""
         return with_remedy(self.message, self.remedy)
+
+    def seconds_left(self, now: datetime, limit: float) -> float | None:
+        """Seconds until the run fails because this has lasted for ``limit`` seconds, or ``None``."""
+        return None if self.failure_class is None else limit - (now - self.since).total_seconds()
+
+    def to_failure(self, attempt: int, now: datetime) -> Failure:
+        """The failure of ``attempt`` that this became.
+
+        Raises:
+            ValueError: it is one that is waited for.
+        """
+        if self.failure_class is None:
+            raise ValueError(f"{self.reason} ends no attempt")
+        return Failure(
+            attempt=attempt, failure_class=self.failure_class, reason=self.reason,
+            message=f"{self.message} (for {(now - self.since).total_seconds():.0f} s)", remedy=self.remedy, at=now,
+        )  # fmt: skip
 
 
 def with_remedy(message: str, remedy: str) -> str:
@@ -104,11 +122,12 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None
 
 
 def _diagnose_silent_success(pod: PodView) -> Symptom | None:
-    """Rank 0 has to say what it published; its peers have nothing to say."""
+    """Rank 0 has to say what it published, and a preflight what it settled; other pods have nothing to say."""
     termination = termination_of(pod)
-    if pod.index != 0 or (termination and termination.outcome == "succeeded" and termination.adapter):
+    said = termination is not None and (termination.adapter or termination.preflight)
+    if pod.index != 0 or (termination is not None and termination.outcome == "succeeded" and said):
         return None
-    message = f"Pod {pod.name} ended with success but did not say which adapter it published"
+    message = f"Pod {pod.name} ended with success but did not say what came of it"
     return Symptom(FailureClass.INTERNAL, "NoTerminationMessage", message, pod, at=pod.ended.at if pod.ended else None)
 
 
@@ -119,9 +138,10 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     at = ended.at
     if ended.reason == "OOMKilled":
         message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
-        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, at=at)
+        size = termination.micro_batch_size if termination else None
+        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
     said = termination.failure_class if termination else None
-    if said is None or said in ECHOES:
+    if said is None or said in ECHOES or said == FailureClass.POD_LOST:
         taken = _diagnose_disruption(pod)
         if taken is not None:
             return replace(taken, at=at)
@@ -129,8 +149,9 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
         return Symptom(
-            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step, termination.at
-        )
+            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
+            termination.micro_batch_size, termination.at,
+        )  # fmt: skip
     if ended.reason in _NOT_STARTED:
         message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
@@ -171,6 +192,22 @@ def _diagnose_disruption(pod: PodView) -> Symptom | None:
     return None
 
 
+def find_silent(symptoms: Sequence[Symptom], pods: Sequence[PodView]) -> list[PodView]:
+    """The pods that say nothing while their peers have only lost a peer: hung, or on a node that is gone.
+
+    Those whose node does not answer come first: its node controller marks pods as not ready once it has not heard from
+    the kubelet for 50 s (--node-monitor-grace-period, Kubernetes 1.32).
+    """
+    if any(symptom.failure_class != FailureClass.PEER_LOST for symptom in symptoms):
+        return []
+    return sorted((pod for pod in pods if not pod.has_ended), key=lambda pod: not is_off(pod))
+
+
+def is_off(pod: PodView) -> bool:
+    """Whether the node of a pod that runs no longer answers."""
+    return pod.running and pod.unready and pod.deleting_at is None
+
+
 def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt: int, now: datetime) -> Failure:
     """The failure that explains all ``symptoms``: the earliest that is no echo of another pod's.
 
@@ -180,11 +217,15 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
     causes = [symptom for symptom in symptoms if symptom.failure_class not in ECHOES]
     lost = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.PEER_LOST]
     asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
-    silent = [pod for pod in pods if not pod.has_ended]
+    silent = find_silent(symptoms, pods)
     if causes:
         root = _earliest(causes, now)
     elif asked:
         root = next((symptom for symptom in asked if symptom.pod and symptom.pod.deleting_at), _earliest(asked, now))
+    elif silent and is_off(silent[0]):
+        first = _earliest(lost, now)
+        message = f"Node of pod {silent[0].name} does not answer; {_words(first)}"
+        root = Symptom(FailureClass.NODE_LOST, "NodeNotReady", message, silent[0], step=first.step, at=first.at)
     elif silent:
         first = _earliest(lost, now)
         message = f"Pod {silent[0].name} stopped answering its peers and says nothing itself; {_words(first)}"
@@ -201,6 +242,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         pod=root.pod.name if root.pod else None,
         rank=root.rank,
         step=root.step,
+        micro_batch_size=root.micro_batch_size,
         exit_code=ended.exit_code if ended else None,
         log_tail=None,
         at=root.at or now,

@@ -1,7 +1,7 @@
 """Events for ``kubectl describe``: one on each change of state, never twice.
 
-The name of an Event is a function of the run, the attempt and the reason. So a second operator, or one that is
-restarted, cannot post it again: the API server refuses the name.
+The name of an Event is a function of the run, the attempt (or preflight) and the reason. So a second operator, or one
+that is restarted, cannot post it again: the API server refuses the name.
 """
 
 from dataclasses import dataclass
@@ -17,52 +17,70 @@ _MAX_NOTE = 1024
 
 @dataclass(frozen=True)
 class EventSpec:
-    """An Event to post."""
+    """An Event to post. ``about`` is the number of the attempt, or pre and that of the preflight."""
 
     type: Literal["Normal", "Warning"]
     reason: str
     action: str
     note: str
-    attempt: int
+    about: str
 
 
 def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[EventSpec]:
     """What happened between two statuses, in the order in which it happened."""
     events: list[EventSpec] = []
-    attempt = new.attempt
+    attempt, about = new.attempt, _about(new)
+    if new.phase == Phase.PREFLIGHT and old.phase != Phase.PREFLIGHT:
+        events.append(EventSpec("Normal", "Preflight", "Check", _message(new, ConditionType.PREFLIGHT_PASSED), about))
+    if _holds(new, ConditionType.PREFLIGHT_PASSED) and not _holds(old, ConditionType.PREFLIGHT_PASSED):
+        note = _message(new, ConditionType.PREFLIGHT_PASSED)
+        events.append(EventSpec("Normal", "PreflightPassed", "Check", note, about))
     if new.attempt > old.attempt:
-        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its pods", attempt))
+        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its pods", about))
     if _holds(new, ConditionType.RUNNING) and not _holds(old, ConditionType.RUNNING):
-        events.append(EventSpec("Normal", "Running", "Train", f"Attempt {attempt}: every pod runs", attempt))
-    recorded = {failure.attempt for failure in old.failures}
+        events.append(EventSpec("Normal", "Running", "Train", f"Attempt {attempt}: every pod runs", about))
     for failure in new.failures:
-        if failure.attempt not in recorded and new.phase != Phase.FAILED:
-            note = f"Attempt {failure.attempt}: {failure.message} The run starts again."
-            events.append(EventSpec("Warning", str(failure.failure_class), "Restart", note, failure.attempt))
+        if failure not in old.failures and new.phase != Phase.FAILED:
+            what = f"Attempt {failure.attempt}" if failure.attempt else "Preflight"
+            note = f"{what}: {failure.message} The run starts again."
+            subject = str(failure.attempt) if failure.attempt else _about(old)
+            events.append(EventSpec("Warning", str(failure.failure_class), "Restart", note, subject))
     if new.suspended_attempt > old.suspended_attempt:
         note = f"Attempt {attempt}: runPolicy.suspend ends its pods once they have saved a checkpoint"
-        events.append(EventSpec("Normal", "Suspended", "Suspend", note, attempt))
+        events.append(EventSpec("Normal", "Suspended", "Suspend", note, about))
+    if new.reason == "RuntimeNotFound" and old.reason != new.reason:
+        events.append(EventSpec("Warning", new.reason, "Wait", _message(new, ConditionType.READY), about))
     obstacle = _obstacle(new)
     if obstacle is not None and _obstacle(old) != obstacle:
-        events.append(EventSpec("Warning", obstacle[0], "Wait", obstacle[1], attempt))
+        events.append(EventSpec("Warning", obstacle[0], "Wait", obstacle[1], about))
     if new.phase != old.phase and new.phase == Phase.SUCCEEDED:
-        events.append(EventSpec("Normal", "Succeeded", "Publish", _message(new, ConditionType.COMPLETE), attempt))
+        events.append(EventSpec("Normal", "Succeeded", "Publish", _message(new, ConditionType.COMPLETE), about))
     if new.phase != old.phase and new.phase == Phase.FAILED:
         note = _message(new, ConditionType.READY)
-        events.append(EventSpec("Warning", new.reason or "Failed", "Fail", note, attempt))
+        events.append(EventSpec("Warning", new.reason or "Failed", "Fail", note, about))
     return events
 
 
-_EXPECTED = frozenset({"Starting", "Restarting", "PodsPending", "PodsRunning", "PodFailed", "Succeeded"})
+def _about(status: LoRAFineTuneStatus) -> str:
+    """What the run is at: an attempt, or the preflight after those that failed."""
+    return str(status.attempt) if status.attempt else f"pre{status.failed_preflights + 1}"
+
+
+_EXPECTED = frozenset({"Starting", "Restarting", "PodsPending", "PodsRunning", "PodFailed", "Succeeded", "Preflight"})
+_OBSTRUCTED = {
+    Phase.PREFLIGHT: ConditionType.PREFLIGHT_PASSED,
+    Phase.STARTING: ConditionType.RUNNING,
+    Phase.RESTARTING: ConditionType.RUNNING,
+}
+"""The condition that says what keeps pods from starting."""
 
 
 def _obstacle(status: LoRAFineTuneStatus) -> tuple[str, str] | None:
-    """What keeps the pods from starting, as the Running condition says it."""
-    if status.phase not in (Phase.STARTING, Phase.RESTARTING):
-        return None
+    """What keeps the pods from starting."""
+    kind = _OBSTRUCTED.get(status.phase) if status.phase else None
     failed = {str(failure.failure_class) for failure in status.failures if failure.attempt == status.attempt}
     for item in status.conditions:
-        if item.type == ConditionType.RUNNING and item.status == "False" and item.reason not in _EXPECTED | failed:
+        if item.type == kind and item.status == "False" and item.reason not in _EXPECTED | failed:
             return item.reason, item.message
     return None
 
@@ -82,7 +100,7 @@ def build_event(run: ObjectMeta, event: EventSpec, now: datetime, instance: str)
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         "metadata": {
-            "name": f"{run.name}.{run.uid[:8]}.{event.attempt}.{event.reason.lower()}",
+            "name": f"{run.name}.{run.uid[:8]}.{event.about}.{event.reason.lower()}",
             "namespace": run.namespace,
         },
         "eventTime": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),

@@ -14,9 +14,9 @@ def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Pl
     if left is not None and left <= 0:
         if observed.run.spec.run_policy.ttl_deletes == "run":
             return Plan(delete_run=True)
-        return Plan(clean_up=True) if observed.jobs else NOTHING
+        return Plan(clean_up=True) if observed.all_jobs() else NOTHING
     plan = _decide_running_on(observed, now, settings)
-    if left is None or not (observed.jobs or observed.run.spec.run_policy.ttl_deletes == "run"):
+    if left is None or not (observed.all_jobs() or observed.run.spec.run_policy.ttl_deletes == "run"):
         return plan
     return replace(plan, requeue_after=min(left, plan.requeue_after or left))
 

@@ -27,14 +27,17 @@ def unseen_failures(observed: Observed) -> JobView | None:
     The watches of Jobs and of pods are apart, so news of a Job may come before its pods, most of all at start. A pod
     that is taken to be gone has no last words, and its gang would be restarted whatever they say.
     """
-    job = _live_job(observed)
+    job = observed.live_job()
     if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job)}:
         return None
     return job
 
 
 def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
-    """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended."""
+    """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended.
+
+    A preflight has no progress to tell.
+    """
     pod = _rank_zero(observed)
     if pod is None or pod.gone or not (pod.running or pod.ended):
         return None
@@ -48,7 +51,7 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
 
     One that the Job controller has not come to yet has none, and in a burst of runs there are many.
     """
-    job = _live_job(observed)
+    job = observed.live_job()
     if job is None or not job.taken or not observed.is_short_of_pods(job):
         return None
     late = is_due(job.created, now, REFUSAL_DELAY)
@@ -58,9 +61,9 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
 def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
     """Seconds until the run is to be looked at again without an event, or ``None``."""
     times = [] if plan.requeue_after is None else [plan.requeue_after]
-    if plan.launch is not None:
+    if plan.launch is not None or plan.launch_preflight is not None:
         times.append(REFUSAL_DELAY)
-    job = _live_job(observed)
+    job = observed.live_job()
     if job is not None and not plan.ended:
         pod = _rank_zero(observed)
         if pod is not None and pod.running:
@@ -70,12 +73,8 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
     return min(times, default=None)
 
 
-def _live_job(observed: Observed) -> JobView | None:
-    """The Job of an attempt that has no verdict yet."""
-    job, status = observed.current_job(), observed.run.status
-    return None if job is None or is_finished(status) or is_over(status, job.attempt) else job
-
-
 def _rank_zero(observed: Observed) -> PodView | None:
-    job = _live_job(observed)
-    return next((pod for pod in observed.gang(job) if pod.index == 0), None) if job else None
+    job = observed.live_job()
+    if job is None or job.preflight:
+        return None
+    return next((pod for pod in observed.gang(job) if pod.index == 0), None)

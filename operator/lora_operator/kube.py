@@ -16,8 +16,20 @@ from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
 from pydantic_core import from_json
 
-from lora_api import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneStatus
+from lora_api import (
+    API_VERSION,
+    GROUP,
+    KIND,
+    PLURAL,
+    VERSION,
+    ClusterLoRARuntimeSpec,
+    LoRAFineTune,
+    LoRAFineTuneStatus,
+)
 from lora_api.finetune import ObjectMeta
+from lora_api.runtime import DEFAULT_RUNTIME
+from lora_api.runtime import KIND as RUNTIME_KIND
+from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator.children.names import MANAGER, RUN_LABEL
 from lora_operator.ratelimit import RateLimit
 from lora_operator.views import Raw, controller_of
@@ -33,6 +45,11 @@ class Rule:
     resources: tuple[str, ...]
     verbs: tuple[str, ...]
     why: str
+    names: tuple[str, ...] = ()
+    """The objects that it is about; empty: all."""
+
+    cluster: bool = False
+    """Whether its objects are those of the whole cluster, also where the operator serves some namespaces only."""
 
 
 RBAC: tuple[Rule, ...] = (
@@ -53,11 +70,21 @@ RBAC: tuple[Rule, ...] = (
     Rule("", ("pods",), ("get", "list", "watch"), "how the pods of the gang fare"),
     Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
+    Rule(GROUP, (RUNTIMES,), ("get", "list", "watch"), "what runs take from an administrator", cluster=True),
+    Rule(
+        GROUP,
+        (RUNTIMES,),
+        ("create", "patch"),
+        "the one that comes with the chart (--default-runtime)",
+        names=(DEFAULT_RUNTIME,),
+        cluster=True,
+    ),
 )
 
 
 PATHS = {
     PLURAL: f"/apis/{GROUP}/{VERSION}",
+    RUNTIMES: f"/apis/{GROUP}/{VERSION}",
     "jobs": "/apis/batch/v1",
     "services": "/api/v1",
     "configmaps": "/api/v1",
@@ -147,7 +174,7 @@ class KubeClient:
     async def fetch_list(self, resource: str, namespace: str | None, selector: str = RUN_LABEL) -> AsyncIterator[Raw]:
         """Every object of ``resource`` that belongs to a run, or has the labels of ``selector``, page by page."""
         query = {"limit": str(_PAGE)}
-        if resource != PLURAL:
+        if resource not in (PLURAL, RUNTIMES):
             query["labelSelector"] = selector
         while True:
             page = await self._call_json("GET", "list", resource, namespace, query=query)
@@ -157,6 +184,11 @@ class KubeClient:
             if not more:
                 return
             query["continue"] = more
+
+    async def apply_runtime(self, name: str, spec: ClusterLoRARuntimeSpec) -> Raw:
+        """Makes the fields of a ClusterLoRARuntime those of ``spec``; others that somebody else set stay."""
+        body = {"apiVersion": API_VERSION, "kind": RUNTIME_KIND, "metadata": {"name": name}, "spec": spec.to_wire()}
+        return await self._apply(RUNTIMES, None, name, body)
 
     async def fetch_object(self, resource: str, namespace: str, name: str) -> Raw:
         """One object.
@@ -204,17 +236,7 @@ class KubeClient:
             },
             "status": status.to_wire(),
         }
-        return await self._call_json(
-            "PATCH",
-            "apply",
-            PLURAL,
-            metadata.namespace,
-            metadata.name,
-            "status",
-            query={**_OWNED, "force": "true"},
-            body=body,
-            content_type="application/apply-patch+yaml",
-        )
+        return await self._apply(PLURAL, metadata.namespace, metadata.name, body, "status")
 
     async def delete_child(self, resource: str, namespace: str, name: str, owner_uid: str) -> None:
         """Deletes an object if it belongs to the run ``owner_uid``; another one of its name is left alone."""
@@ -235,8 +257,18 @@ class KubeClient:
         }
         try:
             await self._call_json("DELETE", "delete", resource, namespace, name, body=options)
-        except (NotFoundError, ConflictError):
+        except NotFoundError:
             logger.debug("%s %s/%s: gone already", resource, namespace, name)
+        except ConflictError:
+            if await self._is_there(resource, namespace, name, uid):
+                raise
+
+    async def _is_there(self, resource: str, namespace: str, name: str, uid: str) -> bool:
+        try:
+            found = await self.fetch_object(resource, namespace, name)
+        except NotFoundError:
+            return False
+        return bool(found["metadata"]["uid"] == uid)
 
     async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
         """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""
@@ -271,6 +303,19 @@ class KubeClient:
             await self._call_json("POST", "create", "events", event["metadata"]["namespace"], body=event)
         except ConflictError:
             logger.debug("event %s was posted before", event["metadata"]["name"])
+
+    async def _apply(self, resource: str, namespace: str | None, name: str, body: Raw, subresource: str = "") -> Raw:
+        return await self._call_json(
+            "PATCH",
+            "apply",
+            resource,
+            namespace,
+            name,
+            subresource,
+            query={**_OWNED, "force": "true"},
+            body=body,
+            content_type="application/apply-patch+yaml",
+        )
 
     async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:
         parsed: Raw = from_json(await self._call(*args, **kwargs))

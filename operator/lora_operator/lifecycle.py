@@ -4,7 +4,7 @@ The state is derived from what exists. Of the status only facts are read that ca
 the failures so far, the restarts used up, the time that the gang has run, what was suspended, and the terminal
 condition, which is sticky.
 
-    launch -> wait for pods -> run -> succeed
+    preflight -> launch -> wait for pods -> run -> succeed
                  |              |
                  +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
                  +--- suspend --/                             \-> while suspended: wait
@@ -12,25 +12,26 @@ condition, which is sticky.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime, timedelta
 
-from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, Phase
-from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of, with_remedy
+from lora_api import AdapterStatus, ConditionType, Phase
+from lora_operator.admission import decide_runtime
+from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, find_silent, is_off, termination_of
 from lora_operator.finished import decide_finished
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.obstacles import diagnose_obstacle
 from lora_operator.plan import NOTHING, Mark, Plan
-from lora_operator.policy import (
-    SAME_FAILURES,
-    compute_backoff,
-    find_overrun,
-    find_stall,
-    is_repetition,
-    seconds_to_deadline,
-    seconds_to_stall,
-)
+from lora_operator.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
+from lora_operator.preflight import decide_preflight, needs_preflight
 from lora_operator.settings import Settings
+from lora_operator.verdicts import (
+    decide_failure,
+    decide_success,
+    decide_suspended,
+    decide_wait,
+    job_lost,
+    scheduled_mark,
+)
 from lora_operator.views import JobView, PodView
 
 
@@ -41,6 +42,11 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
         return NOTHING
     if is_finished(status):
         return decide_finished(observed, now, settings)
+    unsettled = decide_runtime(observed, now, settings)
+    if unsettled is not None:
+        return unsettled
+    if needs_preflight(observed, settings):
+        return decide_preflight(observed, now, settings)
     attempt = max(status.attempt, 1)
     if is_over(status, attempt):
         if attempt + 1 not in observed.jobs:
@@ -50,14 +56,14 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     if job is not None:
         return _decide_attempt(observed, job, now, settings)
     if status.attempt == attempt:
-        return decide_failure(observed, attempt, _job_lost(attempt, now), settings)
+        return decide_failure(observed, attempt, job_lost(attempt, now), settings)
     return _decide_launch(observed, attempt, now, settings)
 
 
 def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
     """Creates the children of ``attempt``, once the pods of earlier Jobs are gone: they hold GPUs and names."""
     if observed.run.spec.run_policy.suspend:
-        return _decide_suspended(observed)
+        return decide_suspended(observed)
     overrun = find_overrun(observed.run, max(attempt - 1, 1), now)
     if overrun is not None:
         return decide_failure(observed, overrun.attempt, overrun, settings)
@@ -78,22 +84,6 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
             ConditionType.RUNNING: Mark(value=False, reason=reason, message="The pods do not run yet"),
         },
         launch=attempt,
-    )
-
-
-def _decide_suspended(observed: Observed) -> Plan:
-    """Nothing runs, and nothing is launched."""
-    ending = bool(observed.leftovers())
-    reason = "Suspending" if ending else "Suspended"
-    message = (
-        "Waiting for the pods to save a checkpoint and end" if ending else "Set runPolicy.suspend to false to go on"
-    )
-    return Plan(
-        phase=Phase.SUSPENDED,
-        reason=reason,
-        message=message,
-        attempt=observed.run.status.attempt,
-        conditions={ConditionType.RUNNING: Mark(value=False, reason=reason, message=message)},
     )
 
 
@@ -132,11 +122,6 @@ def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -
     return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", max(waits))
 
 
-def decide_wait(reason: str, message: str, requeue_after: float) -> Plan:
-    """Nothing can be created yet."""
-    return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
-
-
 def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
     """Follows a Job: succeeded, failed, running, or on the way there."""
     pods = observed.gang(job)
@@ -144,7 +129,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
     if adapter is not None:
         return decide_success(job.attempt, adapter)
     if job.deleting:
-        return decide_failure(observed, job.attempt, _job_lost(job.attempt, now), settings)
+        return decide_failure(observed, job.attempt, job_lost(job.attempt, now), settings)
     symptoms = diagnose_pods(
         pods,
         job,
@@ -164,16 +149,21 @@ def _decide_failing(
 ) -> Plan:
     """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
 
+    A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
+
     The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
     """
     nodes = observed.run.spec.parallelism.nodes
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes
     since = observed.reports.failing_since or now
-    left = settings.failure_grace - (now - since).total_seconds()
+    silent = find_silent(symptoms, pods)
+    grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
+    left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
         failure = diagnose_root(symptoms, pods, job.attempt, now)
         return decide_failure(observed, job.attempt, failure, settings)
-    message = f"{symptoms[0].message.rstrip('.')}. Waiting a moment for the last words of the other pods"
+    awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
+    message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
     return Plan(
         phase=Phase.RUNNING,
         reason="PodFailed",
@@ -189,40 +179,31 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     nodes = observed.run.spec.parallelism.nodes
     scheduled = len(pods) == nodes and all(pod.scheduled for pod in pods)
     started = len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods)
-    marks = {ConditionType.SCHEDULED: _scheduled_mark(value=scheduled or started)}
+    marks = {ConditionType.SCHEDULED: scheduled_mark(value=scheduled or started)}
     if started:
-        marks[ConditionType.SCHEDULED] = _scheduled_mark(value=True)
+        marks[ConditionType.SCHEDULED] = scheduled_mark(value=True)
         marks[ConditionType.RUNNING] = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
         return _decide_running(observed, job, marks, pods, settings, now)
     obstacle = diagnose_obstacle(pods, job, observed.reports.refused)
     phase = Phase.RESTARTING if job.attempt > 1 else Phase.STARTING
     if obstacle is None:
         marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
+        due = observed.seconds_to_restoring(job, now)
         return Plan(
             phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
-            conditions=marks,
+            conditions=marks, restore=job if due == 0 else None, requeue_after=due or None,
         )  # fmt: skip
-    left = settings.start_timeout - (now - obstacle.since).total_seconds()
-    if obstacle.failure_class is not None and left <= 0:
-        failure = Failure(
-            attempt=job.attempt, failure_class=obstacle.failure_class, reason=obstacle.reason,
-            message=f"{obstacle.message} (for {settings.start_timeout:.0f} s)", remedy=obstacle.remedy, at=now,
-        )  # fmt: skip
-        return decide_failure(observed, job.attempt, failure, settings)
+    left = obstacle.seconds_left(now, settings.start_timeout)
+    if left is not None and left <= 0:
+        return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)
     mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
     if obstacle.scheduling:
         marks[ConditionType.SCHEDULED] = mark
     marks[ConditionType.RUNNING] = mark
     return Plan(
         phase=phase, reason=obstacle.reason, message=obstacle.text, attempt=job.attempt, conditions=marks,
-        requeue_after=max(left, 1.0) if obstacle.failure_class else None,
+        requeue_after=left,
     )  # fmt: skip
-
-
-def _scheduled_mark(*, value: bool) -> Mark:
-    if value:
-        return Mark(value=True, reason="PodsScheduled", message="Every pod has a node")
-    return Mark(value=False, reason="PodsPending", message="Waiting for the pods")
 
 
 _STAGE_REASONS = {
@@ -273,66 +254,3 @@ def published_adapter(pods: list[PodView]) -> AdapterStatus | None:
             if termination is not None and termination.outcome == "succeeded":
                 return termination.adapter
     return None
-
-
-def decide_success(attempt: int, adapter: AdapterStatus) -> Plan:
-    """The end that everybody wants."""
-    message = f"Published {adapter.uri} as {adapter.served_name}"
-    done = Mark(value=True, reason="Succeeded", message=message)
-    return Plan(
-        phase=Phase.SUCCEEDED,
-        reason="Succeeded",
-        message=message,
-        attempt=attempt,
-        conditions={
-            ConditionType.SCHEDULED: _scheduled_mark(value=True),
-            ConditionType.RUNNING: Mark(value=False, reason="Succeeded", message="The run has ended"),
-            ConditionType.PUBLISHED: done,
-            ConditionType.COMPLETE: done,
-        },
-        adapter=adapter,
-        ended=True,
-    )
-
-
-def decide_failure(observed: Observed, attempt: int, failure: Failure, settings: Settings) -> Plan:
-    """Puts ``failure`` on record, and decides by its class whether another attempt follows."""
-    status, rule = observed.run.status, RULES[failure.failure_class]
-    limit = observed.run.spec.run_policy.max_restarts
-    free = attempt - 1 - status.charged_restarts
-    refusal = ""
-    if rule.retried and rule.charged and status.charged_restarts >= limit:
-        refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
-    elif rule.retried and not rule.charged and free >= settings.max_uncharged_restarts:
-        refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
-    elif is_repetition(status.failures, failure):
-        refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
-    text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
-    reason = str(failure.failure_class)
-    mark = Mark(value=False, reason=reason, message=text)
-    if rule.retried and not refusal:
-        return Plan(
-            phase=Phase.RESTARTING, reason=reason, message=text, attempt=attempt, failure=failure,
-            charged=rule.charged, conditions={ConditionType.RUNNING: mark},
-            backoff=compute_backoff(status.charged_restarts, settings.restart_backoff) if rule.charged else 0.0,
-        )  # fmt: skip
-    return Plan(
-        phase=Phase.FAILED,
-        reason=reason,
-        message=text,
-        attempt=attempt,
-        failure=failure,
-        conditions={ConditionType.RUNNING: mark, ConditionType.FAILED: replace(mark, value=True)},
-        ended=True,
-    )
-
-
-def _job_lost(attempt: int, now: datetime) -> Failure:
-    return Failure(
-        attempt=attempt,
-        failure_class=FailureClass.POD_LOST,
-        reason="JobDeleted",
-        message=f"The Job of attempt {attempt} was deleted from outside",
-        remedy=RULES[FailureClass.POD_LOST].remedy,
-        at=now,
-    )

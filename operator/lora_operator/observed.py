@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
+from lora_api import ClusterLoRARuntime, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
 from lora_operator.views import JobView, PodView
 
 
@@ -19,6 +19,7 @@ class Reports:
     heard_at: datetime | None = None
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
+    restored_at: datetime | None = None
     refused: str | None = None
     refusal_read_at: datetime | None = None
     failing_since: datetime | None = None
@@ -35,15 +36,31 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
     return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
 
 
+RESTORE_DELAY = 30.0
+RESTORE_INTERVAL = 60.0
+"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
+
+
 @dataclass(frozen=True)
 class Observed:
-    """A run, its Jobs by attempt, and every pod that carries its name."""
+    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name.
+
+    ``runtime`` is looked up for a run that has not begun.
+    """
 
     run: LoRAFineTune
     jobs: Mapping[int, JobView] = field(default_factory=dict)
+    preflights: Mapping[int, JobView] = field(default_factory=dict)
     pods: tuple[PodView, ...] = ()
     job_uids: frozenset[str] = frozenset()
     reports: Reports = Reports()
+    runtime: ClusterLoRARuntime | None = None
+
+    def has_begun(self) -> bool:
+        """Whether the run has taken its runtime, or something was created for it without one."""
+        status = self.run.status
+        tried = status.attempt or status.failed_preflights or has_passed(status)
+        return bool(status.runtime or tried or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
         """The pods of ``job``, rank by rank; where an index has several, the newest."""
@@ -53,24 +70,61 @@ class Observed:
                 newest[pod.index] = pod
         return [newest[index] for index in sorted(newest)]
 
+    def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
+        """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
+
+        Somebody may have deleted what it needs, and no watch would tell: Services and ConfigMaps are not watched.
+        """
+        if not any(pod.scheduled and not (pod.running or pod.has_ended) for pod in self.gang(job)):
+            return None
+        last = self.reports.restored_at
+        due = (
+            job.created + timedelta(seconds=RESTORE_DELAY)
+            if last is None
+            else last + timedelta(seconds=RESTORE_INTERVAL)
+        )
+        return max(0.0, (due - now).total_seconds())
+
     def leftovers(self) -> list[PodView]:
         """Pods that are still there though their Job is not."""
         return [pod for pod in self.pods if not pod.gone and pod.job_uid not in self.job_uids]
 
+    def all_jobs(self) -> list[JobView]:
+        """Every Job of the run, in the order in which they were made."""
+        return [jobs[number] for jobs in (self.preflights, self.jobs) for number in sorted(jobs)]
+
     def current_job(self) -> JobView | None:
-        """The Job of the attempt that runs, or that ran last."""
-        return self.jobs[max(self.jobs)] if self.jobs else None
+        """The Job that runs, or that ran last."""
+        return next(reversed(self.all_jobs()), None)
+
+    def live_job(self) -> JobView | None:
+        """The Job that has no verdict yet."""
+        job, status = self.current_job(), self.run.status
+        if job is None or is_finished(status):
+            return None
+        if job.preflight:
+            return None if job.preflight <= status.failed_preflights or has_passed(status) else job
+        return None if is_over(status, job.attempt) else job
 
     def is_short_of_pods(self, job: JobView) -> bool:
         """Whether the Job controller has not made all pods of ``job``."""
         indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
-        return len(indexes) < self.run.spec.parallelism.nodes
+        return len(indexes) < job.size
 
 
 def is_finished(status: LoRAFineTuneStatus) -> bool:
     """Whether the run has ended for good."""
-    final = (ConditionType.COMPLETE, ConditionType.FAILED)
-    return any(condition.type in final and condition.status == "True" for condition in status.conditions)
+    return holds(status, ConditionType.COMPLETE) or holds(status, ConditionType.FAILED)
+
+
+def has_passed(status: LoRAFineTuneStatus) -> bool:
+    """Whether a preflight passed."""
+    return holds(status, ConditionType.PREFLIGHT_PASSED)
+
+
+def holds(status: LoRAFineTuneStatus, kind: ConditionType) -> bool:
+    """Whether the condition is true."""
+    return any(condition.type == kind and condition.status == "True" for condition in status.conditions)
 
 
 def is_over(status: LoRAFineTuneStatus, attempt: int) -> bool:

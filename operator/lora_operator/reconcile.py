@@ -13,28 +13,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import PLURAL, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
+from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
-from lora_operator.children.configmap import build_configmap
-from lora_operator.children.job import build_job
-from lora_operator.children.names import JOB_NAME_LABEL, child_name
+from lora_operator.children.configmap import build_configmap, build_preflight_configmap
+from lora_operator.children.job import build_job, build_preflight_job
+from lora_operator.children.names import JOB_NAME_LABEL, child_name, preflight_name
 from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
 from lora_operator.follow import compute_next_look, missing_attempt, unseen_failures, wants_log, wants_refusal
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
-from lora_operator.lifecycle import decide, decide_failure, decide_wait
+from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
 from lora_operator.observed import Observed, Reports, hear, is_finished
-from lora_operator.parse import InvalidRunError, parse_run
+from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
+from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
-from lora_operator.views import Key, PodView
+from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_wait
+from lora_operator.views import Key, PodView, Raw
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ PROGRESS_LINES = 200
 LAST_LINES = 40
 LAST_CHARACTERS = 4000
 CLEANUP_DELAY = 2.0
+INVALID_RETRY = 60.0
+"""Seconds until a run that could not be read is looked up again."""
 
 
 class Reconciler:
@@ -73,14 +77,19 @@ class Reconciler:
             return None
         try:
             run = parse_run(raw)
+            observed = self._observe(key, run)
+            if not observed.has_begun():
+                observed = replace(observed, runtime=self._find_runtime(raw))
         except InvalidRunError as error:
             await self._patch_invalid(key, error)
-            return None
-        observed = await self._confirm_job(key, self._observe(key, run))
+            await self._fetch_run(key)  # another version of the CRD may be back, and no event tells
+            return INVALID_RETRY
+        settings = resolve(run, self._settings)
+        observed = await self._confirm_job(key, observed)
         observed = await self._confirm_pods(key, observed)
         observed = await self._fetch_reports(key, observed)
-        plan = decide(observed, self._clock(), self._settings)
-        plan = await self._apply(observed, plan)
+        plan = decide(observed, self._clock(), settings)
+        plan = await self._apply(observed, plan, settings)
         wait = await self._patch_status(key, observed, plan)
         if is_finished(run.status):
             self._reports.pop(key, None)
@@ -90,14 +99,25 @@ class Reconciler:
     def _observe(self, key: Key, run: LoRAFineTune) -> Observed:
         """What is there. Jobs of an earlier run of the same name are none of this run's."""
         jobs, uid = self._cache.jobs(key), run.metadata.uid
+        own = [job for job in jobs if job.owner_uid == uid]
         reports = self._reports.get(key)
         return Observed(
             run=run,
-            jobs={job.attempt: job for job in jobs if job.owner_uid == uid},
+            jobs={job.attempt: job for job in own if not job.preflight},
+            preflights={job.preflight: job for job in own if job.preflight},
             pods=tuple(self._cache.pods(key)),
             job_uids=frozenset(job.uid for job in jobs),
             reports=reports if reports and reports.run_uid == uid else Reports(run_uid=uid),
         )
+
+    def _find_runtime(self, run: Raw) -> ClusterLoRARuntime | None:
+        """The runtime that ``run`` names, or the default one.
+
+        Raises:
+            InvalidRunError: it cannot be read.
+        """
+        raw = self._cache.runtime(runtime_name(run["spec"]))
+        return parse_runtime(raw, run) if raw is not None else None
 
     async def _fetch_reports(self, key: Key, observed: Observed) -> Observed:
         """Reads, seldom and only while it matters, what no watch shows: rank 0's log, and why pods are missing."""
@@ -121,22 +141,22 @@ class Reconciler:
         if job is not None:
             refused = await self._kube.fetch_refusal(job.namespace, job.name, job.uid)
             reports = replace(reports, refused=refused, refusal_read_at=now)
-        elif reports.refused and not any(observed.is_short_of_pods(job) for job in observed.jobs.values()):
+        elif reports.refused and not any(map(observed.is_short_of_pods, observed.all_jobs())):
             reports = replace(reports, refused=None)
         self._reports[key] = reports
         return replace(observed, reports=reports)
 
-    async def _apply(self, observed: Observed, plan: Plan) -> Plan:
+    async def _apply(self, observed: Observed, plan: Plan, settings: Settings) -> Plan:
         """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
         run = observed.run
-        if plan.launch is not None:
-            try:
-                await self._kube.apply_child(build_service(run, plan.launch), run)
-                await self._kube.apply_child(build_configmap(run, plan.launch), run)
-                job = await self._kube.apply_child(build_job(run, plan.launch, self._settings), run)
-            except NameConflictError as conflict:
-                return self._decide_conflict(observed, plan.launch, conflict)
-            self._cache.put(Resource.JOBS, job)
+        try:
+            for child in _build_children(run, plan, settings):
+                applied = await self._kube.apply_child(child, run)
+                if child["kind"] == "Job":
+                    self._cache.put(Resource.JOBS, applied)
+        except NameConflictError as conflict:
+            restored = plan.restore.attempt if plan.restore else PREFLIGHT
+            return self._decide_conflict(observed, plan.launch or restored, conflict)
         if plan.delete is not None:
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
             self._cache.remove_job(plan.delete)
@@ -153,11 +173,13 @@ class Reconciler:
     async def _delete_children(self, observed: Observed) -> None:
         """Deletes what the run was made of, the Jobs last: as long as one is there, there is something to do."""
         run = observed.run
-        for attempt in range(1, run.status.attempt + 1):
-            name = child_name(run.metadata.name, attempt)
-            for resource in ("services", "configmaps"):
-                await self._kube.delete_child(resource, run.metadata.namespace, name, run.metadata.uid)
-        for job in observed.jobs.values():
+        numbers = {*range(1, run.status.failed_preflights + 1), *observed.preflights}
+        preflights = [preflight_name(run.metadata.name, number) for number in sorted(numbers)]
+        attempts = [child_name(run.metadata.name, attempt) for attempt in range(1, run.status.attempt + 1)]
+        children = [("configmaps", name) for name in preflights + attempts] + [("services", name) for name in attempts]
+        for resource, name in children:
+            await self._kube.delete_child(resource, run.metadata.namespace, name, run.metadata.uid)
+        for job in observed.all_jobs():
             await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
             self._cache.remove_job(job)
 
@@ -194,14 +216,17 @@ class Reconciler:
         self._metrics.count_change(key[0], old, new, now)
         await self._emit_events(observed.run.metadata, old, new)
         # A verdict calls for the next step, and no event will.
-        return 0.0 if plan.failure is not None or plan.ended or plan.suspended is not None else None
+        verdict = plan.failure or plan.passed or plan.ended or plan.suspended is not None
+        return 0.0 if verdict else None
 
     def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
         """A new attempt starts with no reports of the one before."""
-        if plan.launch is not None or plan.failure is not None or plan.suspended is not None:
+        if plan.launch is not None or plan.failure is not None or plan.suspended is not None or plan.passed is not None:
             return Reports(
                 run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
             )
+        if plan.restore is not None:
+            reports = replace(reports, restored_at=now)
         if plan.failing:
             return replace(reports, failing_since=reports.failing_since or now)
         return replace(reports, failing_since=None)
@@ -292,3 +317,24 @@ class Reconciler:
         except KubeError as error:
             logger.info("%s/%s: log not read: %s", pod.namespace, pod.name, error)
         return None
+
+
+def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[Raw]:
+    """What ``plan`` launches, in the order in which it is made: the Job last, as its pods need the others.
+
+    Or, to restore what somebody deleted, the others alone.
+    """
+    if plan.restore is not None and plan.restore.preflight:
+        return [build_preflight_configmap(run, plan.restore.preflight)]
+    if plan.restore is not None:
+        return [build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]
+    if plan.launch_preflight is not None:
+        number = plan.launch_preflight
+        return [build_preflight_configmap(run, number), build_preflight_job(run, number, settings)]
+    if plan.launch is not None:
+        return [
+            build_service(run, plan.launch),
+            build_configmap(run, plan.launch),
+            build_job(run, plan.launch, settings),
+        ]
+    return []

@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from lora_api import ClusterLoRARuntimeSpec
+
 DEFAULT_TRAINER_IMAGE = "lora-trainer:dev"
 
 
@@ -29,6 +33,12 @@ class Settings:
         "When the nodes pull the trainer's image.",
         ("Always", "IfNotPresent", "Never"),
     )
+    default_runtime: str = _setting(
+        "",
+        "LORA_DEFAULT_RUNTIME",
+        "Spec (JSON) of the ClusterLoRARuntime called default, which the operator applies when it starts. Empty: it "
+        "leaves that alone.",
+    )
     namespaces: tuple[str, ...] = _setting(
         (), "LORA_NAMESPACES", "Namespaces to serve, with commas between them. Empty: all namespaces."
     )
@@ -44,10 +54,25 @@ class Settings:
     failure_grace: float = _setting(
         20.0, "LORA_FAILURE_GRACE", "Time that the other pods of a gang get for their last words after one failed."
     )
+    node_grace: float = _setting(
+        90.0,
+        "LORA_NODE_GRACE",
+        "Time that a pod gets which its peers have lost and which says nothing. Kubernetes needs about 50 to notice "
+        "that a node is gone.",
+    )
     start_timeout: float = _setting(
         600.0,
         "LORA_START_TIMEOUT",
         "Time after which a run fails whose image cannot be pulled or whose pods cannot be created or configured.",
+    )
+    preflight: Literal["on", "off"] = _setting(
+        "on",
+        "LORA_PREFLIGHT",
+        "Check model, records, store and memory in a pod without a GPU before the first attempt.",
+        ("on", "off"),
+    )
+    preflight_timeout: float = _setting(
+        3600.0, "LORA_PREFLIGHT_TIMEOUT", "Time after which a preflight that does not end has failed."
     )
     termination_grace: int = _setting(
         120, "LORA_TERMINATION_GRACE", "Time that a pod has between SIGTERM and SIGKILL, to save a checkpoint."
@@ -104,6 +129,8 @@ class Settings:
 
 def _reader(name: str, default: Any) -> Any:
     """The function that turns an argument's text into the type of ``default``."""
+    if name == "default_runtime":
+        return _runtime_spec
     if isinstance(default, tuple):
         return _names
     if isinstance(default, str):
@@ -113,6 +140,17 @@ def _reader(name: str, default: Any) -> Any:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _runtime_spec(text: str) -> str:
+    """``text``, once it has been found to be a spec."""
+    try:
+        ClusterLoRARuntimeSpec.model_validate_json(text or "{}")
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in wrong["loc"])
+        raise argparse.ArgumentTypeError(f"{where}: {wrong['msg']}" if where else wrong["msg"]) from error
+    return text
 
 
 class _Number:

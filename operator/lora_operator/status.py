@@ -12,6 +12,8 @@ from lora_operator.policy import compute_active_seconds, running_since
 from lora_operator.progress import compute_stopped_progress
 
 _ORDER = list(ConditionType)
+_WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
+"""Conditions whose reason tells what a run waits for."""
 _MAX_MESSAGE = 8192
 
 
@@ -28,11 +30,16 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         phase=plan.phase,
         reason=plan.reason,
         attempt=plan.attempt,
+        runtime=plan.runtime or old.runtime,
         start_time=old.start_time or (now if plan.attempt else None),
         completion_time=now if plan.ended else None,
         conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
         progress=compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED) if stopped else progress,
         failures=failures,
+        micro_batch_size=plan.micro_batch_size or old.micro_batch_size,
+        failed_preflights=old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
+        pins=plan.passed.pins if plan.passed else old.pins,
+        plan=plan.passed.plan if plan.passed else old.plan,
         charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
         retry_time=_retry_time(old, plan, now),
         suspended_attempt=plan.suspended or old.suspended_attempt,
@@ -47,7 +54,8 @@ def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime 
     """When the next attempt may start; it is of no interest once that has."""
     if plan.failure is not None and plan.backoff and not plan.ended:
         return now + timedelta(seconds=plan.backoff)
-    return None if plan.launch is not None or plan.ended or plan.failure is not None else old.retry_time
+    launched = plan.launch is not None or plan.launch_preflight is not None
+    return None if launched or plan.ended or plan.failure is not None else old.retry_time
 
 
 def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> LoRAFineTuneStatus:
@@ -98,7 +106,7 @@ def compute_conditions(
 
 
 def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: str, now: datetime) -> LoRAFineTuneStatus:
-    """The status of a run whose specification this operator cannot read."""
+    """The status of a run whose specification this operator cannot read. What runs goes on, and nobody looks at it."""
     marks = {
         ConditionType.READY: Mark(value=False, reason="InvalidSpec", message=message),
         ConditionType.RECONCILING: Mark(value=False, reason="InvalidSpec"),
@@ -107,7 +115,7 @@ def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: st
     return run.model_copy(
         update={
             "observed_generation": generation,
-            "phase": Phase.FAILED,
+            "phase": run.phase or Phase.PENDING,
             "reason": "InvalidSpec",
             "conditions": compute_conditions(run.conditions, marks, generation, now),
         }
@@ -121,7 +129,7 @@ def is_progress_only(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> bool:
 
 def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
     conditions = tuple(
-        (item.type, item.status, item.reason if item.type in (ConditionType.SCHEDULED, ConditionType.RUNNING) else "")
-        for item in status.conditions
+        (item.type, item.status, item.reason if item.type in _WAITS else "") for item in status.conditions
     )
-    return status.phase, status.attempt, len(status.failures), status.adapter, status.charged_restarts, conditions
+    counts = status.attempt, len(status.failures), status.failed_preflights, status.charged_restarts
+    return status.phase, *counts, status.adapter, status.runtime is not None, conditions

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic_core import to_json
-
-from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, RUN_LABEL
+from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL
 
 Raw = dict[str, Any]
 Key = tuple[str, str]
@@ -52,6 +50,9 @@ class PodView:
     waiting_reason: str = ""
     waiting_message: str = ""
     running: bool = False
+    unready: bool = False
+    """Kubernetes says that it is not ready. Nothing probes it, so while it runs this is the node's fault."""
+    started: datetime | None = None
     ended: Ended | None = None
     gone: bool = False
     """The object was deleted; this is the last that was seen of it."""
@@ -69,7 +70,7 @@ class PodView:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """The Job of one attempt."""
+    """The Job of one attempt, or of one preflight: then ``preflight`` is its number, and ``attempt`` is 0."""
 
     namespace: str
     name: str
@@ -79,6 +80,8 @@ class JobView:
     attempt: int
     owner_uid: str
     created: datetime
+    preflight: int = 0
+    size: int = 1
     taken: bool = True
     """The Job controller has come to it."""
     deleting: bool = False
@@ -92,24 +95,6 @@ class JobView:
     def key(self) -> Key:
         """The run that the Job belongs to."""
         return self.namespace, self.run
-
-
-@dataclass(frozen=True, slots=True)
-class RunView:
-    """A LoRAFineTune: what is asked of all at once, and the whole of it as JSON, which is a sixth of a dictionary."""
-
-    namespace: str
-    name: str
-    uid: str
-    version: int
-    phase: str
-    tokens_per_second: float
-    document: bytes
-
-    @property
-    def key(self) -> Key:
-        """The run itself."""
-        return self.namespace, self.name
 
 
 def parse_time(text: str | None) -> datetime | None:
@@ -150,6 +135,8 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         waiting_reason=waiting.get("reason") or "",
         waiting_message=waiting.get("message") or "",
         running="running" in state,
+        unready=(conditions.get("Ready") or {}).get("status") == "False",
+        started=parse_time((state.get("running") or {}).get("startedAt")),
         ended=_parse_ended(state.get("terminated")),
     )
 
@@ -180,6 +167,8 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         attempt=_number(labels.get(ATTEMPT_LABEL)),
         owner_uid=_controller_uid(metadata),
         created=_created(metadata),
+        preflight=_number(labels.get(PREFLIGHT_LABEL)),
+        size=spec.get("completions") or 1,
         taken=bool(status.get("startTime")),
         deleting=bool(metadata.get("deletionTimestamp")),
         failed_indexes=parse_indexes(status.get("failedIndexes") or ""),
@@ -197,26 +186,6 @@ def parse_indexes(text: str) -> frozenset[int]:
         first, _, last = part.partition("-")
         indexes.update(range(int(first), int(last or first) + 1))
     return frozenset(indexes)
-
-
-def parse_view(raw: Mapping[str, Any]) -> RunView:
-    """The view of a LoRAFineTune, without the parts of its metadata that nobody here reads."""
-    metadata, status = raw["metadata"], raw.get("status") or {}
-    kept = ("name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
-    document = {
-        "metadata": {field: metadata[field] for field in kept if field in metadata},
-        "spec": raw.get("spec") or {},
-        "status": status,
-    }
-    return RunView(
-        namespace=metadata["namespace"],
-        name=metadata["name"],
-        uid=metadata["uid"],
-        version=int(metadata["resourceVersion"]),
-        phase=status.get("phase") or "Pending",
-        tokens_per_second=(status.get("progress") or {}).get("tokensPerSecond") or 0.0,
-        document=to_json(document),
-    )
 
 
 def controller_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

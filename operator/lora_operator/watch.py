@@ -15,7 +15,7 @@ import kopf
 from kopf._core.reactor.inventory import ResourceMemories
 from kubernetes.aio import client as kubernetes_client
 
-from lora_api import GROUP, PLURAL, VERSION
+from lora_api import GROUP, VERSION
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.children.names import RUN_LABEL
 from lora_operator.settings import Settings
@@ -25,9 +25,10 @@ logger = logging.getLogger(__name__)
 
 _CREDENTIALS_LIFETIME = timedelta(minutes=10)
 _SELECTORS: dict[Resource, tuple[str, str, str]] = {
-    Resource.RUNS: (GROUP, VERSION, PLURAL),
-    Resource.JOBS: ("batch", "v1", "jobs"),
-    Resource.PODS: ("", "v1", "pods"),
+    Resource.RUNS: (GROUP, VERSION, Resource.RUNS.value),
+    Resource.JOBS: ("batch", "v1", Resource.JOBS.value),
+    Resource.PODS: ("", "v1", Resource.PODS.value),
+    Resource.RUNTIMES: (GROUP, VERSION, Resource.RUNTIMES.value),
 }
 
 
@@ -142,7 +143,7 @@ class Confirmations:
 
     def begin(self, resource: Resource, namespace: str | None) -> set[ObjectKey]:
         """Puts every known object of ``resource`` on the list."""
-        scope = resource, namespace if self._by_namespace else None
+        scope = self._scope(resource, namespace)
         loop = asyncio.get_running_loop()
         self._shown_at[scope] = loop.time()
         if scope not in self._open:
@@ -153,10 +154,14 @@ class Confirmations:
 
     def see(self, resource: Resource, event_type: str | None, metadata: dict[str, Any]) -> None:
         """Takes an object off the list that an event shows."""
-        namespace, key = metadata["namespace"], (resource, metadata["namespace"], metadata["name"])
-        scope = resource, namespace if self._by_namespace else None
+        namespace = metadata.get("namespace", "")
+        key, scope = (resource, namespace, metadata["name"]), self._scope(resource, namespace)
         listed = self.begin(resource, namespace) if event_type is None else self._open.get(scope, set())
         listed.discard(key)
+
+    def _scope(self, resource: Resource, namespace: str | None) -> tuple[Resource, str | None]:
+        """What one LIST covers."""
+        return resource, namespace if self._by_namespace and resource.namespaced else None
 
     @property
     def pending(self) -> bool:
@@ -190,8 +195,9 @@ class Confirmations:
             await self._check(key)
 
 
-def apply_event(cache: Cache, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> Key | None:
-    """Brings ``cache`` up to a watch event; returns the run to look at, if it was news."""
-    if event_type == "DELETED":
-        return cache.remove(resource, raw)
-    return cache.put(resource, raw)
+def apply_event(cache: Cache, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> list[Key]:
+    """Brings ``cache`` up to a watch event; returns the runs to look at: none if it was no news."""
+    key = cache.remove(resource, raw) if event_type == "DELETED" else cache.put(resource, raw)
+    if resource is Resource.RUNTIMES:
+        return cache.runs_waiting_for(raw["metadata"]["name"])
+    return [] if key is None else [key]

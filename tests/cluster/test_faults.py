@@ -75,29 +75,6 @@ def test_a_memory_limit_that_is_too_small_ends_the_run_with_its_remedy(runs: Run
     assert "limits.memory" in runs.kubectl("describe", "lft", name)
 
 
-def test_a_bad_record_is_named_with_its_number(runs: Runs) -> None:
-    name = runs.submit("bad-record", dataset={"train": {"uri": runs.store.uri("data/tiny/bad.jsonl")}})
-
-    run = runs.wait_end(name)
-
-    assert run.status.phase == Phase.FAILED
-    assert run.status.attempt == 1
-    failure = run.status.failures[-1]
-    assert failure.failure_class == FailureClass.BAD_DATA
-    assert failure.exit_code == 65
-    assert "record 7" in failure.message
-    assert "completion" in failure.message
-
-
-def test_a_model_that_is_not_there_is_named(runs: Runs) -> None:
-    name = runs.submit("no-model", baseModel={"uri": runs.store.uri("base/nothing-here")})
-
-    run = runs.wait_end(name)
-
-    assert run.status.failures[-1].failure_class == FailureClass.MODEL_NOT_FOUND
-    assert "base/nothing-here" in find_condition(run, "Failed").message
-
-
 def test_deleting_a_run_stops_its_pods_within_the_grace_period(runs: Runs) -> None:
     name = runs.submit("deleted", training=LONG)
     runs.wait_step(name, 5)

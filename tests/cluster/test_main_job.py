@@ -12,7 +12,7 @@ from lora_api import Phase
 from lora_api.adapter import AdapterManifest, compute_digest
 from tests.cluster.runs import Runs, find_condition
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900), pytest.mark.usefixtures("preflight")]
 
 
 def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> None:
@@ -38,14 +38,18 @@ def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> 
     assert any(progress.eta for progress in seen)
     assert run.status.phase == Phase.SUCCEEDED
     assert run.status.attempt == 1
-    for kind in ("Ready", "Complete", "Published"):
+    for kind in ("PreflightPassed", "Ready", "Complete", "Published"):
         assert find_condition(run, kind).status == "True"
     assert run.status.progress is not None
     assert (run.status.progress.step, run.status.progress.percent) == (18, 100)
 
-    # It really sharded over two pods, which had no credentials of Kubernetes.
+    # What was looked at beforehand is what was trained.
+    assert run.status.plan is not None
+    assert (run.status.plan.total_steps, run.status.plan.shard_size) == (18, 2)
+
+    # It really sharded over two pods, which had no credentials of Kubernetes, nor had that of the preflight.
     pods = runs.pods("tickets")
-    assert len(pods) == 2
+    assert len(pods) == 3
     assert {pod["spec"]["automountServiceAccountToken"] for pod in pods} == {False}
 
     # The adapter is whole, is what its digest says, and is better than the base model.
@@ -71,6 +75,7 @@ def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> 
     assert "Succeeded" in table
     assert "100%" in table
     assert "tickets-v" in table
-    events = json.loads(runs.kubectl("get", "events", "--field-selector=involvedObject.name=tickets", "--output=json"))
+    selector = f"--field-selector=involvedObject.uid={run.metadata.uid}"  # not an earlier run of this name
+    events = json.loads(runs.kubectl("get", "events", selector, "--output=json"))
     reasons = [event["reason"] for event in events["items"]]
     assert len(reasons) == len(set(reasons)), "an event was sent twice"

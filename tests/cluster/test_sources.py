@@ -10,7 +10,7 @@ from lora_api import Phase
 from tests.cluster.conftest import TINY_DATA, TINY_MODEL
 from tests.cluster.runs import Runs, find_condition
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("preflight")]
 
 CLAIM = "tiny-claim"
 FILL = """
@@ -115,8 +115,8 @@ def test_a_claim_that_does_not_exist_is_said_at_once(runs: Runs) -> None:
         name, "a condition names the claim", lambda run: "forgotten-claim" in str(run.status.conditions), 60
     )
 
-    assert run.status.phase == Phase.STARTING
-    condition = find_condition(run, "Scheduled")
+    assert run.status.phase == Phase.PREFLIGHT
+    condition = find_condition(run, "PreflightPassed")
     assert condition.status == "False"
     assert "forgotten-claim" in condition.message
     assert "Create the claim" in condition.message, "the remedy is missing"

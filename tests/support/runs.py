@@ -21,6 +21,14 @@ ADAPTER = {
     "evalLossAfter": 0.1,
 }
 
+SETTLED = {
+    "pins": {
+        "baseModel": {"uri": "s3://models/base", "digest": "sha256:" + "b" * 64, "files": 3, "sizeBytes": 1000},
+        "train": {"uri": "s3://models/train.jsonl", "digest": "sha256:" + "c" * 64, "files": 1, "sizeBytes": 10},
+    },
+    "plan": {"microBatchSize": 2, "processes": 2, "shardSize": 2, "totalSteps": 18, "tokensPerEpoch": 480},
+}
+
 SPEC: Raw = {
     "baseModel": {"uri": "s3://models/base"},
     "dataset": {"train": {"uri": "s3://models/train.jsonl"}},
@@ -42,6 +50,11 @@ def termination(failure_class: str | None = None, message: str = "", **more: Any
     else:
         words["adapter"] = ADAPTER
     return json.dumps(words)
+
+
+def settled(message: str = "48 records; 18 steps") -> str:
+    """The last words of a preflight that passed."""
+    return json.dumps({"version": 1, "outcome": "succeeded", "at": now(), "message": message, "preflight": SETTLED})
 
 
 class Run:
@@ -114,6 +127,16 @@ class Run:
 
         return eventually(f"{size} pods of attempt {attempt}", look)
 
+    def preflight_pods(self, number: int) -> list[Raw]:
+        """The pods of a preflight that are there now."""
+        selector = f"lorafinetune.io/name={self.name},lorafinetune.io/preflight={number}"
+        return self.api.items(f"/api/v1/namespaces/{self.namespace}/pods?labelSelector={selector}")
+
+    def set_preflight(self, number: int, status: Raw) -> None:
+        """Gives the pod of a preflight a status, once the Job controller has made it."""
+        [pod] = eventually(f"the pod of preflight {number}", lambda: self.preflight_pods(number))
+        self.set_pod(pod, status)
+
     def set_pod(self, pod: Raw, status: Raw) -> None:
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}/status"
         self.api.patch(path, {"status": status})
@@ -176,4 +199,15 @@ def _container(state: Raw, *, ready: bool = False) -> Raw:
     return {"name": "trainer", "image": "i", "imageID": "", "ready": ready, "restartCount": 0, "state": state}
 
 
-__all__ = ["ADAPTER", "ApiError", "Run", "ended", "running", "termination", "unschedulable", "waiting"]
+__all__ = [
+    "ADAPTER",
+    "SETTLED",
+    "ApiError",
+    "Run",
+    "ended",
+    "running",
+    "settled",
+    "termination",
+    "unschedulable",
+    "waiting",
+]

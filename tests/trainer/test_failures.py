@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from lora_api.failures import FAILURE_RULES, RULES, FailureClass, FailureRule
+from lora_api.preflight import Pins
 from lora_api.run import RunSpec
+from lora_api.sources import DataSource
 from lora_trainer.launch import free_port
+from lora_trainer.modelfiles import pin_data
 from tests.support.seaweed import Seaweed, free_ports
 from tests.support.tiny import make_rows, write_rows
 from tests.trainer.runs import Launched
@@ -33,6 +36,7 @@ SEEN_BY_KUBERNETES: dict[FailureClass, str] = {
     FailureClass.IMAGE_PULL_FAILED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.POD_NOT_STARTED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.NAME_CONFLICT: "controlplane/lifecycle/test_lifecycle.py",
+    FailureClass.RUNTIME_REFUSED: "controlplane/lifecycle/test_runtimes.py",
     FailureClass.STALLED: "controlplane/lifecycle/test_policy.py",
     FailureClass.DEADLINE_EXCEEDED: "controlplane/lifecycle/test_policy.py",
 }
@@ -144,6 +148,17 @@ def gate_refused(bench: Bench) -> Launched:
     return bench.start(publish={"gate": {"maxEvalLoss": 0.0001}}, training={"maxSteps": 1})
 
 
+def source_changed(bench: Bench) -> Launched:
+    """The preflight of this run saw one row less."""
+    rows = bench.tmp_path / "rows.jsonl"
+    write_rows(rows, make_rows(20))
+    source = DataSource(uri=f"file://{rows}")
+    pins = Pins(train=pin_data(source, [rows]))
+    write_rows(rows, make_rows(21))
+    run = bench.make_run(**TWO, dataset={"train": {"uri": source.uri}, "eval": None})
+    return bench.fork(run.model_copy(update={"pins": pins}))
+
+
 def disk_full(bench: Bench) -> Launched:
     uri = bench.s3.upload(bench.model, "base/too-large")
     return bench.start({**bench.s3.environment, "LORA_WORK": str(bench.full_disk)}, baseModel={"uri": uri})
@@ -161,6 +176,7 @@ PROVOCATIONS: dict[FailureClass, tuple[Callable[[Bench], Launched], str]] = {
     FailureClass.STORE_UNAVAILABLE: (store_unavailable, "no success within 1 s"),
     FailureClass.CHECKPOINTED: (checkpointed, "is complete"),
     FailureClass.GATE_REFUSED: (gate_refused, "maxEvalLoss"),
+    FailureClass.SOURCE_CHANGED: (source_changed, "dataset.train: file://"),
     FailureClass.DISK_FULL: (disk_full, "No space left on device"),
 }
 """How each row with an exit code is provoked, and what its message says."""
@@ -179,6 +195,8 @@ def test_each_row_of_the_failure_table_is_provoked(rule: FailureRule, bench: Ben
     assert pod.words.failure_class == kind
     assert words in pod.words.message
     assert pod.words.remedy == rule.remedy
+    if kind == FailureClass.GPU_OUT_OF_MEMORY:
+        assert pod.words.micro_batch_size == 2, "what the operator would halve"
 
 
 def test_no_provocation_is_for_a_row_that_is_gone() -> None:

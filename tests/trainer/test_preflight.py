@@ -17,7 +17,11 @@ from lora_api.messages import parse_termination
 from lora_api.preflight import PreflightResult
 from lora_api.run import RunSpec
 from lora_trainer.cli import main
+from lora_trainer.errors import SourceChangedError
+from lora_trainer.pinned import check_pins
 from lora_trainer.preflight import preflight
+from lora_trainer.settings import Place
+from lora_trainer.sources import fetch_sources
 from tests.support.hub import run_hub
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_rows, write_rows
@@ -287,7 +291,57 @@ def test_the_command_pins_commits_on_a_hub_without_its_weights(
     words = parse_termination((tmp_path / "words").read_text())
     assert words is not None
     assert words.outcome == "succeeded"
+    assert words.preflight is not None
+    assert (words.preflight.pins, words.preflight.plan) == (result.pins, result.plan)
+    assert "records" in words.message
+    assert "steps" in words.message
     assert done.stderr.splitlines()[0].startswith("preflight passed") or "preflight passed" in done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["file", "s3"])
+def test_a_run_is_held_to_what_was_pinned(
+    scheme: str,
+    check: Check,
+    make_run: Make,
+    copied: Path,
+    tmp_path: Path,
+    s3: Seaweed,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    data = tmp_path / "rows"
+    write_rows(data / "train.jsonl", make_rows(12))
+    write_rows(data / "eval.jsonl", make_rows(4))
+
+    def sources() -> dict[str, Any]:
+        if scheme == "file":
+            model, rows = f"file://{copied}", f"file://{data}"
+        else:
+            model, rows = s3.upload(copied, "pinned/model"), s3.upload(data, "pinned/rows")
+        train, evaluation = {"uri": f"{rows}/train.jsonl"}, {"uri": f"{rows}/eval.jsonl"}
+        return {"baseModel": {"uri": model}, "dataset": {"train": train, "eval": evaluation}}
+
+    pins = check(**sources()).pins
+    pinned = make_run(**sources()).model_copy(update={"pins": pins})
+
+    def hold(name: str) -> str:
+        place, directory = Place(0, 0, 1), tmp_path / name
+        sources()
+        try:
+            check_pins(pinned, fetch_sources(pinned, place, directory), place)
+        except SourceChangedError as error:
+            return str(error)
+        return ""
+
+    assert hold("same") == ""
+    write_rows(data / "eval.jsonl", make_rows(5))
+    assert hold("records").startswith("dataset.eval: ")
+    (copied / "generation_config.json").write_text('{"eos_token_id": 1}')
+    changed = hold("model")
+    assert changed.startswith("baseModel: ")
+    assert pins.base_model is not None
+    assert str(pins.base_model.digest) in changed
 
 
 def test_the_command_ends_with_the_class_of_what_is_wrong(

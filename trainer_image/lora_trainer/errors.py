@@ -9,6 +9,7 @@ TrainerError
  ├─ PeerLostError          another process of the gang is gone or silent
  ├─ StoreUnavailableError  store or hub kept failing
  ├─ GateRefusedError       the adapter is not as good as publish.gate asks
+ ├─ SourceChangedError     model or dataset is not what the preflight checked
  ├─ DiskFullError          no space left on the scratch disk
  ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
  └─ InternalError          a fault of the trainer
@@ -74,6 +75,12 @@ class GateRefusedError(TrainerError):
     """The adapter is not as good as publish.gate asks; nothing was published."""
 
     failure_class = FailureClass.GATE_REFUSED
+
+
+class SourceChangedError(TrainerError):
+    """The base model or the dataset is no longer what the preflight checked."""
+
+    failure_class = FailureClass.SOURCE_CHANGED
 
 
 class DiskFullError(TrainerError):

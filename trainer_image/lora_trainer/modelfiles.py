@@ -68,6 +68,18 @@ def open_model(source: BaseModelSource, target: Path) -> ModelFiles:
     return found
 
 
+def pin_model(source: BaseModelSource, directory: Path) -> SourcePin:
+    """What ``source`` holds, a store or a mounted directory; its files were fetched to ``directory``.
+
+    Raises:
+        AuthDeniedError: the credentials were refused.
+        StoreUnavailableError: the store kept failing.
+    """
+    if split_uri(source.uri)[0] == "s3":
+        return _pin_objects(source.uri, _model_entries(Store(source.uri)))
+    return _pin_files(source.uri, _find_model_files(directory))
+
+
 def read_headers(files: ModelFiles) -> dict[str, Header]:
     """The tensors in each file of weights, from the files' headers alone.
 
@@ -126,7 +138,7 @@ def pin_data(source: DataSource, files: Iterable[Path]) -> SourcePin:
 
 
 def _open_directory(uri: str, directory: Path, revision: str | None) -> ModelFiles:
-    found = [file for file in sorted(directory.glob("*")) if file.name.endswith(MODEL_SUFFIXES) and file.is_file()]
+    found = _find_model_files(directory)
     sizes = {file.name: file.stat().st_size for file in found if file.name.endswith(WEIGHTS)}
 
     def read(name: str, start: int, end: int) -> bytes:
@@ -142,15 +154,22 @@ def _open_directory(uri: str, directory: Path, revision: str | None) -> ModelFil
 
 def _open_store(uri: str, target: Path) -> ModelFiles:
     store = Store(uri)
-    entries = {
-        name: entry for name, entry in store.entries().items() if "/" not in name and name.endswith(MODEL_SUFFIXES)
-    }
+    entries = _model_entries(store)
     target.mkdir(parents=True, exist_ok=True)
     for name, (size, _) in entries.items():
         if name.endswith(SMALL_SUFFIXES):
             store.download(name, target / name, size)
     sizes = {name: size for name, (size, _) in entries.items() if name.endswith(WEIGHTS)}
     return ModelFiles(target, _pin_objects(uri, entries), sizes, store.get_range)
+
+
+def _find_model_files(directory: Path) -> list[Path]:
+    return [file for file in sorted(directory.glob("*")) if file.name.endswith(MODEL_SUFFIXES) and file.is_file()]
+
+
+def _model_entries(store: Store) -> dict[str, tuple[int, str]]:
+    """Size and etag of the files of a model, by name."""
+    return {name: entry for name, entry in store.entries().items() if "/" not in name and name.endswith(MODEL_SUFFIXES)}
 
 
 def _open_hub(source: BaseModelSource, name: str) -> ModelFiles:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_api.failures import RULES, FailureClass
 from lora_api.messages import Termination
-from lora_api.preflight import PreflightResult, Problem
+from lora_api.preflight import PreflightOutcome, PreflightResult, Problem
 from lora_api.run import WORK_DIRECTORY
 from lora_trainer.errors import classify, describe
 
@@ -73,9 +73,29 @@ def last_words(result: PreflightResult) -> Termination:
     """The termination message."""
     found = result.failure_class
     if found is None:
-        return Termination(outcome="succeeded", message="preflight passed", at=result.at)
+        return Termination(outcome="succeeded", message=_summarize(result), at=result.at, preflight=settled_by(result))
     message = "\n".join(problem.message for problem in result.problems)
     return Termination(outcome="failed", failure_class=found, message=message, remedy=RULES[found].remedy, at=result.at)
+
+
+def settled_by(result: PreflightResult) -> PreflightOutcome:
+    """What the operator is to keep. A run that passed needs no suggestions, and there is room for 4096 bytes."""
+    plan = None if result.plan is None else result.plan.model_copy(update={"suggestions": []})
+    return PreflightOutcome(pins=result.pins, plan=plan)
+
+
+def _summarize(result: PreflightResult) -> str:
+    """What passed, in a few sentences for a condition's message."""
+    words = []
+    if result.data is not None:
+        words.append(f"{result.data.train_records:,} records, {result.data.tokens:,} tokens an epoch")
+    plan = result.plan
+    if plan is not None and plan.total_steps is not None:
+        words.append(f"{plan.total_steps:,} steps")
+    if plan is not None and plan.memory is not None:
+        device = "" if plan.memory.device_gib is None else f" of {plan.memory.device_gib:g}"
+        words.append(f"{plan.memory.safe_gib:.2f}{device} GiB for each process")
+    return ". ".join(["; ".join(words) or "passed", *(f"Warning: {text}" for text in result.warnings)])
 
 
 def _refuse(failure_class: FailureClass, message: str) -> PreflightResult:

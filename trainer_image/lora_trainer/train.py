@@ -23,6 +23,7 @@ from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, load_base_model, load_tokenizer, training_device
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import choose_strategy, start_process_group
+from lora_trainer.pinned import check_pins
 from lora_trainer.prepare import check_same_data, prepare_data
 from lora_trainer.progress import Progress
 from lora_trainer.publish import find_published
@@ -54,6 +55,7 @@ def train(
         return published
     progress.stage("loading")
     sources = fetch_sources(run, place, work / "sources")
+    check_pins(run, sources, place)
     tokenizer = use_chat_template(load_tokenizer(sources.model), run.dataset.chat_template)
     data = prepare_data(run, sources, tokenizer, place, work / "data")
     progress.note(f"data: {data.report.to_text()}")

@@ -1,21 +1,34 @@
 """The ConfigMap: the resolved run as one JSON document (lora_api.RunSpec), mounted into every pod."""
 
 import json
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from lora_api import LoRAFineTune, build_run_spec
+from lora_api import LoRAFineTune, RunSpec, build_run_spec
 from lora_api.run import RUN_FILE
-from lora_operator.children.names import build_metadata
+from lora_operator.children.names import build_metadata, child_labels, child_name, preflight_labels, preflight_name
 
 
 def build_configmap(run: LoRAFineTune, attempt: int) -> dict[str, Any]:
-    """The ConfigMap of ``attempt``. Immutable: an attempt keeps the input that it started with."""
-    document = json.dumps(build_run_spec(run, attempt).to_wire(), indent=2, sort_keys=True, ensure_ascii=False)
+    """The ConfigMap of ``attempt``."""
+    name, labels = child_name(run.metadata.name, attempt), child_labels(run.metadata.name, attempt)
+    return _build(run, name, labels, build_run_spec(run, attempt))
+
+
+def build_preflight_configmap(run: LoRAFineTune, number: int) -> dict[str, Any]:
+    """The ConfigMap of a preflight: what the first attempt would get."""
+    name, labels = preflight_name(run.metadata.name, number), preflight_labels(run.metadata.name, number)
+    return _build(run, name, labels, build_run_spec(run, 1))
+
+
+def _build(run: LoRAFineTune, name: str, labels: Mapping[str, str], spec: RunSpec) -> dict[str, Any]:
+    """Immutable: pods keep the input that they started with."""
+    document = json.dumps(spec.to_wire(), indent=2, sort_keys=True, ensure_ascii=False)
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": build_metadata(run, attempt),
+        "metadata": build_metadata(run, name, labels),
         "immutable": True,
         "data": {PurePosixPath(RUN_FILE).name: document + "\n"},
     }

@@ -1,5 +1,7 @@
 """Names and labels of the children: functions of the run's name and the attempt, so that nothing is made twice."""
 
+from collections.abc import Mapping
+
 from lora_api import API_VERSION, GROUP, KIND, LoRAFineTune
 
 MANAGER = "lora-operator"
@@ -7,6 +9,7 @@ MANAGER = "lora-operator"
 
 RUN_LABEL = f"{GROUP}/name"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
+PREFLIGHT_LABEL = f"{GROUP}/preflight"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
@@ -17,17 +20,27 @@ def child_name(run_name: str, attempt: int) -> str:
     return f"{run_name}-{attempt}"
 
 
+def preflight_name(run_name: str, number: int) -> str:
+    """Name of the ConfigMap and Job of a preflight. No attempt of any run has it: those end in a hyphen and digits."""
+    return f"{run_name}-pre{number}"
+
+
 def child_labels(run_name: str, attempt: int) -> dict[str, str]:
-    """Labels of every child, its pods included."""
+    """Labels of every child of an attempt, its pods included."""
     return {RUN_LABEL: run_name, ATTEMPT_LABEL: str(attempt), MANAGED_BY_LABEL: MANAGER}
 
 
-def build_metadata(run: LoRAFineTune, attempt: int) -> dict[str, object]:
+def preflight_labels(run_name: str, number: int) -> dict[str, str]:
+    """Labels of every child of a preflight, its pod included."""
+    return {RUN_LABEL: run_name, PREFLIGHT_LABEL: str(number), MANAGED_BY_LABEL: MANAGER}
+
+
+def build_metadata(run: LoRAFineTune, name: str, labels: Mapping[str, str]) -> dict[str, object]:
     """Metadata of a child: it belongs to the run and goes with it."""
     return {
-        "name": child_name(run.metadata.name, attempt),
+        "name": name,
         "namespace": run.metadata.namespace,
-        "labels": child_labels(run.metadata.name, attempt),
+        "labels": dict(labels),
         "ownerReferences": [
             {
                 "apiVersion": API_VERSION,

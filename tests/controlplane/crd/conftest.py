@@ -7,23 +7,24 @@ import pytest
 
 import devcluster
 from devcluster.progress import wait_for
-from tests.support.crd import MINIMAL, ROOT, DryRun, manifest
+from tests.support.crd import MINIMAL, DryRun, manifest
+from tests.support.install import install_crds
 
 
 @pytest.fixture(scope="session")
 def cp(control_plane: devcluster.ControlPlane) -> devcluster.ControlPlane:
-    control_plane.kubectl("apply", f"--filename={ROOT / 'crds'}")
-    control_plane.kubectl("wait", "--for=condition=Established", "crd/lorafinetunes.lorafinetune.io", "--timeout=30s")
+    install_crds(control_plane)
 
     def published() -> bool:
         """The schema comes some time after the resource is served, and kubectl keeps on disk what it once found."""
         control_plane.kubectl("api-resources", "--cached=false")
         try:
-            return "LoRAFineTune" in control_plane.kubectl("explain", "lft")
+            texts = [control_plane.kubectl("explain", name) for name in ("lft", "clr")]
+            return "LoRAFineTune" in texts[0] and "ClusterLoRARuntime" in texts[1]
         except devcluster.DevclusterError:
             return False
 
-    wait_for("the schema of LoRAFineTune to be published", published, 30)
+    wait_for("the schemas to be published", published, 30)
     return control_plane
 
 

@@ -2,26 +2,24 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 import devcluster
 from lora_operator.settings import Settings
 from tests.support.api import Api
+from tests.support.install import install_crds
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run
 from tests.support.wait import eventually
 
-CRD = Path(__file__).parents[3] / "crds" / "lorafinetunes.lorafinetune.io.yaml"
 _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
 def cp() -> Iterator[devcluster.ControlPlane]:
     with devcluster.control_plane(controller_manager=True, audit_log=True) as running:
-        running.kubectl("apply", "-f", str(CRD))
-        running.kubectl("wait", "--for=condition=Established", "-f", str(CRD))
+        install_crds(running)
         yield running
 
 
@@ -64,7 +62,9 @@ def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
             "kubeconfig": str(cp.kubeconfig),
             "namespaces": (namespace,),
             "concurrency": 2,
+            "preflight": "off",
             "failure_grace": 1.0,
+            "node_grace": 2.0,
             "start_timeout": 2.0,
             "restart_backoff": 0.1,
             "log_interval": 0.2,

@@ -17,6 +17,7 @@ CONTRACT = {
     75: "Checkpointed",
     76: "GateRefused",
     77: "DiskFull",
+    78: "SourceChanged",
 }
 
 

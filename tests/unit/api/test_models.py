@@ -79,6 +79,7 @@ def test_an_unset_field_is_not_written() -> None:
         "attempt": 0,
         "conditions": [],
         "failures": [],
+        "failedPreflights": 0,
         "chargedRestarts": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,

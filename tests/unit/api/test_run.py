@@ -44,6 +44,35 @@ def test_a_field_that_the_trainer_does_not_know_is_an_error() -> None:
         RunSpec.model_validate(build_run_spec(RUN, 1).to_wire() | {"lora": {"rank": 8}})
 
 
+def test_what_the_preflight_settled_is_what_an_attempt_gets() -> None:
+    spec = {
+        **RUN.spec.to_wire(),
+        "baseModel": {"uri": "hf://org/model", "revision": "main"},
+        "dataset": {"train": {"uri": "hf://org/data", "split": "train"}, "eval": {"uri": "s3://data/e.jsonl"}},
+        "training": {"maxSteps": 18, "globalBatchSize": 8, "microBatchSize": "auto"},
+    }
+    pin = {"files": 1, "sizeBytes": 10}
+    digest = "sha256:" + "d" * 64
+    pins = {
+        "baseModel": {"uri": "hf://org/model", "revision": "c0ffee", **pin},
+        "train": {"uri": "hf://org/data", "revision": "beef", **pin},
+        "eval": {"uri": "s3://data/e.jsonl", "digest": digest, **pin},
+    }
+    status = {"pins": pins, "plan": {"microBatchSize": 4, "processes": 1, "shardSize": 1}}
+    run = LoRAFineTune.model_validate({"metadata": {"name": "a", "namespace": "b", "uid": "c"}, "spec": spec})
+    before = build_run_spec(run, 1)
+    assert (before.base_model.revision, before.training.micro_batch_size, before.pins) == ("main", "auto", None)
+    pinned = run.model_copy(update={"status": run.status.model_validate(status)})
+    document = build_run_spec(pinned, 2)
+    assert (document.base_model.revision, document.dataset.train.revision) == ("c0ffee", "beef")
+    assert document.dataset.train.split == "train"
+    assert document.dataset.eval is not None
+    assert document.dataset.eval.revision is None
+    assert document.training.micro_batch_size == 4
+    assert document.pins == pinned.status.pins
+    assert RunSpec.model_validate(document.to_wire()) == document
+
+
 PLANS = {
     "one process": (16, 1, 1, 1, (1, 16, 1)),
     "CPU nodes have one process each": (8, 2, 2, 0, (2, 2, 2)),

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from lora_api import LoRAFineTune
+from lora_api import ClusterLoRARuntime, LoRAFineTune
 from lora_operator.observed import Observed, Reports
 from lora_operator.views import Ended, JobView, PodView
 
@@ -44,6 +44,10 @@ def a_run(*, status: dict[str, Any] | None = None, metadata: dict[str, Any] | No
     )
 
 
+def a_runtime(name: str = "default", generation: int = 1, **spec: Any) -> ClusterLoRARuntime:
+    return ClusterLoRARuntime.model_validate({"metadata": {"name": name, "generation": generation}, "spec": spec})
+
+
 def a_job(attempt: int = 1, **changes: Any) -> JobView:
     job = JobView(
         namespace="team",
@@ -54,8 +58,15 @@ def a_job(attempt: int = 1, **changes: Any) -> JobView:
         attempt=attempt,
         owner_uid="run-uid",
         created=ago(100),
+        size=2,
     )
     return replace(job, **changes)
+
+
+def a_preflight(number: int = 1, **changes: Any) -> JobView:
+    return a_job(
+        0, **{"size": 1, "name": f"tickets-pre{number}", "uid": f"pre-{number}", "preflight": number, **changes}
+    )
 
 
 def a_pod(index: int = 0, attempt: int = 1, **changes: Any) -> PodView:
@@ -107,6 +118,12 @@ def published() -> str:
     return json.dumps({"version": 1, "outcome": "succeeded", "at": stamp(NOW), "adapter": ADAPTER})
 
 
+def settled(message: str = "48 records", **outcome: Any) -> str:
+    """A termination message of a preflight that passed."""
+    words = {"version": 1, "outcome": "succeeded", "message": message, "at": stamp(NOW), "preflight": outcome}
+    return json.dumps(words)
+
+
 def failure(attempt: int = 1, failure_class: str = "Internal") -> dict[str, Any]:
     return {"attempt": attempt, "class": failure_class, "at": stamp(ago(10))}
 
@@ -115,13 +132,20 @@ def condition(kind: str, status: str = "True", reason: str = "Because", at: date
     return {"type": kind, "status": status, "reason": reason, "lastTransitionTime": stamp(at or ago(50))}
 
 
-def seen(run: LoRAFineTune, *parts: JobView | PodView, reports: Reports | None = None) -> Observed:
+def seen(
+    run: LoRAFineTune,
+    *parts: JobView | PodView,
+    reports: Reports | None = None,
+    runtime: ClusterLoRARuntime | None = None,
+) -> Observed:
     """What an operator sees of ``run``."""
     jobs = [part for part in parts if isinstance(part, JobView)]
     return Observed(
         run=run,
-        jobs={job.attempt: job for job in jobs if job.owner_uid == run.metadata.uid},
+        jobs={job.attempt: job for job in jobs if job.owner_uid == run.metadata.uid and not job.preflight},
+        preflights={job.preflight: job for job in jobs if job.preflight},
         pods=tuple(part for part in parts if isinstance(part, PodView)),
         job_uids=frozenset(job.uid for job in jobs),
         reports=reports or Reports(run_uid=run.metadata.uid),
+        runtime=runtime,
     )

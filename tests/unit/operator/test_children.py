@@ -9,8 +9,8 @@ import yaml
 
 from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
-from lora_operator.children.configmap import build_configmap
-from lora_operator.children.job import build_job, omp_threads
+from lora_operator.children.configmap import build_configmap, build_preflight_configmap
+from lora_operator.children.job import build_job, build_preflight_job, omp_threads
 from lora_operator.children.service import build_service
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import a_run
@@ -64,9 +64,21 @@ def build_all(run: LoRAFineTune, attempt: int) -> list[dict[str, Any]]:
     return [build_service(run, attempt), build_configmap(run, attempt), build_job(run, attempt, SETTINGS)]
 
 
+def build_preflight(run: LoRAFineTune) -> list[dict[str, Any]]:
+    return [build_preflight_configmap(run, 2), build_preflight_job(run, 2, SETTINGS)]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_children_are_as_their_file_says(name: str) -> None:
-    text = yaml.dump_all(build_all(*RUNS[name]), Dumper=_Dumper, sort_keys=False, width=120)
+    check_golden(name, build_all(*RUNS[name]))
+
+
+def test_the_children_of_a_preflight_are_as_their_file_says() -> None:
+    check_golden("preflight", build_preflight(RUNS["gpu"][0]))
+
+
+def check_golden(name: str, children: list[dict[str, Any]]) -> None:
+    text = yaml.dump_all(children, Dumper=_Dumper, sort_keys=False, width=120)
     path = GOLDEN / f"{name}.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
@@ -93,6 +105,7 @@ def test_names_fit_where_kubernetes_is_strictest() -> None:
     (service, _, job) = build_all(run, 121)
     assert len(service["metadata"]["name"]) <= 63
     assert len(f"{job['metadata']['name']}-63") <= 63, "the host name of a pod"
+    assert len(f"{build_preflight_job(run, 121, SETTINGS)['metadata']['name']}-0") <= 63
 
 
 @pytest.mark.parametrize(

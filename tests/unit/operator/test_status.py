@@ -129,10 +129,10 @@ def test_a_specification_that_cannot_be_read_is_said() -> None:
     assert (status.attempt, status.observed_generation) == (1, 3)
 
 
-def events_of(old: dict[str, Any], plan: Plan) -> list[tuple[str, str, int]]:
+def events_of(old: dict[str, Any], plan: Plan) -> list[tuple[str, str, str]]:
     run = a_run(status=old)
     new = compute_status(run, plan, Reports(), NOW)
-    return [(event.type, event.reason, event.attempt) for event in compute_events(run.status, new)]
+    return [(event.type, event.reason, event.about) for event in compute_events(run.status, new)]
 
 
 STARTED = {"attempt": 1, "phase": "Starting", "conditions": [condition("Running", "False", "Starting")]}
@@ -142,29 +142,29 @@ OBSTACLE = Mark(value=False, reason="ImagePullFailed", message="no such image")
 @pytest.mark.parametrize(
     ("old", "plan", "want"),
     [
-        ({}, Plan(phase=Phase.STARTING, reason="Starting", attempt=1, launch=1), [("Normal", "Started", 1)]),
-        (STARTED, RUNNING, [("Normal", "Running", 1)]),
+        ({}, Plan(phase=Phase.STARTING, reason="Starting", attempt=1, launch=1), [("Normal", "Started", "1")]),
+        (STARTED, RUNNING, [("Normal", "Running", "1")]),
         ({**STARTED, "conditions": [condition("Running")]}, RUNNING, []),
         (
             STARTED,
             Plan(phase=Phase.STARTING, reason="x", attempt=1, conditions={ConditionType.RUNNING: OBSTACLE}),
-            [("Warning", "ImagePullFailed", 1)],
+            [("Warning", "ImagePullFailed", "1")],
         ),
         (
             STARTED,
             Plan(phase=Phase.RESTARTING, reason="Internal", attempt=1, failure=a_failure(), charged=True),
-            [("Warning", "Internal", 1)],
+            [("Warning", "Internal", "1")],
         ),
         (
             STARTED,
             Plan(phase=Phase.FAILED, reason="Internal", attempt=1, failure=a_failure(), ended=True),
-            [("Warning", "Internal", 1)],
+            [("Warning", "Internal", "1")],
         ),
-        (STARTED, decide_success(1, AdapterStatus.model_validate(ADAPTER)), [("Normal", "Succeeded", 1)]),
+        (STARTED, decide_success(1, AdapterStatus.model_validate(ADAPTER)), [("Normal", "Succeeded", "1")]),
     ],
     ids=["launch", "running", "still running", "obstacle", "restart", "failed", "succeeded"],
 )
-def test_events(old: dict[str, Any], plan: Plan, want: list[tuple[str, str, int]]) -> None:
+def test_events(old: dict[str, Any], plan: Plan, want: list[tuple[str, str, str]]) -> None:
     assert events_of(old, plan) == want
 
 
