@@ -28,7 +28,7 @@ from bench.operator.parts import (
     measure_trouble,
     populate,
 )
-from bench.operator.process import ROOT, knows
+from bench.operator.process import ROOT
 from bench.operator.profile import read_samples, summarize
 from bench.operator.report import to_markdown
 from devcluster import ControlPlane, control_plane
@@ -44,7 +44,6 @@ async def measure(plane: ControlPlane, size: Size, say: Callable[[str], None]) -
         "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
         "versions": {name: version(name) for name in PACKAGES},
         "namespaces": size.namespaces,
-        "preflightOff": knows("--preflight"),
     }
 
     def note(part: str, numbers: object) -> None:

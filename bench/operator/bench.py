@@ -10,12 +10,12 @@ from pathlib import Path
 
 from bench.operator.audit import OPERATOR, Audit, Call
 from bench.operator.client import RUNS, BenchError, Client, Raw, run_all
-from bench.operator.process import ROOT, OperatorProcess
+from bench.operator.process import OperatorProcess
 from bench.operator.residents import build_run
 from devcluster import ControlPlane
 from lora_operator.kube import RBAC
+from tests.support.install import install_crds
 
-CRD = ROOT / "crds" / "lorafinetunes.lorafinetune.io.yaml"
 _AT_ONCE = 32
 _BATCH_SECONDS = 300.0
 
@@ -62,7 +62,7 @@ TINY = Size(
 
 
 class Bench:
-    """A control plane with the CRD, and an operator to be started on it."""
+    """A control plane with the CRDs, and an operator to be started on it."""
 
     def __init__(self, plane: ControlPlane, client: Client, size: Size) -> None:
         self.plane = plane
@@ -75,9 +75,8 @@ class Bench:
         self._numbers = itertools.count()
 
     async def prepare(self) -> None:
-        """Makes the CRD, the namespaces and the operator's role."""
-        await asyncio.to_thread(self.plane.kubectl, "apply", "-f", str(CRD))
-        await self._wait_until_served("/apis/lorafinetune.io/v1alpha1/lorafinetunes")
+        """Makes the CRDs, the namespaces and the operator's role."""
+        await asyncio.to_thread(install_crds, self.plane)
         for name in self.namespaces:
             await self.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
         rbac = "/apis/rbac.authorization.k8s.io/v1"

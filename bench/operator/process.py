@@ -47,7 +47,7 @@ def usage(pid: int) -> Usage:
 
 
 class OperatorProcess:
-    """``python -m lora_operator`` with its default settings. ``samples`` runs it under the profiler."""
+    """``python -m lora_operator`` with its default settings, but no preflight. ``samples`` runs it under a profiler."""
 
     def __init__(
         self,
@@ -65,10 +65,9 @@ class OperatorProcess:
         self._log = log.open("a")
         program = ["-m", "lora_operator"] if samples is None else ["-m", "bench.operator.sampled", str(samples)]
         arguments = [f"--kubeconfig={kubeconfig}", f"--http-port={self._lease.port}", "--http-host=127.0.0.1"]
+        arguments.append("--preflight=off")
         if namespaces:
             arguments.append(f"--namespaces={','.join(namespaces)}")
-        if knows("--preflight"):
-            arguments.append("--preflight=off")
         self.started = time.monotonic()
         self._process = subprocess.Popen([sys.executable, *program, *arguments], env=_env(), stderr=self._log)
 
@@ -151,12 +150,6 @@ class OperatorProcess:
             if self.usage().cpu - before < 0.03 * self._rest_seconds:
                 return
         raise BenchError("the operator does not come to rest")
-
-
-def knows(flag: str) -> bool:
-    """Whether the operator has a command line flag."""
-    command = [sys.executable, "-m", "lora_operator", "--help"]
-    return flag in subprocess.run(command, env=_env(), capture_output=True, text=True, check=True).stdout
 
 
 def _env() -> dict[str, str]:

@@ -10,10 +10,10 @@ Numbers = dict[str, Any]
 _HEAD = """# Scale and cost of the operator
 
 Written by `make bench-operator` on a real etcd and kube-apiserver (`devcluster`), with the operator as its image runs
-it (`python -m lora_operator`, default settings but for addresses{preflight}) as a process of its own with the rights of
-its role. There is no kubelet and no Job controller: the bench plays them, makes pods and writes their statuses, and its
-own cost is in none of the figures, though it takes its share of the machine. Calls and times are those of the API
-server's audit log; memory and processor time those of /proc.
+it (`python -m lora_operator`, default settings but for addresses and `--preflight=off`) as a process of its own with
+the rights of its role. There is no kubelet and no Job controller: the bench plays them, makes pods and writes their
+statuses, and its own cost is in none of the figures, though it takes its share of the machine. Calls and times are
+those of the API server's audit log; memory and processor time those of /proc.
 """
 
 
@@ -59,7 +59,7 @@ def to_markdown(result: Numbers) -> str:
     load = ", ".join(f"{numbers['load']:g}" for numbers in result["launches"])
     return "\n".join(
         [
-            _HEAD.format(preflight=" and preflight off" if result["preflightOff"] else ""),
+            _HEAD,
             f"Resident all the while: {total:,} LoRAFineTunes, {residents['finished']:,} finished and "
             f"{residents['waiting']:,} waiting for nodes, each with its Job and two pods, in "
             f"{result['namespaces']} namespaces; the runs of the rounds come on top.",
