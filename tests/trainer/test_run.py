@@ -119,6 +119,31 @@ def _cpu() -> Any:
     return torch.device("cpu")
 
 
+def test_evaluate_writes_conversations_with_the_template_of_the_adapter(
+    make_run: Make, run_here: Train, model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in make_rows(20)
+    ]
+    data = write_rows(tmp_path / "chat.jsonl", [{"messages": row} for row in rows])
+    own = (
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    sets = {"train": {"uri": f"file://{data}"}, "eval": {"uri": f"file://{data}"}}
+    adapter, _ = run_here(make_run(dataset={**sets, "chatTemplate": own}, training={"learningRate": 0.05}))
+
+    def loss() -> float:
+        return measure(
+            model=f"file://{model}", data=f"file://{data}", adapter=adapter.uri, limit=20, max_new_tokens=1
+        ).loss
+
+    assert loss() == pytest.approx(adapter.eval_loss_after, abs=1e-5)
+    (Path("/" + split_uri(adapter.uri)[1].lstrip("/")) / "chat_template.jinja").unlink()
+    assert loss() != pytest.approx(adapter.eval_loss_after, abs=1e-2)
+
+
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout_and_across_epochs(
     make_run: Make, run_here: Train, tmp_path: Path
 ) -> None:

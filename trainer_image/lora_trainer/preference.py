@@ -201,6 +201,11 @@ class PreferenceEvaluator(Evaluator):
     dpo: DPO = field(default_factory=DPO)
     mixed_precision: bool = False
 
+    @property
+    def records(self) -> int:
+        """How many pairs the loss is measured on."""
+        return len(self.pairs)
+
     def measure(self, interrupted: Callable[[], bool] | None = None) -> Evaluation | None:
         """DPO loss, reward margin and accuracy. All ranks call it. ``None`` where ``interrupted`` said so.
 
