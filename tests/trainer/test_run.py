@@ -18,6 +18,7 @@ from lora_trainer.measure import measure
 from lora_trainer.model import load_base_model
 from lora_trainer.progress import Progress
 from lora_trainer.settings import Place
+from lora_trainer.speed import SPEED_VARIABLE
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store, split_uri
 from lora_trainer.train import train
@@ -145,10 +146,12 @@ def test_evaluate_writes_conversations_with_the_template_of_the_adapter(
 
 
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout_and_across_epochs(
-    make_run: Make, run_here: Train, tmp_path: Path
+    make_run: Make, run_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The one that is stopped makes its batches ahead."""
     changes: dict[str, Any] = {"lora": {"dropout": 0.2}, "training": {"maxSteps": 8}, "checkpoint": {"everySteps": 3}}
     whole, seen = run_here(make_run(**changes, publish={"store": f"file://{tmp_path}/whole"}))
+    monkeypatch.setenv(SPEED_VARIABLE, "prefetch")
     run = make_run(**changes)
     with pytest.raises(StoppedError) as first:
         run_here(run, stop_after=4)

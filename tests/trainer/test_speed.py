@@ -25,7 +25,7 @@ from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
 from lora_trainer.optim import collect_state, optimizer_name, restore_state
 from lora_trainer.rules import check_run
 from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
-from tests.trainer.runs import Launched
+from tests.trainer.runs import Launched, merge
 
 Make = Callable[..., RunSpec]
 Launch = Callable[..., Launched]
@@ -162,6 +162,29 @@ def test_a_run_on_two_processes_has_the_losses_of_trls_own_loss_on_one(
         found[name] = pod
     assert len(found["trl"].losses) == 3
     assert found["two"].losses == pytest.approx(found["trl"].losses, abs=1e-4)
+
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "one process, across epochs, with dropout": {"lora": {"dropout": 0.1}},
+    "two processes": {"parallelism": {"nodes": 2}},
+    "packed": {"dataset": {"packing": True, "maxSeqLength": 32}},
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches_that_are_made_ahead_change_no_byte_of_the_adapter(
+    case: str, make_run: Make, fork: Launch, tmp_path: Path
+) -> None:
+    """Seven steps, which is more than an epoch in each case."""
+    digests = []
+    for speed in ("prefetch", "no-prefetch"):
+        publish = {"store": f"file://{tmp_path}/{speed}"}
+        run = make_run(**merge({"training": {"maxSteps": 7}, "publish": publish}, BATCHES[case]))
+        pod = fork(run, **{SPEED_VARIABLE: speed})
+        assert pod.wait() == 0, pod.log.read_text()[-3000:]
+        assert pod.words.adapter is not None
+        digests.append(pod.words.adapter.digest)
+    assert digests[0] == digests[1]
 
 
 def learn(optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], steps: range) -> None:

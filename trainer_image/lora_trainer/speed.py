@@ -28,12 +28,15 @@ class Levers:
         summed_loss: only supervised tokens go through the output head, and nothing is computed for metrics that nobody
             reads (``loss``). Off: TRL's loss, its entropy and accuracy included.
         fused_optimizer: one kernel for all of AdamW (GPUs).
+        prefetch: the next step's micro-batches are made, and copied to the GPU, by a thread while this one computes
+            (``ahead``). ``None``: on GPUs. On CPUs it costs more than it hides (docs/speed.md).
         pinned_memory: batches are copied to the GPU from page-locked memory, beside the computation (GPUs).
         liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows).
     """
 
     summed_loss: bool = True
     fused_optimizer: bool = True
+    prefetch: bool | None = None
     pinned_memory: bool = True
     liger: bool = False
 
