@@ -38,6 +38,7 @@ from lora_trainer.progress import Progress
 from lora_trainer.sampler import EpochSampler
 from lora_trainer.settings import Place
 from lora_trainer.sharding import reshard
+from lora_trainer.speed import compile_layers, read_levers
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
 HEARTBEAT_SECONDS = 30.0
@@ -369,4 +370,6 @@ def build_preference_trainer(
         callbacks=list(callbacks),
     )
     restore_adapter_precision(model)
+    if read_levers().compile:
+        compile_layers(model, device)
     return trainer
