@@ -22,13 +22,13 @@ def missing_attempt(observed: Observed) -> int | None:
 
 
 def unseen_failures(observed: Observed) -> JobView | None:
-    """A Job without a verdict that has failed pods which nobody has seen.
+    """A Job without a verdict that has failed pods which nobody has seen end.
 
-    The watches of Jobs and of pods are apart, so news of a Job may come before its pods, most of all at start. A pod
-    that is taken to be gone has no last words, and its gang would be restarted whatever they say.
+    The watches of Jobs and of pods are apart, so news of a Job may come before those of its pods, most of all at start.
+    A pod that is taken to be gone, or to be running, has no last words, and its gang would be judged without them.
     """
     job = observed.live_job()
-    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job)}:
+    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job) if pod.has_ended}:
         return None
     return job
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from lora_operator.follow import REFUSAL_DELAY, compute_next_look, wants_refusal
+from lora_operator.follow import REFUSAL_DELAY, compute_next_look, unseen_failures, wants_refusal
 from lora_operator.plan import NOTHING
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
-from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, seen
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ended, seen
 
 STARTED = {"attempt": 1, "phase": "Starting"}
 
@@ -25,3 +25,20 @@ def test_why_pods_are_not_made_is_asked_only_of_a_controller_that_tries(
     observed = seen(a_run(status=STARTED), *parts)
     assert (wants_refusal(observed, NOW, Settings()) is not None) is asked
     assert compute_next_look(observed, NOTHING, Settings()) == next_look
+
+
+@pytest.mark.parametrize(
+    ("parts", "unseen"),
+    [
+        pytest.param([a_pod(0), a_pod(1)], True, id="the watch of pods is behind"),
+        pytest.param([ended(0), a_pod(1)], True, id="the watch of pods is behind by one"),
+        pytest.param([ended(0)], True, id="one was never seen"),
+        pytest.param([ended(0), ended(1)], False, id="both were seen"),
+        pytest.param([ended(0), a_pod(1, gone=True)], False, id="one was seen until it was gone"),
+    ],
+)
+def test_pods_that_a_job_says_have_failed_are_looked_up_until_they_were_seen_to(
+    parts: list[PodView], unseen: bool
+) -> None:
+    job = a_job(failed_indexes=frozenset({0, 1}))
+    assert unseen_failures(seen(a_run(status=STARTED), job, *parts)) == (job if unseen else None)
