@@ -37,6 +37,9 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
         events.append(EventSpec("Normal", "PreflightPassed", "Check", note, about))
     if new.attempt > old.attempt:
         events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its pods", about))
+    if new.phase == Phase.QUEUED and old.phase != Phase.QUEUED:
+        note = f"Attempt {attempt}: {_message(new, ConditionType.SCHEDULED)}"
+        events.append(EventSpec("Normal", "Queued", "Queue", note, about))
     if _holds(new, ConditionType.RUNNING) and not _holds(old, ConditionType.RUNNING):
         events.append(EventSpec("Normal", "Running", "Train", f"Attempt {attempt}: every pod runs", about))
     for failure in new.failures:

@@ -1,4 +1,4 @@
-"""What to read on top of the watches, and when: logs, Events, objects that should be there. All pure."""
+"""What to read on top of the watches, and when: logs, Events, queues, objects that should be there. All pure."""
 
 from datetime import datetime
 
@@ -10,6 +10,9 @@ from lora_operator.views import JobView, PodView
 
 REFUSAL_DELAY = 3.0
 """Seconds that the Job controller has to make a Job's pods before the operator asks why it does not."""
+
+QUEUE_INTERVAL = 600.0
+"""Longest time in seconds between two questions to Kueue about a run that waits."""
 
 
 def missing_attempt(observed: Observed) -> int | None:
@@ -49,10 +52,30 @@ def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView 
 def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
     """The Job whose Events are to be read now, because pods of it are missing."""
     job = observed.live_job()
-    if job is None or not observed.is_short_of_pods(job):
+    if job is None or job.suspended or not observed.is_short_of_pods(job):
         return None
     late = is_due(job.created, now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
+
+
+def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+    """The suspended Job of which Kueue is to be asked now: at once where it had pods, else when Kueue has had a moment.
+
+    While Kueue has nothing new to say, it is asked more and more seldom.
+    """
+    job = observed.live_job()
+    if job is None or not job.suspended:
+        return None
+    had_pods = bool(observed.gang(job) or job.failed_indexes)
+    due = is_due(observed.reports.queue_read_at, now, _queue_interval(observed, settings))
+    return job if due and (had_pods or is_due(job.created, now, REFUSAL_DELAY)) else None
+
+
+def _queue_interval(observed: Observed, settings: Settings) -> float:
+    """Seconds between two questions: as long as the answer has been the same."""
+    read, changed = observed.reports.queue_read_at, observed.reports.queue_changed_at
+    same = (read - changed).total_seconds() if read and changed else 0.0
+    return min(max(3 * settings.log_interval, same), QUEUE_INTERVAL)
 
 
 def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
@@ -63,7 +86,10 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
     job = observed.live_job()
     if job is not None and not plan.ended:
         pod = _rank_zero(observed)
-        if pod is not None and pod.running:
+        if job.suspended:
+            read = observed.reports.queue_read_at is not None
+            times.append(_queue_interval(observed, settings) if read else REFUSAL_DELAY)
+        elif pod is not None and pod.running:
             times.append(settings.log_interval)
         elif observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)

@@ -4,7 +4,7 @@ The state is derived from what exists. Of the status only facts are read that ca
 the failures so far, the restarts used up, the time that the gang has run, what was suspended, and the terminal
 condition, which is sticky.
 
-    preflight -> launch -> wait for pods -> run -> succeed
+    preflight -> launch -> [queued] -> wait for pods -> run -> succeed
                  |              |
                  +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
                  +--- suspend --/                             \-> while suspended: wait
@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Phase
-from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, termination_of
+from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, seconds_to_lost, termination_of
 from lora_operator.finished import decide_finished
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.obstacles import diagnose_obstacle
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
 from lora_operator.preflight import decide_preflight, needs_preflight
+from lora_operator.queueing import blame_queue, decide_queued, describe_queue, plan_queued, uses_kueue
 from lora_operator.settings import Settings
 from lora_operator.verdicts import (
     decide_failure,
@@ -69,6 +70,8 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
     retry_time = observed.run.status.retry_time
     if retry_time is not None and retry_time > now:
         return Plan(requeue_after=(retry_time - now).total_seconds())
+    if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
+        return plan_queued(attempt, describe_queue("", None), launch=attempt)
     reason = "Restarting" if attempt > 1 else "Starting"
     return Plan(
         phase=Phase.RESTARTING if attempt > 1 else Phase.STARTING,
@@ -133,10 +136,14 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
         grace=settings.failure_grace,
         processes_per_node=observed.run.spec.parallelism.processes_per_node,
     )
+    if job.suspended:
+        symptoms = blame_queue(symptoms, observed.reports.queue)
     if symptoms:
         return _decide_failing(observed, job, pods, symptoms, now, settings)
     if observed.run.spec.run_policy.suspend:
         return _decide_suspension(job)
+    if job.suspended:
+        return decide_queued(job, pods, observed.reports.queue, now, settings.failure_grace)
     return _decide_healthy(observed, job, pods, now, settings)
 
 
@@ -219,10 +226,8 @@ def _decide_running(
     if overdue is not None:
         return decide_failure(observed, job.attempt, overdue, settings)
     reason = _STAGE_REASONS.get(reports.stage, "Running")
-    late = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
-    lost_at = min(late) + timedelta(seconds=settings.failure_grace + 1) if late else None
     waits = [
-        max(1.0, (lost_at - now).total_seconds()) if lost_at else None,
+        seconds_to_lost(pods, now, settings.failure_grace),
         seconds_to_deadline(run, now),
         seconds_to_stall(run, reports, now),
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
+from lora_operator.queueing import QueueReport
 from lora_operator.views import JobView, PodView
 
 
@@ -21,6 +22,9 @@ class Reports:
     log_read_to_end: bool = False
     refused: str | None = None
     refusal_read_at: datetime | None = None
+    queue: QueueReport | None = None
+    queue_read_at: datetime | None = None
+    queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
     status_written_at: datetime | None = None
 
@@ -33,6 +37,12 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
     if word is None:
         return replace(reports, heard_at=now)
     return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
+
+
+def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None) -> Reports:
+    """``reports`` after Kueue was asked at ``now``. Without an answer and a time: it need not be asked any more."""
+    changed = reports.queue_changed_at if queue == reports.queue and reports.queue_changed_at else now
+    return replace(reports, queue=queue, queue_read_at=now, queue_changed_at=changed if now else None)
 
 
 @dataclass(frozen=True)

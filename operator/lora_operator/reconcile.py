@@ -19,16 +19,24 @@ from lora_api.finetune import ObjectMeta
 from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
-from lora_operator.children.job import build_job, build_preflight_job
+from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.names import JOB_NAME_LABEL, child_name, preflight_name
 from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
-from lora_operator.follow import compute_next_look, missing_attempt, unseen_failures, wants_log, wants_refusal
+from lora_operator.follow import (
+    compute_next_look,
+    missing_attempt,
+    unseen_failures,
+    wants_log,
+    wants_queue,
+    wants_refusal,
+)
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
+from lora_operator.kueue import fetch_queue_report
 from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
-from lora_operator.observed import Observed, Reports, hear, is_finished
+from lora_operator.observed import Observed, Reports, hear, hear_queue, is_finished
 from lora_operator.parse import InvalidRunError, parse_run
 from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
@@ -126,8 +134,18 @@ class Reconciler:
             reports = replace(reports, refused=refused, refusal_read_at=now)
         elif reports.refused and not any(map(observed.is_short_of_pods, observed.all_jobs())):
             reports = replace(reports, refused=None)
+        reports = await self._fetch_queue(replace(observed, reports=reports), now)
         self._reports[key] = reports
         return replace(observed, reports=reports)
+
+    async def _fetch_queue(self, observed: Observed, now: datetime) -> Reports:
+        """Asks Kueue, seldom, why a suspended Job waits; what it said of one that runs again is of no interest."""
+        job, reports = wants_queue(observed, now, self._settings), observed.reports
+        if job is not None:
+            return hear_queue(reports, await fetch_queue_report(self._kube, job) or reports.queue, now)
+        live = observed.live_job()
+        suspended = live is not None and live.suspended
+        return reports if suspended or reports.queue_read_at is None else hear_queue(reports, None, None)
 
     async def _apply(self, observed: Observed, plan: Plan) -> Plan:
         """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
@@ -140,6 +158,7 @@ class Reconciler:
         except NameConflictError as conflict:
             return self._decide_conflict(observed, plan.launch or PREFLIGHT, conflict)
         if plan.delete is not None:
+            await self._delete_podgroup(run, plan.delete.attempt)
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
             self._cache.remove_job(plan.delete)
             return replace(plan, requeue_after=0.0)
@@ -161,7 +180,7 @@ class Reconciler:
             return [
                 build_service(run, plan.launch),
                 build_configmap(run, plan.launch),
-                build_job(run, plan.launch, self._settings),
+                *build_gang(run, plan.launch, self._settings),
             ]
         return []
 
@@ -172,11 +191,20 @@ class Reconciler:
         preflights = [preflight_name(run.metadata.name, number) for number in sorted(numbers)]
         attempts = [child_name(run.metadata.name, attempt) for attempt in range(1, run.status.attempt + 1)]
         children = [("configmaps", name) for name in preflights + attempts] + [("services", name) for name in attempts]
+        if self._settings.gang_scheduler != "none":
+            children += [(f"podgroups.{self._settings.gang_scheduler}", name) for name in attempts]
         for resource, name in children:
             await self._kube.delete_child(resource, run.metadata.namespace, name, run.metadata.uid)
         for job in observed.all_jobs():
             await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
             self._cache.remove_job(job)
+
+    async def _delete_podgroup(self, run: LoRAFineTune, attempt: int) -> None:
+        """Deletes the PodGroup of an attempt: without its pods it would hold resources that it waits for."""
+        scheduler = self._settings.gang_scheduler
+        if attempt and scheduler != "none":
+            name = child_name(run.metadata.name, attempt)
+            await self._kube.delete_child(f"podgroups.{scheduler}", run.metadata.namespace, name, run.metadata.uid)
 
     def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:
         if conflict.passing:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Literal
 
-from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
+from lora_api import Condition, ConditionType, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.status import MAX_FAILURES
 from lora_operator.observed import Reports
 from lora_operator.plan import Mark, Plan
@@ -39,6 +39,7 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         pins=plan.passed.pins if plan.passed else old.pins,
         plan=plan.passed.plan if plan.passed else old.plan,
         charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+        preemptions=old.preemptions + (1 if plan.failure and _is_preemption(plan.failure) else 0),
         retry_time=_retry_time(old, plan, now),
         suspended_attempt=plan.suspended or old.suspended_attempt,
         active_seconds=old.active_seconds,
@@ -46,6 +47,10 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         adapter=plan.adapter,
     )
     return new if new == old else _count_time(run, new, now)
+
+
+def _is_preemption(failure: Failure) -> bool:
+    return failure.failure_class is FailureClass.PREEMPTED
 
 
 def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime | None:

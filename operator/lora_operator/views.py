@@ -86,6 +86,9 @@ class JobView:
     failure: str = ""
     finished: bool = False
     stopping: bool = False
+    suspended: bool = False
+    started: datetime | None = None
+    """When its pods were allowed to be made; ``None`` while it is suspended."""
 
     @property
     def key(self) -> Key:
@@ -170,6 +173,8 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         failure=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else "",
         finished="Failed" in conditions or "Complete" in conditions,
         stopping=spec.get("maxFailedIndexes") is not None,
+        suspended=bool(spec.get("suspend")),
+        started=parse_time(status.get("startTime")),
     )
 
 

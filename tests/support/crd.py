@@ -95,6 +95,9 @@ MAXIMAL: Spec = {
         "stallTimeoutSeconds": 600,
         "ttlSecondsAfterFinished": 86400,
         "ttlDeletes": "run",
+        "queueName": "team-a",
+        "priorityClassName": "batch.low",
+        "workloadPriorityClassName": "research",
     },
     "podTemplate": {
         "resources": {

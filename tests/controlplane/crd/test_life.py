@@ -20,6 +20,8 @@ def read_run(cp: devcluster.ControlPlane, name: str) -> dict[str, Any]:
 
 CHANGES = {
     "a limit of the run that is not for changing": {"runPolicy": {"maxRestarts": 9}},
+    "a queue that was absent": {"runPolicy": {"queueName": "team-a"}},
+    "a priority that was absent": {"runPolicy": {"priorityClassName": "high"}},
     "what is deleted": {"runPolicy": {"ttlDeletes": "run"}},
     "credentials that were absent": {"credentials": {"secretRef": {"name": "store"}}},
     "placement": {"podTemplate": {"nodeSelector": {"a": "b"}}},

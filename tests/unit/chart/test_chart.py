@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lora_api.crd import build_crd
-from lora_operator.kube import RBAC
+from lora_operator.kube import GANG_RBAC, RBAC, Rule
 from lora_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,7 +58,10 @@ CASES: dict[str, list[str]] = {
         "operator.progressIntervalSeconds=3",
         'operator.logLevel="debug"',
         'operator.logFormat="text"',
+        'operator.gangScheduler="volcano"',
+        'operator.schedulerName="batch"',
     ],
+    "coscheduling": ['operator.gangScheduler="coscheduling"'],
     "metrics-none": ["metrics.service.enabled=false"],
     "metrics-annotations": ['metrics.service.annotations={"prometheus.io/scrape": "true"}'],
     "resources": ['resources.requests={"cpu": "1"}', 'resources.limits={"memory": "1Gi"}'],
@@ -153,6 +156,7 @@ REFUSED = {
     "a namespace twice": ('namespaces=["a", "a"]', "namespaces"),
     "namespaces in one string": ('namespaces="a,b"', "namespaces"),
     "no concurrency": ("operator.concurrency=0", "concurrency"),
+    "an unknown gang scheduler": ('operator.gangScheduler="slurm"', "gangScheduler"),
     "an unknown log level": ('operator.logLevel="loud"', "logLevel"),
     "a truth in quotes": ('crds.enabled="yes"', "enabled"),
     "a name that is too long": (f'fullnameOverride="{"a" * 41}"', "fullnameOverride"),
@@ -208,12 +212,22 @@ def granted(manifests: str, kind: str) -> set[tuple[str, str, str]]:
     }
 
 
-DECLARED = {(rule.group, resource, verb) for rule in RBAC for resource in rule.resources for verb in rule.verbs}
+def rights(rules: Iterable[Rule]) -> set[tuple[str, str, str]]:
+    return {(rule.group, resource, verb) for rule in rules for resource in rule.resources for verb in rule.verbs}
+
+
+DECLARED = rights(RBAC)
 
 
 def test_the_operator_may_do_exactly_what_it_declares(default: str) -> None:
     assert granted(default, "ClusterRole") == DECLARED
     assert not any("*" in right for right in DECLARED)
+
+
+@pytest.mark.parametrize("scheduler", GANG_RBAC)
+def test_it_may_make_podgroups_only_of_the_gang_scheduler_that_is_set(render: Render, scheduler: str) -> None:
+    manifests = render(f'operator.gangScheduler="{scheduler}"')
+    assert granted(manifests, "ClusterRole") == DECLARED | rights([GANG_RBAC[scheduler]])
 
 
 def test_with_namespaces_it_may_do_the_same_in_each_and_nothing_elsewhere(render: Render) -> None:
@@ -260,6 +274,8 @@ def test_every_setting_arrives(render: Render) -> None:
         preflight="off",
         preflight_timeout=7200.0,
         max_uncharged_restarts=0,
+        gang_scheduler="volcano",
+        scheduler_name="batch",
         log_interval=2.0,
         progress_interval=3.0,
         log_level="debug",

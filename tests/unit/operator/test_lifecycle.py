@@ -1,6 +1,6 @@
 """decide(): every rule of the state machine as one row."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -8,6 +8,7 @@ import pytest
 from lora_api import RULES, ConditionType, FailureClass, Phase
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
+from lora_operator.queueing import QueueReport
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import (
     ADAPTER,
@@ -47,6 +48,13 @@ SUSPENDED = {"suspend": True}
 SUSPENDED_ONCE = {"attempt": 1, "suspendedAttempt": 1}
 IMPATIENT = {"stallTimeoutSeconds": 60}
 LONG_GONE = {"attempt": 1, "conditions": [condition("Failed")], "completionTime": stamp(ago(100))}
+QUEUED = a_job(suspended=True)
+STRIPPED = a_job(suspended=True, failed_indexes=frozenset({0, 1}))
+QUEUE = {"queueName": "team-a"}
+WAITS = QueueReport(workload="job-tickets-1-x", queue="team-a", message="no quota for cpu", position=2)
+TAKEN = replace(WAITS, evicted="Preempted", evicted_message="Preempted to accommodate another", position=None)
+STOPPED = replace(TAKEN, evicted="ClusterQueueStopped", evicted_message="The ClusterQueue is stopped")
+SWITCHED_OFF = replace(TAKEN, evicted="Deactivated", evicted_message="The workload is deactivated")
 FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
 NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
 
@@ -82,6 +90,135 @@ CASES = [
         "a pod that should be gone for long holds nobody up",
         seen(a_run(), running(job_uid="gone", deleting_at=ago(21))),
         {"launch": 1},
+    ),
+    # In a queue
+    Case(
+        "a run that names a queue is launched into it",
+        seen(a_run(runPolicy=QUEUE)),
+        {"launch": 1, "phase": Phase.QUEUED, "reason": "Queued"},
+        marks={ConditionType.SCHEDULED: (False, "Queued"), ConditionType.RUNNING: (False, "Queued")},
+    ),
+    Case(
+        "a suspended Job waits, with its number and Kueue's words",
+        seen(a_run(status=STARTED), QUEUED, reports=Reports(queue=WAITS)),
+        {
+            "phase": Phase.QUEUED, "launch": None, "delete": None, "stop": None,
+            "message": "Number 2 in queue team-a: no quota for cpu",
+        },
+        marks={ConditionType.SCHEDULED: (False, "Queued"), ConditionType.RUNNING: (False, "Queued")},
+    ),
+    Case(
+        "a Job that somebody made suspended without a queue waits too",
+        seen(a_run(status=STARTED), QUEUED),
+        {"phase": Phase.QUEUED, "message": "Waiting for the queue to let the run go"},
+    ),
+    Case(
+        "a run that waits is suspended by its user",
+        seen(a_run(status=STARTED, runPolicy={**QUEUE, **SUSPENDED}), QUEUED, reports=Reports(queue=WAITS)),
+        {"phase": Phase.SUSPENDED, "suspended": 1},
+    ),
+    Case(
+        "the Job that waits was deleted by somebody",
+        seen(a_run(status=STARTED), a_job(suspended=True, deleting=True)),
+        {"phase": Phase.RESTARTING},
+        FailureClass.POD_LOST,
+    ),
+    Case(
+        "a gang whose quota is taken back may save a checkpoint",
+        seen(
+            a_run(status=STARTED), QUEUED, running(0, deleting_at=ago(-100)), running(1, deleting_at=ago(-110)),
+            reports=Reports(queue=TAKEN),
+        ),
+        {"phase": Phase.RESTARTING, "reason": "Preempted", "failure": None, "requeue_after": 121.0},
+        marks={ConditionType.RUNNING: (False, "Preempted")},
+    ),
+    Case(
+        "the end of a gang whose quota was taken back is no failure of its own, whatever its pods say",
+        seen(
+            a_run(status=STARTED), QUEUED,
+            ended(0, 75, said("Checkpointed", step=7), deleting_at=ago(-100)),
+            ended(1, 70, said("Internal"), deleting_at=ago(-100)),
+            reports=Reports(queue=TAKEN),
+        ),
+        {
+            "phase": Phase.RESTARTING, "reason": "Preempted", "charged": False, "backoff": 0.0,
+            "message": "Kueue took the quota back: Preempted to accommodate another. Remedy: "
+            + RULES[FailureClass.PREEMPTED].remedy,
+        },
+        FailureClass.PREEMPTED,
+    ),
+    Case(
+        "the same after a restart of the operator, when the pods are gone",
+        seen(a_run(status=STARTED), STRIPPED, reports=Reports(queue=TAKEN)),
+        {"phase": Phase.RESTARTING, "reason": "Preempted"},
+        FailureClass.PREEMPTED,
+    ),
+    Case(
+        "quota may be taken back as often as the queue likes",
+        seen(
+            a_run(status={"attempt": 9, "preemptions": 8}), a_job(9, suspended=True),
+            ended(0, 75, attempt=9, deleting_at=NOW), ended(1, 75, attempt=9, deleting_at=NOW),
+            reports=Reports(queue=TAKEN),
+        ),
+        {"phase": Phase.RESTARTING},
+        FailureClass.PREEMPTED,
+    ),
+    Case(
+        "another reason to take the quota back has the limit of evictions",
+        seen(
+            a_run(status={"attempt": 6, "preemptions": 2}), a_job(6, suspended=True),
+            ended(0, 75, attempt=6, deleting_at=NOW), ended(1, 75, attempt=6, deleting_at=NOW),
+            reports=Reports(queue=STOPPED),
+        ),
+        {"phase": Phase.FAILED, "ended": True},
+        FailureClass.EVICTED,
+    ),
+    Case(
+        "somebody else suspends the Job",
+        seen(a_run(status=STARTED), QUEUED, ended(0, 75, deleting_at=NOW), ended(1, 75, deleting_at=NOW)),
+        {"phase": Phase.RESTARTING, "charged": False},
+        FailureClass.EVICTED,
+    ),
+    Case(
+        "a run whose Workload is switched off is not queued again",
+        seen(
+            a_run(status=STARTED), STRIPPED, reports=Reports(queue=SWITCHED_OFF),
+        ),
+        {
+            "phase": Phase.QUEUED, "failure": None, "delete": None, "launch": None,
+            "message": "Workload job-tickets-1-x: The workload is deactivated. Remedy: Set spec.active of the Workload "
+            "to true to let the run go on.",
+        },
+    ),
+    Case(
+        "what had failed by itself before is the run's own failure",
+        seen(
+            a_run(status=STARTED), QUEUED,
+            ended(0, 65, said("BadData"), at=ago(5)), ended(1, 75, deleting_at=NOW, at=ago(9)),
+            reports=Reports(queue=SWITCHED_OFF),
+        ),
+        {"phase": Phase.FAILED, "ended": True},
+        FailureClass.BAD_DATA,
+    ),
+    Case(
+        "an adapter that was published before counts",
+        seen(
+            a_run(status=STARTED), QUEUED, ended(0, 0, published(), reason="Completed"), running(1, deleting_at=NOW),
+            reports=Reports(queue=TAKEN),
+        ),
+        {"phase": Phase.SUCCEEDED},
+    ),
+    Case(
+        "quota that was taken back leads to another attempt, which is queued",
+        seen(a_run(status={"attempt": 1, "failures": [failure(1, "Preempted")], "preemptions": 1}, runPolicy=QUEUE)),
+        {"launch": 2, "phase": Phase.QUEUED},
+    ),
+    Case(
+        "a long wait in the queue does not count as time in which pods were refused",
+        seen(
+            a_run(status=STARTED), a_job(created=ago(9e6), started=ago(5)), reports=Reports(refused="no such class"),
+        ),
+        {"phase": Phase.STARTING, "reason": "PodNotStarted", "failure": None, "requeue_after": 595.0},
     ),
     # On the way up
     Case(

@@ -1,0 +1,237 @@
+"""Runs that wait in a queue, on a real API server and Job controller. The test plays Kueue: it writes spec.suspend."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lora_operator.settings import Settings
+from tests.support.api import Api, Raw
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run, ended, termination
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.controlplane
+
+NODE = "no-such-node"
+
+
+class Queue:
+    """What Kueue does to the Jobs of a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def job(self, attempt: int) -> Raw:
+        name = f"{self.run.name}-{attempt}"
+        return next(job for job in self.run.jobs() if job["metadata"]["name"] == name)
+
+    def wait_job(self, attempt: int) -> Raw:
+        def names() -> list[str]:
+            return [job["metadata"]["name"] for job in self.run.jobs()]
+
+        eventually(f"the Job of attempt {attempt}", lambda: f"{self.run.name}-{attempt}" in names())
+        return self.job(attempt)
+
+    def suspend(self, attempt: int, *, suspend: bool) -> None:
+        path = f"/apis/batch/v1/namespaces/{self.run.namespace}/jobs/{self.run.name}-{attempt}"
+        self.run.api.patch(path, {"spec": {"suspend": suspend}})
+
+    def admit(self, attempt: int) -> None:
+        """Lets the Job go, and brings its pods to a node: a pod without one is deleted at once."""
+        self.suspend(attempt, suspend=False)
+        for pod in self.run.gang(attempt):
+            metadata = pod["metadata"]
+            path = f"/api/v1/namespaces/{self.run.namespace}/pods/{metadata['name']}/binding"
+            target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
+            self.run.api.create(path, {"metadata": {"name": metadata["name"]}, "target": target})
+        self.run.set_running(attempt)
+
+    def end_pods(self, attempt: int) -> None:
+        """What the kubelet does to pods that were asked to stop: they checkpoint, end, and are gone."""
+        for pod in self.run.pods(attempt):
+            self.run.set_pod(pod, ended(75, termination("Checkpointed", "asked to stop", step=7)))
+        for pod in self.run.pods(attempt):
+            path = f"/api/v1/namespaces/{self.run.namespace}/pods/{pod['metadata']['name']}"
+            self.run.api.delete(path, gracePeriodSeconds=0)
+
+
+@pytest.fixture
+def queue(run: Run) -> Queue:
+    return Queue(run)
+
+
+def create(run: Run, **policy: Any) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"queueName": "team-a", **policy}))
+
+
+def are_stopping(run: Run, attempt: int) -> bool:
+    pods = run.pods(attempt)
+    return bool(pods) and all("deletionTimestamp" in pod["metadata"] for pod in pods)
+
+
+def test_a_run_waits_until_its_job_is_let_go(run: Run, queue: Queue, operator: OperatorThread) -> None:
+    create(run)
+    status = run.wait_phase("Queued")
+    job = queue.wait_job(1)
+    assert (job["spec"]["suspend"], job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]) == (True, "team-a")
+    assert (status["attempt"], run.pods(1)) == (1, [])
+    for kind in ("Scheduled", "Running"):
+        assert (run.condition(kind)["status"], run.condition(kind)["reason"]) == ("False", "Queued")
+    status = run.wait("no Kueue", lambda _: "this cluster has no Kueue" in run.condition("Running")["message"])
+    assert "Remedy: Install Kueue" in run.condition("Scheduled")["message"]
+    asked = sum("kueue" in call for call in operator.calls)
+
+    queue.admit(1)
+    run.wait_phase("Running")
+    run.set_succeeded(1)
+    run.wait_phase("Succeeded")
+    reasons = ["Started", "Queued", "Running", "Succeeded"]
+    eventually("Events", lambda: [event["reason"] for event in run.events()] == reasons)
+    assert sum("kueue" in call for call in operator.calls) <= asked + 2, "nobody asks about a gang that runs"
+
+
+def test_a_gang_whose_quota_is_taken_back_is_queued_again(run: Run, queue: Queue, operator: OperatorThread) -> None:
+    create(run, maxRestarts=0)
+    queue.wait_job(1)
+    queue.admit(1)
+    run.wait_phase("Running")
+    queue.suspend(1, suspend=True)
+    eventually("the pods are asked to stop", lambda: are_stopping(run, 1))
+    status = run.wait("a word", lambda status: status["reason"] == "JobSuspended")
+    assert (status["phase"], status["attempt"], status.get("failures", [])) == ("Restarting", 1, [])
+    queue.end_pods(1)
+
+    status = run.wait("attempt 2", lambda status: status["attempt"] == 2)
+    assert (status["phase"], status["chargedRestarts"]) == ("Queued", 0)
+    failure = status["failures"][0]
+    assert (failure["class"], failure["step"], failure["exitCode"]) == ("Evicted", 7, 75)
+    eventually("the first Job is gone", lambda: [job["metadata"]["name"] for job in run.jobs()] == ["run-2"])
+    assert queue.job(2)["spec"]["suspend"] is True
+    queue.admit(2)
+    run.wait_phase("Running")
+    run.set_succeeded(2)
+    run.wait_phase("Succeeded")
+
+
+def test_the_user_suspends_a_run_that_waits(run: Run, queue: Queue, operator: OperatorThread) -> None:
+    create(run)
+    queue.wait_job(1)
+    run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": True}}})
+    run.wait("suspended", lambda status: status["reason"] == "Suspended")
+    assert run.jobs() == []
+    run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": False}}})
+    assert queue.wait_job(2)["spec"]["suspend"] is True
+    assert run.wait_phase("Queued").get("failures", []) == []
+
+
+def test_quota_that_is_taken_back_outlives_the_operator_cut_after_any_call(
+    api: Api, make_namespace: Callable[[], str], fast_settings: Callable[..., Settings]
+) -> None:
+    def take_back_with_cut(k: int | None) -> int:
+        namespace = make_namespace()
+        run, settings = Run(api, namespace), fast_settings(namespace, log_interval=60.0, progress_interval=60.0)
+        queue = Queue(run)
+        with OperatorThread(settings):
+            create(run)
+            queue.wait_job(1)
+            queue.admit(1)
+            run.wait_phase("Running")
+        queue.suspend(1, suspend=True)
+        eventually("the pods are asked to stop", lambda: are_stopping(run, 1))
+        queue.end_pods(1)
+        first = OperatorThread(settings, cut_after=k).start()
+        try:
+            eventually("the cut or the end", lambda: first.is_cut or run.status["attempt"] == 2, 60)
+        finally:
+            first.stop()
+        with OperatorThread(settings):
+            assert queue.wait_job(2)["spec"]["suspend"] is True
+            status = run.wait("queued again", lambda s: (s["attempt"], s["phase"]) == (2, "Queued"), 60)
+            assert (len(status["failures"]), status["chargedRestarts"]) == (1, 0)
+            eventually("one Job", lambda: [job["metadata"]["name"] for job in run.jobs()] == ["run-2"])
+        return len(first.calls)
+
+    calls = take_back_with_cut(None)
+    assert 6 <= calls <= 20, calls
+    for k in range(1, calls + 1):
+        take_back_with_cut(k)
+
+
+def test_quota_that_comes_back_while_no_operator_is_there(
+    run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    settings = fast_settings(namespace)
+    with OperatorThread(settings):
+        create(run, maxRestarts=0)
+        queue.wait_job(1)
+        queue.admit(1)
+        run.wait_phase("Running")
+    queue.suspend(1, suspend=True)
+    eventually("the pods are asked to stop", lambda: are_stopping(run, 1))
+    queue.end_pods(1)
+    queue.suspend(1, suspend=False)
+    with OperatorThread(settings):
+        status = run.wait("attempt 2", lambda status: status["attempt"] == 2)
+        assert (status["phase"], status["chargedRestarts"]) == ("Queued", 0)
+        assert queue.wait_job(2)["spec"]["suspend"] is True
+
+
+def test_a_suspension_leaves_indexes_that_have_failed_for_good(
+    run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    """Why an attempt ends with the suspension of its Job: the Job controller would not run those indexes again."""
+    with OperatorThread(fast_settings(namespace)):
+        create(run)
+        queue.wait_job(1)
+        queue.admit(1)
+    queue.suspend(1, suspend=True)
+    eventually("the pods are asked to stop", lambda: are_stopping(run, 1))
+    queue.end_pods(1)
+    eventually("failed indexes", lambda: queue.job(1)["status"].get("failedIndexes") == "0,1")
+    conditions = {item["type"]: item["status"] for item in queue.job(1)["status"]["conditions"]}
+    assert conditions["Failed"] == "True"
+
+
+@pytest.fixture
+def podgroups(api: Api) -> Iterator[None]:
+    """The kinds of Volcano and of coscheduling."""
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    groups = {"scheduling.volcano.sh": "v1beta1", "scheduling.x-k8s.io": "v1alpha1"}
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    for group, version in groups.items():
+        served = {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+        names = {"kind": "PodGroup", "listKind": "PodGroupList", "plural": "podgroups", "singular": "podgroup"}
+        annotations = {"api-approved.kubernetes.io": "unapproved, a test"}
+        spec = {"group": group, "names": names, "scope": "Namespaced", "versions": [served]}
+        api.create(path, {"metadata": {"name": f"podgroups.{group}", "annotations": annotations}, "spec": spec})
+    yield
+    for group in groups:
+        api.delete(f"{path}/podgroups.{group}")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "path"),
+    [("volcano", "/apis/scheduling.volcano.sh/v1beta1"), ("coscheduling", "/apis/scheduling.x-k8s.io/v1alpha1")],
+)
+def test_a_podgroup_is_made_for_each_attempt_and_goes_with_it(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str, podgroups: None, scheduler: str, path: str
+) -> None:
+    def groups() -> list[Raw]:
+        return run.api.items(f"{path}/namespaces/{namespace}/podgroups")
+
+    with OperatorThread(fast_settings(namespace, gang_scheduler=scheduler)):
+        run.create()
+        run.set_running(1)
+        [group] = groups()
+        assert (group["metadata"]["name"], group["spec"]["minMember"]) == ("run-1", 2)
+        assert group["metadata"]["ownerReferences"][0]["uid"] == run.raw["metadata"]["uid"]
+        assert {pod["spec"]["schedulerName"] for pod in run.pods(1)} <= {"volcano", "scheduler-plugins-scheduler"}
+        run.set_failed(1, "Checkpointed", 75)
+        run.gang(2)
+        assert [group["metadata"]["name"] for group in groups()] == ["run-2"]
+        run.set_running(2)
+        run.set_succeeded(2)
+        run.wait_phase("Succeeded")
+        run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"ttlSecondsAfterFinished": 0}}})
+        eventually("no PodGroup", lambda: groups() == [])
