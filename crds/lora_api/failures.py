@@ -27,7 +27,6 @@ class FailureClass(StrEnum):
     DISK_FULL = "DiskFull"
     POD_LOST = "PodLost"
     EVICTED = "Evicted"
-    PREEMPTED = "Preempted"
     NODE_LOST = "NodeLost"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     POD_NOT_STARTED = "PodNotStarted"
@@ -215,17 +214,6 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         remedy=(
             "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, give the run a higher "
             "priority or set requests equal to limits."
-        ),
-    ),
-    FailureRule(
-        failure_class=FailureClass.PREEMPTED,
-        exit_code=None,
-        charged=False,
-        retried=True,
-        meaning="The queue (Kueue) took the run's quota back for another workload; the pods saved a checkpoint.",
-        remedy=(
-            "Nothing to do: the run is queued again and goes on from the checkpoint. If it repeats, give the run a "
-            "higher priority (runPolicy.priorityClassName) or the queue more quota."
         ),
     ),
     FailureRule(

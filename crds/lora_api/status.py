@@ -149,7 +149,7 @@ class LoRAFineTuneStatus(RecordModel):
     pins: Pins | None = Field(None, description="What the sources held at the preflight. Each attempt reads the same.")
     plan: RunPlan | None = Field(None, description="How the run is trained, as the preflight planned it.")
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
-    preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back for another workload.")
+    preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back.")
     retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
     suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")
     active_seconds: int = Field(

@@ -5,6 +5,7 @@ from datetime import datetime
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.plan import Plan
 from lora_operator.progress import is_due
+from lora_operator.queueing import is_stopping
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
 
@@ -54,7 +55,7 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
     job = observed.live_job()
     if job is None or job.suspended or not observed.is_short_of_pods(job):
         return None
-    late = is_due(job.created, now, REFUSAL_DELAY)
+    late = is_due(job.started or job.created, now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
@@ -66,7 +67,7 @@ def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobVie
     job = observed.live_job()
     if job is None or not job.suspended:
         return None
-    had_pods = bool(observed.gang(job) or job.failed_indexes)
+    had_pods = any(map(is_stopping, [*observed.gang(job), *observed.stopping(job)]))
     due = is_due(observed.reports.queue_read_at, now, _queue_interval(observed, settings))
     return job if due and (had_pods or is_due(job.created, now, REFUSAL_DELAY)) else None
 

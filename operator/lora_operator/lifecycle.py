@@ -22,7 +22,7 @@ from lora_operator.obstacles import diagnose_obstacle
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
 from lora_operator.preflight import decide_preflight, needs_preflight
-from lora_operator.queueing import blame_queue, decide_queued, describe_queue, plan_queued, uses_kueue
+from lora_operator.queueing import broken_gang, decide_queued, describe_queue, plan_queued, uses_kueue
 from lora_operator.settings import Settings
 from lora_operator.verdicts import (
     decide_failure,
@@ -129,21 +129,22 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
         return decide_success(job.attempt, adapter)
     if job.deleting:
         return decide_failure(observed, job.attempt, job_lost(job.attempt, now), settings)
+    stopping = observed.stopping(job)
     symptoms = diagnose_pods(
-        pods,
+        [*pods, *stopping],
         job,
         now,
         grace=settings.failure_grace,
         processes_per_node=observed.run.spec.parallelism.processes_per_node,
     )
-    if job.suspended:
-        symptoms = blame_queue(symptoms, observed.reports.queue)
     if symptoms:
         return _decide_failing(observed, job, pods, symptoms, now, settings)
     if observed.run.spec.run_policy.suspend:
         return _decide_suspension(job)
+    if job.suspended and job.completed_indexes:
+        return decide_failure(observed, job.attempt, broken_gang(job, now), settings)
     if job.suspended:
-        return decide_queued(job, pods, observed.reports.queue, now, settings.failure_grace)
+        return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
     return _decide_healthy(observed, job, pods, now, settings)
 
 
@@ -188,7 +189,7 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
         marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
         return Plan(
             phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
-            conditions=marks,
+            conditions=marks, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace),
         )  # fmt: skip
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:

@@ -45,6 +45,18 @@ def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None
     return replace(reports, queue=queue, queue_read_at=now, queue_changed_at=changed if now else None)
 
 
+def forget_pods(reports: Reports) -> Reports:
+    """``reports`` without what the pods have said: others take their place."""
+    return Reports(
+        run_uid=reports.run_uid,
+        progress=reports.progress,
+        status_written_at=reports.status_written_at,
+        queue=reports.queue,
+        queue_read_at=reports.queue_read_at,
+        queue_changed_at=reports.queue_changed_at,
+    )
+
+
 @dataclass(frozen=True)
 class Observed:
     """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name."""
@@ -57,12 +69,16 @@ class Observed:
     reports: Reports = Reports()
 
     def gang(self, job: JobView) -> list[PodView]:
-        """The pods of ``job``, rank by rank; where an index has several, the newest."""
+        """The pods of ``job``, rank by rank; where an index has several, the newest. Without those taken back."""
         newest: dict[int, PodView] = {}
         for pod in sorted(self.pods, key=lambda pod: (pod.created, pod.name)):
-            if pod.job_uid == job.uid:
+            if pod.job_uid == job.uid and not is_taken_back(pod, job):
                 newest[pod.index] = pod
         return [newest[index] for index in sorted(newest)]
+
+    def stopping(self, job: JobView) -> list[PodView]:
+        """Pods that were taken back with the quota of ``job``, and have not ended yet."""
+        return [pod for pod in self.pods if pod.job_uid == job.uid and is_taken_back(pod, job) and not pod.has_ended]
 
     def leftovers(self) -> list[PodView]:
         """Pods that are still there though their Job is not."""
@@ -89,6 +105,17 @@ class Observed:
         """Whether the Job controller has not made all pods of ``job``."""
         indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
         return len(indexes) < job.size
+
+
+def is_taken_back(pod: PodView, job: JobView) -> bool:
+    """Whether ``pod`` was deleted because ``job`` was suspended, so that its end counts for nothing.
+
+    The Job controller lets go of the pods that it deletes, and their indexes run again once the Job is let go. One that
+    ended before it could be deleted is counted, and so is one that somebody else deletes.
+    """
+    let_go = (pod.gone or pod.deleting_at is not None) and not pod.tracked
+    counted = pod.index in job.failed_indexes | job.completed_indexes
+    return job.was_suspended and let_go and not counted
 
 
 def is_finished(status: LoRAFineTuneStatus) -> bool:

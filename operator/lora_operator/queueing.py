@@ -1,9 +1,12 @@
 """Runs that wait in a queue, and gangs whose quota the queue takes back. All pure.
 
 A Job that names a queue is created suspended, and from then on Kueue alone writes ``spec.suspend``: it lets the Job go
-once there is quota, and suspends it again to give the quota to another workload. Pods of a suspended Job get SIGTERM,
-save a checkpoint and end with an exit code other than 0, so their indexes have failed, and the same Job cannot go on.
-Therefore a suspension ends the attempt, and the Job of the next attempt is queued.
+once there is quota, and suspends it again to give the quota to another workload. The Job controller then deletes the
+pods without counting how they end (they get SIGTERM, and save a checkpoint), and makes new ones once the Job is let go
+again. So the attempt goes on, its Job keeps its place in the queue, and nothing is a failure.
+
+Only where an index has ended by itself before it could be deleted does the Job not run it again. Then the gang would
+never be whole, and the attempt ends: the Job of the next one is queued.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +14,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from lora_api import ConditionType, FailureClass, Phase
-from lora_operator.diagnose import Symptom, seconds_to_lost, with_remedy
+from lora_api import RULES, ConditionType, Failure, FailureClass, Phase
+from lora_operator.diagnose import seconds_to_lost, with_remedy
 from lora_operator.plan import Mark, Plan
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
 
-_PREEMPTED = "Preempted"
 _DEACTIVATED = "Deactivated"
-_OTHER = "JobSuspended"
 _INADMISSIBLE = "Inadmissible"
 
 _NO_KUEUE_REMEDY = (
@@ -92,48 +93,39 @@ def find_position(pending: Iterable[Mapping[str, Any]], workload: str) -> int | 
     return None
 
 
-def blame_queue(symptoms: Sequence[Symptom], report: QueueReport | None) -> list[Symptom]:
-    """The symptoms of a suspended Job: pods that were asked to stop are no failure of the run.
-
-    A pod that had ended by itself keeps its own reason. Of a Workload that was switched off nothing is to be retried.
-    """
-    own = [symptom for symptom in symptoms if symptom.pod and not (symptom.pod.gone or symptom.pod.deleting_at)]
-    if report is not None and report.deactivated:
-        return own
-    preempted = report is not None and report.evicted == _PREEMPTED
-    return [
-        symptom
-        if symptom in own
-        else replace(
-            symptom,
-            failure_class=FailureClass.PREEMPTED if preempted else FailureClass.EVICTED,
-            reason=_why(report),
-            message=_describe_suspension(report),
-            remedy="",
-        )
-        for symptom in symptoms
-    ]
+def broken_gang(job: JobView, now: datetime) -> Failure:
+    """The end of an attempt whose Job was suspended when some of its pods had done their work, and others had not."""
+    return Failure(
+        attempt=job.attempt, failure_class=FailureClass.EVICTED, reason="JobSuspended",
+        message=f"Job {job.name} was suspended while its last pods were ending",
+        remedy=RULES[FailureClass.EVICTED].remedy, at=now,
+    )  # fmt: skip
 
 
 def decide_queued(
     job: JobView, pods: Sequence[PodView], report: QueueReport | None, now: datetime, grace: float
 ) -> Plan:
-    """What to say of a Job that is suspended: it waits for quota, or its pods are ending."""
-    if any(not pod.has_ended for pod in pods):
-        message = f"{_describe_suspension(report)}. The pods are asked to save a checkpoint and end"
-        return Plan(
-            phase=Phase.RESTARTING, reason=_why(report), message=message, attempt=job.attempt,
-            conditions={ConditionType.RUNNING: Mark(value=False, reason=_why(report), message=message)},
-            requeue_after=seconds_to_lost(pods, now, grace),
-        )  # fmt: skip
-    return plan_queued(job.attempt, describe_queue(job.name, report))
+    """What to say of a Job that is suspended: it waits for quota, or its ``pods`` have to end first."""
+    if not any(is_stopping(pod) for pod in pods):
+        return plan_queued(job.attempt, describe_queue(job.name, report))
+    reason, words = "JobSuspended", "The Job was suspended by whoever manages its queue"
+    if report is not None and report.evicted:
+        reason, words = report.evicted, f"Kueue took the quota back: {report.evicted_message}".rstrip(". :")
+    message = f"{words}. The pods save a checkpoint and end; the run is queued again"
+    plan = plan_queued(job.attempt, message, reason=reason)
+    return replace(plan, requeue_after=seconds_to_lost(pods, now, grace))
 
 
-def plan_queued(attempt: int, message: str, *, launch: int | None = None) -> Plan:
+def is_stopping(pod: PodView) -> bool:
+    """Whether a pod of a suspended Job has to end. A new one has not: that its Job was let go is only not known yet."""
+    return not pod.has_ended and (pod.running or pod.deleting_at is not None)
+
+
+def plan_queued(attempt: int, message: str, *, reason: str = "Queued", launch: int | None = None) -> Plan:
     """``attempt`` waits in a queue, for the reason in ``message``."""
-    mark = Mark(value=False, reason="Queued", message=message)
+    mark = Mark(value=False, reason=reason, message=message)
     return Plan(
-        phase=Phase.QUEUED, reason="Queued", message=message, attempt=attempt, launch=launch,
+        phase=Phase.QUEUED, reason=reason, message=message, attempt=attempt, launch=launch,
         conditions={ConditionType.SCHEDULED: mark, ConditionType.RUNNING: mark},
     )  # fmt: skip
 
@@ -156,13 +148,3 @@ def describe_queue(job: str, report: QueueReport | None) -> str:
 def uses_kueue(queue_name: str | None, settings: Settings) -> bool:
     """Whether ``queue_name`` is one of Kueue. Volcano has queues of its own, and holds back pods rather than Jobs."""
     return queue_name is not None and settings.gang_scheduler != "volcano"
-
-
-def _why(report: QueueReport | None) -> str:
-    return (report.evicted if report is not None else "") or _OTHER
-
-
-def _describe_suspension(report: QueueReport | None) -> str:
-    if report is None or not report.evicted:
-        return "The Job was suspended by whoever manages its queue"
-    return f"Kueue took the quota back: {report.evicted_message or report.evicted}".rstrip(". ")

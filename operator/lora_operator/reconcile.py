@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import PLURAL, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
+from lora_api import PLURAL, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.run import CONTAINER_NAME
@@ -36,7 +36,7 @@ from lora_operator.kueue import fetch_queue_report
 from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
-from lora_operator.observed import Observed, Reports, hear, hear_queue, is_finished
+from lora_operator.observed import Observed, Reports, forget_pods, hear, hear_queue, is_finished
 from lora_operator.parse import InvalidRunError, parse_run
 from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
@@ -243,11 +243,13 @@ class Reconciler:
         return 0.0 if verdict else None
 
     def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
-        """A new attempt starts with no reports of the one before."""
+        """A new attempt starts with no reports of the one before, and new pods with none of those taken back."""
         if plan.launch is not None or plan.failure is not None or plan.suspended is not None or plan.passed is not None:
             return Reports(
                 run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
             )
+        if plan.phase == Phase.QUEUED:
+            return forget_pods(reports)
         if plan.failing:
             return replace(reports, failing_since=reports.failing_since or now)
         return replace(reports, failing_since=None)

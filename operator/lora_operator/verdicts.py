@@ -18,13 +18,11 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows."""
     status, rule = observed.run.status, RULES[failure.failure_class]
     limit = observed.run.spec.run_policy.max_restarts
-    free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts - status.preemptions
-    # A queue may take its quota back as often as it likes: it has given it first.
-    preempted = failure.failure_class is FailureClass.PREEMPTED
+    free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts
     refusal = ""
     if rule.retried and rule.charged and status.charged_restarts >= limit:
         refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
-    elif rule.retried and not (rule.charged or preempted) and free >= settings.max_uncharged_restarts:
+    elif rule.retried and not rule.charged and free >= settings.max_uncharged_restarts:
         refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
     elif is_repetition(status.failures, failure):
         refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"

@@ -10,6 +10,8 @@ from typing import Any
 
 from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL
 
+_TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
+
 Raw = dict[str, Any]
 Key = tuple[str, str]
 """Namespace and name of a LoRAFineTune."""
@@ -52,6 +54,8 @@ class PodView:
     running: bool = False
     started: datetime | None = None
     ended: Ended | None = None
+    tracked: bool = True
+    """The Job controller will count how the pod ends. It lets go of pods that it deletes itself."""
     gone: bool = False
     """The object was deleted; this is the last that was seen of it."""
 
@@ -87,6 +91,8 @@ class JobView:
     finished: bool = False
     stopping: bool = False
     suspended: bool = False
+    was_suspended: bool = False
+    """It is suspended, or was before."""
     started: datetime | None = None
     """When its pods were allowed to be made; ``None`` while it is suspended."""
 
@@ -136,6 +142,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         running="running" in state,
         started=parse_time((state.get("running") or {}).get("startedAt")),
         ended=_parse_ended(state.get("terminated")),
+        tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
 
 
@@ -174,6 +181,8 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         finished="Failed" in conditions or "Complete" in conditions,
         stopping=spec.get("maxFailedIndexes") is not None,
         suspended=bool(spec.get("suspend")),
+        was_suspended=bool(spec.get("suspend"))
+        or any(item.get("type") == "Suspended" for item in status.get("conditions") or ()),
         started=parse_time(status.get("startTime")),
     )
 

@@ -85,6 +85,11 @@ def running(index: int = 0, attempt: int = 1, **changes: Any) -> PodView:
     return a_pod(index, attempt, **{"scheduled": True, "phase": "Running", "running": True, **changes})
 
 
+def taken(index: int, **changes: Any) -> PodView:
+    """A pod that the Job controller lets go and deletes, because its Job was suspended; it has not ended."""
+    return running(index, **{"deleting_at": ago(-100), "tracked": False, **changes})
+
+
 def waiting(index: int, reason: str, message: str = "", **changes: Any) -> PodView:
     return a_pod(index, scheduled=True, waiting_reason=reason, waiting_message=message, **changes)
 

@@ -25,6 +25,7 @@ from tests.unit.operator.builders import (
     said,
     seen,
     stamp,
+    taken,
     waiting,
 )
 
@@ -48,12 +49,15 @@ SUSPENDED = {"suspend": True}
 SUSPENDED_ONCE = {"attempt": 1, "suspendedAttempt": 1}
 IMPATIENT = {"stallTimeoutSeconds": 60}
 LONG_GONE = {"attempt": 1, "conditions": [condition("Failed")], "completionTime": stamp(ago(100))}
-QUEUED = a_job(suspended=True)
-STRIPPED = a_job(suspended=True, failed_indexes=frozenset({0, 1}))
+QUEUED = a_job(suspended=True, was_suspended=True)
+RESUMED = a_job(was_suspended=True, started=ago(10))
+TAKEN_PODS = (
+    ended(0, 75, said("Checkpointed"), deleting_at=ago(-100), tracked=False, gone=True),
+    ended(1, 70, said("Internal"), deleting_at=ago(-100), tracked=False, gone=True),
+)
 QUEUE = {"queueName": "team-a"}
 WAITS = QueueReport(workload="job-tickets-1-x", queue="team-a", message="no quota for cpu", position=2)
 TAKEN = replace(WAITS, evicted="Preempted", evicted_message="Preempted to accommodate another", position=None)
-STOPPED = replace(TAKEN, evicted="ClusterQueueStopped", evicted_message="The ClusterQueue is stopped")
 SWITCHED_OFF = replace(TAKEN, evicted="Deactivated", evicted_message="The workload is deactivated")
 FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
 NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
@@ -119,71 +123,76 @@ CASES = [
     ),
     Case(
         "the Job that waits was deleted by somebody",
-        seen(a_run(status=STARTED), a_job(suspended=True, deleting=True)),
+        seen(a_run(status=STARTED), replace(QUEUED, deleting=True)),
         {"phase": Phase.RESTARTING},
         FailureClass.POD_LOST,
     ),
     Case(
         "a gang whose quota is taken back may save a checkpoint",
         seen(
-            a_run(status=STARTED), QUEUED, running(0, deleting_at=ago(-100)), running(1, deleting_at=ago(-110)),
-            reports=Reports(queue=TAKEN),
+            a_run(status=STARTED), QUEUED, taken(0, deleting_at=ago(-100)), running(1), reports=Reports(queue=TAKEN)
         ),
-        {"phase": Phase.RESTARTING, "reason": "Preempted", "failure": None, "requeue_after": 121.0},
-        marks={ConditionType.RUNNING: (False, "Preempted")},
-    ),
-    Case(
-        "the end of a gang whose quota was taken back is no failure of its own, whatever its pods say",
-        seen(
-            a_run(status=STARTED), QUEUED,
-            ended(0, 75, said("Checkpointed", step=7), deleting_at=ago(-100)),
-            ended(1, 70, said("Internal"), deleting_at=ago(-100)),
-            reports=Reports(queue=TAKEN),
-        ),
-        {
-            "phase": Phase.RESTARTING, "reason": "Preempted", "charged": False, "backoff": 0.0,
-            "message": "Kueue took the quota back: Preempted to accommodate another. Remedy: "
-            + RULES[FailureClass.PREEMPTED].remedy,
-        },
-        FailureClass.PREEMPTED,
-    ),
-    Case(
-        "the same after a restart of the operator, when the pods are gone",
-        seen(a_run(status=STARTED), STRIPPED, reports=Reports(queue=TAKEN)),
-        {"phase": Phase.RESTARTING, "reason": "Preempted"},
-        FailureClass.PREEMPTED,
-    ),
-    Case(
-        "quota may be taken back as often as the queue likes",
-        seen(
-            a_run(status={"attempt": 9, "preemptions": 8}), a_job(9, suspended=True),
-            ended(0, 75, attempt=9, deleting_at=NOW), ended(1, 75, attempt=9, deleting_at=NOW),
-            reports=Reports(queue=TAKEN),
-        ),
-        {"phase": Phase.RESTARTING},
-        FailureClass.PREEMPTED,
-    ),
-    Case(
-        "another reason to take the quota back has the limit of evictions",
-        seen(
-            a_run(status={"attempt": 6, "preemptions": 2}), a_job(6, suspended=True),
-            ended(0, 75, attempt=6, deleting_at=NOW), ended(1, 75, attempt=6, deleting_at=NOW),
-            reports=Reports(queue=STOPPED),
-        ),
-        {"phase": Phase.FAILED, "ended": True},
-        FailureClass.EVICTED,
+        {"phase": Phase.QUEUED, "reason": "Preempted", "failure": None, "requeue_after": 121.0},
+        marks={ConditionType.SCHEDULED: (False, "Preempted"), ConditionType.RUNNING: (False, "Preempted")},
     ),
     Case(
         "somebody else suspends the Job",
-        seen(a_run(status=STARTED), QUEUED, ended(0, 75, deleting_at=NOW), ended(1, 75, deleting_at=NOW)),
+        seen(a_run(status=STARTED), QUEUED, taken(0), taken(1)),
+        {"phase": Phase.QUEUED, "reason": "JobSuspended", "failure": None},
+    ),
+    Case(
+        "pods that end after their quota was taken back are no failure, whatever they say",
+        seen(a_run(status=STARTED), QUEUED, *TAKEN_PODS, reports=Reports(queue=WAITS)),
+        {"phase": Phase.QUEUED, "reason": "Queued", "failure": None, "delete": None, "requeue_after": None},
+    ),
+    Case(
+        "a gang that is let go again waits for new pods, and not for those that were taken back",
+        seen(a_run(status=STARTED), RESUMED, *TAKEN_PODS),
+        {"phase": Phase.STARTING, "failure": None},
+    ),
+    Case(
+        "a gang that is let go while its old pods still save a checkpoint",
+        seen(a_run(status=STARTED), RESUMED, taken(0, deleting_at=ago(-50)), taken(1, deleting_at=ago(-50))),
+        {"phase": Phase.STARTING, "failure": None, "requeue_after": 71.0},
+    ),
+    Case(
+        "new pods take the place of those that were taken back",
+        seen(a_run(status=STARTED), RESUMED, *TAKEN_PODS, running(0, created=ago(5)), running(1, created=ago(5))),
+        {"phase": Phase.RUNNING, "failure": None},
+    ),
+    Case(
+        "a node that does not answer when the quota is taken back ends the attempt: nothing would run in its place",
+        seen(a_run(status=STARTED), RESUMED, taken(0, deleting_at=ago(21)), *TAKEN_PODS[1:]),
+        {"phase": Phase.RUNNING, "reason": "PodFailed", "failing": True},
+    ),
+    Case(
+        "an index that ended before its pod was taken back would not run again",
+        seen(
+            a_run(status=STARTED), a_job(suspended=True, was_suspended=True, failed_indexes=frozenset({1})),
+            TAKEN_PODS[0], ended(1, 75, said("Checkpointed")),
+            reports=Reports(queue=TAKEN, failing_since=ago(21)),
+        ),
+        {"phase": Phase.RESTARTING, "charged": False},
+        FailureClass.CHECKPOINTED,
+    ),
+    Case(
+        "the same where nobody has seen the pod",
+        seen(a_run(status=STARTED), a_job(suspended=True, was_suspended=True, failed_indexes=frozenset({0, 1}))),
+        {"phase": Phase.RESTARTING, "charged": False},
+        FailureClass.POD_LOST,
+    ),
+    Case(
+        "nor would one that had done its work",
+        seen(
+            a_run(status=STARTED), a_job(suspended=True, was_suspended=True, completed_indexes=frozenset({1})),
+            TAKEN_PODS[0], ended(1, 0, reason="Completed"),
+        ),
         {"phase": Phase.RESTARTING, "charged": False},
         FailureClass.EVICTED,
     ),
     Case(
-        "a run whose Workload is switched off is not queued again",
-        seen(
-            a_run(status=STARTED), STRIPPED, reports=Reports(queue=SWITCHED_OFF),
-        ),
+        "a run whose Workload is switched off waits until somebody switches it on",
+        seen(a_run(status=STARTED), QUEUED, *TAKEN_PODS, reports=Reports(queue=SWITCHED_OFF)),
         {
             "phase": Phase.QUEUED, "failure": None, "delete": None, "launch": None,
             "message": "Workload job-tickets-1-x: The workload is deactivated. Remedy: Set spec.active of the Workload "
@@ -192,25 +201,26 @@ CASES = [
     ),
     Case(
         "what had failed by itself before is the run's own failure",
-        seen(
-            a_run(status=STARTED), QUEUED,
-            ended(0, 65, said("BadData"), at=ago(5)), ended(1, 75, deleting_at=NOW, at=ago(9)),
-            reports=Reports(queue=SWITCHED_OFF),
-        ),
+        seen(a_run(status=STARTED), QUEUED, ended(0, 65, said("BadData"), at=ago(5)), ended(1, 73, said("PeerLost"))),
         {"phase": Phase.FAILED, "ended": True},
         FailureClass.BAD_DATA,
     ),
     Case(
         "an adapter that was published before counts",
-        seen(
-            a_run(status=STARTED), QUEUED, ended(0, 0, published(), reason="Completed"), running(1, deleting_at=NOW),
-            reports=Reports(queue=TAKEN),
-        ),
+        seen(a_run(status=STARTED), QUEUED, ended(0, 0, published(), reason="Completed"), taken(1)),
         {"phase": Phase.SUCCEEDED},
     ),
     Case(
-        "quota that was taken back leads to another attempt, which is queued",
-        seen(a_run(status={"attempt": 1, "failures": [failure(1, "Preempted")], "preemptions": 1}, runPolicy=QUEUE)),
+        "a pod that somebody deletes is counted, and no quota was taken back",
+        seen(
+            a_run(status=STARTED), RESUMED, running(0, created=ago(5)),
+            ended(1, 75, said("Checkpointed"), created=ago(5), deleting_at=NOW, tracked=False, gone=True),
+        ),
+        {"reason": "PodFailed", "failing": True},
+    ),
+    Case(
+        "another attempt of a run with a queue is queued",
+        seen(a_run(status=FAILED_ONCE, runPolicy=QUEUE)),
         {"launch": 2, "phase": Phase.QUEUED},
     ),
     Case(

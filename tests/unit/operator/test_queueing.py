@@ -84,7 +84,7 @@ def test_without_kueue_the_remedy_is_to_install_it() -> None:
     assert text.startswith("Kueue has made no Workload for Job tickets-1. Remedy: See kubectl describe job")
 
 
-QUEUED = a_job(suspended=True)
+QUEUED = a_job(suspended=True, was_suspended=True)
 
 
 def read(seconds_ago: float, same_for: float) -> Reports:
