@@ -213,9 +213,14 @@ CASES = [
     Case(
         "a pod that somebody deletes is counted, and no quota was taken back",
         seen(
-            a_run(status=STARTED), RESUMED, running(0, created=ago(5)),
-            ended(1, 75, said("Checkpointed"), created=ago(5), deleting_at=NOW, tracked=False, gone=True),
+            a_run(status=STARTED), replace(RESUMED, failed_indexes=frozenset({1})), running(0),
+            ended(1, 75, said("Checkpointed"), deleting_at=NOW, tracked=False, gone=True),
         ),
+        {"reason": "PodFailed", "failing": True},
+    ),
+    Case(
+        "nothing is taken back from a Job that was never suspended",
+        seen(a_run(status=STARTED), JOB, running(0), ended(1, 75, deleting_at=NOW, tracked=False, gone=True)),
         {"reason": "PodFailed", "failing": True},
     ),
     Case(
