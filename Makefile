@@ -45,7 +45,11 @@ test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 
 .PHONY: test-cluster
 test-cluster: venv binaries ## Tests with real pods on a real cluster
-	$(PYTEST) tests/devcluster tests/cluster -m cluster
+	$(PYTEST) tests/devcluster tests/cluster -m "cluster and not kueue"
+
+.PHONY: test-kueue
+test-kueue: venv binaries ## Queues, on a real cluster with the real Kueue (builds it the first time)
+	$(PYTEST) tests/cluster -m kueue
 
 .PHONY: lint
 lint: venv ## Style, types, layers and generated files
