@@ -36,7 +36,8 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
         note = _message(new, ConditionType.PREFLIGHT_PASSED)
         events.append(EventSpec("Normal", "PreflightPassed", "Check", note, about))
     if new.attempt > old.attempt:
-        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its pods", about))
+        made = "Job" if new.phase == Phase.QUEUED else "pods"
+        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its {made}", about))
     if new.preemptions > old.preemptions:
         note = f"Attempt {attempt}: {_message(new, ConditionType.RUNNING)}"
         events.append(EventSpec("Warning", "Preempted", "Preempt", note, about))

@@ -42,7 +42,7 @@ from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
-from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_wait
+from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_wait
 from lora_operator.views import Key, PodView, Raw
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,12 @@ class Reconciler:
         run = observed.run
         try:
             for child in self._build_children(run, plan):
-                applied = await self._kube.apply_child(child, run)
+                try:
+                    applied = await self._kube.apply_child(child, run)
+                except NotFoundError:
+                    if child["kind"] != "PodGroup":
+                        raise
+                    return decide_no_podgroups(observed, self._settings)
                 if child["kind"] == "Job":
                     self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:

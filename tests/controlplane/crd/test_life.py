@@ -159,6 +159,7 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "conditions": [],
         "failures": [],
         "chargedRestarts": 0,
+        "preemptions": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,
         "gpuSeconds": 0,

@@ -1,6 +1,7 @@
 """Runs that wait in a queue, on a real API server and Job controller. The test plays Kueue: it writes spec.suspend."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -104,11 +105,11 @@ def test_a_gang_whose_quota_is_taken_back_is_queued_again(run: Run, queue: Queue
     queue.admit(1)
     run.wait_phase("Running")
     queue.take_back(1)
-    status = run.wait("a word", lambda status: status["reason"] == "JobSuspended")
+    status = run.wait("a word", lambda status: status.get("reason") == "JobSuspended")
     assert (status["phase"], status["attempt"]) == ("Queued", 1)
     assert "save a checkpoint" in run.condition("Running")["message"]
     queue.end_pods(1)
-    run.wait("it waits", lambda status: status["reason"] == "Queued")
+    run.wait("it waits", lambda status: status.get("reason") == "Queued")
 
     queue.admit(1)
     run.wait_phase("Running")
@@ -123,7 +124,7 @@ def test_the_user_suspends_a_run_that_waits(run: Run, queue: Queue, operator: Op
     create(run)
     queue.wait_job(1)
     run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": True}}})
-    run.wait("suspended", lambda status: status["reason"] == "Suspended")
+    run.wait("suspended", lambda status: status.get("reason") == "Suspended")
     assert run.jobs() == []
     run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": False}}})
     assert queue.wait_job(2)["spec"]["suspend"] is True
@@ -145,7 +146,7 @@ def test_quota_that_is_taken_back_outlives_the_operator_cut_after_any_call(
         queue.take_back(1)
         first = OperatorThread(settings, cut_after=k).start()
         try:
-            run.wait("the cut or a word", lambda status: first.is_cut or status["reason"] == "JobSuspended", 60)
+            run.wait("the cut or a word", lambda status: first.is_cut or status.get("reason") == "JobSuspended", 60)
             queue.end_pods(1)
             queue.admit(1)
             run.wait("the cut or the end", lambda status: first.is_cut or status["phase"] == "Running", 60)
@@ -198,43 +199,57 @@ def test_a_rank_that_ends_before_its_pod_is_taken_back_ends_the_attempt(
     run.wait_phase("Running")
 
 
-@pytest.fixture
-def podgroups(api: Api) -> Iterator[None]:
-    """The kinds of Volcano and of coscheduling."""
-    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-    groups = {"scheduling.volcano.sh": "v1beta1", "scheduling.x-k8s.io": "v1alpha1"}
+def test_a_gang_scheduler_that_is_not_there_is_named(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, gang_scheduler="volcano")):
+        run.create()
+        status = run.wait("a word", lambda status: status.get("reason") == "NoPodGroups")
+        assert (status["phase"], run.jobs()) == ("Pending", [])
+        assert "no PodGroup of volcano. Remedy: Install" in run.condition("Ready")["message"]
+
+
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+
+
+@contextmanager
+def podgroups(api: Api, group: str, version: str) -> Iterator[None]:
+    """The kind PodGroup of ``group``, as long as the block runs."""
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    for group, version in groups.items():
-        served = {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
-        names = {"kind": "PodGroup", "listKind": "PodGroupList", "plural": "podgroups", "singular": "podgroup"}
-        annotations = {"api-approved.kubernetes.io": "unapproved, a test"}
-        spec = {"group": group, "names": names, "scope": "Namespaced", "versions": [served]}
-        api.create(path, {"metadata": {"name": f"podgroups.{group}", "annotations": annotations}, "spec": spec})
-    yield
-    for group in groups:
-        api.delete(f"{path}/podgroups.{group}")
+    served = {"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    names = {"kind": "PodGroup", "listKind": "PodGroupList", "plural": "podgroups", "singular": "podgroup"}
+    annotations = {"api-approved.kubernetes.io": "unapproved, a test"}
+    spec = {"group": group, "names": names, "scope": "Namespaced", "versions": [served]}
+    name = f"podgroups.{group}"
+    api.create(CRDS, {"metadata": {"name": name, "annotations": annotations}, "spec": spec})
+    try:
+        yield
+    finally:
+        api.delete(f"{CRDS}/{name}")
+        eventually("the kind is gone", lambda: name not in [crd["metadata"]["name"] for crd in api.items(CRDS)])
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "path"),
-    [("volcano", "/apis/scheduling.volcano.sh/v1beta1"), ("coscheduling", "/apis/scheduling.x-k8s.io/v1alpha1")],
+    ("scheduler", "group", "version"),
+    [("volcano", "scheduling.volcano.sh", "v1beta1"), ("coscheduling", "scheduling.x-k8s.io", "v1alpha1")],
 )
 def test_a_podgroup_is_made_for_each_attempt_and_goes_with_it(
-    run: Run, fast_settings: Callable[..., Settings], namespace: str, podgroups: None, scheduler: str, path: str
+    run: Run, fast_settings: Callable[..., Settings], namespace: str, scheduler: str, group: str, version: str
 ) -> None:
     def groups() -> list[Raw]:
-        return run.api.items(f"{path}/namespaces/{namespace}/podgroups")
+        return run.api.items(f"/apis/{group}/{version}/namespaces/{namespace}/podgroups")
 
-    with OperatorThread(fast_settings(namespace, gang_scheduler=scheduler)):
+    settings = fast_settings(namespace, gang_scheduler=scheduler)
+    with podgroups(run.api, group, version), OperatorThread(settings):
         run.create()
         run.set_running(1)
-        [group] = groups()
-        assert (group["metadata"]["name"], group["spec"]["minMember"]) == ("run-1", 2)
-        assert group["metadata"]["ownerReferences"][0]["uid"] == run.raw["metadata"]["uid"]
+        [made] = groups()
+        assert (made["metadata"]["name"], made["spec"]["minMember"]) == ("run-1", 2)
+        assert made["metadata"]["ownerReferences"][0]["uid"] == run.raw["metadata"]["uid"]
         assert {pod["spec"]["schedulerName"] for pod in run.pods(1)} <= {"volcano", "scheduler-plugins-scheduler"}
         run.set_failed(1, "Checkpointed", 75)
         run.gang(2)
-        assert [group["metadata"]["name"] for group in groups()] == ["run-2"]
+        assert [made["metadata"]["name"] for made in groups()] == ["run-2"]
         run.set_running(2)
         run.set_succeeded(2)
         run.wait_phase("Succeeded")
