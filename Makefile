@@ -44,7 +44,7 @@ test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 	$(PYTEST) tests/trainer
 
 .PHONY: test-cluster
-test-cluster: venv binaries ## Tests with real pods on a real cluster
+test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
 	$(PYTEST) tests/devcluster tests/cluster -m "cluster and not kueue"
 
 .PHONY: test-kueue
@@ -95,6 +95,10 @@ images: venv ## Build the images and load them into the cluster
 .PHONY: bench-trainer
 bench-trainer: venv ## Compare the trainer with plain TRL on the CPU: docs/benchmarks/trainer.md
 	$(RUN) -m bench.trainer
+
+.PHONY: bench-operator
+bench-operator: venv binaries ## Measure the operator's scale and cost on a real API server: docs/benchmarks/operator.md
+	$(RUN) -m bench.operator
 
 .PHONY: bench-gpu
 bench-gpu: ## Benchmark the trainer on a GPU machine without internet: docs/benchmarks/GPU.json (see docs/speed.md)

@@ -30,9 +30,10 @@ _READY_SECONDS = 60
 class ControlPlane:
     """A running control plane; made by :func:`control_plane`.
 
-    ``kubeconfig`` is that of an administrator, ``url`` and ``ca`` are for own clients, and
-    ``logs`` holds one file for each process. Certificates of ``files.authority.issue(...)``
-    log in as any user or group.
+    ``kubeconfig`` is that of an administrator, ``url`` and ``ca`` are for own clients,
+    ``etcd_url`` with the pair ``files.etcd_client`` is for those of etcd, and ``logs`` holds
+    one file for each process. Certificates of ``files.authority.issue(...)`` log in as any
+    user or group.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ControlPlane:
         self.directory = directory
         self.logs = self._processes.logs
         self.url = f"https://127.0.0.1:{port}"
+        self.etcd_url = f"https://127.0.0.1:{etcd_port}"
         self.files = ControlPlaneFiles.create(directory, [])
         self.ca = self.files.authority.certificate
         self.kubeconfig = self.write_kubeconfig("admin", "devcluster-admin", ["system:masters"])

@@ -7,6 +7,7 @@ from lora_api.failures import CLASS_BY_EXIT_CODE, FAILURE_RULES, RULES, FailureC
 from lora_api.finetune import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneSpec
 from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
 from lora_api.run import BatchPlan, RunSpec, build_run_spec, plan_batch
+from lora_api.runtime import ClusterLoRARuntime, ClusterLoRARuntimeSpec
 from lora_api.status import (
     AdapterStatus,
     Condition,
@@ -15,6 +16,7 @@ from lora_api.status import (
     LoRAFineTuneStatus,
     Phase,
     Progress,
+    RuntimeSnapshot,
 )
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "VERSION",
     "AdapterStatus",
     "BatchPlan",
+    "ClusterLoRARuntime",
+    "ClusterLoRARuntimeSpec",
     "Condition",
     "ConditionType",
     "Failure",
@@ -40,6 +44,7 @@ __all__ = [
     "Progress",
     "ProgressLine",
     "RunSpec",
+    "RuntimeSnapshot",
     "Termination",
     "build_run_spec",
     "parse_progress_line",

@@ -1,20 +1,20 @@
-"""CustomResourceDefinition from the pydantic models.
+"""CustomResourceDefinitions from the pydantic models.
 
 Kubernetes wants a structural schema: no references, no unions beyond nullable, bounds in OpenAPI v3.0 form.
 """
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
-from lora_api import finetune
+from lora_api import finetune, runtime
 from lora_api._base import ApiModel, CelRule, RecordModel
-from lora_api.finetune import LoRAFineTune
 
 Schema = dict[str, Any]
 
-PRINTER_COLUMNS: tuple[dict[str, Any], ...] = (
+_RUN_COLUMNS: tuple[dict[str, Any], ...] = (
     {"name": "Phase", "type": "string", "jsonPath": ".status.phase"},
     {"name": "Progress", "type": "string", "jsonPath": ".status.progress.summary"},
     {"name": "Loss", "type": "number", "jsonPath": ".status.progress.loss"},
@@ -26,8 +26,45 @@ PRINTER_COLUMNS: tuple[dict[str, Any], ...] = (
     {"name": "Nodes", "type": "integer", "jsonPath": ".spec.parallelism.nodes", "priority": 1},
     {"name": "Attempt", "type": "integer", "jsonPath": ".status.attempt", "priority": 1},
     {"name": "Model", "type": "string", "jsonPath": ".spec.baseModel.uri", "priority": 1},
+    {"name": "Runtime", "type": "string", "jsonPath": ".status.runtime.name", "priority": 1},
     {"name": "Reason", "type": "string", "jsonPath": ".status.reason", "priority": 1},
 )
+
+_RUNTIME_COLUMNS: tuple[dict[str, Any], ...] = (
+    {"name": "GPU", "type": "string", "jsonPath": ".spec.gpu.name"},
+    {"name": "Max nodes", "type": "integer", "jsonPath": ".spec.limits.maxNodes"},
+    {"name": "Max GPUs", "type": "integer", "jsonPath": ".spec.limits.maxGPUs"},
+    {"name": "Store", "type": "string", "jsonPath": ".spec.store"},
+    {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+    {"name": "Image", "type": "string", "jsonPath": ".spec.image", "priority": 1},
+)
+
+
+@dataclass(frozen=True)
+class CustomResource:
+    """A kind of ours: its model, and what Kubernetes has to know of it besides."""
+
+    model: type[BaseModel]
+    plural: str
+    short_name: str
+    scope: Literal["Namespaced", "Cluster"]
+    columns: tuple[dict[str, Any], ...]
+    categories: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Kind of the resource."""
+        return str(self.model.model_fields["kind"].default)
+
+    @property
+    def name(self) -> str:
+        """Name of its CustomResourceDefinition."""
+        return f"{self.plural}.{finetune.GROUP}"
+
+
+RUN = CustomResource(finetune.LoRAFineTune, finetune.PLURAL, "lft", "Namespaced", _RUN_COLUMNS, ("all",))
+RUNTIME = CustomResource(runtime.ClusterLoRARuntime, runtime.PLURAL, "clr", "Cluster", _RUNTIME_COLUMNS)
+RESOURCES = (RUN, RUNTIME)
 
 _COPIED = (
     "type", "description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "minProperties",
@@ -35,39 +72,40 @@ _COPIED = (
 )  # fmt: skip
 
 
-def build_crd() -> Schema:
-    """The CustomResourceDefinition of LoRAFineTune."""
-    schema = _object_schema(LoRAFineTune)
+def build_crd(resource: CustomResource = RUN) -> Schema:
+    """The CustomResourceDefinition of ``resource``."""
+    schema = _object_schema(resource.model)
     # The API server knows these itself and takes no more of their schema than this.
     schema["properties"]["apiVersion"] = {"type": "string", "description": "Version of this schema of the resource."}
     schema["properties"]["kind"] = {"type": "string", "description": "Kind of the resource."}
     schema["properties"]["metadata"] = {"type": "object"}
     schema["required"] = ["spec"]
+    names = {
+        "kind": resource.kind,
+        "listKind": f"{resource.kind}List",
+        "plural": resource.plural,
+        "singular": resource.kind.lower(),
+        "shortNames": [resource.short_name],
+    }
+    if resource.categories:
+        names["categories"] = [*resource.categories]
+    version = {
+        "name": finetune.VERSION,
+        "served": True,
+        "storage": True,
+        **({"subresources": {"status": {}}} if "status" in schema["properties"] else {}),
+        "additionalPrinterColumns": [dict(column) for column in resource.columns],
+        "schema": {"openAPIV3Schema": schema},
+    }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{finetune.PLURAL}.{finetune.GROUP}"},
+        "metadata": {"name": resource.name},
         "spec": {
             "group": finetune.GROUP,
-            "scope": "Namespaced",
-            "names": {
-                "kind": finetune.KIND,
-                "listKind": f"{finetune.KIND}List",
-                "plural": finetune.PLURAL,
-                "singular": finetune.KIND.lower(),
-                "shortNames": ["lft"],
-                "categories": ["all"],
-            },
-            "versions": [
-                {
-                    "name": finetune.VERSION,
-                    "served": True,
-                    "storage": True,
-                    "subresources": {"status": {}},
-                    "additionalPrinterColumns": [dict(column) for column in PRINTER_COLUMNS],
-                    "schema": {"openAPIV3Schema": schema},
-                }
-            ],
+            "scope": resource.scope,
+            "names": names,
+            "versions": [version],
         },
     }
 

@@ -31,6 +31,7 @@ class FailureClass(StrEnum):
     IMAGE_PULL_FAILED = "ImagePullFailed"
     POD_NOT_STARTED = "PodNotStarted"
     NAME_CONFLICT = "NameConflict"
+    RUNTIME_REFUSED = "RuntimeRefused"
     STALLED = "Stalled"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
 
@@ -231,8 +232,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The trainer's image cannot be pulled.",
         remedy=(
-            "Check the operator's trainer.image value and podTemplate.imagePullSecrets, and that the nodes reach the "
-            "registry."
+            "Check the image of the runtime, or the operator's trainer.image where that has none, "
+            "podTemplate.imagePullSecrets, and that the nodes reach the registry."
         ),
     ),
     FailureRule(
@@ -251,6 +252,17 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="An object with the name of a child exists and belongs to something else.",
         remedy="Delete or rename that object, then delete this LoRAFineTune and create it again, or create it under "
         "another name.",
+    ),
+    FailureRule(
+        failure_class=FailureClass.RUNTIME_REFUSED,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="The run asks for more than its ClusterLoRARuntime allows.",
+        remedy=(
+            "Stay within the limits that the message names, or name another runtime in runtimeRef (kubectl get clr); "
+            "then delete this LoRAFineTune and create it again."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.STALLED,

@@ -28,6 +28,15 @@ MAX_NAME_LENGTH = 52
 QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=63)]
 """Name of a queue: it becomes the value of a label."""
 
+MAX_TTL_SECONDS = 315_360_000
+"""Ten years."""
+
+
+class RuntimeRef(ApiModel):
+    """A ClusterLoRARuntime."""
+
+    name: ObjectName = Field(description="Name of the ClusterLoRARuntime.")
+
 
 class RunPolicy(ApiModel):
     """When a run waits, how long it may take, what happens when something fails, and what is left of it."""
@@ -55,6 +64,12 @@ class RunPolicy(ApiModel):
         description="Restarts of the whole gang that failures of the run itself may use up. Restarts after a lost "
         "node, an eviction or a preemption are not counted.",
     )
+    on_out_of_memory: Literal["fail", "shrinkMicroBatch"] = Field(
+        "fail",
+        description="What follows when a GPU or a pod runs out of memory. fail: the run ends. shrinkMicroBatch: the "
+        "gang is restarted from its last checkpoint with half the micro-batch and the same globalBatchSize, down to "
+        "one sequence; these restarts are not counted.",
+    )
     suspend: bool = Field(
         default=False,
         description="Set to true to save a checkpoint and free the pods, and to false to go on from there. It can be "
@@ -77,9 +92,9 @@ class RunPolicy(ApiModel):
     ttl_seconds_after_finished: int | None = Field(
         None,
         ge=0,
-        le=315_360_000,
+        le=MAX_TTL_SECONDS,
         description="Seconds after the end of the run until its pods, and their logs with them, are deleted. It can be "
-        "changed at any time. Default: never.",
+        "changed at any time. Default: that of the runtime, else never.",
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
@@ -141,10 +156,10 @@ SECTIONS = (
 
 def _unchanged() -> str:
     """CEL for: everything but MUTABLE is as it was."""
-    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "stallTimeoutSeconds", "ttlDeletes")]
+    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
     same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
     optional = ("queueName", "priorityClassName", "workloadPriorityClassName")
-    for field in ("credentials", *(f"runPolicy.{name}" for name in optional)):
+    for field in ("credentials", "runtimeRef", *(f"runPolicy.{name}" for name in optional)):
         same.append(f"has(self.{field}) == has(oldSelf.{field})")
         same.append(f"(!has(self.{field}) || self.{field} == oldSelf.{field})")
     return " && ".join(same)
@@ -162,9 +177,14 @@ class LoRAFineTuneSpec(ApiModel):
     training: Training = Field(description="The optimization.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How many nodes and GPUs train together.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What a restart goes on from.")
-    publish: Publish = Field(description="Where the adapter goes.")
+    publish: Publish = Field(default_factory=Publish, description="Where the adapter goes.")
     tracking: Tracking = Field(default_factory=Tracking, description="Who else is told of the run.")
     credentials: Credentials | None = Field(None, description="How the pods reach the store and the model hub.")
+    runtime_ref: RuntimeRef | None = Field(
+        None,
+        description="What an administrator has settled for runs like this one: image, GPUs, store, defaults, limits. "
+        "Default: the ClusterLoRARuntime called default, if there is one.",
+    )
     run_policy: RunPolicy = Field(
         default_factory=RunPolicy,
         description="When the run waits, how long it may take, and what happens when something fails.",

@@ -83,6 +83,7 @@ class Termination(RecordModel):
     remedy: Text | None = None
     rank: int | None = Field(None, ge=0)
     step: int | None = Field(None, ge=0)
+    micro_batch_size: int | None = Field(None, ge=1)
     at: Time
     adapter: AdapterStatus | None = None
     preflight: PreflightOutcome | None = None

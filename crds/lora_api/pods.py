@@ -92,15 +92,15 @@ class Toleration(ApiModel):
     )
 
 
-ENV_ALLOWED = r"^(NCCL|GLOO|UCX|OMP|MKL|TORCH|PYTORCH|CUDA|HF|TOKENIZERS|LORA)_[A-Z0-9_]+$"
+ENV_ALLOWED = r"^(NCCL|GLOO|UCX|FI|RDMAV|OMP|MKL|TORCH|PYTORCH|CUDA|HF|TOKENIZERS|LORA)_[A-Z0-9_]+$"
 
 
 class EnvVar(ApiModel):
     """One environment variable of the trainer."""
 
     name: Annotated[str, StringConstraints(pattern=ENV_ALLOWED, max_length=128)] = Field(
-        description="Name: one that starts with NCCL_, GLOO_, UCX_, OMP_, MKL_, TORCH_, PYTORCH_, CUDA_, HF_, "
-        "TOKENIZERS_ or LORA_."
+        description="Name: one that starts with NCCL_, GLOO_, UCX_, FI_, RDMAV_, OMP_, MKL_, TORCH_, PYTORCH_, "
+        "CUDA_, HF_, TOKENIZERS_ or LORA_."
     )
     value: Annotated[str, StringConstraints(max_length=1024)] = Field(description="Value.")
 
@@ -117,7 +117,7 @@ LabelMap = Annotated[dict[str, LabelValue], Field(max_length=32)]
 AnnotationMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=1024)]], Field(max_length=32)]
 
 
-def _qualified_names(field: str) -> CelRule:
+def qualified_names(field: str) -> CelRule:
     """Refuses a key that Kubernetes would refuse in the pod."""
     return CelRule(
         rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('{QUALIFIED_NAME}'))",
@@ -151,9 +151,9 @@ class PodTemplate(ApiModel):
     annotations: AnnotationMap = Field({}, description="Annotations added to the pods.")
 
     cel_rules = (
-        _qualified_names("nodeSelector"),
-        _qualified_names("labels"),
-        _qualified_names("annotations"),
+        qualified_names("nodeSelector"),
+        qualified_names("labels"),
+        qualified_names("annotations"),
         CelRule(
             rule="self.labels.all(k, !k.contains('lorafinetune.io/') && !k.contains('batch.kubernetes.io/'))",
             message="labels with lorafinetune.io/ or batch.kubernetes.io/ belong to the operator",

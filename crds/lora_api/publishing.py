@@ -35,10 +35,30 @@ class Gate(ApiModel):
     )
 
 
+def store_rules(field: str) -> tuple[CelRule, ...]:
+    """What a store must look like, for a field that may be absent."""
+    return (
+        CelRule(
+            rule=f"!has(self.{field}) || self.{field}.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[^/]+)*/?$')",
+            message=f"{field} must be s3://BUCKET/PREFIX",
+            field_path=f".{field}",
+        ),
+        CelRule(
+            rule=f"!has(self.{field}) || !self.{field}.matches('/[.][.]?(/|$)')",
+            message=f"the prefix of {field} may not have . or .. as one of its parts",
+            field_path=f".{field}",
+        ),
+    )
+
+
 class Publish(ApiModel):
     """Where the adapter goes: STORE/NAMESPACE/NAME/sha256-DIGEST/."""
 
-    store: StoreUri = Field(description="Bucket and prefix: s3://BUCKET/PREFIX, on any store with the S3 API.")
+    store: StoreUri | None = Field(
+        None,
+        description="Bucket and prefix: s3://BUCKET/PREFIX, on any store with the S3 API. Default: that of the "
+        "runtime; where that has none, it has to be set.",
+    )
     name: LabelName | None = Field(
         None, description="Name of the adapter in the store. Its versions count up. Default: the name of this resource."
     )
@@ -56,18 +76,13 @@ class Publish(ApiModel):
         description="Also publish the whole model with the adapter merged into its original, unquantized weights.",
     )
 
-    cel_rules = (
-        CelRule(
-            rule="self.store.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[^/]+)*/?$')",
-            message="store must be s3://BUCKET/PREFIX",
-            field_path=".store",
-        ),
-        CelRule(
-            rule="!self.store.matches('/[.][.]?(/|$)')",
-            message="the prefix of store may not have . or .. as one of its parts",
-            field_path=".store",
-        ),
-    )
+    cel_rules = store_rules("store")
+
+
+class PublishTo(Publish):
+    """Publish once it is settled where: what the trainer gets."""
+
+    store: StoreUri
 
 
 class Credentials(ApiModel):

@@ -8,7 +8,8 @@ from pydantic import Field
 from lora_api._base import ApiModel
 from lora_api.finetune import LoRAFineTune
 from lora_api.preflight import Pins, SourcePin
-from lora_api.publishing import Publish, Tracking
+from lora_api.publishing import PublishTo, Tracking
+from lora_api.runtime import taken_runtime
 from lora_api.sources import BaseModelSource, Dataset, DataSource
 from lora_api.training import MAX_GLOBAL_BATCH_SIZE, Checkpoint, LoRA, Parallelism, Quantization, Training
 
@@ -50,7 +51,7 @@ class RunSpec(ApiModel):
     training: Training
     parallelism: Parallelism = Field(default_factory=Parallelism)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    publish: Publish
+    publish: PublishTo
     tracking: Tracking = Field(default_factory=Tracking)
     device: Device | None = None
     pins: Pins | None = None
@@ -74,7 +75,11 @@ Source = TypeVar("Source", BaseModelSource, DataSource)
 
 
 def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
-    """The document for ``attempt`` of ``run``: what it asks for, as far as the preflight settled it more exactly."""
+    """The document for ``attempt`` of ``run``: what it asks for, as far as the preflight settled it more exactly.
+
+    Raises:
+        pydantic.ValidationError: publish.store is not set.
+    """
     spec, pins, plan = run.spec, run.status.pins or Pins(), run.status.plan
     dataset = spec.dataset.model_copy(
         update={
@@ -94,13 +99,13 @@ def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
         training=spec.training,
         parallelism=spec.parallelism,
         checkpoint=spec.checkpoint,
-        publish=spec.publish,
+        publish=PublishTo.model_validate(dict(spec.publish)),
         tracking=spec.tracking,
+        device=_planned_device(run),
         pins=run.status.pins,
     )
-    if plan is None or plan.micro_batch_size is None:
-        return document
-    return document.with_micro_batch(plan.micro_batch_size)
+    settled = run.status.micro_batch_size or (plan.micro_batch_size if plan else None)
+    return document if settled is None else document.with_micro_batch(settled)
 
 
 def _pin(source: Source, pin: SourcePin | None) -> Source:
@@ -108,6 +113,14 @@ def _pin(source: Source, pin: SourcePin | None) -> Source:
     if pin is None or pin.revision is None or not source.uri.startswith("hf://"):
         return source
     return source.model_copy(update={"revision": pin.revision})
+
+
+def _planned_device(run: LoRAFineTune) -> Device | None:
+    """The GPU of the run's runtime, unless the run trains on CPUs or asks for other nodes in its own nodeSelector."""
+    gpu, labels = taken_runtime(run).gpu, run.spec.pod_template.node_selector
+    if gpu is None or not run.spec.parallelism.gpus_per_node or not gpu.node_selector.items() <= labels.items():
+        return None
+    return Device(name=gpu.name, memory_gib=gpu.memory_gib)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The status of a LoRAFineTune: what the operator has seen. Written by the operator only."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ __all__ = [
     "LoRAFineTuneStatus",
     "Phase",
     "Progress",
+    "RuntimeSnapshot",
     "Time",
     "format_time",
 ]
@@ -95,7 +96,7 @@ class Progress(RecordModel):
 class Failure(RecordModel):
     """Why an attempt ended."""
 
-    attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is the preflight.")
+    attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is what comes before the first.")
     failure_class: FailureClass = Field(alias="class", description="Kind of failure.")
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")
@@ -103,6 +104,7 @@ class Failure(RecordModel):
     pod: str | None = Field(None, description="Pod in which it began.")
     rank: int | None = Field(None, ge=0, description="Process in which it began, by its rank.")
     step: int | None = Field(None, ge=0, description="Last optimizer step before it.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Sequences that each process took at once.")
     exit_code: int | None = Field(None, description="Exit code of the pod's container.")
     log_tail: LongMessage | None = Field(None, description="Last lines of the pod's log, at most 4096 characters.")
     at: Time = Field(description="When it happened.")
@@ -125,6 +127,18 @@ class AdapterStatus(RecordModel):
     eval_loss_after: Measure = Field(None, description="Evaluation loss with the adapter (nats per token).")
 
 
+class RuntimeSnapshot(RecordModel):
+    """The ClusterLoRARuntime as the run found it. Later edits of it, and its deletion, do not concern the run."""
+
+    name: str = Field(description="Name of the ClusterLoRARuntime.")
+    generation: int = Field(0, ge=0, description="Its generation.")
+    spec: dict[str, Any] = Field(
+        {},
+        description="Its spec, but for the limits, which are looked at once.",
+        json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
+    )
+
+
 class LoRAFineTuneStatus(RecordModel):
     """What the operator has seen."""
 
@@ -132,6 +146,7 @@ class LoRAFineTuneStatus(RecordModel):
     phase: Phase | None = Field(None, description="Where the run is, in one word, for people.")
     reason: str | None = Field(None, description="Why the run is in this phase, in one word.")
     attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
+    runtime: RuntimeSnapshot | None = Field(None, description="The runtime that the run took when it started.")
     start_time: Time | None = Field(None, description="When the first attempt was created.")
     completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
     conditions: Annotated[list[Condition], Field(max_length=16)] = Field(
@@ -148,6 +163,9 @@ class LoRAFineTuneStatus(RecordModel):
     failed_preflights: int = Field(0, ge=0, description="Preflights that failed so far.")
     pins: Pins | None = Field(None, description="What the sources held at the preflight. Each attempt reads the same.")
     plan: RunPlan | None = Field(None, description="How the run is trained, as the preflight planned it.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Sequences that each process takes at once, since memory ran out with more."
+    )
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
     preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back.")
     retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")

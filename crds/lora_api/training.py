@@ -246,14 +246,25 @@ class Checkpoint(ApiModel):
         None,
         ge=1,
         le=10_000_000,
-        description="Save a checkpoint every so many optimizer steps. Default: 100, unless everyMinutes is set.",
+        description="Save a checkpoint every so many optimizer steps. Default, unless everyMinutes is set: that of the "
+        "runtime, else 100.",
     )
     every_minutes: int | None = Field(
         None, ge=1, le=10_080, description="Save a checkpoint every so many minutes. With everySteps: whichever is due."
     )
-    keep: int = Field(2, ge=1, le=20, description="Complete checkpoints to keep; older ones are deleted.")
+    keep: int | None = Field(
+        None,
+        ge=1,
+        le=20,
+        description="Complete checkpoints to keep; older ones are deleted. Default: that of the runtime, else 2.",
+    )
 
     @property
     def steps(self) -> int | None:
         """Steps between checkpoints; ``None`` where minutes alone say when."""
         return 100 if self.every_steps is None and self.every_minutes is None else self.every_steps
+
+    @property
+    def kept(self) -> int:
+        """Complete checkpoints to keep."""
+        return 2 if self.keep is None else self.keep

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import kopf
 
+from lora_api import ClusterLoRARuntimeSpec
+from lora_api.runtime import DEFAULT_RUNTIME
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.children.names import MANAGER
 from lora_operator.kube import KubeClient, KubeError, NotFoundError, load_configuration
@@ -18,7 +20,7 @@ from lora_operator.ratelimit import RateLimit
 from lora_operator.reconcile import Reconciler
 from lora_operator.settings import Settings
 from lora_operator.views import Key
-from lora_operator.watch import Confirmations, apply_event, build_kopf_settings, build_registry
+from lora_operator.watch import Confirmations, NoMemories, apply_event, build_kopf_settings, build_registry
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class Operator:
         try:
             await self._fill(kube)
             for resource in Resource:
-                for namespace in self._scopes():
+                for namespace in self._scopes(resource):
                     confirmations.begin(resource, namespace)
             queue.start()
             for key in self.cache.run_keys():
@@ -93,8 +95,11 @@ class Operator:
 
     async def _fill(self, kube: KubeClient) -> None:
         """One LIST of each kind, complete before the first decision: a run without its Job looks as if it failed."""
-        for resource in (Resource.PODS, Resource.JOBS, Resource.RUNS):
-            for namespace in self._scopes():
+        if self.settings.default_runtime:
+            spec = ClusterLoRARuntimeSpec.model_validate_json(self.settings.default_runtime)
+            await kube.apply_runtime(DEFAULT_RUNTIME, spec)
+        for resource in (Resource.PODS, Resource.JOBS, Resource.RUNTIMES, Resource.RUNS):
+            for namespace in self._scopes(resource):
                 async for raw in kube.fetch_list(resource, namespace):
                     self.cache.put(resource, raw)
 
@@ -102,6 +107,7 @@ class Operator:
         await kopf.operator(
             registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
             settings=build_kopf_settings(self.settings),
+            memories=NoMemories(),
             clusterwide=not self.settings.namespaces,
             namespaces=self.settings.namespaces,
             # Without it kopf asks for the user's name, and the image's user has none.
@@ -109,24 +115,26 @@ class Operator:
             stop_flag=stop,
         )
 
-    def _scopes(self) -> tuple[str | None, ...]:
-        return self.settings.namespaces or (None,)
+    def _scopes(self, resource: Resource) -> tuple[str | None, ...]:
+        return (resource.namespaced and self.settings.namespaces) or (None,)
 
     def _on_event(self, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> None:
         if self._confirmations is not None:
             self._confirmations.see(resource, event_type, raw["metadata"])
-        self._wake(apply_event(self.cache, resource, event_type, raw))
+        self._wake(*apply_event(self.cache, resource, event_type, raw))
 
-    def _wake(self, key: Key | None) -> None:
-        if key is not None and self._queue is not None:
-            self._queue.wake(key)
+    def _wake(self, *keys: Key) -> None:
+        for key in keys:
+            if self._queue is not None:
+                self._queue.wake(key)
 
     async def _check(self, kube: KubeClient, key: ObjectKey) -> None:
         """Looks up an object that a new LIST did not show."""
         try:
-            self._wake(self.cache.put(key[0], await kube.fetch_object(*key)))
+            self._wake(*apply_event(self.cache, key[0], None, await kube.fetch_object(*key)))
         except NotFoundError:
-            self._wake(self.cache.discard(key))
+            run = self.cache.discard(key)
+            self._wake(*([run] if run is not None else []))
         except KubeError as error:
             logger.warning("%s %s/%s: not looked up: %s", *key, error)
 

@@ -10,11 +10,14 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from lora_operator.views import JobView, Key, PodView, Raw, parse_job, parse_pod, trim_run
+from lora_operator.documents import Document, RunDocument, parse_document, parse_run
+from lora_operator.views import JobView, Key, PodView, Raw, parse_job, parse_pod
 
 _REMEMBERED_DELETIONS = 20_000
 
 V = TypeVar("V", JobView, PodView)
+D = TypeVar("D", Document, RunDocument)
+K = TypeVar("K", Key, str)
 
 
 class Resource(StrEnum):
@@ -23,45 +26,61 @@ class Resource(StrEnum):
     RUNS = "lorafinetunes"
     JOBS = "jobs"
     PODS = "pods"
+    RUNTIMES = "clusterloraruntimes"
+
+    @property
+    def namespaced(self) -> bool:
+        """Whether its objects lie in namespaces."""
+        return self is not Resource.RUNTIMES
 
 
 ObjectKey = tuple[Resource, str, str]
-"""Resource, namespace and name."""
+"""Resource, namespace (empty for one of the cluster) and name."""
 
 
 class Cache:
-    """Runs as trimmed documents, Jobs and pods as views, grouped by run."""
+    """Runs and runtimes as documents, Jobs and pods as views, grouped by run."""
 
     def __init__(self) -> None:
-        self._runs: dict[Key, Raw] = {}
+        self._runs: dict[Key, RunDocument] = {}
+        self._runtimes: dict[str, Document] = {}
         self._jobs: dict[Key, dict[str, JobView]] = {}
         self._pods: dict[Key, dict[str, PodView]] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
 
     def put(self, resource: Resource, raw: Mapping[str, Any]) -> Key | None:
-        """Keeps ``raw`` if it is news; returns the run that it concerns, or ``None`` if it is no news."""
+        """Keeps ``raw`` if it is news; returns the one run that it concerns, or ``None`` if it is no news."""
         match resource:
             case Resource.RUNS:
-                return self._put_run(trim_run(raw))
+                key = raw["metadata"]["namespace"], raw["metadata"]["name"]
+                return key if self._put_document(self._runs, key, parse_run(raw)) else None
             case Resource.JOBS:
                 job = parse_job(raw)
                 return self._put_view(self._jobs, job) if job.run else None
             case Resource.PODS:
                 pod = parse_pod(raw)
                 return self._put_view(self._pods, pod) if pod.run else None
+            case Resource.RUNTIMES:
+                self._put_document(self._runtimes, raw["metadata"]["name"], parse_document(raw))
+                return None
 
     def remove(self, resource: Resource, raw: Mapping[str, Any]) -> Key | None:
-        """Takes ``raw`` out; returns the run that it concerns.
+        """Takes ``raw`` out; returns the one run that it concerns.
 
         The last sight of a pod is kept as long as its Job is there: it may hold the pod's last words.
         """
         match resource:
             case Resource.RUNS:
-                return self._remove_run(trim_run(raw))
+                key = raw["metadata"]["namespace"], raw["metadata"]["name"]
+                self._remove_document(self._runs, key, raw["metadata"]["uid"])
+                return key
             case Resource.JOBS:
                 return self.remove_job(parse_job(raw))
             case Resource.PODS:
                 return self._remove_pod(parse_pod(raw))
+            case Resource.RUNTIMES:
+                self._remove_document(self._runtimes, raw["metadata"]["name"], raw["metadata"]["uid"])
+                return None
 
     def remove_job(self, job: JobView) -> Key:
         """Takes ``job`` out, and what is remembered of its pods that are gone."""
@@ -79,11 +98,21 @@ class Cache:
         """Takes out a run that the API server no longer knows."""
         run = self._runs.pop(key, None)
         if run is not None:
-            self._bury(run["metadata"]["uid"])
+            self._bury(run.uid)
 
     def run(self, key: Key) -> Raw | None:
-        """The run as a trimmed document."""
-        return self._runs.get(key)
+        """The run, but for metadata that nobody reads."""
+        run = self._runs.get(key)
+        return None if run is None else run.read()
+
+    def runtime(self, name: str) -> Raw | None:
+        """The ClusterLoRARuntime, but for metadata that nobody reads."""
+        runtime = self._runtimes.get(name)
+        return None if runtime is None else runtime.read()
+
+    def runs_waiting_for(self, runtime: str) -> list[Key]:
+        """The runs that have not begun and are to take ``runtime``."""
+        return [key for key, run in self._runs.items() if run.awaits == runtime]
 
     def jobs(self, key: Key) -> list[JobView]:
         """The Jobs that carry the run's name."""
@@ -109,11 +138,16 @@ class Cache:
                 names = [
                     (pod.namespace, pod.name) for pods in self._pods.values() for pod in pods.values() if not pod.gone
                 ]
+            case Resource.RUNTIMES:
+                names = [("", name) for name in self._runtimes]
         return {(resource, at, name) for at, name in names if namespace in (None, at)}
 
     def discard(self, key: ObjectKey) -> Key | None:
-        """Takes out an object that the API server no longer knows; returns the run that it concerns."""
+        """Takes out an object that the API server no longer knows; returns the one run that it concerns."""
         resource, namespace, name = key
+        if resource is Resource.RUNTIMES:
+            self._runtimes.pop(name, None)
+            return None
         if resource is Resource.RUNS:
             self.forget_run((namespace, name))
             return namespace, name
@@ -127,35 +161,30 @@ class Cache:
 
     def runs_by_phase(self) -> Counter[str]:
         """How many runs there are in each phase."""
-        return Counter(str(run["status"].get("phase") or "Pending") for run in self._runs.values())
+        return Counter(run.phase for run in self._runs.values())
 
     def tokens_per_second(self) -> dict[str, float]:
         """Speed of all runs that train now, by namespace."""
         speeds: dict[str, float] = {}
         for (namespace, _), run in self._runs.items():
-            if run["status"].get("phase") == "Running":
-                speed = (run["status"].get("progress") or {}).get("tokensPerSecond") or 0.0
-                speeds[namespace] = speeds.get(namespace, 0.0) + speed
+            if run.phase == "Running":
+                speeds[namespace] = speeds.get(namespace, 0.0) + run.tokens_per_second
         return speeds
 
-    def _put_run(self, run: Raw) -> Key | None:
-        metadata = run["metadata"]
-        key = metadata["namespace"], metadata["name"]
-        old = self._runs.get(key)
-        if metadata["uid"] in self._deleted:
-            return None
-        if old is not None and int(old["metadata"]["resourceVersion"]) >= int(metadata["resourceVersion"]):
-            return None
-        self._runs[key] = run
-        return key
+    def _put_document(self, table: dict[K, D], key: K, new: D) -> bool:
+        """Keeps ``new`` if it is news; returns whether it is."""
+        old = table.get(key)
+        if new.uid in self._deleted or (old is not None and old.version > new.version):
+            return False
+        if old == new:  # not by its version alone: another version of the CRD shows the same object with other fields
+            return False
+        table[key] = new
+        return True
 
-    def _remove_run(self, run: Raw) -> Key:
-        metadata = run["metadata"]
-        key = metadata["namespace"], metadata["name"]
-        self._bury(metadata["uid"])
-        if key in self._runs and self._runs[key]["metadata"]["uid"] == metadata["uid"]:
-            del self._runs[key]
-        return key
+    def _remove_document(self, table: dict[K, D], key: K, uid: str) -> None:
+        self._bury(uid)
+        if key in table and table[key].uid == uid:
+            del table[key]
 
     def _put_view(self, table: dict[Key, dict[str, V]], view: V) -> Key | None:
         views = table.setdefault(view.key, {})

@@ -33,6 +33,7 @@ class Symptom:
     remedy: str = ""
     rank: int | None = None
     step: int | None = None
+    micro_batch_size: int | None = None
     at: datetime | None = None
 
 
@@ -143,9 +144,10 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     at = ended.at
     if ended.reason == "OOMKilled":
         message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
-        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, at=at)
+        size = termination.micro_batch_size if termination else None
+        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
     said = termination.failure_class if termination else None
-    if said is None or said in ECHOES:
+    if said is None or said in ECHOES or said == FailureClass.POD_LOST:
         taken = _diagnose_disruption(pod)
         if taken is not None:
             return replace(taken, at=at)
@@ -153,8 +155,9 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
         return Symptom(
-            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step, termination.at
-        )
+            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
+            termination.micro_batch_size, termination.at,
+        )  # fmt: skip
     if ended.reason in _NOT_STARTED:
         message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
@@ -195,6 +198,22 @@ def _diagnose_disruption(pod: PodView) -> Symptom | None:
     return None
 
 
+def find_silent(symptoms: Sequence[Symptom], pods: Sequence[PodView]) -> list[PodView]:
+    """The pods that say nothing while their peers have only lost a peer: hung, or on a node that is gone.
+
+    Those whose node does not answer come first: its node controller marks pods as not ready once it has not heard from
+    the kubelet for 50 s (--node-monitor-grace-period, Kubernetes 1.32).
+    """
+    if any(symptom.failure_class != FailureClass.PEER_LOST for symptom in symptoms):
+        return []
+    return sorted((pod for pod in pods if not pod.has_ended), key=lambda pod: not is_off(pod))
+
+
+def is_off(pod: PodView) -> bool:
+    """Whether the node of a pod that runs no longer answers."""
+    return pod.running and pod.unready and pod.deleting_at is None
+
+
 def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt: int, now: datetime) -> Failure:
     """The failure that explains all ``symptoms``: the earliest that is no echo of another pod's.
 
@@ -204,11 +223,15 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
     causes = [symptom for symptom in symptoms if symptom.failure_class not in ECHOES]
     lost = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.PEER_LOST]
     asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
-    silent = [pod for pod in pods if not pod.has_ended]
+    silent = find_silent(symptoms, pods)
     if causes:
         root = _earliest(causes, now)
     elif asked:
         root = next((symptom for symptom in asked if symptom.pod and symptom.pod.deleting_at), _earliest(asked, now))
+    elif silent and is_off(silent[0]):
+        first = _earliest(lost, now)
+        message = f"Node of pod {silent[0].name} does not answer; {_words(first)}"
+        root = Symptom(FailureClass.NODE_LOST, "NodeNotReady", message, silent[0], step=first.step, at=first.at)
     elif silent:
         first = _earliest(lost, now)
         message = f"Pod {silent[0].name} stopped answering its peers and says nothing itself; {_words(first)}"
@@ -225,6 +248,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         pod=root.pod.name if root.pod else None,
         rank=root.rank,
         step=root.step,
+        micro_batch_size=root.micro_batch_size,
         exit_code=ended.exit_code if ended else None,
         log_tail=None,
         at=root.at or now,

@@ -55,6 +55,8 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
     if new.suspended_attempt > old.suspended_attempt:
         note = f"Attempt {attempt}: runPolicy.suspend ends its pods once they have saved a checkpoint"
         events.append(EventSpec("Normal", "Suspended", "Suspend", note, about))
+    if new.reason == "RuntimeNotFound" and old.reason != new.reason:
+        events.append(EventSpec("Warning", new.reason, "Wait", _message(new, ConditionType.READY), about))
     obstacle = _obstacle(new)
     if obstacle is not None and _obstacle(old) != obstacle:
         events.append(EventSpec("Warning", obstacle[0], "Wait", obstacle[1], about))

@@ -51,11 +51,14 @@ def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView 
 
 
 def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
-    """The Job whose Events are to be read now, because pods of it are missing."""
+    """The Job whose Events are to be read now, because pods of it are missing.
+
+    One that the Job controller has not come to yet has none, and in a burst of runs there are many.
+    """
     job = observed.live_job()
-    if job is None or job.suspended or not observed.is_short_of_pods(job):
+    if job is None or job.suspended or job.started is None or not observed.is_short_of_pods(job):
         return None
-    late = is_due(job.started or job.created, now, REFUSAL_DELAY)
+    late = is_due(job.started, now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
@@ -92,7 +95,7 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
             times.append(_queue_interval(observed, settings) if read else REFUSAL_DELAY)
         elif pod is not None and pod.running:
             times.append(settings.log_interval)
-        elif observed.is_short_of_pods(job):
+        elif job.started is not None and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
     return min(times, default=None)
 

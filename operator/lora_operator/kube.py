@@ -14,9 +14,22 @@ from typing import Any, Literal
 import aiohttp
 from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config as kubernetes_config
+from pydantic_core import from_json
 
-from lora_api import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneStatus
+from lora_api import (
+    API_VERSION,
+    GROUP,
+    KIND,
+    PLURAL,
+    VERSION,
+    ClusterLoRARuntimeSpec,
+    LoRAFineTune,
+    LoRAFineTuneStatus,
+)
 from lora_api.finetune import ObjectMeta
+from lora_api.runtime import DEFAULT_RUNTIME
+from lora_api.runtime import KIND as RUNTIME_KIND
+from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator.children.names import MANAGER, RUN_LABEL
 from lora_operator.ratelimit import RateLimit
 from lora_operator.views import Raw, controller_of
@@ -32,6 +45,11 @@ class Rule:
     resources: tuple[str, ...]
     verbs: tuple[str, ...]
     why: str
+    names: tuple[str, ...] = ()
+    """The objects that it is about; empty: all."""
+
+    cluster: bool = False
+    """Whether its objects are those of the whole cluster, also where the operator serves some namespaces only."""
 
 
 RBAC: tuple[Rule, ...] = (
@@ -54,6 +72,15 @@ RBAC: tuple[Rule, ...] = (
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
     Rule("kueue.x-k8s.io", ("workloads",), ("list",), "why a run waits in its queue"),
     Rule("visibility.kueue.x-k8s.io", ("localqueues/pendingworkloads",), ("get",), "the number of a run in its queue"),
+    Rule(GROUP, (RUNTIMES,), ("get", "list", "watch"), "what runs take from an administrator", cluster=True),
+    Rule(
+        GROUP,
+        (RUNTIMES,),
+        ("create", "patch"),
+        "the one that comes with the chart (--default-runtime)",
+        names=(DEFAULT_RUNTIME,),
+        cluster=True,
+    ),
 )
 
 _PODGROUP_VERBS = ("create", "delete", "get", "patch")
@@ -66,6 +93,7 @@ GANG_RBAC: dict[str, Rule] = {
 
 PATHS = {
     PLURAL: f"/apis/{GROUP}/{VERSION}",
+    RUNTIMES: f"/apis/{GROUP}/{VERSION}",
     "jobs": "/apis/batch/v1",
     "services": "/api/v1",
     "configmaps": "/api/v1",
@@ -86,12 +114,11 @@ _RESOURCES = {
     ("scheduling.volcano.sh/v1beta1", "PodGroup"): "podgroups.volcano",
     ("scheduling.x-k8s.io/v1alpha1", "PodGroup"): "podgroups.coscheduling",
 }
-_ABSENT = "1"
-"""A resourceVersion that no object has: the API server itself wrote it. See ``apply_child``."""
+_OWNED = {"fieldManager": MANAGER}
 
 _TRIES = 5
 _MAX_RETRY_AFTER = 60.0
-_PAGE = 500
+_PAGE = 100
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
 
@@ -171,7 +198,7 @@ class KubeClient:
     ) -> AsyncGenerator[Raw, None]:
         """Every object of ``resource`` that belongs to a run, or has the labels of ``selector``, page by page."""
         query = {"limit": str(_PAGE)}
-        if resource != PLURAL:
+        if resource not in (PLURAL, RUNTIMES):
             query["labelSelector"] = selector
         while True:
             page = await self._call_json("GET", "list", resource, namespace, query=query)
@@ -182,6 +209,11 @@ class KubeClient:
                 return
             query["continue"] = more
 
+    async def apply_runtime(self, name: str, spec: ClusterLoRARuntimeSpec) -> Raw:
+        """Makes the fields of a ClusterLoRARuntime those of ``spec``; others that somebody else set stay."""
+        body = {"apiVersion": API_VERSION, "kind": RUNTIME_KIND, "metadata": {"name": name}, "spec": spec.to_wire()}
+        return await self._apply(RUNTIMES, None, name, body)
+
     async def fetch_object(self, resource: str, namespace: str, name: str, subresource: str = "") -> Raw:
         """One object, or a part of it.
 
@@ -191,19 +223,18 @@ class KubeClient:
         return await self._call_json("GET", "get", resource, namespace, name, subresource)
 
     async def apply_child(self, child: Raw, run: LoRAFineTune) -> Raw:
-        """Creates ``child`` by server-side apply, or returns the one that is there, if it is this run's.
+        """Creates ``child``, or returns the one that is there, if it is this run's.
 
-        The apply carries a resourceVersion that no object has, so the API server creates the object, or answers 409
-        where one exists, whoever made it: a plain apply would merge our fields into somebody else's object.
+        Where one exists, whoever made it, the API server answers 409: an apply would merge our fields into somebody
+        else's object, and costs the API server half as much again.
 
         Raises:
             NameConflictError: it belongs to something else.
         """
         resource, metadata = _RESOURCES[child["apiVersion"], child["kind"]], child["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
-        body = {**child, "metadata": {**metadata, "resourceVersion": _ABSENT}}
         try:
-            return await self._apply(resource, namespace, name, body)
+            return await self._call_json("POST", "create", resource, namespace, query=_OWNED, body=child)
         except ConflictError:
             found = await self.fetch_object(resource, namespace, name)
         _check_owner(child["kind"], found, run)
@@ -250,8 +281,18 @@ class KubeClient:
         }
         try:
             await self._call_json("DELETE", "delete", resource, namespace, name, body=options)
-        except (NotFoundError, ConflictError):
+        except NotFoundError:
             logger.debug("%s %s/%s: gone already", resource, namespace, name)
+        except ConflictError:
+            if await self._is_there(resource, namespace, name, uid):
+                raise
+
+    async def _is_there(self, resource: str, namespace: str, name: str, uid: str) -> bool:
+        try:
+            found = await self.fetch_object(resource, namespace, name)
+        except NotFoundError:
+            return False
+        return bool(found["metadata"]["uid"] == uid)
 
     async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
         """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""
@@ -262,7 +303,7 @@ class KubeClient:
             "jobs",
             namespace,
             name,
-            query={"fieldManager": MANAGER},
+            query=_OWNED,
             body=body,
             content_type="application/merge-patch+json",
         )
@@ -287,7 +328,7 @@ class KubeClient:
         except ConflictError:
             logger.debug("event %s was posted before", event["metadata"]["name"])
 
-    async def _apply(self, resource: str, namespace: str, name: str, body: Raw, subresource: str = "") -> Raw:
+    async def _apply(self, resource: str, namespace: str | None, name: str, body: Raw, subresource: str = "") -> Raw:
         return await self._call_json(
             "PATCH",
             "apply",
@@ -295,13 +336,13 @@ class KubeClient:
             namespace,
             name,
             subresource,
-            query={"fieldManager": MANAGER, "force": "true"},
+            query={**_OWNED, "force": "true"},
             body=body,
             content_type="application/apply-patch+yaml",
         )
 
     async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:
-        parsed: Raw = json.loads(await self._call(*args, **kwargs))
+        parsed: Raw = from_json(await self._call(*args, **kwargs))
         return parsed
 
     async def _call(

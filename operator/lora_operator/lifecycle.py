@@ -15,7 +15,16 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Phase
-from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, seconds_to_lost, termination_of
+from lora_operator.admission import decide_runtime
+from lora_operator.diagnose import (
+    Symptom,
+    diagnose_pods,
+    diagnose_root,
+    find_silent,
+    is_off,
+    seconds_to_lost,
+    termination_of,
+)
 from lora_operator.finished import decide_finished
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.obstacles import diagnose_obstacle
@@ -42,6 +51,9 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
         return NOTHING
     if is_finished(status):
         return decide_finished(observed, now, settings)
+    unsettled = decide_runtime(observed, now, settings)
+    if unsettled is not None:
+        return unsettled
     if needs_preflight(observed, settings):
         return decide_preflight(observed, now, settings)
     attempt = max(status.attempt, 1)
@@ -153,16 +165,21 @@ def _decide_failing(
 ) -> Plan:
     """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
 
+    A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
+
     The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
     """
     nodes = observed.run.spec.parallelism.nodes
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes
     since = observed.reports.failing_since or now
-    left = settings.failure_grace - (now - since).total_seconds()
+    silent = find_silent(symptoms, pods)
+    grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
+    left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
         failure = diagnose_root(symptoms, pods, job.attempt, now)
         return decide_failure(observed, job.attempt, failure, settings)
-    message = f"{symptoms[0].message.rstrip('.')}. Waiting a moment for the last words of the other pods"
+    awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
+    message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
     return Plan(
         phase=Phase.RUNNING,
         reason="PodFailed",
@@ -187,9 +204,12 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     phase = Phase.RESTARTING if job.attempt > 1 else Phase.STARTING
     if obstacle is None:
         marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
+        due = observed.seconds_to_restoring(job, now)
+        lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
         return Plan(
             phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
-            conditions=marks, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace),
+            conditions=marks, restore=job if due == 0 else None,
+            requeue_after=min((seconds for seconds in (due, lost) if seconds), default=None),
         )  # fmt: skip
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from lora_api import ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
+from lora_api import ClusterLoRARuntime, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
 from lora_operator.queueing import QueueReport
 from lora_operator.views import JobView, PodView
+
+RESTORE_DELAY = 30.0
+RESTORE_INTERVAL = 60.0
+"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Reports:
     heard_at: datetime | None = None
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
+    restored_at: datetime | None = None
     refused: str | None = None
     refusal_read_at: datetime | None = None
     queue: QueueReport | None = None
@@ -59,7 +64,10 @@ def forget_pods(reports: Reports) -> Reports:
 
 @dataclass(frozen=True)
 class Observed:
-    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name."""
+    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name.
+
+    ``runtime`` is looked up for a run that has not begun.
+    """
 
     run: LoRAFineTune
     jobs: Mapping[int, JobView] = field(default_factory=dict)
@@ -67,6 +75,13 @@ class Observed:
     pods: tuple[PodView, ...] = ()
     job_uids: frozenset[str] = frozenset()
     reports: Reports = Reports()
+    runtime: ClusterLoRARuntime | None = None
+
+    def has_begun(self) -> bool:
+        """Whether the run has taken its runtime, or something was created for it without one."""
+        status = self.run.status
+        tried = status.attempt or status.failed_preflights or has_passed(status)
+        return bool(status.runtime or tried or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
         """The pods of ``job``, rank by rank; where an index has several, the newest. Without those taken back."""
@@ -79,6 +94,17 @@ class Observed:
     def stopping(self, job: JobView) -> list[PodView]:
         """Pods that were taken back with the quota of ``job``, and have not ended yet."""
         return [pod for pod in self.pods if pod.job_uid == job.uid and is_taken_back(pod, job) and not pod.has_ended]
+
+    def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
+        """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
+
+        Somebody may have deleted what it needs, and no watch would tell: Services and ConfigMaps are not watched.
+        """
+        if not any(pod.scheduled and not (pod.running or pod.has_ended) for pod in self.gang(job)):
+            return None
+        last, started = self.reports.restored_at, job.started or job.created
+        due = started + timedelta(seconds=RESTORE_DELAY) if last is None else last + timedelta(seconds=RESTORE_INTERVAL)
+        return max(0.0, (due - now).total_seconds())
 
     def leftovers(self) -> list[PodView]:
         """Pods that are still there though their Job is not."""

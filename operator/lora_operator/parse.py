@@ -2,9 +2,10 @@
 
 from pydantic import ValidationError
 
-from lora_api import LoRAFineTune, plan_batch
+from lora_api import ClusterLoRARuntime, LoRAFineTune, plan_batch
 from lora_api.finetune import ObjectMeta
 from lora_api.status import LoRAFineTuneStatus
+from lora_operator.runtimes import fill_in
 from lora_operator.views import Raw
 
 
@@ -25,7 +26,7 @@ class InvalidRunError(Exception):
 
 
 def parse_run(raw: Raw) -> LoRAFineTune:
-    """The run.
+    """The run, with what it leaves to its runtime filled in once it has taken one.
 
     Raises:
         InvalidRunError: a field is wrong; the message names it.
@@ -37,12 +38,27 @@ def parse_run(raw: Raw) -> LoRAFineTune:
         raise InvalidRunError(_describe(error), raw) from error
     except ValueError as error:
         raise InvalidRunError(f"spec.{error}", raw) from error
-    return run
+    try:
+        return fill_in(run)
+    except ValidationError as error:
+        raise InvalidRunError(_describe(error, "status.runtime.spec."), raw) from error
 
 
-def _describe(error: ValidationError) -> str:
+def parse_runtime(raw: Raw, run: Raw) -> ClusterLoRARuntime:
+    """The runtime that ``run`` is about to take.
+
+    Raises:
+        InvalidRunError: a field is wrong; the message names it and the runtime.
+    """
+    try:
+        return ClusterLoRARuntime.model_validate({"metadata": raw["metadata"], "spec": raw["spec"]})
+    except ValidationError as error:
+        raise InvalidRunError(_describe(error, f"ClusterLoRARuntime {raw['metadata']['name']}: "), run) from error
+
+
+def _describe(error: ValidationError, prefix: str = "") -> str:
     """The first errors, each with the path of its field."""
     errors = error.errors(include_url=False, include_input=False)
-    shown = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in errors[:5]]
+    shown = [f"{prefix}{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in errors[:5]]
     more = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
     return "; ".join(shown) + more

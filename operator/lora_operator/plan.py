@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lora_api import AdapterStatus, ConditionType, Failure, Phase
+from lora_api import AdapterStatus, ConditionType, Failure, Phase, RuntimeSnapshot
 from lora_api.preflight import PreflightOutcome
 from lora_operator.views import JobView
 
@@ -21,10 +21,12 @@ class Mark:
 class Plan:
     """What to do about a run, and what to say about it.
 
-    ``launch_preflight``, ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order, then
-    the status is written. ``phase`` None: nothing is to be said that is not in the status already. ``suspended`` is the
-    attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed``
-    what the preflight settled.
+    ``launch_preflight``, ``launch``, ``restore``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in
+    this order, then the status is written. ``phase`` None: nothing is to be said that is not in the status already.
+    ``restore`` is the Job whose other children are to be made again if they are gone, ``suspended`` the attempt that
+    runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the
+    preflight settled, ``micro_batch_size`` what the next attempt is to have, ``runtime`` what the run takes of its
+    runtime.
     """
 
     phase: Phase | None = None
@@ -34,14 +36,17 @@ class Plan:
     conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
     launch_preflight: int | None = None
     launch: int | None = None
+    restore: JobView | None = None
     delete: JobView | None = None
     stop: JobView | None = None
     clean_up: bool = False
     delete_run: bool = False
     suspended: int | None = None
     backoff: float = 0.0
+    runtime: RuntimeSnapshot | None = None
     failure: Failure | None = None
     charged: bool = False
+    micro_batch_size: int | None = None
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False

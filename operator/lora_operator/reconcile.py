@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import PLURAL, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
+from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.run import CONTAINER_NAME
@@ -37,9 +37,10 @@ from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
 from lora_operator.observed import Observed, Reports, forget_pods, hear, hear_queue, is_finished
-from lora_operator.parse import InvalidRunError, parse_run
+from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
+from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
 from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_wait
@@ -51,6 +52,8 @@ PROGRESS_LINES = 200
 LAST_LINES = 40
 LAST_CHARACTERS = 4000
 CLEANUP_DELAY = 2.0
+INVALID_RETRY = 60.0
+"""Seconds until a run that could not be read is looked up again."""
 
 
 class Reconciler:
@@ -82,14 +85,19 @@ class Reconciler:
             return None
         try:
             run = parse_run(raw)
+            observed = self._observe(key, run)
+            if not observed.has_begun():
+                observed = replace(observed, runtime=self._find_runtime(raw))
         except InvalidRunError as error:
             await self._patch_invalid(key, error)
-            return None
-        observed = await self._confirm_job(key, self._observe(key, run))
+            await self._fetch_run(key)  # another version of the CRD may be back, and no event tells
+            return INVALID_RETRY
+        settings = resolve(run, self._settings)
+        observed = await self._confirm_job(key, observed)
         observed = await self._confirm_pods(key, observed)
         observed = await self._fetch_reports(key, observed)
-        plan = decide(observed, self._clock(), self._settings)
-        plan = await self._apply(observed, plan)
+        plan = decide(observed, self._clock(), settings)
+        plan = await self._apply(observed, plan, settings)
         wait = await self._patch_status(key, observed, plan)
         if is_finished(run.status):
             self._reports.pop(key, None)
@@ -109,6 +117,15 @@ class Reconciler:
             job_uids=frozenset(job.uid for job in jobs),
             reports=reports if reports and reports.run_uid == uid else Reports(run_uid=uid),
         )
+
+    def _find_runtime(self, run: Raw) -> ClusterLoRARuntime | None:
+        """The runtime that ``run`` names, or the default one.
+
+        Raises:
+            InvalidRunError: it cannot be read.
+        """
+        raw = self._cache.runtime(runtime_name(run["spec"]))
+        return parse_runtime(raw, run) if raw is not None else None
 
     async def _fetch_reports(self, key: Key, observed: Observed) -> Observed:
         """Reads, seldom and only while it matters, what no watch shows: rank 0's log, and why pods are missing."""
@@ -147,21 +164,22 @@ class Reconciler:
         suspended = live is not None and live.suspended
         return reports if suspended or reports.queue_read_at is None else hear_queue(reports, None, None)
 
-    async def _apply(self, observed: Observed, plan: Plan) -> Plan:
+    async def _apply(self, observed: Observed, plan: Plan, settings: Settings) -> Plan:
         """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
         run = observed.run
         try:
-            for child in self._build_children(run, plan):
+            for child in _build_children(run, plan, settings):
                 try:
                     applied = await self._kube.apply_child(child, run)
                 except NotFoundError:
                     if child["kind"] != "PodGroup":
                         raise
-                    return decide_no_podgroups(observed, self._settings)
+                    return decide_no_podgroups(observed, settings)
                 if child["kind"] == "Job":
                     self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
-            return self._decide_conflict(observed, plan.launch or PREFLIGHT, conflict)
+            restored = plan.restore.attempt if plan.restore else PREFLIGHT
+            return self._decide_conflict(observed, plan.launch or restored, conflict)
         if plan.delete is not None:
             await self._delete_podgroup(run, plan.delete.attempt)
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
@@ -175,19 +193,6 @@ class Reconciler:
         if plan.delete_run:
             await self._kube.delete_object(PLURAL, run.metadata.namespace, run.metadata.name, run.metadata.uid)
         return plan
-
-    def _build_children(self, run: LoRAFineTune, plan: Plan) -> list[Raw]:
-        """What ``plan`` launches, in the order in which it is made: the Job last, as its pods need the others."""
-        if plan.launch_preflight is not None:
-            number = plan.launch_preflight
-            return [build_preflight_configmap(run, number), build_preflight_job(run, number, self._settings)]
-        if plan.launch is not None:
-            return [
-                build_service(run, plan.launch),
-                build_configmap(run, plan.launch),
-                *build_gang(run, plan.launch, self._settings),
-            ]
-        return []
 
     async def _delete_children(self, observed: Observed) -> None:
         """Deletes what the run was made of, the Jobs last: as long as one is there, there is something to do."""
@@ -255,6 +260,8 @@ class Reconciler:
             )
         if plan.phase == Phase.QUEUED:
             return forget_pods(reports)
+        if plan.restore is not None:
+            reports = replace(reports, restored_at=now)
         if plan.failing:
             return replace(reports, failing_since=reports.failing_since or now)
         return replace(reports, failing_since=None)
@@ -345,3 +352,24 @@ class Reconciler:
         except KubeError as error:
             logger.info("%s/%s: log not read: %s", pod.namespace, pod.name, error)
         return None
+
+
+def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[Raw]:
+    """What ``plan`` launches, in the order in which it is made: the Job last, as its pods need the others.
+
+    Or, to restore what somebody deleted, the others alone.
+    """
+    if plan.restore is not None and plan.restore.preflight:
+        return [build_preflight_configmap(run, plan.restore.preflight)]
+    if plan.restore is not None:
+        return [build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]
+    if plan.launch_preflight is not None:
+        number = plan.launch_preflight
+        return [build_preflight_configmap(run, number), build_preflight_job(run, number, settings)]
+    if plan.launch is not None:
+        return [
+            build_service(run, plan.launch),
+            build_configmap(run, plan.launch),
+            *build_gang(run, plan.launch, settings),
+        ]
+    return []

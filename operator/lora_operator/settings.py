@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from lora_api import ClusterLoRARuntimeSpec
+
 DEFAULT_TRAINER_IMAGE = "lora-trainer:dev"
 
 
@@ -29,6 +33,12 @@ class Settings:
         "When the nodes pull the trainer's image.",
         ("Always", "IfNotPresent", "Never"),
     )
+    default_runtime: str = _setting(
+        "",
+        "LORA_DEFAULT_RUNTIME",
+        "Spec (JSON) of the ClusterLoRARuntime called default, which the operator applies when it starts. Empty: it "
+        "leaves that alone.",
+    )
     namespaces: tuple[str, ...] = _setting(
         (), "LORA_NAMESPACES", "Namespaces to serve, with commas between them. Empty: all namespaces."
     )
@@ -38,8 +48,8 @@ class Settings:
     http_host: str = _setting("0.0.0.0", "LORA_HTTP_HOST", "Address to listen on.")  # noqa: S104
     http_port: int = _setting(8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one.")
     concurrency: int = _setting(8, "LORA_CONCURRENCY", "Runs that are looked at at the same time.")
-    api_qps: float = _setting(100.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
-    api_burst: int = _setting(200, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
+    api_qps: float = _setting(500.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
+    api_burst: int = _setting(1000, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
     api_timeout: float = _setting(30.0, "LORA_API_TIMEOUT", "Longest wait for an answer of the API server.")
     gang_scheduler: Literal["none", "volcano", "coscheduling"] = _setting(
         "none",
@@ -52,6 +62,12 @@ class Settings:
     )
     failure_grace: float = _setting(
         20.0, "LORA_FAILURE_GRACE", "Time that the other pods of a gang get for their last words after one failed."
+    )
+    node_grace: float = _setting(
+        90.0,
+        "LORA_NODE_GRACE",
+        "Time that a pod gets which its peers have lost and which says nothing. Kubernetes needs about 50 to notice "
+        "that a node is gone.",
     )
     start_timeout: float = _setting(
         600.0,
@@ -122,6 +138,8 @@ class Settings:
 
 def _reader(name: str, default: Any) -> Any:
     """The function that turns an argument's text into the type of ``default``."""
+    if name == "default_runtime":
+        return _runtime_spec
     if isinstance(default, tuple):
         return _names
     if isinstance(default, str):
@@ -131,6 +149,17 @@ def _reader(name: str, default: Any) -> Any:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _runtime_spec(text: str) -> str:
+    """``text``, once it has been found to be a spec."""
+    try:
+        ClusterLoRARuntimeSpec.model_validate_json(text or "{}")
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in wrong["loc"])
+        raise argparse.ArgumentTypeError(f"{where}: {wrong['msg']}" if where else wrong["msg"]) from error
+    return text
 
 
 class _Number:

@@ -30,11 +30,13 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         phase=plan.phase,
         reason=plan.reason,
         attempt=plan.attempt,
+        runtime=plan.runtime or old.runtime,
         start_time=old.start_time or (now if plan.attempt else None),
         completion_time=now if plan.ended else None,
         conditions=compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
         progress=compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED) if stopped else progress,
         failures=failures,
+        micro_batch_size=plan.micro_batch_size or old.micro_batch_size,
         failed_preflights=old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
         pins=plan.passed.pins if plan.passed else old.pins,
         plan=plan.passed.plan if plan.passed else old.plan,
@@ -111,7 +113,7 @@ def compute_conditions(
 
 
 def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: str, now: datetime) -> LoRAFineTuneStatus:
-    """The status of a run whose specification this operator cannot read."""
+    """The status of a run whose specification this operator cannot read. What runs goes on, and nobody looks at it."""
     marks = {
         ConditionType.READY: Mark(value=False, reason="InvalidSpec", message=message),
         ConditionType.RECONCILING: Mark(value=False, reason="InvalidSpec"),
@@ -120,7 +122,7 @@ def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: st
     return run.model_copy(
         update={
             "observed_generation": generation,
-            "phase": Phase.FAILED,
+            "phase": run.phase or Phase.PENDING,
             "reason": "InvalidSpec",
             "conditions": compute_conditions(run.conditions, marks, generation, now),
         }
@@ -137,4 +139,4 @@ def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
         (item.type, item.status, item.reason if item.type in _WAITS else "") for item in status.conditions
     )
     counts = status.attempt, len(status.failures), status.failed_preflights, status.charged_restarts
-    return status.phase, *counts, status.adapter, conditions
+    return status.phase, *counts, status.adapter, status.runtime is not None, conditions

@@ -3,11 +3,17 @@
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, Phase
+from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_operator.diagnose import with_remedy
 from lora_operator.observed import Observed
 from lora_operator.plan import Mark, Plan
-from lora_operator.policy import SAME_FAILURES, compute_backoff, is_repetition
+from lora_operator.policy import (
+    SAME_FAILURES,
+    compute_backoff,
+    find_micro_batch,
+    is_repetition,
+    shrink_micro_batch,
+)
 from lora_operator.settings import Settings
 
 PREFLIGHT = 0
@@ -17,25 +23,29 @@ PREFLIGHT = 0
 def decide_failure(observed: Observed, attempt: int, failure: Failure, settings: Settings) -> Plan:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows."""
     status, rule = observed.run.status, RULES[failure.failure_class]
+    smaller = shrink_micro_batch(observed.run, failure)
+    retried = rule.retried or smaller is not None
     limit = observed.run.spec.run_policy.max_restarts
     free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts
     refusal = ""
     if rule.retried and rule.charged and status.charged_restarts >= limit:
         refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
-    elif rule.retried and not rule.charged and free >= settings.max_uncharged_restarts:
+    elif retried and not rule.charged and free >= settings.max_uncharged_restarts:
         refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
     elif is_repetition(status.failures, failure):
         refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
+    elif retried and smaller is not None:
+        failure = failure.model_copy(update={"remedy": _shrunk(observed.run, failure, smaller)})
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)
     mark = Mark(value=False, reason=reason, message=text)
     kind, retry = ConditionType.RUNNING, Phase.RESTARTING
     if attempt == PREFLIGHT:
         kind, retry = ConditionType.PREFLIGHT_PASSED, Phase.PREFLIGHT
-    if rule.retried and not refusal:
+    if retried and not refusal:
         return Plan(
             phase=retry, reason=reason, message=text, attempt=attempt, failure=failure,
-            charged=rule.charged, conditions={kind: mark},
+            charged=rule.charged, micro_batch_size=smaller, conditions={kind: mark},
             backoff=compute_backoff(status.charged_restarts, settings.restart_backoff) if rule.charged else 0.0,
         )  # fmt: skip
     return Plan(
@@ -46,6 +56,14 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
         failure=failure,
         conditions={kind: mark, ConditionType.FAILED: replace(mark, value=True)},
         ended=True,
+    )
+
+
+def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
+    """The remedy of a failure that the next attempt tries by itself."""
+    return (
+        f"Nothing to do: the next attempt has micro-batches of {smaller} instead of {find_micro_batch(run, failure)} "
+        "(runPolicy.onOutOfMemory: shrinkMicroBatch); globalBatchSize stays."
     )
 
 
@@ -85,8 +103,8 @@ def decide_suspended(observed: Observed) -> Plan:
     )
 
 
-def decide_wait(reason: str, message: str, requeue_after: float) -> Plan:
-    """Nothing can be created yet."""
+def decide_wait(reason: str, message: str, requeue_after: float | None) -> Plan:
+    """Nothing can be created yet. ``requeue_after`` None: an event will say when."""
     return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
 
 

@@ -52,6 +52,8 @@ class PodView:
     waiting_reason: str = ""
     waiting_message: str = ""
     running: bool = False
+    unready: bool = False
+    """Kubernetes says that it is not ready. Nothing probes it, so while it runs this is the node's fault."""
     started: datetime | None = None
     ended: Ended | None = None
     tracked: bool = True
@@ -94,7 +96,7 @@ class JobView:
     was_suspended: bool = False
     """It is suspended, or was before."""
     started: datetime | None = None
-    """When its pods were allowed to be made; ``None`` while it is suspended."""
+    """When the Job controller came to it and might make its pods; ``None`` while it is suspended."""
 
     @property
     def key(self) -> Key:
@@ -140,6 +142,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         waiting_reason=waiting.get("reason") or "",
         waiting_message=waiting.get("message") or "",
         running="running" in state,
+        unready=(conditions.get("Ready") or {}).get("status") == "False",
         started=parse_time((state.get("running") or {}).get("startedAt")),
         ended=_parse_ended(state.get("terminated")),
         tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
@@ -194,17 +197,6 @@ def parse_indexes(text: str) -> frozenset[int]:
         first, _, last = part.partition("-")
         indexes.update(range(int(first), int(last or first) + 1))
     return frozenset(indexes)
-
-
-def trim_run(raw: Mapping[str, Any]) -> Raw:
-    """A LoRAFineTune without the parts of its metadata that nobody here reads: they are most of its size."""
-    metadata = raw["metadata"]
-    kept = ("name", "namespace", "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
-    return {
-        "metadata": {field: metadata[field] for field in kept if field in metadata},
-        "spec": raw.get("spec") or {},
-        "status": raw.get("status") or {},
-    }
 
 
 def controller_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -59,13 +59,7 @@ def store(cluster: Cluster) -> Store:
 @pytest.fixture(scope="session")
 def tiny_data(store: Store, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A random Llama of two layers, with good rows and a file that has one bad row, in the store."""
-    directory = tmp_path_factory.mktemp("tiny")
-    make_tiny_model(directory / "model")
-    store.upload(directory / "model", TINY_MODEL)
-    rows = [{"prompt": f"say {number}", "completion": f" {number} it is"} for number in range(200)]
-    write_rows(directory / "data" / "good.jsonl", rows)
-    write_rows(directory / "data" / "bad.jsonl", [*rows[:6], {"prompt": "no completion"}, *rows[6:]])
-    store.upload(directory / "data", TINY_DATA)
+    upload_tiny_data(store, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -75,6 +69,16 @@ def runs(cluster: Cluster, install: Install, store: Store, tiny_data: None) -> I
     runs = Runs(cluster, store, NAMESPACE)
     yield runs
     runs.remove()
+
+
+def upload_tiny_data(store: Store, directory: Path) -> None:
+    """Puts the tiny model and its rows into ``store``."""
+    make_tiny_model(directory / "model")
+    store.upload(directory / "model", TINY_MODEL)
+    rows = [{"prompt": f"say {number}", "completion": f" {number} it is"} for number in range(200)]
+    write_rows(directory / "data" / "good.jsonl", rows)
+    write_rows(directory / "data" / "bad.jsonl", [*rows[:6], {"prompt": "no completion"}, *rows[6:]])
+    store.upload(directory / "data", TINY_DATA)
 
 
 def make_tiny_model(directory: Path) -> None:

@@ -75,6 +75,7 @@ def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> 
     assert "Succeeded" in table
     assert "100%" in table
     assert "tickets-v" in table
-    events = json.loads(runs.kubectl("get", "events", "--field-selector=involvedObject.name=tickets", "--output=json"))
+    selector = f"--field-selector=involvedObject.uid={run.metadata.uid}"  # not an earlier run of this name
+    events = json.loads(runs.kubectl("get", "events", selector, "--output=json"))
     reasons = [event["reason"] for event in events["items"]]
     assert len(reasons) == len(set(reasons)), "an event was sent twice"

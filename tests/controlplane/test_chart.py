@@ -12,6 +12,7 @@ import yaml
 
 import devcluster
 from devcluster import binaries
+from lora_api.crd import RUN, RUNTIME
 from tests.support.install import wait_for_crds
 
 pytestmark = pytest.mark.controlplane
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.controlplane
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "lora-operator"
 SPACE = "lora-system"
-CRD = "crd/lorafinetunes.lorafinetune.io"
-RUN_KIND = "lorafinetunes.lorafinetune.io"
+CRD = f"crd/{RUN.name}"
+RUN_KIND = RUN.name
 LABEL = "--selector=app.kubernetes.io/instance=lora-operator"
 
 Helm = Callable[..., str]
@@ -91,7 +92,7 @@ def test_the_pod_is_taken_under_restricted_pod_security(cp: devcluster.ControlPl
         cp.kubectl("apply", "--filename=-", "--dry-run=server", input=json.dumps(pod))
 
 
-RUN = """
+MANIFEST = """
 apiVersion: lorafinetune.io/v1alpha1
 kind: LoRAFineTune
 metadata: {name: kept, namespace: team-a}
@@ -105,10 +106,11 @@ spec:
 
 @pytest.fixture
 def older_chart(tmp_path: Path) -> Path:
-    """The chart of a release whose CRD had no short name and no field ``lora``."""
+    """The chart of a release whose CRD had no short name and no field ``lora``, and that knew no runtimes."""
     older = tmp_path / "older"
     shutil.copytree(CHART, older)
-    (file,) = (older / "files" / "crds").iterdir()
+    (older / "files" / "crds" / f"{RUNTIME.name}.yaml").unlink()
+    file = older / "files" / "crds" / f"{RUN.name}.yaml"
     crd = yaml.safe_load(file.read_text())
     del crd["spec"]["names"]["shortNames"]
     spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
@@ -125,11 +127,13 @@ def test_a_release_is_installed_upgraded_and_uninstalled(
     notes = helm("install", "lora-operator", str(older_chart))
     assert f"kubectl --namespace {SPACE} rollout status deployment/lora-operator" in notes
     wait_for_crds(cp)
-    cp.kubectl("apply", "--filename=-", input=RUN)
+    cp.kubectl("apply", "--filename=-", input=MANIFEST)
 
     # An upgrade brings the CRD up to date too, which Helm does not do for a chart's crds/ folder.
     helm("upgrade", "lora-operator", str(CHART), "--set=operator.logLevel=debug")
     assert cp.kubectl("get", CRD, "--output=jsonpath={.spec.names.shortNames[0]}") == "lft"
+    wait_for_crds(cp)
+    assert cp.kubectl("get", f"crd/{RUNTIME.name}", "--output=jsonpath={.spec.names.shortNames[0]}") == "clr"
     assert cp.kubectl("get", RUN_KIND, "kept", "--namespace=team-a", "--output=jsonpath={.spec.lora.r}") == "16"
     arguments = "--output=jsonpath={.spec.template.spec.containers[0].args}"
     assert "--log-level=debug" in cp.kubectl("get", "deployment/lora-operator", f"--namespace={SPACE}", arguments)

@@ -11,11 +11,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import devcluster
-from lora_api.crd import build_crd
+from lora_api.crd import RUN, RUNTIME, CustomResource, build_crd
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEMA = build_crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 RUNS = "/apis/lorafinetune.io/v1alpha1/namespaces/default/lorafinetunes"
+RUNTIMES = "/apis/lorafinetune.io/v1alpha1/clusterloraruntimes"
+
+
+def schema_of(resource: CustomResource) -> dict[str, Any]:
+    schema: dict[str, Any] = build_crd(resource)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return schema
+
+
+SCHEMA = schema_of(RUN)
 
 Spec = dict[str, Any]
 
@@ -88,8 +96,10 @@ MAXIMAL: Spec = {
         "tensorboard": True,
     },
     "credentials": {"secretRef": {"name": "lora-store"}},
+    "runtimeRef": {"name": "h100"},
     "runPolicy": {
         "maxRestarts": 0,
+        "onOutOfMemory": "shrinkMicroBatch",
         "suspend": True,
         "activeDeadlineSeconds": 3600,
         "stallTimeoutSeconds": 600,
@@ -161,14 +171,12 @@ class DryRun:
     def create_run(self, spec: Any, name: str = "run") -> tuple[int, dict[str, Any]]:
         return self.create(RUNS, manifest(spec, name))
 
+    def create_runtime(self, spec: Any, name: str = "runtime") -> tuple[int, dict[str, Any]]:
+        return self.create(RUNTIMES, manifest(spec, name, "ClusterLoRARuntime"))
 
-def manifest(spec: Any, name: str = "run") -> dict[str, Any]:
-    return {
-        "apiVersion": "lorafinetune.io/v1alpha1",
-        "kind": "LoRAFineTune",
-        "metadata": {"name": name},
-        "spec": spec,
-    }
+
+def manifest(spec: Any, name: str = "run", kind: str = "LoRAFineTune") -> dict[str, Any]:
+    return {"apiVersion": "lorafinetune.io/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec}
 
 
 GONE = object()
@@ -210,6 +218,26 @@ def paths(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]
 
 
 PATHS = dict(paths(SCHEMA["properties"]["spec"], ""))
+
+# Every field, none at its default.
+MAXIMAL_RUNTIME: Spec = {
+    "image": "registry.example.org:5000/lora-trainer@sha256:" + "0" * 64,
+    "imagePullPolicy": "Always",
+    "gpu": {"name": "NVIDIA H100 80GB", "memoryGiB": 79.6, "nodeSelector": {"nvidia.com/gpu.product": "H100"}},
+    "podTemplate": MAXIMAL["podTemplate"],
+    "store": "s3://models/adapters",
+    "checkpoint": MAXIMAL["checkpoint"],
+    "terminationGracePeriodSeconds": 300,
+    "preflight": False,
+    "ttlSecondsAfterFinished": 86400,
+    "limits": {
+        "maxNodes": 4,
+        "maxGPUs": 32,
+        "modelUriPrefixes": ["hf://meta-llama", "s3://models/"],
+        "dataUriPrefixes": ["s3://datasets"],
+    },
+}
+RUNTIME_PATHS = dict(paths(schema_of(RUNTIME)["properties"]["spec"], ""))
 
 
 def has(spec: Any, path: str) -> bool:

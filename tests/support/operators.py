@@ -4,9 +4,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime
 from typing import Any
 
-from lora_operator.app import Operator
+from lora_operator.app import Operator, utc_now
 from lora_operator.kube import KubeClient, KubeError
 from lora_operator.settings import Settings
 
@@ -20,6 +21,7 @@ class RecordingClient(KubeClient):
 
     logs: dict[str, str]
     calls: list[str]
+    answered: list[str]
     cut_after: int | None
 
     async def _send(self, method: Any, path: str, query: Any, body: Any, content_type: str, accept: str) -> Any:
@@ -30,6 +32,7 @@ class RecordingClient(KubeClient):
             answer = self._answer_log(path.split("/")[-2])
         else:
             answer = await super()._send(method, path, query, body, content_type, accept)
+        self.answered.append(path)
         if self.cut_after is not None and len(self.calls) >= self.cut_after:
             await asyncio.get_running_loop().create_future()
         return answer
@@ -49,12 +52,14 @@ class OperatorThread:
         cut_after: int | None = None,
         logs: dict[str, str] | None = None,
         wrap: Callable[[KubeClient], None] = lambda client: None,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self.calls: list[str] = []
+        self._answered: list[str] = []
         self.logs = {} if logs is None else logs
         self._cut_after = cut_after
         self._wrap = wrap
-        self.operator = Operator(settings, make_client=self._make_client)
+        self.operator = Operator(settings, make_client=self._make_client, clock=clock)
         if cut_after is not None:
             self.operator.drain_seconds = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -69,7 +74,8 @@ class OperatorThread:
 
     @property
     def is_cut(self) -> bool:
-        return self._cut_after is not None and len(self.calls) >= self._cut_after
+        """Whether the API server has done all that it is to be asked: one that is cut off earlier may not do it."""
+        return self._cut_after is not None and len(self._answered) >= self._cut_after
 
     def stop(self) -> None:
         """Ends it at once, wherever it is."""
@@ -87,6 +93,7 @@ class OperatorThread:
     def _make_client(self, *args: Any) -> KubeClient:
         client = RecordingClient(*args)
         client.calls, client.cut_after, client.logs = self.calls, self._cut_after, self.logs
+        client.answered = self._answered
         self._wrap(client)
         return client
 

@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import lora_trainer.train
 from lora_trainer.worker import run_worker
 
 
 def out_of_gpu_memory(run_file: Path) -> int:
-    """A real worker whose training meets the error of a GPU that is full."""
+    """A real worker whose first step meets the error of a GPU that is full."""
     import torch
+    from transformers import Trainer
 
-    def train(*_: Any) -> None:
+    def training_step(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79.10 GiB")
 
-    lora_trainer.train.train = train  # type: ignore[assignment]
+    Trainer.training_step = training_step
     return run_worker(run_file)

@@ -36,6 +36,7 @@ SEEN_BY_KUBERNETES: dict[FailureClass, str] = {
     FailureClass.IMAGE_PULL_FAILED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.POD_NOT_STARTED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.NAME_CONFLICT: "controlplane/lifecycle/test_lifecycle.py",
+    FailureClass.RUNTIME_REFUSED: "controlplane/lifecycle/test_runtimes.py",
     FailureClass.STALLED: "controlplane/lifecycle/test_policy.py",
     FailureClass.DEADLINE_EXCEEDED: "controlplane/lifecycle/test_policy.py",
 }
@@ -194,6 +195,8 @@ def test_each_row_of_the_failure_table_is_provoked(rule: FailureRule, bench: Ben
     assert pod.words.failure_class == kind
     assert words in pod.words.message
     assert pod.words.remedy == rule.remedy
+    if kind == FailureClass.GPU_OUT_OF_MEMORY:
+        assert pod.words.micro_batch_size == 2, "what the operator would halve"
 
 
 def test_no_provocation_is_for_a_row_that_is_gone() -> None:

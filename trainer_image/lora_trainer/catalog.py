@@ -67,13 +67,13 @@ class Catalog:
         self._store.put(self.path(marker.step, COMPLETE_FILE), content.encode())
 
     def prune(self) -> None:
-        """Deletes all but the newest ``checkpoint.keep`` complete checkpoints, and incomplete ones older than those.
+        """Deletes all but the newest ``checkpoint.kept`` complete checkpoints, and incomplete ones older than those.
 
         One with a file of another size is not complete, so that a damaged one never pushes out a good one. Where only
         one is kept, it is read back first: what was damaged on the way must not become the only one.
         """
         sizes = self._store.sizes(self.prefix)
-        by_step, keep = group_by_step(sizes), self._run.checkpoint.keep
+        by_step, keep = group_by_step(sizes), self._run.checkpoint.kept
         kept = list(islice(self._complete(sizes), keep))
         steps = {marker.step for marker in kept}
         older = sorted(step for step in by_step if kept and step < kept[0].step and step not in steps)

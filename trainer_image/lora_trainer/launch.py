@@ -289,7 +289,9 @@ def conclude(gang: Gang, state: Path, topology: Topology, *, killed_by_memory: b
     cause = root_cause([*read_errors(state), *_unexplained(gang, state, topology)])
     if cause is None:
         return _failure(FailureClass.INTERNAL, "the training processes were not started")
-    words = _words(cause.failure_class, cause.message, rank=cause.rank, step=cause.step)
+    words = _words(cause.failure_class, cause.message, rank=cause.rank, step=cause.step).model_copy(
+        update={"micro_batch_size": cause.micro_batch_size}
+    )
     code = RULES[cause.failure_class].exit_code
     return STOPPED_CODE if code is None else code, words
 

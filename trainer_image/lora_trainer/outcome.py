@@ -14,13 +14,17 @@ BENIGN = (FailureClass.PEER_LOST, FailureClass.CHECKPOINTED)
 
 @dataclass(frozen=True)
 class WorkerError:
-    """Why one process ended. ``at`` is seconds since the epoch, ``step`` the last optimizer step that is known."""
+    """Why one process ended. ``at`` is seconds since the epoch, ``step`` the last optimizer step that is known.
+
+    ``micro_batch_size`` is unset until it is settled.
+    """
 
     rank: int
     failure_class: FailureClass
     message: str
     at: float
     step: int | None = None
+    micro_batch_size: int | None = None
 
 
 def write_error(directory: Path, error: WorkerError) -> None:

@@ -18,6 +18,8 @@ class Progress:
         self.trackers = Trackers()
         self.step = 0
         """Last optimizer step that was reported."""
+        self.micro_batch_size: int | None = None
+        """Sequences that this process takes at once, once that is settled."""
 
     def note(self, text: str) -> None:
         """Says something to people who read the log."""
@@ -40,6 +42,7 @@ class Progress:
 
     def report_memory(self, **fields: Any) -> None:
         """Reports what is planned or measured of memory. ``fields`` are those of ProgressLine."""
+        self.micro_batch_size = fields.get("micro_batch_size")
         self._write("memory", **fields)
 
     def _write(self, event: Literal["stage", "step", "eval", "memory"], **fields: Any) -> None:

@@ -50,7 +50,8 @@ class Ending:
     def record(self, failure_class: FailureClass, message: str) -> None:
         """Leaves the reason for the launcher."""
         step = self._progress.step or None
-        write_error(self._directory, WorkerError(self._rank, failure_class, message, time.time(), step))
+        micro_batch = self._progress.micro_batch_size
+        write_error(self._directory, WorkerError(self._rank, failure_class, message, time.time(), step, micro_batch))
 
 
 def run_worker(run_file: Path) -> int:

@@ -29,6 +29,41 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* A role for one purpose and its binding: (dict "purpose" NAME "namespace" NAME-OR-EMPTY "context" $). */}}
+{{- define "lora-operator.role" -}}
+{{- $name := printf "%s-%s" (include "lora-operator.fullname" .context) .purpose }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: {{ ternary "Role" "ClusterRole" (ne .namespace "") }}
+metadata:
+  name: {{ $name }}
+  {{- if .namespace }}
+  namespace: {{ .namespace }}
+  {{- end }}
+  labels:
+    {{- include "lora-operator.labels" .context | nindent 4 }}
+rules:
+  {{- include (printf "lora-operator.rules.%s" .purpose) .context | nindent 2 }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: {{ ternary "RoleBinding" "ClusterRoleBinding" (ne .namespace "") }}
+metadata:
+  name: {{ $name }}
+  {{- if .namespace }}
+  namespace: {{ .namespace }}
+  {{- end }}
+  labels:
+    {{- include "lora-operator.labels" .context | nindent 4 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: {{ ternary "Role" "ClusterRole" (ne .namespace "") }}
+  name: {{ $name }}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "lora-operator.serviceAccountName" .context }}
+    namespace: {{ .context.Release.Namespace }}
+{{- end -}}
+
 {{/*
 What the operator may do, by purpose. The same table is lora_operator.kube.RBAC; a test compares the two.
 */}}
@@ -72,6 +107,20 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 - apiGroups: [{{ . }}]
   resources: [podgroups]
   verbs: [create, delete, get, patch]
+{{- end }}
+{{- end -}}
+
+{{- define "lora-operator.rules.runtimes" -}}
+# What runs take from an administrator.
+- apiGroups: [lorafinetune.io]
+  resources: [clusterloraruntimes]
+  verbs: [get, list, watch]
+{{- if .Values.defaultRuntime.enabled }}
+# The one that comes with this chart.
+- apiGroups: [lorafinetune.io]
+  resources: [clusterloraruntimes]
+  resourceNames: [default]
+  verbs: [create, patch]
 {{- end }}
 {{- end -}}
 

@@ -19,11 +19,12 @@ def cp(control_plane: devcluster.ControlPlane) -> devcluster.ControlPlane:
         """The schema comes some time after the resource is served, and kubectl keeps on disk what it once found."""
         control_plane.kubectl("api-resources", "--cached=false")
         try:
-            return "LoRAFineTune" in control_plane.kubectl("explain", "lft")
+            texts = [control_plane.kubectl("explain", name) for name in ("lft", "clr")]
+            return "LoRAFineTune" in texts[0] and "ClusterLoRARuntime" in texts[1]
         except devcluster.DevclusterError:
             return False
 
-    wait_for("the schema of LoRAFineTune to be published", published, 30)
+    wait_for("the schemas to be published", published, 30)
     return control_plane
 
 

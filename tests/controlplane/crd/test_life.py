@@ -7,7 +7,7 @@ import pytest
 
 import devcluster
 from lora_api import LoRAFineTune
-from lora_api.crd import PRINTER_COLUMNS
+from lora_api.crd import RUN
 from tests.support.crd import MINIMAL, manifest
 
 pytestmark = pytest.mark.controlplane
@@ -24,6 +24,7 @@ CHANGES = {
     "a priority that was absent": {"runPolicy": {"priorityClassName": "high"}},
     "what is deleted": {"runPolicy": {"ttlDeletes": "run"}},
     "credentials that were absent": {"credentials": {"secretRef": {"name": "store"}}},
+    "a runtime that was absent": {"runtimeRef": {"name": "h100"}},
     "placement": {"podTemplate": {"nodeSelector": {"a": "b"}}},
     "another value": {"lora": {"r": 32}},
     "a field that was absent": {"publish": {"name": "other"}},
@@ -117,6 +118,7 @@ FULL_STATUS: dict[str, Any] = {
     "phase": "Running",
     "reason": "Training",
     "attempt": 2,
+    "runtime": {"name": "h100", "generation": 3, "spec": {"image": "trainer:1", "ofALaterVersion": {"x": [1]}}},
     "progress": {
         "step": 9,
         "totalSteps": 18,
@@ -145,8 +147,8 @@ def test_the_columns_are_what_people_see(cp: devcluster.ControlPlane, living: st
     assert header.split() == ["NAME", "PHASE", "PROGRESS", "LOSS", "ETA", "ADAPTER", "AGE"]
     assert row.split()[:-1] == ["living", "Running", "50%", "0.5123", "1m20s", "living-v1"]
     wide, row = cp.kubectl("get", "lft", living, "--output=wide").splitlines()
-    assert wide.split()[1:] == [str(column["name"]).upper() for column in PRINTER_COLUMNS]
-    assert row.split()[-6:] == ["9", "1234.5", "1", "2", MINIMAL["baseModel"]["uri"], "Training"]
+    assert wide.split()[1:] == [str(column["name"]).upper() for column in RUN.columns]
+    assert row.split()[-7:] == ["9", "1234.5", "1", "2", MINIMAL["baseModel"]["uri"], "h100", "Training"]
     assert "living" in cp.kubectl("get", "all")
 
 
@@ -158,6 +160,7 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "observedGeneration": 0,
         "conditions": [],
         "failures": [],
+        "failedPreflights": 0,
         "chargedRestarts": 0,
         "preemptions": 0,
         "suspendedAttempt": 0,

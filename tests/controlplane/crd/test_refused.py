@@ -284,7 +284,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.checkpoint.everySteps",
         "greater than or equal to 1",
     ),
-    "nowhere to publish": ({"publish": GONE}, "spec.publish", "Required value"),
+    "a runtime without a name": ({"runtimeRef": {}}, "spec.runtimeRef.name", "Required value"),
+    "a runtime that no object can be called": (
+        {"runtimeRef": {"name": "H100"}},
+        "spec.runtimeRef.name",
+        "should match",
+    ),
     "a store that is no bucket": (
         {"publish.store": "hf://org/repo"},
         "spec.publish.store",

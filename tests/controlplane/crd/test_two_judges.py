@@ -1,23 +1,36 @@
 """One definition, two judges: the API server and pydantic agree on every bound."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from lora_api import LoRAFineTuneSpec, plan_batch
-from tests.support.crd import MAXIMAL, MINIMAL, OTHERWISE, PATHS, SCHEMA, DryRun, Spec, has, paths, place
+from lora_api import ClusterLoRARuntimeSpec, LoRAFineTuneSpec, plan_batch
+from tests.support.crd import (
+    MAXIMAL,
+    MAXIMAL_RUNTIME,
+    MINIMAL,
+    OTHERWISE,
+    PATHS,
+    RUNTIME_PATHS,
+    SCHEMA,
+    DryRun,
+    Spec,
+    has,
+    paths,
+    place,
+)
 
 pytestmark = pytest.mark.controlplane
 
 
 RULE_MESSAGES = tuple(
     rule["message"]
-    for node in [SCHEMA, *dict(paths(SCHEMA, "")).values()]
+    for node in [SCHEMA, *dict(paths(SCHEMA, "")).values(), *RUNTIME_PATHS.values()]
     if not node.get("x-kubernetes-int-or-string")  # whose rule is its type, and pydantic knows it
     for rule in node.get("x-kubernetes-validations", [])
 )
@@ -31,9 +44,12 @@ def by_rule_alone(message: str) -> bool:
     return any(text in message for text in RULE_MESSAGES) or "Duplicate value" in message
 
 
-def judge(dry: DryRun, spec: Any) -> tuple[bool, bool, str]:
+Create = Callable[[Any], tuple[int, dict[str, Any]]]
+
+
+def judge(create: Create, model: type[BaseModel], spec: Any) -> tuple[bool, bool, str]:
     """Whether the schema takes ``spec``, whether pydantic does, and what the API server said."""
-    code, answer = dry.create_run(spec)
+    code, answer = create(spec)
     causes = (answer.get("details") or {}).get("causes", [])
     # While something is missing or too long, rules are not looked at, which the API server adds as an error.
     served = code == 201 or (
@@ -41,7 +57,7 @@ def judge(dry: DryRun, spec: Any) -> tuple[bool, bool, str]:
         and all(by_rule_alone(cause["message"]) or "were not checked" in cause["message"] for cause in causes)
     )
     try:
-        LoRAFineTuneSpec.model_validate(spec)
+        model.model_validate(spec)
     except ValidationError:
         return served, False, str(answer.get("message"))
     return served, True, str(answer.get("message"))
@@ -97,29 +113,52 @@ def value_at(spec: Any, path: str) -> Any:
     return spec[key] if key else spec
 
 
-def candidates() -> list[tuple[Spec, str, Any]]:
-    """(spec, path, value): every interesting value of every field, to be placed in an otherwise good spec."""
-    cases: list[tuple[Spec, str, Any]] = []
-    for path, node in PATHS.items():
-        spec = MAXIMAL if has(MAXIMAL, path) else OTHERWISE
+Candidate = tuple[Spec, str, Any]
+"""(spec, path, value): an interesting value of a field, to be placed in an otherwise good spec."""
+
+
+def candidates(nodes: Mapping[str, dict[str, Any]], good: Spec, otherwise: Spec) -> list[Candidate]:
+    cases: list[Candidate] = []
+    for path, node in nodes.items():
+        spec = good if has(good, path) else otherwise
         where = f"{path}{next(iter(value_at(spec, path[:-1])))}" if path.endswith(":") else path
         cases += [(spec, where, value) for value in values(node, value_at(spec, where))]
     return cases
 
 
-CANDIDATES = candidates()
+CANDIDATES = candidates(PATHS, MAXIMAL, OTHERWISE)
+# The others are those of a run, by one definition.
+OF_A_RUNTIME_ALONE = {
+    path: node
+    for path, node in RUNTIME_PATHS.items()
+    if not path.startswith(("podTemplate.", "podTemplate:", "checkpoint."))
+}
+RUNTIME_CANDIDATES = candidates(OF_A_RUNTIME_ALONE, MAXIMAL_RUNTIME, {})
+
+
+def compare(create: Create, model: type[BaseModel], cases: list[Candidate]) -> tuple[int, list[str]]:
+    """How many of ``cases`` both take, and those of which only one does."""
+    taken, different = 0, []
+    for spec, path, value in cases:
+        served, read, message = judge(create, model, place(spec, path, value))
+        taken += served and read
+        if served != read:
+            different.append(f"{path} = {str(value)[:60]!r}: API server {served}, pydantic {read}: {message[:200]}")
+    return taken, different
 
 
 def test_every_bound_is_the_same_for_the_api_server_and_for_pydantic(dry: DryRun) -> None:
     assert len(CANDIDATES) > 1000
-    taken, different = 0, []
-    for spec, path, value in CANDIDATES:
-        served, read, message = judge(dry, place(spec, path, value))
-        taken += served and read
-        if served != read:
-            different.append(f"{path} = {str(value)[:60]!r}: API server {served}, pydantic {read}: {message[:200]}")
+    taken, different = compare(dry.create_run, LoRAFineTuneSpec, CANDIDATES)
     assert different == []
     assert 200 < taken < len(CANDIDATES) - 200
+
+
+def test_every_bound_of_a_runtime_is_the_same_for_both(dry: DryRun) -> None:
+    assert len(RUNTIME_CANDIDATES) > 200
+    taken, different = compare(dry.create_runtime, ClusterLoRARuntimeSpec, RUNTIME_CANDIDATES)
+    assert different == []
+    assert 40 < taken < len(RUNTIME_CANDIDATES) - 40
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -131,7 +170,7 @@ def test_the_two_agree_on_several_changes_at_once(dry: DryRun, cases: list[tuple
             spec = place(spec, path, value)
         except (TypeError, KeyError, AttributeError, IndexError):
             continue  # an earlier change took away what this one would change
-    served, read, message = judge(dry, spec)
+    served, read, message = judge(dry.create_run, LoRAFineTuneSpec, spec)
     assert served == read, message
 
 

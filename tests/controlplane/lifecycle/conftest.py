@@ -64,6 +64,7 @@ def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
             "concurrency": 2,
             "preflight": "off",
             "failure_grace": 1.0,
+            "node_grace": 2.0,
             "start_timeout": 2.0,
             "restart_backoff": 0.1,
             "log_interval": 0.2,

@@ -17,6 +17,7 @@ import pytest
 
 import devcluster
 from devcluster.ports import PortLease
+from lora_operator.cache import Resource
 from lora_operator.kube import RBAC, KubeClient
 from lora_operator.settings import Settings
 from tests.support.api import Api
@@ -88,7 +89,7 @@ def jobs_created(cp: devcluster.ControlPlane, namespace: str) -> list[str]:
     for entry in cp.audit_entries("lora-operator"):
         reference = entry.get("objectRef", {})
         is_job = (reference.get("resource"), reference.get("namespace")) == ("jobs", namespace)
-        if is_job and entry["verb"] == "patch" and entry.get("responseStatus", {}).get("code") == 201:
+        if is_job and entry["verb"] == "create" and entry.get("responseStatus", {}).get("code") == 201:
             names.append(reference["name"])
     return sorted(names)
 
@@ -211,7 +212,7 @@ def test_nothing_is_asked_for_while_nothing_changes(run: Run, settings: Settings
     with OperatorThread(settings) as restarted:
         eventually("ready", lambda: restarted.operator.ready)
         eventually("confirmed", lambda: not restarted.operator._confirmations.pending, 10)
-        assert [call.split()[0] for call in restarted.calls] == ["GET"] * 3, "a restart writes nothing"
+        assert [call.split()[0] for call in restarted.calls] == ["GET"] * len(Resource), "a restart writes nothing"
 
 
 def _ours(entry: dict[str, Any]) -> bool:
@@ -223,18 +224,28 @@ def test_an_operator_with_just_its_role_can_do_all_it_has_to(
     cp: devcluster.ControlPlane, api: Api, run: Run, settings: Settings
 ) -> None:
     kubeconfig = cp.write_kubeconfig("narrow", "narrow")
-    rules = [{"apiGroups": [rule.group], "resources": list(rule.resources), "verbs": list(rule.verbs)} for rule in RBAC]
-    rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{run.namespace}"
-    api.create(f"{rbac}/roles", {"metadata": {"name": "operator"}, "rules": rules})
-    subject = {"kind": "User", "name": "narrow", "apiGroup": "rbac.authorization.k8s.io"}
-    role = {"kind": "Role", "name": "operator", "apiGroup": "rbac.authorization.k8s.io"}
-    api.create(f"{rbac}/rolebindings", {"metadata": {"name": "o"}, "roleRef": role, "subjects": [subject]})
-    values = {**settings.__dict__, "kubeconfig": str(kubeconfig)}
-    with OperatorThread(Settings(**values)):
-        run.create()
-        live(run)
-        check_end(run)
-        eventually("Events", lambda: any(event["reason"] == "Succeeded" for event in run.events()))
+    group, subject = "rbac.authorization.k8s.io", {"kind": "User", "name": "narrow"}
+    for cluster, kind, where in ((False, "Role", f"namespaces/{run.namespace}/"), (True, "ClusterRole", "")):
+        rules = [
+            {"apiGroups": [rule.group], "resources": [*rule.resources], "verbs": [*rule.verbs]}
+            | ({"resourceNames": [*rule.names]} if rule.names else {})
+            for rule in RBAC
+            if rule.cluster is cluster
+        ]
+        path, role = f"/apis/{group}/v1/{where}{kind.lower()}", {"kind": kind, "name": "operator", "apiGroup": group}
+        api.create(f"{path}s", {"metadata": {"name": "operator"}, "rules": rules})
+        binding = {"metadata": {"name": "operator"}, "roleRef": role, "subjects": [{**subject, "apiGroup": group}]}
+        api.create(f"{path}bindings", binding)
+    values = {**settings.__dict__, "kubeconfig": str(kubeconfig), "default_runtime": '{"image": "trainer:narrow"}'}
+    try:
+        with OperatorThread(Settings(**values)):
+            run.create()
+            live(run)
+            check_end(run)
+            eventually("Events", lambda: any(event["reason"] == "Succeeded" for event in run.events()))
+        assert run.status["runtime"]["spec"]["image"] == "trainer:narrow"
+    finally:
+        api.delete("/apis/lorafinetune.io/v1alpha1/clusterloraruntimes/default")
 
 
 @contextmanager
@@ -246,6 +257,7 @@ def process(settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
         f"--http-port={port}",
         "--http-host=127.0.0.1",
         "--failure-grace=1",
+        "--preflight=off",
         "--log-format=json",
     ]
     child = subprocess.Popen(
@@ -290,7 +302,7 @@ def test_the_process_is_killed_and_started_again_in_the_middle_of_a_run(run: Run
         assert 'lora_operator_runs{phase="Succeeded"} 1.0' in metrics
         wanted = f'lora_operator_failures_total{{failure_class="StoreUnavailable",namespace="{run.namespace}"}} 1.0'
         assert wanted in metrics
-        assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="apply"} 1.0' in metrics
+        assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="create"} 1.0' in metrics
         assert "lora_operator_queue_depth 0.0" in metrics
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=20) == 0

@@ -55,7 +55,7 @@ def test_the_children_belong_to_the_run_and_are_as_the_builders_made_them(run: R
     for child in (*run.jobs(), *run.services(), *run.configmaps()):
         assert child["metadata"]["name"] == "run-1"
         assert [owner["uid"] for owner in child["metadata"]["ownerReferences"]] == [uid]
-        assert child["metadata"]["managedFields"][0]["manager"] == "lora-operator"
+        assert "lora-operator" in {fields["manager"] for fields in child["metadata"]["managedFields"]}
     document = json.loads(run.configmaps()[0]["data"]["run.json"])
     assert (document["uid"], document["attempt"], document["training"]["maxSteps"]) == (uid, 1, 18)
     assert run.services()[0]["spec"]["clusterIP"] == "None"
@@ -138,7 +138,7 @@ def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operato
 def test_a_deleted_pod_restarts_the_gang(
     run: Run, fast_settings: Callable[..., Settings], namespace: str, api: Api
 ) -> None:
-    with OperatorThread(fast_settings(namespace, failure_grace=60.0)):
+    with OperatorThread(fast_settings(namespace, failure_grace=60.0, node_grace=60.0)):
         run.create()
         run.set_running(1)
         run.wait_phase("Running")
@@ -351,6 +351,22 @@ def test_a_silent_pod_is_suspected_when_its_peer_gives_up(run: Run, operator: Op
     failure = status["failures"][0]
     assert (failure["class"], failure["reason"]) == ("PeerLost", "PeerSilent")
     assert failure["pod"].startswith("run-1-1-")
+    assert status["chargedRestarts"] == 1
+
+
+def test_a_node_that_does_not_answer_costs_the_run_nothing(run: Run, operator: OperatorThread) -> None:
+    """What the node controller writes when it has not heard from a kubelet (MarkPodsNotReady)."""
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+    run.wait("the peer has failed", lambda status: status.get("reason") == "PodFailed")
+    [pod] = [pod for pod in run.pods(1) if pod["metadata"]["name"].startswith("run-1-1-")]
+    unready = {"type": "Ready", "status": "False"}
+    run.set_pod(pod, {"conditions": [{"type": "PodScheduled", "status": "True"}, unready]})
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    assert [failure["class"] for failure in status["failures"]] == ["NodeLost"]
+    assert status["chargedRestarts"] == 0
 
 
 __all__ = ["running"]

@@ -180,3 +180,18 @@ def test_the_run_goes_too_where_that_is_asked_for(run: Run, operator: OperatorTh
 
     eventually("no run", gone)
     eventually("no Jobs", lambda: run.jobs() == [])
+
+
+def test_a_gang_without_memory_is_restarted_with_less_at_once(run: Run, operator: OperatorThread) -> None:
+    started(run, onOutOfMemory="shrinkMicroBatch", maxRestarts=0)
+    for attempt, size in ((1, 4), (2, 2), (3, 1)):
+        [document] = [item for item in run.configmaps() if item["metadata"]["name"] == f"run-{attempt}"]
+        training = json.loads(document["data"]["run.json"])["training"]
+        assert (training["microBatchSize"], training["globalBatchSize"]) == (size, 8)
+        run.set_running(attempt)
+        run.set_failed(attempt, "GPUOutOfMemory", 71, "CUDA out of memory")
+        if size > 1:
+            run.wait(f"attempt {attempt + 1}", lambda status, attempt=attempt: status["attempt"] == attempt + 1)
+    status = run.wait_phase("Failed")
+    assert (status["reason"], status["microBatchSize"], status["chargedRestarts"]) == ("GPUOutOfMemory", 1, 0)
+    assert [failure["class"] for failure in status["failures"]] == ["GPUOutOfMemory"] * 3

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lora_api import LoRAFineTuneSpec
-from lora_api.crd import PRINTER_COLUMNS, build_crd
+from lora_api.crd import RUN, build_crd
 from lora_api.finetune import MUTABLE
 from tools.generate import render_files
 
@@ -99,7 +99,7 @@ def test_what_a_user_writes_is_bounded() -> None:
 
 def test_only_the_spec_is_required() -> None:
     assert SCHEMA["required"] == ["spec"]
-    assert SCHEMA["properties"]["spec"]["required"] == ["baseModel", "dataset", "publish", "training"]
+    assert SCHEMA["properties"]["spec"]["required"] == ["baseModel", "dataset", "training"]
 
 
 def test_the_operator_alone_writes_status_so_it_has_no_default() -> None:
@@ -143,7 +143,7 @@ def test_a_field_path_of_a_rule_leads_to_a_field() -> None:
 
 
 def test_a_column_shows_a_field() -> None:
-    for column in PRINTER_COLUMNS:
+    for column in RUN.columns:
         path = column["jsonPath"].lstrip(".")
         assert path == "metadata.creationTimestamp" or path in NODES, column["name"]
 
@@ -186,10 +186,9 @@ def test_an_absent_section_is_the_same_as_an_empty_one() -> None:
         "baseModel": {"uri": "hf://o/m"},
         "dataset": {"train": {"uri": "hf://o/d"}},
         "training": {"epochs": 1},
-        "publish": {"store": "s3://b/p"},
     }
     sections = [name for name in SCHEMA["properties"]["spec"]["properties"] if "default" in NODES[f"spec.{name}"]]
-    assert len(sections) == 7
+    assert len(sections) == 8
     assert LoRAFineTuneSpec.model_validate(base | {name: {} for name in sections}) == LoRAFineTuneSpec.model_validate(
         base
     )

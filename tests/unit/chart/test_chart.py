@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_api.crd import build_crd
+from lora_api import ClusterLoRARuntimeSpec
+from lora_api.crd import RESOURCES, build_crd
 from lora_operator.kube import GANG_RBAC, RBAC, Rule
 from lora_operator.settings import Settings
 
@@ -39,6 +40,11 @@ CASES: dict[str, list[str]] = {
         'trainer.image.pullPolicy="Never"',
     ],
     "trainer-image-digest": [f'trainer.image.digest="sha256:{"1" * 64}"'],
+    "default-runtime": [
+        'defaultRuntime.spec={"image": "registry.example.org/trainer:v4", "limits": {"maxGPUs": 16}, "gpu": '
+        '{"name": "H100 <80>", "memoryGiB": 79.6, "nodeSelector": {"gpu": "h100"}}}'
+    ],
+    "default-runtime-none": ["defaultRuntime.enabled=false"],
     "namespaces": ['namespaces=["team-a", "team-b"]'],
     "rbac-none": ["rbac.create=false", "rbac.aggregate=false"],
     "service-account": ['serviceAccount.name="tuner"', 'serviceAccount.annotations={"example.org/role": "x"}'],
@@ -48,6 +54,7 @@ CASES: dict[str, list[str]] = {
         "operator.apiQps=12.5",
         "operator.apiBurst=30",
         "operator.failureGraceSeconds=5",
+        "operator.nodeGraceSeconds=100",
         "operator.startTimeoutSeconds=1000000",
         "operator.restartBackoffSeconds=2.5",
         "operator.preflight=false",
@@ -74,10 +81,11 @@ CASES: dict[str, list[str]] = {
     "pod-metadata": ['podLabels={"team": "ml"}', 'podAnnotations={"example.org/scrape": "true"}'],
 }
 SEEN_ELSEWHERE = {"crds.enabled", "crds.keep"}
+GIVEN_AS_A_WHOLE = ("resources.requests", "resources.limits", "defaultRuntime.spec")
 
 
 def leaves(values: Any, path: str = "") -> Iterator[str]:
-    if isinstance(values, dict) and values and path not in ("resources.requests", "resources.limits"):
+    if isinstance(values, dict) and values and path not in GIVEN_AS_A_WHOLE:
         for name, value in values.items():
             yield from leaves(value, f"{path}.{name}".lstrip("."))
     else:
@@ -124,21 +132,21 @@ def test_every_value_has_a_case() -> None:
     assert sorted(changed) == sorted(leaves(VALUES))
 
 
-def test_the_crd_is_the_generated_one(render: Render) -> None:
+def test_the_crds_are_the_generated_ones(render: Render) -> None:
     crds = [item for item in objects(render(crds=True)) if item["kind"] == "CustomResourceDefinition"]
-    want = json.loads(json.dumps(build_crd()))
-    assert [(crd["metadata"]["name"], crd["spec"]) for crd in crds] == [(want["metadata"]["name"], want["spec"])]
-    assert crds[0]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    want = {resource.name: json.loads(json.dumps(build_crd(resource)))["spec"] for resource in RESOURCES}
+    assert {crd["metadata"]["name"]: crd["spec"] for crd in crds} == want
+    assert [crd["metadata"]["annotations"] for crd in crds] == [{"helm.sh/resource-policy": "keep"}] * len(RESOURCES)
 
 
-def test_the_crd_goes_with_the_release_if_it_is_not_to_be_kept(render: Render) -> None:
+def test_the_crds_go_with_the_release_if_they_are_not_to_be_kept(render: Render) -> None:
     crds = [
         item for item in objects(render("crds.keep=false", crds=True)) if item["kind"] == "CustomResourceDefinition"
     ]
-    assert "annotations" not in crds[0]["metadata"]
+    assert not any("annotations" in crd["metadata"] for crd in crds)
 
 
-def test_without_the_crd_nothing_else_changes(render: Render, default: str) -> None:
+def test_without_the_crds_nothing_else_changes(render: Render, default: str) -> None:
     others = [item for item in objects(render(crds=True)) if item["kind"] != "CustomResourceDefinition"]
     assert others == objects(default)
 
@@ -159,6 +167,7 @@ REFUSED = {
     "an unknown gang scheduler": ('operator.gangScheduler="slurm"', "gangScheduler"),
     "an unknown log level": ('operator.logLevel="loud"', "logLevel"),
     "a truth in quotes": ('crds.enabled="yes"', "enabled"),
+    "a runtime that is no object": ('defaultRuntime.spec="x"', "spec"),
     "a name that is too long": (f'fullnameOverride="{"a" * 41}"', "fullnameOverride"),
 }
 
@@ -216,24 +225,36 @@ def rights(rules: Iterable[Rule]) -> set[tuple[str, str, str]]:
     return {(rule.group, resource, verb) for rule in rules for resource in rule.resources for verb in rule.verbs}
 
 
-DECLARED = rights(RBAC)
+def declared(*scopes: bool) -> set[tuple[str, str, str]]:
+    """What the operator says it does: for objects of namespaces (False), of the cluster (True)."""
+    return rights(rule for rule in RBAC if rule.cluster in scopes)
 
 
 def test_the_operator_may_do_exactly_what_it_declares(default: str) -> None:
-    assert granted(default, "ClusterRole") == DECLARED
-    assert not any("*" in right for right in DECLARED)
+    assert granted(default, "ClusterRole") == declared(False, True)
+    assert not any("*" in right for right in declared(False, True))
+
+
+def test_of_runtimes_it_may_write_the_default_one_alone(default: str) -> None:
+    rules = [rule for role in roles(default, "ClusterRole") for rule in role["rules"] if "resourceNames" in rule]
+    named = [rule for rule in RBAC if rule.names]
+    assert [(rule["resources"], rule["resourceNames"], rule["verbs"]) for rule in rules] == [
+        ([*rule.resources], [*rule.names], [*rule.verbs]) for rule in named
+    ]
+    others = [rule for rule in RBAC if rule.cluster and not rule.names]
+    assert [rule.verbs for rule in others] == [("get", "list", "watch")]
 
 
 @pytest.mark.parametrize("scheduler", GANG_RBAC)
 def test_it_may_make_podgroups_only_of_the_gang_scheduler_that_is_set(render: Render, scheduler: str) -> None:
     manifests = render(f'operator.gangScheduler="{scheduler}"')
-    assert granted(manifests, "ClusterRole") == DECLARED | rights([GANG_RBAC[scheduler]])
+    assert granted(manifests, "ClusterRole") == declared(False, True) | rights([GANG_RBAC[scheduler]])
 
 
 def test_with_namespaces_it_may_do_the_same_in_each_and_nothing_elsewhere(render: Render) -> None:
     manifests = render('namespaces=["team-a", "team-b"]')
-    assert granted(manifests, "Role") == DECLARED
-    assert roles(manifests, "ClusterRole") == []
+    assert granted(manifests, "Role") == declared(False)
+    assert granted(manifests, "ClusterRole") == declared(True), "runtimes are objects of the cluster"
     spaces = [(role["metadata"]["namespace"], role["metadata"]["name"]) for role in roles(manifests, "Role")]
     names = ["lora-operator-runs", "lora-operator-gangs", "lora-operator-events"]
     assert sorted(spaces) == sorted((space, name) for space in ("team-a", "team-b") for name in names)
@@ -254,13 +275,15 @@ def settings_of(manifests: str) -> Settings:
 
 
 def test_the_default_values_are_the_operators_defaults(default: str) -> None:
-    want = Settings(trainer_image="lora-trainer:0.1.0", log_format="json")
-    assert settings_of(default) == want
+    found = settings_of(default)
+    want = Settings(trainer_image="lora-trainer:0.1.0", log_format="json", default_runtime=found.default_runtime)
+    assert found == want
+    assert json.loads(found.default_runtime) == VALUES["defaultRuntime"]["spec"]
 
 
 def test_every_setting_arrives(render: Render) -> None:
-    values = [value for case in ("operator", "trainer-image", "namespaces") for value in CASES[case]]
-    assert settings_of(render(*values)) == Settings(
+    cases = ("operator", "trainer-image", "namespaces", "default-runtime-none")
+    assert settings_of(render(*(value for case in cases for value in CASES[case]))) == Settings(
         trainer_image="registry.example.org:5000/trainer:v3",
         trainer_image_pull_policy="Never",
         namespaces=("team-a", "team-b"),
@@ -268,6 +291,7 @@ def test_every_setting_arrives(render: Render) -> None:
         api_qps=12.5,
         api_burst=30,
         failure_grace=5.0,
+        node_grace=100.0,
         start_timeout=1_000_000.0,
         restart_backoff=2.5,
         termination_grace=3_000_000,
@@ -281,6 +305,14 @@ def test_every_setting_arrives(render: Render) -> None:
         log_level="debug",
         log_format="text",
     )
+
+
+def test_the_default_runtime_arrives_as_it_was_written(render: Render) -> None:
+    found = ClusterLoRARuntimeSpec.model_validate_json(settings_of(render(*CASES["default-runtime"])).default_runtime)
+    assert found.gpu is not None
+    assert (found.gpu.name, found.gpu.memory_gib) == ("H100 <80>", 79.6)
+    assert (found.image, found.limits.max_gpus) == ("registry.example.org/trainer:v4", 16)
+    assert [one.key for one in found.pod_template.tolerations] == ["nvidia.com/gpu"], "what is not said stays"
 
 
 NOT_FOR_THE_CHART = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from lora_api import LoRAFineTune
+from lora_api import ClusterLoRARuntime, LoRAFineTune
 from lora_operator.observed import Observed, Reports
 from lora_operator.views import Ended, JobView, PodView
 
@@ -44,6 +44,10 @@ def a_run(*, status: dict[str, Any] | None = None, metadata: dict[str, Any] | No
     )
 
 
+def a_runtime(name: str = "default", generation: int = 1, **spec: Any) -> ClusterLoRARuntime:
+    return ClusterLoRARuntime.model_validate({"metadata": {"name": name, "generation": generation}, "spec": spec})
+
+
 def a_job(attempt: int = 1, **changes: Any) -> JobView:
     job = JobView(
         namespace="team",
@@ -55,6 +59,7 @@ def a_job(attempt: int = 1, **changes: Any) -> JobView:
         owner_uid="run-uid",
         created=ago(100),
         size=2,
+        started=None if changes.get("suspended") else changes.get("created", ago(100)),
     )
     return replace(job, **changes)
 
@@ -133,7 +138,12 @@ def condition(kind: str, status: str = "True", reason: str = "Because", at: date
     return {"type": kind, "status": status, "reason": reason, "lastTransitionTime": stamp(at or ago(50))}
 
 
-def seen(run: LoRAFineTune, *parts: JobView | PodView, reports: Reports | None = None) -> Observed:
+def seen(
+    run: LoRAFineTune,
+    *parts: JobView | PodView,
+    reports: Reports | None = None,
+    runtime: ClusterLoRARuntime | None = None,
+) -> Observed:
     """What an operator sees of ``run``."""
     jobs = [part for part in parts if isinstance(part, JobView)]
     return Observed(
@@ -143,4 +153,5 @@ def seen(run: LoRAFineTune, *parts: JobView | PodView, reports: Reports | None =
         pods=tuple(part for part in parts if isinstance(part, PodView)),
         job_uids=frozenset(job.uid for job in jobs),
         reports=reports or Reports(run_uid=run.metadata.uid),
+        runtime=runtime,
     )

@@ -35,12 +35,22 @@ def test_an_older_answer_does_not_replace_a_newer_one() -> None:
     cache = Cache()
     assert cache.put(Resource.RUNS, raw("tickets", 7, status={"phase": "Running"})) == KEY
     assert cache.put(Resource.RUNS, raw("tickets", 6, status={"phase": "Starting"})) is None
-    assert cache.put(Resource.RUNS, raw("tickets", 7)) is None, "what is known is no news"
+    assert cache.put(Resource.RUNS, raw("tickets", 7, status={"phase": "Running"})) is None, "what is known is no news"
     run = cache.run(KEY)
     assert run is not None
     assert run["status"] == {"phase": "Running"}
     assert "managedFields" not in run["metadata"]
     assert cache.runs_by_phase() == {"Running": 1}
+
+
+def test_the_same_version_in_another_form_is_news() -> None:
+    """As after a change of the CRD, which adds or takes away fields of objects that nobody wrote."""
+    cache = Cache()
+    cache.put(Resource.RUNS, raw("tickets", 7, spec={"later": "yes"}))
+    assert cache.put(Resource.RUNS, raw("tickets", 7, spec={})) == KEY
+    run = cache.run(KEY)
+    assert run is not None
+    assert run["spec"] == {}
 
 
 def test_versions_are_numbers() -> None:
@@ -147,3 +157,39 @@ def test_parse_job_reads_what_the_controller_writes() -> None:
     job = parse_job(raw("tickets-1", 1, spec={"maxFailedIndexes": 0}, status=status))
     assert (job.failed_indexes, job.completed_indexes) == ({0, 2}, {1})
     assert (job.finished, job.stopping, job.failure) == (True, True, "DeadlineExceeded: too long")
+
+
+def a_raw_runtime(name: str, version: int, uid: str = "") -> dict[str, Any]:
+    metadata = {"name": name, "uid": uid or name, "resourceVersion": str(version), "generation": 1, "labels": {}}
+    return {"metadata": metadata, "spec": {"image": f"trainer:{version}"}}
+
+
+def image(cache: Cache, name: str) -> str | None:
+    runtime = cache.runtime(name)
+    return runtime["spec"]["image"] if runtime is not None else None
+
+
+def test_runtimes_are_known_by_name() -> None:
+    cache = Cache()
+    assert cache.put(Resource.RUNTIMES, a_raw_runtime("h100", 9)) is None, "it concerns no one run"
+    cache.put(Resource.RUNTIMES, a_raw_runtime("h100", 8))
+    assert (image(cache, "h100"), image(cache, "default")) == ("trainer:9", None)
+    assert cache.object_keys(Resource.RUNTIMES, None) == {(Resource.RUNTIMES, "", "h100")}
+    cache.put(Resource.RUNTIMES, a_raw_runtime("h100", 12, uid="another"))
+    cache.remove(Resource.RUNTIMES, a_raw_runtime("h100", 11))
+    assert image(cache, "h100") == "trainer:12", "only the earlier one of its name is gone"
+    cache.discard((Resource.RUNTIMES, "", "h100"))
+    assert image(cache, "h100") is None
+
+
+def test_a_runtime_concerns_the_runs_that_are_to_take_it() -> None:
+    cache = Cache()
+    for name, spec, status in (
+        ("waits", {"runtimeRef": {"name": "h100"}}, {"phase": "Pending"}),
+        ("names-none", {}, {}),
+        ("took-it", {"runtimeRef": {"name": "h100"}}, {"runtime": {"name": "h100"}}),
+        ("runs", {"runtimeRef": {"name": "h100"}}, {"attempt": 1}),
+    ):
+        cache.put(Resource.RUNS, raw(name, 1, spec=spec, status=status))
+    assert cache.runs_waiting_for("h100") == [("team", "waits")]
+    assert cache.runs_waiting_for("default") == [("team", "names-none")]

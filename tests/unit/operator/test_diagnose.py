@@ -115,6 +115,12 @@ ROOTS = [
         1,
     ),
     Root(
+        "an eviction explains a checkpoint that was not complete in time",
+        [ended(0, 73, said("PeerLost", at=ago(2))), ended(1, 70, said("PodLost", at=ago(1)), **DISRUPTED)],
+        FailureClass.EVICTED,
+        1,
+    ),
+    Root(
         "the pod that was deleted is why all saved a checkpoint",
         [
             ended(0, 75, said("Checkpointed", at=ago(2))),
@@ -126,6 +132,18 @@ ROOTS = [
     Root(
         "when all lost a peer, the silent one is the suspect",
         [ended(0, 73, said("PeerLost")), running(1), ended(2, 73, said("PeerLost"))],
+        FailureClass.PEER_LOST,
+        1,
+    ),
+    Root(
+        "a node that does not answer explains it",
+        [ended(0, 73, said("PeerLost")), running(1), running(2, unready=True)],
+        FailureClass.NODE_LOST,
+        2,
+    ),
+    Root(
+        "a pod that is about to end is not ready either",
+        [ended(0, 73, said("PeerLost")), running(1, unready=True, deleting_at=ago(-60))],
         FailureClass.PEER_LOST,
         1,
     ),

@@ -5,17 +5,21 @@ from typing import Any
 
 import pytest
 
-from lora_api import RULES, ConditionType, FailureClass, Phase
+from lora_api import RULES, ConditionType, FailureClass, Phase, build_run_spec
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
 from lora_operator.queueing import QueueReport
+from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
+from lora_operator.status import compute_status
+from lora_operator.views import PodView
 from tests.unit.operator.builders import (
     ADAPTER,
     NOW,
     a_job,
     a_pod,
     a_run,
+    a_runtime,
     ago,
     condition,
     ended,
@@ -62,7 +66,72 @@ SWITCHED_OFF = replace(TAKEN, evicted="Deactivated", evicted_message="The worklo
 FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
 NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
 
+RUNTIME = a_runtime("h100", generation=3, image="trainer:7", limits={"maxNodes": 2})
+REFERENCE = {"runtimeRef": {"name": "h100"}}
+
 CASES = [
+    # Runtime
+    Case(
+        "a run takes its runtime before anything is created",
+        seen(a_run(**REFERENCE), runtime=RUNTIME),
+        {
+            "runtime": build_snapshot(RUNTIME), "launch": None, "attempt": 0, "phase": Phase.PENDING,
+            "reason": "RuntimeTaken", "requeue_after": 0.0,
+        },
+    ),
+    Case(
+        "a run that has taken its runtime is launched",
+        seen(a_run(status={"runtime": build_snapshot(RUNTIME).to_wire()}, **REFERENCE)),
+        {"launch": 1, "runtime": None},
+    ),
+    Case(
+        "the default runtime is taken without being named",
+        seen(a_run(), runtime=a_runtime()),
+        {"runtime": build_snapshot(a_runtime()), "launch": None},
+    ),
+    Case(
+        "a runtime that is not there is waited for",
+        seen(a_run(**REFERENCE)),
+        {"launch": None, "phase": Phase.PENDING, "reason": "RuntimeNotFound", "requeue_after": None, "failure": None},
+    ),
+    Case(
+        "a suspended run takes no runtime yet, not even one that would refuse it",
+        seen(a_run(runPolicy=SUSPENDED, parallelism={"nodes": 3, "gpusPerNode": 0}, **REFERENCE), runtime=RUNTIME),
+        {"runtime": None, "launch": None, "phase": Phase.SUSPENDED},
+    ),
+    Case(
+        "a run that asks for too much ends, and says whose runtime it was",
+        seen(a_run(parallelism={"nodes": 3, "gpusPerNode": 0}, **REFERENCE), runtime=RUNTIME),
+        {"attempt": 0, "phase": Phase.FAILED, "ended": True, "runtime": build_snapshot(RUNTIME)},
+        FailureClass.RUNTIME_REFUSED,
+    ),
+    Case(
+        "a run without a store ends",
+        seen(a_run(publish={})),
+        {"attempt": 0, "phase": Phase.FAILED, "ended": True, "runtime": None},
+        FailureClass.BAD_SPEC,
+    ),
+    Case(
+        "a run that began without a runtime takes none later",
+        seen(a_run(status=STARTED), JOB, running(0), running(1), runtime=RUNTIME),
+        {"runtime": None, "phase": Phase.RUNNING},
+    ),
+    Case(
+        "a run whose snapshot was taken away ends once it would need it",
+        seen(a_run(status=FAILED_ONCE, publish={}), runtime=RUNTIME),
+        {"attempt": 1, "launch": None, "phase": Phase.FAILED, "runtime": None},
+        FailureClass.BAD_SPEC,
+    ),
+    Case(
+        "but not before",
+        seen(a_run(status=STARTED, publish={}), JOB, running(0), running(1)),
+        {"phase": Phase.RUNNING},
+    ),
+    Case(
+        "nor does one whose Job the status does not know yet",
+        seen(a_run(), JOB, runtime=a_runtime()),
+        {"runtime": None, "launch": None, "attempt": 1},
+    ),
     # Launch
     Case(
         "a new run is launched",
@@ -702,6 +771,70 @@ def test_decide(case: Case) -> None:
     assert (plan.failure.failure_class if plan.failure else None) == case.failure
     found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
     assert found == case.marks
+
+
+LOST = ended(0, 73, said("PeerLost"))
+SILENT: dict[str, tuple[tuple[PodView, ...], float, FailureClass | None, float | None]] = {
+    "a silent peer has time to turn out lost": ((LOST, running(1)), 60.0, None, 30.0),
+    "but not for ever": ((LOST, running(1)), 91.0, FailureClass.PEER_LOST, None),
+    "its node is gone: the usual moment": ((LOST, running(1, unready=True)), 5.0, None, 15.0),
+    "and then it is the node's fault": ((LOST, running(1, unready=True)), 21.0, FailureClass.NODE_LOST, None),
+    "a node that is gone says nothing of a gang that trains": ((running(0), running(1, unready=True)), 0.0, None, None),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_who_is_silent_is_given_time(name: str) -> None:
+    pods, elapsed, want, left = SILENT[name]
+    reports = Reports(run_uid="run-uid", failing_since=ago(elapsed) if elapsed else None)
+    plan = decide(seen(a_run(status=STARTED), JOB, *pods, reports=reports), NOW, SETTINGS)
+    assert (plan.failure.failure_class if plan.failure else None) == want
+    assert plan.requeue_after == left
+    if want is not None:
+        assert plan.charged == (want == FailureClass.PEER_LOST)
+
+
+SHRINK = {"onOutOfMemory": "shrinkMicroBatch"}
+SHRINKS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any], int | None]] = {
+    "half of what the specification says": ({}, {}, "GPUOutOfMemory", {}, 2),
+    "half of what it was last": ({}, {"microBatchSize": 2}, "GPUOutOfMemory", {}, 1),
+    "half of what the trainer says": ({"microBatchSize": "auto"}, {}, "GPUOutOfMemory", {"microBatchSize": 4}, 2),
+    "half of what was planned": (
+        {"microBatchSize": "auto"}, {"plan": {"microBatchSize": 4, "processes": 2, "shardSize": 2}},
+        "HostOutOfMemory", {}, 2,
+    ),
+    "a size that divides": ({"globalBatchSize": 36, "microBatchSize": 9}, {}, "GPUOutOfMemory", {}, 3),
+    "one sequence is the least": ({"microBatchSize": 1}, {}, "GPUOutOfMemory", {}, None),
+    "nobody knows what it was": ({"microBatchSize": "auto"}, {}, "HostOutOfMemory", {}, None),
+    "another failure": ({}, {}, "Diverged", {}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHRINKS)
+def test_the_micro_batch_shrinks(name: str) -> None:
+    training, status, failure_class, words, want = SHRINKS[name]
+    run = a_run(
+        status={"attempt": 1, **status},
+        runPolicy=SHRINK,
+        training={"maxSteps": 18, "globalBatchSize": 8, "microBatchSize": 4, **training},
+    )
+    pods = [ended(index, 71, said(failure_class, **words)) for index in (0, 1)]
+    plan = decide(seen(run, JOB, *pods), NOW, SETTINGS)
+    assert (plan.micro_batch_size, plan.ended, plan.charged) == (want, want is None, False)
+    new = compute_status(run, plan, Reports(), NOW)
+    if want is None:
+        assert plan.phase == Phase.FAILED
+        return
+    assert f"micro-batches of {want} instead of" in plan.message
+    again = run.model_copy(update={"status": new})
+    assert build_run_spec(again, 2).training.micro_batch_size == want
+    assert build_run_spec(again, 2).batch.global_batch_size == run.spec.training.global_batch_size
+
+
+def test_without_being_asked_nothing_shrinks() -> None:
+    pods = [ended(index, 71, said("GPUOutOfMemory")) for index in (0, 1)]
+    plan = decide(seen(a_run(status=STARTED), JOB, *pods), NOW, SETTINGS)
+    assert (plan.phase, plan.micro_batch_size) == (Phase.FAILED, None)
 
 
 @pytest.mark.parametrize("failure_class", list(FailureClass))

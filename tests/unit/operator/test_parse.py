@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lora_operator.parse import InvalidRunError, parse_run
+from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from tests.unit.operator.builders import a_run
 
 
@@ -44,3 +44,29 @@ def test_a_status_that_cannot_be_read_is_started_anew() -> None:
         parse_run({**raw(), "status": {"attempt": "many"}})
     assert "status.attempt" in str(raised.value)
     assert raised.value.status.attempt == 0
+
+
+def test_what_a_run_leaves_to_its_runtime_is_filled_in() -> None:
+    run = parse_run({**raw(publish={}), "status": {"runtime": {"name": "h100", "spec": {"store": "s3://of/runtime"}}}})
+    assert run.spec.publish.store == "s3://of/runtime"
+
+
+def test_a_snapshot_that_cannot_be_read_is_named_and_kept() -> None:
+    """By an operator of an older version, say. What the status knows besides must not be lost."""
+    runtime = {"name": "h100", "generation": 2, "spec": {"ofALaterVersion": 1}}
+    with pytest.raises(InvalidRunError) as raised:
+        parse_run({**raw(), "status": {"attempt": 3, "runtime": runtime}})
+    assert str(raised.value) == "status.runtime.spec.ofALaterVersion: Extra inputs are not permitted"
+    assert raised.value.status.attempt == 3
+    assert raised.value.status.to_wire()["runtime"] == runtime
+
+
+def test_a_runtime_is_read_with_what_the_api_server_adds() -> None:
+    metadata = {"name": "h100", "uid": "u", "generation": 4, "resourceVersion": "9"}
+    runtime = parse_runtime({"metadata": metadata, "spec": {"image": "trainer:1"}, "status": {}}, raw())
+    assert (runtime.metadata.name, runtime.metadata.generation, runtime.spec.image) == ("h100", 4, "trainer:1")
+
+
+def test_a_runtime_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(InvalidRunError, match=r"ClusterLoRARuntime h100: spec\.limits\.maxPods: Extra inputs"):
+        parse_runtime({"metadata": {"name": "h100"}, "spec": {"limits": {"maxPods": 1}}}, raw())

@@ -9,6 +9,7 @@ from lora_api import ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_operator.events import compute_events
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
+from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
 from lora_operator.status import compute_status
 from lora_operator.views import JobView, PodView
@@ -18,6 +19,7 @@ from tests.unit.operator.builders import (
     a_pod,
     a_preflight,
     a_run,
+    a_runtime,
     ago,
     condition,
     ended,
@@ -35,6 +37,7 @@ SETTINGS = Settings(failure_grace=20.0, start_timeout=600.0, max_uncharged_resta
 JOB = a_preflight()
 PASSED = ConditionType.PREFLIGHT_PASSED
 CHECKING = (False, "Preflight")
+RUNTIME = a_runtime(limits={"maxNodes": 2})
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,30 @@ CASES = [
         "a new run is looked at before anything else",
         seen(a_run()),
         {"launch_preflight": 1, "launch": None, "phase": Phase.PREFLIGHT, "attempt": 0}, mark=CHECKING,
+    ),
+    Case(
+        "its runtime is taken first",
+        seen(a_run(), runtime=RUNTIME),
+        {"runtime": build_snapshot(RUNTIME), "launch_preflight": None, "phase": Phase.PENDING},
+    ),
+    Case(
+        "a limit of the runtime is seen before any pod",
+        seen(a_run(parallelism={"nodes": 4, "gpusPerNode": 0}), runtime=RUNTIME),
+        {"launch_preflight": None, "phase": Phase.FAILED, "ended": True}, FailureClass.RUNTIME_REFUSED,
+        (False, "RuntimeRefused"),
+    ),
+    Case(
+        "one that is under way without a runtime takes none",
+        seen(a_run(), JOB, runtime=RUNTIME), {"runtime": None}, mark=CHECKING,
+    ),
+    Case(
+        "nor does one that follows another",
+        seen(failed_before("PodLost"), runtime=RUNTIME), {"runtime": None, "launch_preflight": 2}, mark=CHECKING,
+    ),
+    Case(
+        "nor does a run that has passed",
+        seen(a_run(status={"conditions": [condition("PreflightPassed")]}), runtime=RUNTIME),
+        {"runtime": None, "launch": 1},
     ),
     Case("a run that is created suspended waits", seen(a_run(runPolicy={"suspend": True})), {
         "launch_preflight": None, "launch": None, "phase": Phase.SUSPENDED,

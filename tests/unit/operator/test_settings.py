@@ -39,6 +39,11 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (["--concurrency", "-1"], "int that is 0 or more"),
         (["--log-level", "loud"], "invalid choice"),
         (["--unknown"], "unrecognized arguments"),
+        (
+            ["--default-runtime", '{"limits": {"maxNode": 1}}'],
+            "--default-runtime: limits.maxNode: Extra inputs are not",
+        ),
+        (["--default-runtime", "{"], "--default-runtime: Invalid JSON"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,17 +10,47 @@ from kubernetes.aio.client import Configuration
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.settings import Settings
 from lora_operator.watch import Confirmations, apply_event, build_connection, build_kopf_settings, build_registry
-from tests.unit.operator.test_cache import KEY, raw
+from tests.unit.operator.test_cache import KEY, a_raw_runtime, raw
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
 
 def test_events_fill_the_cache() -> None:
     cache = Cache()
-    assert apply_event(cache, Resource.RUNS, None, raw("tickets", 1)) == KEY
-    assert apply_event(cache, Resource.RUNS, "MODIFIED", raw("tickets", 1)) is None
-    assert apply_event(cache, Resource.RUNS, "DELETED", raw("tickets", 2)) == KEY
+    assert apply_event(cache, Resource.RUNS, None, raw("tickets", 1)) == [KEY]
+    assert apply_event(cache, Resource.RUNS, "MODIFIED", raw("tickets", 1)) == []
+    assert apply_event(cache, Resource.RUNS, "DELETED", raw("tickets", 2)) == [KEY]
     assert cache.run_keys() == []
+
+
+@pytest.mark.parametrize("event_type", [None, "ADDED", "MODIFIED", "DELETED"])
+def test_a_runtime_wakes_the_runs_that_wait_for_it(event_type: str | None) -> None:
+    cache = Cache()
+    for name, runtime in (("tickets", "h100"), ("other", "a100")):
+        cache.put(Resource.RUNS, raw(name, 1, spec={"runtimeRef": {"name": runtime}}))
+    assert apply_event(cache, Resource.RUNTIMES, event_type, a_raw_runtime("h100", 1)) == [KEY]
+
+
+def test_runtimes_are_confirmed_for_the_cluster_also_where_runs_are_by_namespace() -> None:
+    cache = Cache()
+    cache.put(Resource.RUNTIMES, a_raw_runtime("gone", 1))
+    looked_up = list[ObjectKey]()
+
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def check(key: ObjectKey) -> None:
+            looked_up.append(key)
+            done.set()
+
+        confirmations = Confirmations(cache, 0.01, check, by_namespace=True)
+        confirmations.begin(Resource.RUNTIMES, None)
+        confirmations.see(Resource.RUNTIMES, None, a_raw_runtime("shown", 1)["metadata"])
+        await done.wait()
+        await confirmations.stop()
+
+    asyncio.run(main())
+    assert looked_up == [(Resource.RUNTIMES, "", "gone")]
 
 
 @pytest.mark.parametrize(("by_namespace", "elsewhere"), [(False, True), (True, False)])
@@ -57,6 +87,24 @@ def test_what_a_new_list_does_not_show_is_looked_up(*, by_namespace: bool, elsew
     assert set(looked_up) == (lost | {(Resource.RUNS, "elsewhere", "other")} if elsewhere else lost)
 
 
+def test_a_list_that_still_comes_in_is_waited_for() -> None:
+    async def main() -> None:
+        async def check(key: ObjectKey) -> None:
+            raise AssertionError(key)
+
+        cache = Cache()
+        for name in ("shown", "not yet"):
+            cache.put(Resource.RUNS, raw(name, 1))
+        confirmations = Confirmations(cache, 60.0, check, by_namespace=False)
+        confirmations.see(Resource.RUNS, None, raw("shown", 1)["metadata"])
+        confirmations._finish((Resource.RUNS, None))  # a minute after the list began, and now it was shown
+        await asyncio.sleep(0)
+        assert confirmations.pending
+        await confirmations.stop()
+
+    asyncio.run(main())
+
+
 def test_nothing_is_looked_up_after_the_stop() -> None:
     async def main() -> None:
         async def check(key: ObjectKey) -> None:
@@ -83,7 +131,7 @@ def test_kopf_only_watches() -> None:
         return Configuration()
 
     registry = build_registry(lambda *_: None, login)
-    assert len(registry._watching.get_all_handlers()) == 3
+    assert len(registry._watching.get_all_handlers()) == len(Resource)
     assert not registry._changing.get_all_handlers()
     assert not registry._spawning.get_all_handlers()
     assert not registry._indexing.get_all_handlers()

@@ -1,0 +1,126 @@
+"""``python -m bench.operator``: runs every part, and writes operator.json and operator.md."""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import uvloop
+
+from bench.operator.bench import FULL, TINY, Bench, Size, make_bench
+from bench.operator.nodes import Nodes, play_nodes
+from bench.operator.parts import (
+    Numbers,
+    make_templates,
+    measure_burst,
+    measure_idle,
+    measure_launches,
+    measure_lives,
+    measure_restart,
+    measure_trouble,
+    populate,
+)
+from bench.operator.process import ROOT
+from bench.operator.profile import read_samples, summarize
+from bench.operator.report import to_markdown
+from devcluster import ControlPlane, control_plane
+
+RESULTS = ROOT / "docs" / "benchmarks"
+PACKAGES = ("kopf", "kubernetes", "aiohttp", "uvloop", "pydantic")
+
+
+async def measure(plane: ControlPlane, size: Size, say: Callable[[str], None]) -> Numbers:
+    """Every part, in turn. Returns what is written to operator.json."""
+    began = time.monotonic()
+    result: Numbers = {
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES},
+        "namespaces": size.namespaces,
+    }
+
+    def note(part: str, numbers: object) -> None:
+        say(f"{time.monotonic() - began:6.0f} s  {part}: {json.dumps(numbers)}")
+
+    async with make_bench(plane, size) as bench, play_nodes(bench.client) as nodes:
+        done, held, empty = await make_templates(bench, nodes)
+        result["emptyMiB"] = round(empty, 1)
+        result["residents"] = await populate(bench, done, held)
+        note("residents", result["residents"])
+        result |= await _measure_rounds(bench, nodes, empty, note)
+        result["trouble"] = await measure_trouble(bench, nodes)
+        note("trouble", result["trouble"])
+    result["seconds"] = round(time.monotonic() - began)
+    return result
+
+
+async def _measure_rounds(bench: Bench, nodes: Nodes, empty: float, note: Callable[[str, object], None]) -> Numbers:
+    """Restart, idle, launches, burst and lives, round by round, each round with an operator of its own.
+
+    The last one runs under the profiler.
+    """
+    parts: Numbers = {name: [] for name in ("restart", "idle", "launches", "burst", "lives")}
+    samples = bench.plane.directory / "samples"
+
+    def keep(part: str, numbers: Numbers) -> None:
+        parts[part].append(numbers)
+        note(part, numbers)
+
+    for number in range(bench.size.rounds):
+        last = number == bench.size.rounds - 1
+        nodes.forget()
+        mark = bench.audit.mark()
+        with bench.operator(samples=samples if last else None) as operator:
+            keep("restart", await measure_restart(bench, operator, mark, empty))
+            await operator.end_part()
+            keep("idle", await measure_idle(bench, operator))
+            nodes.take()
+            keep("launches", await measure_launches(bench, operator))
+            await operator.rest()
+            nodes.forget()
+            await operator.end_part()
+            keep("burst", await measure_burst(bench, operator))
+            await operator.rest()
+            nodes.forget()
+            await operator.end_part()
+            keep("lives", await measure_lives(bench, operator, nodes))
+            await operator.end_part()
+    names = ("start", "launches", "burst", "lives")
+    parts["profile"] = {name: summarize(read_samples(samples / f"{part}.json")) for part, name in enumerate(names)}
+    return parts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="bench.operator", description="Measure scale and cost of the operator.")
+    parser.add_argument("--tiny", action="store_true", help="a few runs, to see that everything works, in a minute")
+    parser.add_argument("--residents", type=int, help="runs that are there already (a tenth of them waiting)")
+    parser.add_argument("--rounds", type=int, help="rounds, of which medians are told")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write operator.md and operator.json to")
+    parser.add_argument("--keep", type=Path, help="directory for data and logs of the control plane (default: removed)")
+    options = parser.parse_args(arguments)
+    size = TINY if options.tiny else FULL
+    if options.residents is not None:
+        size = replace(size, waiting=options.residents // 10, finished=options.residents - options.residents // 10)
+    size = replace(size, rounds=options.rounds or size.rounds)
+    with tempfile.TemporaryDirectory() as directory:
+        where = options.keep or Path(directory) / "plane"
+        with control_plane(where, audit_log=True) as plane, asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+            result = loop.run(measure(plane, size, lambda line: print(line, flush=True)))
+    text = to_markdown(result)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "operator.md").write_text(text, encoding="utf-8")
+    (options.out / "operator.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What is measured, part by part. Each returns numbers for operator.json."""
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench.operator.audit import Call, by_operator, by_run, count_calls, launch_calls, life_calls
+from bench.operator.bench import Bench, is_created, is_launched, median, quantile
+from bench.operator.client import RUNS, BenchError, EtcdClient
+from bench.operator.nodes import Nodes
+from bench.operator.process import OperatorProcess, usage
+from bench.operator.proxy import Trouble, run_proxy, write_kubeconfig
+from bench.operator.residents import Template, fetch_template, make_residents
+
+Numbers = dict[str, Any]
+
+
+async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template, float]:
+    """A finished and a waiting run, brought there by the operator, and its resident memory with just these, in MiB."""
+    namespace = bench.namespaces[0]
+    with bench.operator() as operator:
+        await operator.settle(0)
+        mark = bench.audit.mark()
+        nodes.start()
+        done = await bench.create(1)
+        await bench.wait_calls(mark, "a run that succeeds", done, lambda call: ".succeeded" in call.name)
+        nodes.hold()
+        nodes.take()
+        mark = bench.audit.mark()
+        held = await bench.create(1)
+        await bench.wait_calls(mark, "a run that waits", held, lambda call: ".unschedulable" in call.name)
+        await operator.rest()
+        rss = operator.usage().rss
+    finished, waiting = [await fetch_template(bench.client, namespace, name) for name in (*done, *held)]
+    return finished, waiting, rss
+
+
+async def populate(bench: Bench, finished: Template, waiting: Template) -> Numbers:
+    """Makes the resident runs."""
+    begin, size = time.monotonic(), bench.size
+    counts = {"finished": (finished, size.finished), "waiting": (waiting, size.waiting)}
+    async with EtcdClient(bench.plane) as etcd:
+        await make_residents(etcd, bench.namespaces, counts)
+    await bench.wait_for_api_server()
+    return {"finished": size.finished, "waiting": size.waiting, "madeInSeconds": round(time.monotonic() - begin)}
+
+
+async def measure_restart(bench: Bench, operator: OperatorProcess, mark: int, empty_mib: float) -> Numbers:
+    """An operator that starts with all residents there: how long, how much memory, which calls."""
+    seconds = await operator.settle(bench.size.residents)
+    looked = operator.usage()
+    await operator.rest()
+    rested = operator.usage()
+    calls = by_operator(bench.audit.since(mark))
+    return {
+        "secondsUntilAllSeen": round(seconds, 1),
+        "cpuSecondsUntilAllSeen": round(looked.cpu, 1),
+        "cpuSecondsUntilAtRest": round(rested.cpu, 1),
+        "rssMiB": round(rested.rss, 1),
+        "peakMiB": round(rested.peak, 1),
+        "kibPerRun": round((rested.rss - empty_mib) * 1024 / bench.size.residents, 2),
+        "calls": count_calls(calls),
+        "writes": sum(call.writes for call in calls),
+    }
+
+
+async def measure_idle(bench: Bench, operator: OperatorProcess) -> Numbers:
+    """Nothing happens: which calls does the operator make?"""
+    mark, before = bench.audit.mark(), operator.usage().cpu
+    await asyncio.sleep(bench.size.idle_seconds)
+    calls = by_operator(bench.audit.since(mark))
+    cpu = operator.usage().cpu - before
+    seconds = bench.size.idle_seconds
+    return {"seconds": seconds, "calls": len(calls), "cpuShare": round(cpu / seconds, 4)}
+
+
+def latencies(calls: Sequence[Call], names: Sequence[str]) -> list[float]:
+    """Milliseconds from the moment when the API server received a run until it had stored its Job."""
+    received = {call.name: call.received for call in calls if is_created(call)}
+    stored = {call.run: call.answered for call in calls if call.resource == "jobs" and call.code == 201}
+    return [1000 * (stored[name] - received[name]) for name in names]
+
+
+async def measure_launches(bench: Bench, operator: OperatorProcess) -> Numbers:
+    """Runs that come one by one, ``rate`` a second."""
+    mark, before = bench.audit.mark(), operator.usage().cpu
+    names = await bench.create(bench.size.launches, bench.size.rate)
+    await bench.wait_calls(mark, "launched one by one", names, is_launched)
+    times = latencies(bench.audit.since(mark), names)
+    return {
+        "runs": len(names),
+        "perSecond": bench.size.rate,
+        "load": round(os.getloadavg()[0], 1),
+        "p50Ms": round(quantile(times, 0.5), 1),
+        "p90Ms": round(quantile(times, 0.9), 1),
+        "p99Ms": round(quantile(times, 0.99), 1),
+        "maxMs": round(max(times), 1),
+        "operatorCpuMsPerRun": round(1000 * (operator.usage().cpu - before) / len(names), 2),
+    }
+
+
+async def measure_burst(bench: Bench, operator: OperatorProcess) -> Numbers:
+    """Runs that come all at once: how fast are they launched?"""
+    server = bench.plane.pids()["kube-apiserver"]
+    mark, before, served = bench.audit.mark(), operator.usage().cpu, usage(server).cpu
+    names = await bench.create(bench.size.burst)
+    await bench.wait_calls(mark, "launched in a burst", names, is_launched)
+    cpu, server_cpu = operator.usage().cpu - before, usage(server).cpu - served
+    calls = bench.audit.since(mark)
+    created = [call for call in calls if is_created(call)]
+    first, last = min(call.received for call in created), max(call.answered for call in created)
+    end = max(call.answered for call in calls if is_launched(call))
+    return {
+        "runs": len(names),
+        "seconds": round(end - first, 2),
+        "perSecond": round(len(names) / (end - first), 1),
+        "createdInSeconds": round(last - first, 2),
+        "operatorCpuMsPerRun": round(1000 * cpu / len(names), 2),
+        "apiServerCpuMsPerRun": round(1000 * server_cpu / len(names), 2),
+        "callsPerRun": round(len(by_operator(calls)) / len(names), 2),
+    }
+
+
+async def measure_lives(bench: Bench, operator: OperatorProcess, nodes: Nodes) -> Numbers:
+    """Runs that live from their creation to success: which calls does that take?"""
+    nodes.start()
+    mark, before, begin = bench.audit.mark(), operator.usage().cpu, time.monotonic()
+    names = await bench.create(bench.size.lives)
+    await bench.wait_calls(mark, "lived", names, lambda call: ".succeeded" in call.name)
+    seconds, cpu = time.monotonic() - begin, operator.usage().cpu - before
+    nodes.hold()
+    if nodes.errors:
+        raise BenchError(f"the nodes cannot be played: {nodes.errors[0]}")
+    runs = by_run(bench.audit.since(mark))
+    return {
+        "runs": len(names),
+        "perSecond": round(len(names) / seconds, 1),
+        "callsPerLaunch": _spread([len(launch_calls(runs[name])) for name in names]),
+        "callsPerLife": _spread([len(life_calls(runs[name])) for name in names]),
+        "eventsAndProgressPerLife": _spread([len(runs[name]) - len(life_calls(runs[name])) for name in names]),
+        "oneLife": [f"{call.verb} {call.resource}" for call in runs[names[0]]],
+        "operatorCpuMsPerRun": round(1000 * cpu / len(names), 2),
+    }
+
+
+def _spread(counts: Sequence[int]) -> Numbers:
+    return {"min": min(counts), "median": median(counts), "max": max(counts)}
+
+
+async def measure_trouble(bench: Bench, nodes: Nodes) -> Numbers:
+    """The API server refuses and is late, and nothing is lost: every run succeeds at its first attempt, in one Job."""
+    namespace, trouble = "troubled", Trouble()
+    await bench.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+    async with bench.client.as_user(bench.operator_pair) as client, run_proxy(client, trouble) as proxy:
+        kubeconfig = write_kubeconfig(bench.plane.directory / "proxy.kubeconfig", proxy.port)
+        mark = bench.audit.mark()
+        nodes.start()
+        with bench.operator(kubeconfig=kubeconfig, namespaces=[namespace]) as operator:
+            await operator.settle(0)
+            begin = time.monotonic()
+            names = await bench.create(bench.size.troubled, namespaces=[namespace])
+            await bench.wait_calls(mark, "succeeded in trouble", names, lambda call: ".succeeded" in call.name)
+            seconds = time.monotonic() - begin
+    jobs = [call.run for call in bench.audit.since(mark) if call.resource == "jobs" and call.code == 201]
+    found = (await bench.client.call("GET", RUNS.format(namespace)))["items"]
+    phases = [f"{run['status'].get('phase')} {run['status'].get('attempt')}" for run in found]
+    return {
+        "runs": len(names),
+        "seconds": round(seconds, 1),
+        "refused": proxy.counts["refused"],
+        "late": proxy.counts["late"],
+        "passed": proxy.counts["passed"],
+        "succeededAtFirstAttempt": phases.count("Succeeded 1"),
+        "jobsMade": len(jobs),
+        "jobsMadeTwice": len(jobs) - len(set(jobs)),
+    }

@@ -1,0 +1,144 @@
+"""The ClusterLoRARuntime resource: what an administrator settles once, for many runs.
+
+A run takes what it does not say itself from its runtime, and may not go beyond the runtime's limits. It takes a
+snapshot when it starts (``status.runtime``), so that later edits change no run that has begun.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from lora_api._base import ApiModel
+from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune
+from lora_api.pods import LabelMap, PodTemplate, qualified_names
+from lora_api.publishing import StoreUri, store_rules
+from lora_api.training import Checkpoint
+
+KIND: Literal["ClusterLoRARuntime"] = "ClusterLoRARuntime"
+PLURAL = "clusterloraruntimes"
+
+DEFAULT_RUNTIME = "default"
+"""Name of the runtime of runs that name none."""
+
+ImageName = Annotated[str, StringConstraints(pattern=r"^[!-~]+$", min_length=1, max_length=512)]
+UriPrefix = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc)://[!-~]*$", max_length=512)]
+UriPrefixes = Annotated[list[UriPrefix], Field(min_length=1, max_length=64)]
+
+
+class Gpu(ApiModel):
+    """The kind of GPU that the nodes of this runtime have."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=128)] = Field(
+        description="Name of the GPU, for people, such as NVIDIA H100 80GB."
+    )
+    memory_gib: float = Field(
+        alias="memoryGiB",
+        gt=0.0,
+        le=4096.0,
+        description="Memory of one GPU in GiB, as nvidia-smi shows it. The memory of a run is planned with it before "
+        "there is a GPU.",
+    )
+    node_selector: LabelMap = Field(
+        {},
+        description="Labels of the nodes that have it. They are added to nodeSelector of runs with GPUs, and of no "
+        "others.",
+    )
+
+    cel_rules = (qualified_names("nodeSelector"),)
+
+
+class Limits(ApiModel):
+    """What a run may ask for at most. One that asks for more fails with RuntimeRefused."""
+
+    max_nodes: int | None = Field(None, ge=1, le=64, description="Most nodes of a run. Default: no limit.")
+    max_gpus: int | None = Field(
+        None,
+        alias="maxGPUs",
+        ge=0,
+        le=512,
+        description="Most GPUs of a run, over all its nodes. 0 allows training on CPUs only. Default: no limit.",
+    )
+    model_uri_prefixes: UriPrefixes | None = Field(
+        None,
+        description="Where base models may come from. hf://meta-llama allows hf://meta-llama/NAME, and s3://bucket/a "
+        "allows s3://bucket/a/b but not s3://bucket/ab. Default: anywhere.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    data_uri_prefixes: UriPrefixes | None = Field(
+        None,
+        description="Where records may come from, in the same way. Default: anywhere.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+
+
+class ClusterLoRARuntimeSpec(ApiModel):
+    """What runs get that do not say it themselves, and what they may ask for at most."""
+
+    image: ImageName | None = Field(
+        None, description="Image of the training pods. Default: the operator's --trainer-image."
+    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = Field(
+        None, description="When nodes pull it. Default: the operator's --trainer-image-pull-policy."
+    )
+    gpu: Gpu | None = Field(None, description="The kind of GPU. Default: not known before the pods run.")
+    pod_template: PodTemplate = Field(
+        default_factory=PodTemplate,
+        description="What the pods of the gang get. A run's own podTemplate wins: resource by resource, label by "
+        "label, variable by variable; tolerations and imagePullSecrets are added up.",
+    )
+    store: StoreUri | None = Field(
+        None, description="Where runs without publish.store publish: s3://BUCKET/PREFIX. Default: each run has to say."
+    )
+    checkpoint: Checkpoint = Field(
+        default_factory=Checkpoint, description="For runs that say neither everySteps nor everyMinutes, or no keep."
+    )
+    termination_grace_period_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=86_400,
+        description="Seconds that a pod has between SIGTERM and SIGKILL, to save a checkpoint. Default: the operator's "
+        "--termination-grace.",
+    )
+    preflight: bool | None = Field(
+        None,
+        description="Whether runs are checked, by a pod without a GPU, before their first attempt. Default: the "
+        "operator's --preflight.",
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TTL_SECONDS,
+        description="For runs without runPolicy.ttlSecondsAfterFinished: seconds after their end until their pods are "
+        "deleted. Default: never.",
+    )
+    limits: Limits = Field(default_factory=Limits, description="What a run may ask for at most.")
+
+    cel_rules = store_rules("store")
+
+
+class RuntimeMeta(ApiModel):
+    """The part of Kubernetes' ObjectMeta that the operator reads."""
+
+    model_config = {"extra": "ignore"}
+
+    name: str
+    generation: int = 0
+
+
+class ClusterLoRARuntime(ApiModel):
+    """What an administrator settles once for many LoRAFineTunes: image, GPUs, placement, store, defaults and limits."""
+
+    api_version: Literal["lorafinetune.io/v1alpha1"] = API_VERSION
+    kind: Literal["ClusterLoRARuntime"] = KIND
+    metadata: RuntimeMeta
+    spec: ClusterLoRARuntimeSpec = Field(description="What runs get, and what they may ask for.")
+
+
+def taken_runtime(run: LoRAFineTune) -> ClusterLoRARuntimeSpec:
+    """What the runtime said when ``run`` took it, limits aside; of a run without one, nothing.
+
+    Raises:
+        pydantic.ValidationError: the snapshot was written by another version, or by hand.
+    """
+    snapshot = run.status.runtime
+    return ClusterLoRARuntimeSpec.model_validate(snapshot.spec if snapshot is not None else {})

@@ -1,0 +1,256 @@
+"""An API server that fails, is away or slow, clocks that jump, hands that meddle: no run is lost or made twice."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+import yaml
+
+import devcluster
+from lora_operator.app import utc_now
+from lora_operator.cache import Resource
+from lora_operator.kube import KubeClient, KubeError
+from lora_operator.settings import Settings
+from tests.controlplane.lifecycle.test_interruptions import check_end, jobs_created, live
+from tests.support.api import Api
+from tests.support.install import CRDS
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run, termination, waiting
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.controlplane
+
+Answer = tuple[int, float | None, bytes]
+BUSY = b'{"message": "the server has received too many requests"}'
+FAULTS: dict[str, Answer | None] = {
+    "refused": (500, None, b'{"message": "etcdserver: request timed out"}'),
+    "unavailable": (503, None, b'{"message": "apiserver is shutting down"}'),
+    "throttled": (429, 0.1, BUSY),
+    "conflict": (409, None, b'{"message": "the object has been modified"}'),
+    "no answer": None,
+    "lost answer": None,
+}
+
+
+class Faulty:
+    """Makes the first call of each kind (method and resource) fail; what it fails with, says ``fault``."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+        self.hit: list[str] = []
+
+    def wrap(self, client: KubeClient) -> None:
+        send = client._send
+
+        async def faulty(method: Any, path: str, *args: Any) -> Answer:
+            kind = f"{method} {_kind(path)}"
+            if kind in self.hit or _is_list(method, path) or (self.fault == "conflict" and method == "GET"):
+                return await send(method, path, *args)
+            self.hit.append(kind)
+            if self.fault == "lost answer":
+                await send(method, path, *args)
+            answer = FAULTS[self.fault]
+            if answer is None:
+                raise KubeError(0, f"{kind}: no answer")
+            return answer
+
+        client._send = faulty  # type: ignore[method-assign]
+
+
+def _kind(path: str) -> str:
+    """The resource, and the subresource if it is one."""
+    found = re.search(r"/namespaces/[^/]+/(\w+)(?:/[^/]+)?(/\w+)?$", path)
+    return "".join(filter(None, found.groups())) if found else path
+
+
+def _is_list(method: str, path: str) -> bool:
+    """The LISTs at start: an operator whose first look fails ends, and is started again by the kubelet."""
+    return method == "GET" and path.rsplit("/", 1)[-1] in list(Resource)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_kind_of_call_may_fail(run: Run, settings: Settings, cp: devcluster.ControlPlane, fault: str) -> None:
+    faulty = Faulty(fault)
+    with OperatorThread(settings, wrap=faulty.wrap):
+        run.create()
+        live(run)
+        check_end(run)
+    assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
+    writes = {"PATCH services", "PATCH configmaps", "PATCH jobs", "PATCH lorafinetunes/status", "DELETE jobs"}
+    assert writes <= set(faulty.hit)
+    assert "POST events" in faulty.hit
+    assert fault == "conflict" or "GET pods/log" in faulty.hit
+
+
+def test_the_api_server_goes_away_and_comes_back(
+    run: Run, settings: Settings, cp: devcluster.ControlPlane, api: Api
+) -> None:
+    """Its watch cache is new and knows no old versions: the operator's watches end with 410 and begin anew."""
+    with OperatorThread(settings):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        for _ in range(2):
+            for number in range(3):  # versions that no watch of the operator has seen
+                path = f"/api/v1/namespaces/{run.namespace}/configmaps"
+                name = f"noise-{number}"
+                api.create(path, {"metadata": {"name": name}})
+                api.delete(f"{path}/{name}")
+            cp.kill_api_server()
+            cp.start_api_server()
+        run.set_failed(1, "StoreUnavailable", 74)
+        run.set_running(2)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
+        run.set_succeeded(2)
+        run.wait_phase("Succeeded", 60)
+    assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
+
+
+def test_etcd_stands_still_for_a_while(run: Run, settings: Settings, cp: devcluster.ControlPlane) -> None:
+    with OperatorThread(settings):
+        run.create()
+        run.set_running(1)
+        etcd = cp.pids()["etcd"]
+        os.kill(etcd, signal.SIGSTOP)
+        try:
+            with pytest.raises(devcluster.DevclusterError):
+                cp.kubectl("get", "pods", "--request-timeout=3s")
+        finally:
+            os.kill(etcd, signal.SIGCONT)
+        run.wait_phase("Running", 60)
+        run.set_succeeded(1)
+        run.wait_phase("Succeeded", 60)
+    assert jobs_created(cp, run.namespace) == ["run-1"]
+
+
+@pytest.mark.parametrize("hours", [-2.0, 0.5])
+def test_the_clock_jumps(run: Run, settings: Settings, hours: float) -> None:
+    jump = timedelta()
+
+    def clock() -> datetime:
+        return utc_now() + jump
+
+    with OperatorThread(settings, clock=clock):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        jump = timedelta(hours=hours)
+        run.set_failed(1, "StoreUnavailable", 74)
+        run.set_running(2)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        jump = timedelta()
+        run.set_succeeded(2)
+        status = run.wait_phase("Succeeded")
+    assert [failure["class"] for failure in status["failures"]] == ["StoreUnavailable"]
+
+
+def test_a_status_that_somebody_edits_is_put_right(
+    run: Run, operator: OperatorThread, cp: devcluster.ControlPlane
+) -> None:
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    nonsense = {"phase": "Succeeded", "reason": "Because", "attempt": 0, "conditions": [], "progress": None}
+    run.api.patch(f"{run.path}/{run.name}/status", {"status": nonsense})
+    status = run.wait_phase("Running")
+    assert (status["attempt"], run.condition("Running")["status"]) == (1, "True")
+    run.set_succeeded(1)
+    run.wait_phase("Succeeded")
+    assert jobs_created(cp, run.namespace) == ["run-1"]
+
+
+def test_a_job_that_somebody_shrinks_is_replaced(run: Run, operator: OperatorThread) -> None:
+    """The Job controller ends the pods that are too many; a gang cannot go on without them."""
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    path = f"/apis/batch/v1/namespaces/{run.namespace}/jobs/run-1"
+    run.api.patch(path, {"spec": {"parallelism": 1, "completions": 1}})
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
+    assert status["failures"][0]["class"] == "PodLost"
+    assert len(run.gang(2)) == 2
+
+
+@pytest.mark.parametrize("resource", ["configmaps", "services"])
+def test_what_pods_need_to_start_is_put_back(
+    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch, resource: str
+) -> None:
+    """Nobody watches these; a pod without its ConfigMap would wait for ever."""
+    monkeypatch.setattr("lora_operator.observed.RESTORE_DELAY", 1.0)
+    monkeypatch.setattr("lora_operator.observed.RESTORE_INTERVAL", 1.0)
+    with OperatorThread(settings) as operator:
+        run.create()
+        for pod in run.gang(1):
+            run.set_pod(pod, waiting("ContainerCreating", ""))
+        path = f"/api/v1/namespaces/{run.namespace}/{resource}"
+        old = run.api.get(f"{path}/run-1")["metadata"]["uid"]
+        run.api.delete(f"{path}/run-1")
+        eventually("it is back", lambda: [item for item in run.api.items(path) if item["metadata"]["name"] == "run-1"])
+        assert run.api.get(f"{path}/run-1")["metadata"]["uid"] != old
+        run.set_running(1)
+        run.wait_phase("Running")
+        calls = len([call for call in operator.calls if resource in call])
+        run.set_succeeded(1)
+        run.wait_phase("Succeeded")
+        assert len([call for call in operator.calls if resource in call]) == calls, "a gang that runs needs no care"
+
+
+def test_a_namespace_goes_with_all_that_is_in_it(
+    api: Api, make_namespace: Callable[[], str], fast_settings: Callable[..., Settings]
+) -> None:
+    going, staying = make_namespace(), make_namespace()
+    with OperatorThread(fast_settings("", namespaces=(going, staying))) as operator:
+        leaving, other = Run(api, going).create(), Run(api, staying).create()
+        leaving.set_running(1)
+        leaving.wait_phase("Running")
+        api.delete(f"/api/v1/namespaces/{going}")
+        leaving.set_failed(1, "StoreUnavailable", 74)
+        eventually("the run is gone", lambda: api.items(leaving.path) == [], 60)
+        other.set_running(1)
+        other.set_succeeded(1)
+        other.wait_phase("Succeeded")
+        refused = [call for call in operator.calls if f"/{going}/" in call and call.startswith("PATCH")]
+        assert len(refused) < 30, "calls into a namespace that is going are tried again and again"
+
+
+def test_the_crd_is_upgraded_under_a_run(
+    run: Run, fast_settings: Callable[..., Settings], cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version knows a field more. What runs goes on, and the run is looked at again once it can be read.
+
+    No watch tells of the field; the answer to the operator's next write does, here that one pod has failed.
+    """
+    monkeypatch.setattr("lora_operator.reconcile.INVALID_RETRY", 0.5)
+    text = (CRDS / "lorafinetunes.lorafinetune.io.yaml").read_text()
+    later = yaml.safe_load(text)
+    schema = later["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    schema["spec"]["properties"]["later"] = {"type": "string", "default": "yes"}
+    with OperatorThread(fast_settings(run.namespace, failure_grace=60.0, node_grace=60.0)):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        try:
+            apply_crd(cp, json.dumps(later))
+            eventually("the default shows", lambda: run.raw["spec"].get("later") == "yes")
+            run.set_ended(1, 1, 74, termination("StoreUnavailable", "503 Slow Down", rank=1))
+            run.wait("what it cannot read is said", lambda status: status.get("reason") == "InvalidSpec")
+            assert "later" in run.condition("Stalled")["message"]
+            assert (run.status["phase"], len(run.pods(1))) == ("Running", 2), "what runs is left alone"
+        finally:
+            apply_crd(cp, text)
+        run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+        run.set_running(2)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
+        assert run.condition("Stalled")["status"] == "False"
+        run.set_succeeded(2)
+        run.wait_phase("Succeeded", 60)
+    assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
+
+
+def apply_crd(cp: devcluster.ControlPlane, text: str) -> None:
+    cp.kubectl("apply", "--filename=-", "--server-side", "--force-conflicts", input=text)

@@ -1,0 +1,31 @@
+"""The bench of the operator, small: what a run costs in calls is held here, whatever the machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.operator.__main__ import main
+from bench.operator.report import targets, to_markdown
+
+pytestmark = pytest.mark.controlplane
+
+
+def test_the_operator_keeps_to_its_budget_of_calls_and_loses_nothing(tmp_path: Path) -> None:
+    assert main(["--tiny", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "operator.json").read_text())
+    (restart,), (idle,), (burst,), (lives,) = (result[part] for part in ("restart", "idle", "burst", "lives"))
+    assert restart["writes"] == 0, restart["calls"]
+    assert {call.split(" ")[0] for call in restart["calls"]} <= {"list", "get"}
+    assert idle["calls"] == 0
+    assert lives["callsPerLaunch"]["max"] <= 4, lives["oneLife"]
+    assert lives["callsPerLife"]["max"] <= 12, lives["oneLife"]
+    assert burst["callsPerRun"] == 5, "four, and one Event"
+    trouble = result["trouble"]
+    assert trouble["succeededAtFirstAttempt"] == trouble["runs"] == trouble["jobsMade"] == 4
+    assert trouble["refused"] > 0
+    assert trouble["late"] > 0
+    assert all(sum(result["profile"][part]["areas"].values()) > 0.5 for part in ("start", "burst"))
+    assert to_markdown(result) == (tmp_path / "operator.md").read_text()
+    reached = {what for what, _, _, ok in targets(result) if ok}
+    assert {what for what, *_ in targets(result) if "calls" in what or "writes" in what or "lost" in what} <= reached

@@ -1,0 +1,27 @@
+"""What is read on top of the watches, and when."""
+
+import pytest
+
+from lora_operator.follow import REFUSAL_DELAY, compute_next_look, wants_refusal
+from lora_operator.plan import NOTHING
+from lora_operator.settings import Settings
+from lora_operator.views import JobView, PodView
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, seen
+
+STARTED = {"attempt": 1, "phase": "Starting"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "asked", "next_look"),
+    [
+        pytest.param([a_job()], True, REFUSAL_DELAY, id="a Job without its pods is asked about, again and again"),
+        pytest.param([a_job(started=None)], False, None, id="but not one that the Job controller has not come to"),
+        pytest.param([a_job(), a_pod(0), a_pod(1)], False, None, id="nor one that has all of its pods"),
+    ],
+)
+def test_why_pods_are_not_made_is_asked_only_of_a_controller_that_tries(
+    parts: list[JobView | PodView], asked: bool, next_look: float | None
+) -> None:
+    observed = seen(a_run(status=STARTED), *parts)
+    assert (wants_refusal(observed, NOW, Settings()) is not None) is asked
+    assert compute_next_look(observed, NOTHING, Settings()) == next_look
