@@ -48,7 +48,7 @@ test-cluster: venv binaries cluster-up images ## Tests with real pods on a real 
 	$(PYTEST) tests/devcluster tests/cluster -m "cluster and not kueue"
 
 .PHONY: test-kueue
-test-kueue: venv binaries ## Queues, on a real cluster with the real Kueue (builds it the first time)
+test-kueue: venv binaries cluster-up images ## Queues, on a real cluster with the real Kueue (builds it the first time)
 	$(PYTEST) tests/cluster -m kueue
 
 .PHONY: lint

@@ -109,8 +109,14 @@ def started(runs: Runs, name: str) -> str:
     return min(pod["metadata"]["creationTimestamp"] for pod in runs.pods(name))
 
 
-def test_a_queue_that_is_not_there_is_named(runs: Runs, queue: None) -> None:
-    name = runs.submit("lost", runPolicy={"queueName": "nowhere"})
+def test_a_queue_that_is_not_there_is_named_and_kueue_sees_the_topology_that_the_pods_ask_for(
+    runs: Runs, queue: None
+) -> None:
+    annotations = {"kueue.x-k8s.io/podset-preferred-topology": "kubernetes.io/hostname"}
+    name = runs.submit("lost", runPolicy={"queueName": "nowhere"}, podTemplate={"annotations": annotations})
     run = runs.wait(name, "Kueue names the queue", lambda run: "LocalQueue nowhere" in str(run.status.conditions), 60)
     assert run.status.phase == Phase.QUEUED
     assert "Remedy: See kubectl describe localqueue" in message(run)
+    workloads = json.loads(runs.kubectl("get", "workloads.kueue.x-k8s.io", "--output=json"))["items"]
+    [workload] = [item for item in workloads if item["spec"]["queueName"] == "nowhere"]
+    assert workload["spec"]["podSets"][0]["topologyRequest"]["preferred"] == "kubernetes.io/hostname"

@@ -9,7 +9,7 @@ import pytest
 from lora_operator.settings import Settings
 from tests.support.api import Api, Raw
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, ended, termination
+from tests.support.runs import Run, ended, now, settled, termination
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -18,23 +18,23 @@ NODE = "no-such-node"
 
 
 class Queue:
-    """What Kueue does to the Jobs of a run."""
+    """What Kueue does to the Jobs of a run: those of attempts 1, 2, ... and of preflights "pre1", "pre2", ..."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def job(self, attempt: int) -> Raw:
+    def job(self, attempt: int | str) -> Raw:
         name = f"{self.run.name}-{attempt}"
         return next(job for job in self.run.jobs() if job["metadata"]["name"] == name)
 
-    def wait_job(self, attempt: int) -> Raw:
+    def wait_job(self, attempt: int | str) -> Raw:
         def names() -> list[str]:
             return [job["metadata"]["name"] for job in self.run.jobs()]
 
         eventually(f"the Job of attempt {attempt}", lambda: f"{self.run.name}-{attempt}" in names())
         return self.job(attempt)
 
-    def suspend(self, attempt: int, *, suspend: bool) -> None:
+    def suspend(self, attempt: int | str, *, suspend: bool) -> None:
         path = f"/apis/batch/v1/namespaces/{self.run.namespace}/jobs/{self.run.name}-{attempt}"
         self.run.api.patch(path, {"spec": {"suspend": suspend}})
 
@@ -197,6 +197,72 @@ def test_a_rank_that_ends_before_its_pod_is_taken_back_ends_the_attempt(
     assert queue.wait_job(2)["spec"]["suspend"] is True
     queue.admit(2)
     run.wait_phase("Running")
+
+
+def test_a_preflight_that_is_held_back_says_so(
+    run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, preflight="on")):
+        create(run)
+        assert queue.wait_job("pre1")["spec"]["suspend"] is False
+        queue.suspend("pre1", suspend=True)
+        status = run.wait("it waits", lambda status: status.get("reason") == "Queued")
+        assert (status["phase"], run.condition("PreflightPassed")["reason"]) == ("Preflight", "Queued")
+        eventually("its pod is gone", lambda: not run.preflight_pods(1))
+        queue.suspend("pre1", suspend=False)
+        run.set_preflight(1, ended(0, settled(), "Completed"))
+        assert queue.wait_job(1)["spec"]["suspend"] is True
+        assert run.wait_phase("Queued").get("failures", []) == []
+
+
+ADMISSION = "/apis/admissionregistration.k8s.io/v1"
+
+
+@contextmanager
+def managed_by(api: Api, namespace: str, manager: str) -> Iterator[None]:
+    """Every Job that is made in ``namespace`` is given to ``manager``, as MultiKueue does it at admission."""
+    name = f"managed-by-{namespace}"
+    rule = {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+    mutation = f'Object{{spec: Object.spec{{managedBy: "{manager}"}}}}'
+    policy = {
+        "matchConstraints": {"resourceRules": [rule]},
+        "reinvocationPolicy": "Never",
+        "mutations": [{"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": mutation}}],
+    }
+    selector = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    binding = {"policyName": name, "matchResources": {"namespaceSelector": selector}}
+    pod = {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}
+    probe = {"metadata": {"name": "probe"}, "spec": {"template": {"spec": pod}}}
+    path = f"/apis/batch/v1/namespaces/{namespace}/jobs?dryRun=All"
+    api.create(f"{ADMISSION}/mutatingadmissionpolicies", {"metadata": {"name": name}, "spec": policy})
+    api.create(f"{ADMISSION}/mutatingadmissionpolicybindings", {"metadata": {"name": name}, "spec": binding})
+    try:
+        eventually("the policy works", lambda: api.create(path, probe)["spec"].get("managedBy") == manager)
+        yield
+    finally:
+        api.delete(f"{ADMISSION}/mutatingadmissionpolicybindings/{name}")
+        api.delete(f"{ADMISSION}/mutatingadmissionpolicies/{name}")
+
+
+def test_a_job_that_another_controller_manages_is_left_to_it(
+    run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    manager = "kueue.x-k8s.io/multikueue"
+    with managed_by(run.api, namespace, manager), OperatorThread(fast_settings(namespace)) as operator:
+        create(run)
+        made = queue.wait_job(1)
+        assert made["spec"]["managedBy"] == manager
+        run.wait("it was asked", lambda _: "no Kueue" in run.condition("Running")["message"])
+        queue.suspend(1, suspend=False)
+        run.wait_phase("Starting")
+        path = f"/apis/batch/v1/namespaces/{namespace}/jobs/run-1/status"
+        run.api.patch(path, {"status": {"startTime": now(), "active": 2}})
+        eventually("it looks for pods", lambda: any("GET" in call and "/events" in call for call in operator.calls))
+        assert (queue.job(1)["spec"], run.pods(1)) == ({**made["spec"], "suspend": False}, [])
+        assert not [call for call in operator.calls if call.startswith("PATCH") and "/jobs/" in call]
+        run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": True}}})
+        run.wait("suspended", lambda status: status.get("reason") == "Suspended")
+        assert run.jobs() == []
 
 
 def test_a_gang_scheduler_that_is_not_there_is_named(
