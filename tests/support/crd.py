@@ -229,6 +229,7 @@ MAXIMAL_RUNTIME: Spec = {
     "checkpoint": MAXIMAL["checkpoint"],
     "terminationGracePeriodSeconds": 300,
     "preflight": False,
+    "queueName": "team-a",
     "ttlSecondsAfterFinished": 86400,
     "limits": {
         "maxNodes": 4,
