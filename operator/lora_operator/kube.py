@@ -83,7 +83,7 @@ RBAC: tuple[Rule, ...] = (
     ),
 )
 
-_PODGROUP_VERBS = ("create", "delete", "get", "patch")
+_PODGROUP_VERBS = ("create", "delete", "get")
 GANG_RBAC: dict[str, Rule] = {
     "volcano": Rule("scheduling.volcano.sh", ("podgroups",), _PODGROUP_VERBS, "what Volcano starts together"),
     "coscheduling": Rule("scheduling.x-k8s.io", ("podgroups",), _PODGROUP_VERBS, "what coscheduling starts together"),

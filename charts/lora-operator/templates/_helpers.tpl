@@ -106,7 +106,7 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 # What the gang scheduler starts together.
 - apiGroups: [{{ . }}]
   resources: [podgroups]
-  verbs: [create, delete, get, patch]
+  verbs: [create, delete, get]
 {{- end }}
 {{- end -}}
 
