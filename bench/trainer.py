@@ -20,6 +20,7 @@ from typing import Any
 
 from bench.watch import Watched, watch
 from demo.tickets import write_tickets
+from lora_trainer.speed import SPEED_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("LORA_CACHE", Path.home() / ".cache" / "lora-operator"))
@@ -52,6 +53,8 @@ class Side:
     processes: int = 1
     packing: bool = False
     strategy: str = "auto"
+    speed: str = ""
+    """LORA_SPEED"""
 
 
 PLAIN, OURS = Side("plain TRL", ours=False), Side("this trainer", ours=True)
@@ -154,6 +157,7 @@ def run_side(size: Size, side: Side, model: Path, data: Path, output: Path) -> W
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={side.processes}"]
         command = [sys.executable, *(torchrun if side.processes > 1 else []), *script]
     env = {
+        SPEED_VARIABLE: side.speed,
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -177,15 +181,24 @@ def supervised_share(model: Path, data: Path) -> float:
     return 1 - sum(prompts) / sum(whole)
 
 
-def compare(size: Size, directory: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs all sides in turn. Returns what is written to trainer.json."""
+def turns(size: Size, levers: Sequence[str] = ()) -> list[Side]:
+    """Who runs when. With ``levers``: this trainer as it is, and with each of them switched."""
+    if levers:
+        switched = [Side(f"this trainer, {lever}", ours=True, speed=lever) for lever in levers]
+        return [OURS, *switched] * size.rounds
+    return [PLAIN, OURS, PACKED] * size.rounds + [PLAIN_TWO, OURS_TWO] * size.rounds_of_two
+
+
+def compare(
+    size: Size, directory: Path, say: Callable[[str], None] = print, order: Sequence[Side] | None = None
+) -> dict[str, Any]:
+    """Runs all sides in turn, as ``turns`` has it. Returns what is written to trainer.json."""
     began = time.monotonic()
     data = directory / "data"
     write_tickets(data, size.records, 8, seed=7)
     model = size.model(directory / "model")
-    order = [PLAIN, OURS, PACKED] * size.rounds + [PLAIN_TWO, OURS_TWO] * size.rounds_of_two
     runs: dict[Side, list[Watched]] = {}
-    for number, side in enumerate(order):
+    for number, side in enumerate(order or turns(size)):
         done = run_side(size, side, model, data, directory / f"{number}")
         runs.setdefault(side, []).append(done)
         say(
@@ -206,8 +219,8 @@ def compare(size: Size, directory: Path, say: Callable[[str], None] = print) -> 
 
 
 def _summary(side: Side, watched: Sequence[Watched], runs: dict[Side, list[Watched]], share: float) -> dict[str, Any]:
-    """Medians over the rounds, and ratios to plain TRL: the median of those of each round."""
-    plain = runs[PLAIN if side.processes == 1 else PLAIN_TWO]
+    """Medians over the rounds, and ratios to the first side with as many processes: the median of those of rounds."""
+    plain = next(watched for first, watched in runs.items() if first.processes == side.processes)
 
     def middle(measure: Callable[[Watched], float]) -> float:
         return statistics.median(map(measure, watched))
@@ -238,11 +251,11 @@ def _summary(side: Side, watched: Sequence[Watched], runs: dict[Side, list[Watch
 
 def to_markdown(result: dict[str, Any]) -> str:
     """The table for people."""
-    job = result["job"]
+    job, first = result["job"], result["sides"][0]["side"]
     lines = [
-        "# Trainer against plain TRL",
+        f"# Trainer against {first}",
         "",
-        "Written by `make bench-trainer`. Ratios are to plain TRL with as many processes, in the same round; the",
+        f"Written by `make bench-trainer`. Ratios are to {first} with as many processes, in the same round; the",
         "absolute numbers are those of one machine on one day.",
         "",
         f"{job['model']} in NF4, rank {RANK} on all linear layers, {job['steps']} steps of {job['globalBatchSize']} "
@@ -271,12 +284,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare this trainer with plain TRL and PEFT on the CPU.")
     parser.add_argument("--quick", action="store_true", help="a small random model and one round, in about a minute")
     parser.add_argument("--rounds", type=int, help="turns of each program (default: 2, with --quick 1)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 3)")
+    parser.add_argument(
+        "--levers",
+        nargs="+",
+        default=[],
+        metavar="LEVER",
+        help="compare this trainer with itself instead, each lever of LORA_SPEED switched; only print the table",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write trainer.md and trainer.json to")
     options = parser.parse_args(arguments)
+    size = QUICK if options.quick else FULL
+    size = replace(size, rounds=options.rounds or size.rounds, steps=options.steps or size.steps)
     with tempfile.TemporaryDirectory() as directory:
-        size = QUICK if options.quick else FULL
-        result = compare(replace(size, rounds=options.rounds or size.rounds), Path(directory))
+        result = compare(size, Path(directory), order=turns(size, options.levers))
     table = to_markdown(result)
+    if options.levers:
+        print(table)
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "trainer.md").write_text(table, encoding="utf-8")
     (options.out / "trainer.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -219,6 +219,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "as trained": {},
     "TRL's loss": {"speed": "no-summed-loss"},
     "Liger's kernels": {"speed": "liger"},
+    "layers compiled": {"speed": "compile", "limit": 110.0},
+    "batches not made ahead": {"speed": "no-prefetch"},
     "AdamW not fused": {"speed": "no-fused-optimizer"},
     "no gradient checkpointing": {"gradient_checkpointing": False, "micro_batch": 1},
 }

@@ -9,6 +9,7 @@ from lora_api._base import ApiModel, CelRule
 MAX_GLOBAL_BATCH_SIZE = 65536
 
 QuantizationType = Literal["nf4", "int8", "none"]
+DPOLoss = Literal["sigmoid", "ipo", "hinge"]
 
 MODULE_NAME = "^[A-Za-z0-9_.-]+$"
 ModuleName = Annotated[str, StringConstraints(pattern=MODULE_NAME, min_length=1, max_length=128)]
@@ -92,7 +93,7 @@ class DPO(ApiModel):
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290). The reference is the base model."""
 
     beta: float = Field(0.1, gt=0.0, le=10.0, description="How strongly the model is held to the reference (0 to 10).")
-    loss: Literal["sigmoid", "ipo", "hinge"] = Field(
+    loss: DPOLoss = Field(
         "sigmoid",
         description="sigmoid: the DPO paper. ipo: Azar et al. 2023, arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425. "
         "ipo takes means over tokens in place of sums.",

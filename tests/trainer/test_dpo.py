@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_api.training import Quantization
+from lora_trainer.cli import main
 from lora_trainer.errors import BadDataError, InternalError, StoppedError
 from lora_trainer.model import load_base_model
 from lora_trainer.progress import Progress
@@ -135,6 +136,37 @@ def test_pairs_that_can_be_told_apart_are(whole: Outcome) -> None:
     assert seen.steps[STEPS]["tokens_per_second"] > 0
     assert whole.adapter is not None
     assert (whole.adapter.eval_loss_before, whole.adapter.eval_loss_after) == (before["eval_loss"], after["eval_loss"])
+
+
+def test_a_published_adapter_is_measured_on_pairs_against_its_base(
+    whole: Outcome, model: Path, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In NF4, as it was trained and evaluated."""
+    assert whole.adapter is not None
+    command = ["evaluate", "--objective", "dpo", "--json", "--model", f"file://{model}"]
+    command += ["--data", f"file://{pairs}/eval.jsonl", "--max-new-tokens", "4"]
+    assert main([*command, "--adapter", whole.adapter.uri]) == 0
+    found, seen = json.loads(capsys.readouterr().out), whole.seen.evaluations[STEPS]
+    assert found["records"] == found["answered"] == 9
+    assert found["evalLoss"] == pytest.approx(seen["eval_loss"], abs=1e-4)
+    assert found["rewardMargin"] == pytest.approx(seen["reward_margin"], abs=1e-4)
+    assert found["rewardAccuracy"] == seen["reward_accuracy"]
+
+    assert main([*command, "--adapter", whole.adapter.uri, "--beta", "0.2"]) == 0
+    assert json.loads(capsys.readouterr().out)["rewardMargin"] == pytest.approx(2 * seen["reward_margin"], abs=1e-3)
+    assert main([word for word in command if word != "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "evaluation loss 0.6931 on 9 records" in text
+    assert "chosen preferred in 50%, reward margin 0.0000" in text
+
+    refused = {
+        "BadSpec: --beta: Input should be greater than 0": ["--beta", "0"],
+        "BadData: --data: chosen and rejected of every pair are equal": ["--max-seq-length", "1"],
+        "BadSpec: training.objective: sft cannot learn from pairs": ["--objective", "sft", "--format", "preference"],
+    }
+    for words, options in refused.items():
+        assert main([*command, *options]) in (64, 65)
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])

@@ -17,6 +17,7 @@ from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.launch import free_port
 from lora_trainer.progress import Progress
 from lora_trainer.settings import Place
+from lora_trainer.speed import SPEED_VARIABLE
 from lora_trainer.store import Store
 from tests.support.proxy import Proxy, run_proxy
 from tests.support.seaweed import Seaweed
@@ -65,6 +66,9 @@ LONG: dict[str, Any] = {
 
 
 def test_twenty_kills_change_no_byte_of_the_adapter(model: Path, data: Path, tmp_path: Path, zygote: Zygote) -> None:
+    """Those that are killed make their batches ahead, the one that is not does not."""
+    ahead = {SPEED_VARIABLE: "prefetch"}
+
     def build(store: str) -> RunSpec:
         return build_run(model, data, tmp_path, merge(LONG, {"publish": {"store": f"file://{tmp_path}/{store}"}}))
 
@@ -72,7 +76,7 @@ def test_twenty_kills_change_no_byte_of_the_adapter(model: Path, data: Path, tmp
         whole = succeed(pod)
     run, dice, starts = build("killed"), random.Random(20), []
     for number in range(1, KILLS + 1):
-        with start_pod(attempt(run, number), tmp_path / f"pod-{number}", zygote=zygote) as pod:
+        with start_pod(attempt(run, number), tmp_path / f"pod-{number}", ahead, zygote=zygote) as pod:
             lines = dice.randint(2, 18)
             deadline = time.monotonic() + 120
             while len(pod.lines) < lines and pod.process.poll() is None:
@@ -85,7 +89,7 @@ def test_twenty_kills_change_no_byte_of_the_adapter(model: Path, data: Path, tmp
                 wait_gone(pid)
             starts.append(min(pod.losses, default=0))
     assert len({start for start in starts if start}) > KILLS // 4, f"hardly any attempt went on: {starts}"
-    with start_pod(attempt(run, KILLS + 1), tmp_path / "last", zygote=zygote) as pod:
+    with start_pod(attempt(run, KILLS + 1), tmp_path / "last", ahead, zygote=zygote) as pod:
         assert succeed(pod) == whole
     assert complete_steps(run) == []
 

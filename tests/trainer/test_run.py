@@ -18,6 +18,7 @@ from lora_trainer.measure import measure
 from lora_trainer.model import load_base_model
 from lora_trainer.progress import Progress
 from lora_trainer.settings import Place
+from lora_trainer.speed import SPEED_VARIABLE
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store, split_uri
 from lora_trainer.train import train
@@ -119,11 +120,38 @@ def _cpu() -> Any:
     return torch.device("cpu")
 
 
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout_and_across_epochs(
-    make_run: Make, run_here: Train, tmp_path: Path
+def test_evaluate_writes_conversations_with_the_template_of_the_adapter(
+    make_run: Make, run_here: Train, model: Path, tmp_path: Path
 ) -> None:
+    rows = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in make_rows(20)
+    ]
+    data = write_rows(tmp_path / "chat.jsonl", [{"messages": row} for row in rows])
+    own = (
+        "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    sets = {"train": {"uri": f"file://{data}"}, "eval": {"uri": f"file://{data}"}}
+    adapter, _ = run_here(make_run(dataset={**sets, "chatTemplate": own}, training={"learningRate": 0.05}))
+
+    def loss() -> float:
+        return measure(
+            model=f"file://{model}", data=f"file://{data}", adapter=adapter.uri, limit=20, max_new_tokens=1
+        ).loss
+
+    assert loss() == pytest.approx(adapter.eval_loss_after, abs=1e-5)
+    (Path("/" + split_uri(adapter.uri)[1].lstrip("/")) / "chat_template.jinja").unlink()
+    assert loss() != pytest.approx(adapter.eval_loss_after, abs=1e-2)
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one_with_dropout_and_across_epochs(
+    make_run: Make, run_here: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is stopped makes its batches ahead."""
     changes: dict[str, Any] = {"lora": {"dropout": 0.2}, "training": {"maxSteps": 8}, "checkpoint": {"everySteps": 3}}
     whole, seen = run_here(make_run(**changes, publish={"store": f"file://{tmp_path}/whole"}))
+    monkeypatch.setenv(SPEED_VARIABLE, "prefetch")
     run = make_run(**changes)
     with pytest.raises(StoppedError) as first:
         run_here(run, stop_after=4)

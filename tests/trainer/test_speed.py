@@ -25,10 +25,17 @@ from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
 from lora_trainer.optim import collect_state, optimizer_name, restore_state
 from lora_trainer.rules import check_run
 from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
-from tests.trainer.runs import Launched
+from tests.support.tiny import make_rows, write_rows
+from tests.trainer.runs import Launched, merge
 
 Make = Callable[..., RunSpec]
 Launch = Callable[..., Launched]
+
+QUICK_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+"""No processes that import torch, to compile in or to try whether the instructions of this machine work."""
+
+COMPILE_SECONDS = 400.0
+"""A run that compiles two layers may take so long on a busy machine of two cores; alone it takes about a minute."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -162,6 +169,74 @@ def test_a_run_on_two_processes_has_the_losses_of_trls_own_loss_on_one(
         found[name] = pod
     assert len(found["trl"].losses) == 3
     assert found["two"].losses == pytest.approx(found["trl"].losses, abs=1e-4)
+
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "one process, across epochs, with dropout": {"lora": {"dropout": 0.1}},
+    "two processes": {"parallelism": {"nodes": 2}},
+    "packed": {"dataset": {"packing": True, "maxSeqLength": 32}},
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches_that_are_made_ahead_change_no_byte_of_the_adapter(
+    case: str, make_run: Make, fork: Launch, tmp_path: Path
+) -> None:
+    """Seven steps, which is more than an epoch in each case."""
+    digests = []
+    for speed in ("prefetch", "no-prefetch"):
+        publish = {"store": f"file://{tmp_path}/{speed}"}
+        run = make_run(**merge({"training": {"maxSteps": 7}, "publish": publish}, BATCHES[case]))
+        pod = fork(run, **{SPEED_VARIABLE: speed})
+        assert pod.wait() == 0, pod.log.read_text()[-3000:]
+        assert pod.words.adapter is not None
+        digests.append(pod.words.adapter.digest)
+    assert digests[0] == digests[1]
+
+
+def test_compiled_layers_have_the_losses_of_plain_ones_on_one_process_and_on_two(
+    make_run: Make, fork: Launch, tmp_path: Path
+) -> None:
+    """In NF4 with gradient checkpointing. All rows have one length, for each kind of length is compiled by itself."""
+    rows = write_rows(tmp_path / "text.jsonl", [{"text": row["prompt"] + row["completion"]} for row in make_rows(24)])
+    sets = {"train": {"uri": f"file://{rows}"}, "eval": {"uri": f"file://{rows}"}, "maxSeqLength": 16}
+    settings = {"TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/inductor", **QUICK_COMPILER}
+    found = {}
+    for name, processes, speed in (("plain", 1, ""), ("compiled", 1, "compile"), ("sharded", 2, "compile")):
+        run = make_run(
+            dataset=sets,
+            lora={"targetModules": ["q_proj", "down_proj"]},
+            training={"maxSteps": 3},
+            parallelism={"nodes": processes},
+            publish={"store": f"file://{tmp_path}/{name}"},
+        )
+        pod = fork(run, **{SPEED_VARIABLE: speed, **settings})
+        assert pod.wait(COMPILE_SECONDS) == 0, pod.log.read_text()[-3000:]
+        assert pod.words.adapter is not None
+        assert pod.words.adapter.eval_loss_after is not None
+        found[name] = {**pod.losses, "after": pod.words.adapter.eval_loss_after}
+    assert len(found["plain"]) == 4
+    assert list((tmp_path / "inductor").rglob("*.so")), "nothing was compiled"
+    assert found["compiled"] == pytest.approx(found["plain"], abs=1e-4)
+    assert found["sharded"] == pytest.approx(found["plain"], abs=1e-4)
+
+
+def test_only_training_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(FAMILIES["a plain head"])
+    monkeypatch.setattr(torch, "compile", lambda _: lambda *_, **__: pytest.fail("compiled"))
+    apply_levers(model, Levers(compile=True), torch.device("cpu"))
+    assert set(dict(model.named_parameters())) == set(dict(build(FAMILIES["a plain head"]).named_parameters()))
+    model.eval()(**batch())
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        model.train()(**batch())
+
+
+def test_compile_is_refused_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(BadSpecError, match=r"compile needs a C\+\+ compiler, and there is none in the image"):
+        apply_levers(build(FAMILIES["a plain head"]), Levers(compile=True), torch.device("cpu"))
 
 
 def learn(optimizer: torch.optim.Optimizer, weights: dict[str, torch.nn.Parameter], steps: range) -> None:

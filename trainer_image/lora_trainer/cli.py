@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
+
 from lora_api.failures import FAILURE_RULES, RULES
 from lora_api.run import RUN_FILE
 from lora_api.sources import DataFormat
-from lora_api.training import QuantizationType
+from lora_api.training import DPO, DPOLoss, QuantizationType
 
 EXIT_CODES = "exit codes:\n  0 success\n" + "\n".join(
     f"  {rule.exit_code} {rule.failure_class.value}: {rule.meaning}" for rule in FAILURE_RULES if rule.exit_code
@@ -49,13 +51,23 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         help="measure a base model, with or without an adapter, on a dataset",
         description="Evaluation loss on a dataset and, for records with an answer, the share of answers that are "
-        "exactly right (greedy generation). In one process, on a GPU if there is one.",
+        "exactly right (greedy generation). With --objective dpo the dataset has preference pairs: their loss, and the "
+        "margin and accuracy of the rewards, against the base model without the adapter. In one process, on a GPU if "
+        "there is one.",
     )
     evaluate.add_argument("--model", required=True, help="base model: s3://, hf://, pvc:// or file:// URI")
     evaluate.add_argument("--data", required=True, help="dataset: s3://, hf://, pvc:// or file:// URI")
     evaluate.add_argument("--adapter", help="adapter's directory: s3:// or file:// URI; none: the base model alone")
-    formats = [name for name in get_args(DataFormat) if name != "preference"]
-    evaluate.add_argument("--format", default="auto", choices=formats, help="default: %(default)s")
+    evaluate.add_argument("--objective", default="sft", choices=("sft", "dpo"), help="default: %(default)s")
+    preferences = {name: field.default for name, field in DPO.model_fields.items()}
+    evaluate.add_argument("--beta", type=float, default=preferences["beta"], help="of dpo (default: %(default)s)")
+    evaluate.add_argument(
+        "--loss", default=preferences["loss"], choices=get_args(DPOLoss), help="of dpo (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--label-smoothing", type=float, default=preferences["label_smoothing"], help="of dpo (default: %(default)s)"
+    )
+    evaluate.add_argument("--format", default="auto", choices=get_args(DataFormat), help="default: %(default)s")
     evaluate.add_argument(
         "--column",
         action="append",
@@ -157,6 +169,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             limit=arguments.limit,
             max_new_tokens=arguments.max_new_tokens,
+            dpo=_dpo(arguments) if arguments.objective == "dpo" else None,
         )
     except Exception as error:  # noqa: BLE001 - classified
         sys.stderr.write(f"{classify(error).value}: {describe(error)}\n")
@@ -166,3 +179,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         print(found.to_text(arguments.samples))
     return 0
+
+
+def _dpo(arguments: argparse.Namespace) -> DPO:
+    """The settings of objective dpo.
+
+    Raises:
+        BadSpecError: a number is out of its range.
+    """
+    from lora_trainer.errors import BadSpecError
+
+    try:
+        return DPO(beta=arguments.beta, loss=arguments.loss, label_smoothing=arguments.label_smoothing)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadSpecError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

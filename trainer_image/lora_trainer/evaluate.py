@@ -121,6 +121,11 @@ class Evaluator:
     place: Place
     device: torch.device
 
+    @property
+    def records(self) -> int:
+        """How many records the loss is measured on."""
+        return 0 if self.dataset is None else len(self.dataset)
+
     def measure(self, interrupted: Callable[[], bool] | None = None) -> Evaluation | None:
         """Evaluation loss in nats per token, without answers. All ranks call it.
 

@@ -303,9 +303,17 @@ def adapter_bytes(job: Job) -> float:
 
 
 def adapter_weights(job: Job) -> int:
-    """Trainable weights: L r times the sum of (inputs + outputs) over the targets (LoRA, arXiv:2106.09685)."""
-    width = sum(linear.inputs + linear.outputs for linear in job.targets)
-    return job.shape.layers * job.lora.r * width
+    """Trainable weights: the sum of r (inputs + outputs) over the targets of all layers (LoRA, arXiv:2106.09685).
+
+    Each with its own rank: as in PEFT, that of the first key of ``rankPattern`` which means it.
+    """
+    pattern = job.lora.rank_pattern.items()
+    return sum(
+        next((rank for target, rank in pattern if linear.is_named(target, layer)), job.lora.r)
+        * (linear.inputs + linear.outputs)
+        for layer in range(job.shape.layers)
+        for linear in job.targets
+    )
 
 
 def saved_bytes(job: Job) -> float:

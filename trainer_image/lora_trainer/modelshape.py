@@ -27,9 +27,12 @@ class Linear:
         """Number of weights."""
         return self.inputs * self.outputs
 
-    def is_named(self, target: str) -> bool:
-        """Whether PEFT's ``target_modules`` entry ``target`` means this layer: its name, or the end of it."""
-        return f"model.layers.0.{self.name}".endswith(f".{target}")
+    def is_named(self, target: str, layer: int = 0) -> bool:
+        """Whether an entry ``target`` of PEFT's ``target_modules``, or a key of its ``rank_pattern``, means this one.
+
+        It does if the name ends with it. ``layer`` is the number of the transformer layer that it is in.
+        """
+        return f"model.layers.{layer}.{self.name}".endswith(f".{target}")
 
 
 @dataclass(frozen=True)

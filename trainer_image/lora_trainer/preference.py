@@ -38,6 +38,7 @@ from lora_trainer.progress import Progress
 from lora_trainer.sampler import EpochSampler
 from lora_trainer.settings import Place
 from lora_trainer.sharding import reshard
+from lora_trainer.speed import compile_layers, read_levers
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
 HEARTBEAT_SECONDS = 30.0
@@ -200,6 +201,11 @@ class PreferenceEvaluator(Evaluator):
     reference: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2))
     dpo: DPO = field(default_factory=DPO)
     mixed_precision: bool = False
+
+    @property
+    def records(self) -> int:
+        """How many pairs the loss is measured on."""
+        return len(self.pairs)
 
     def measure(self, interrupted: Callable[[], bool] | None = None) -> Evaluation | None:
         """DPO loss, reward margin and accuracy. All ranks call it. ``None`` where ``interrupted`` said so.
@@ -364,4 +370,6 @@ def build_preference_trainer(
         callbacks=list(callbacks),
     )
     restore_adapter_precision(model)
+    if read_levers().compile:
+        compile_layers(model, device)
     return trainer

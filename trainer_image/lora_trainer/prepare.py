@@ -354,11 +354,7 @@ def prepare_pairs(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> Train
         BadSpecError: an option of the dataset does not fit its records or the model's tokenizer.
     """
     records = load_records(run.dataset, sources, chat=bool(tokenizer.chat_template), objective=run.training.objective)
-    if records.conversational and not tokenizer.chat_template:
-        raise BadSpecError(
-            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use a model that "
-            "is tuned for chat, set dataset.chatTemplate, or use pairs of plain strings"
-        )
+    check_pairs_can_be_written(tokenizer, conversational=records.conversational)
     limit = run.dataset.max_seq_length
     found = {name: tokenize_pairs(tokenizer, side, limit) for name, side in vars(records).items() if name != "format"}
     for name, pairs in found.items():
@@ -372,3 +368,12 @@ def prepare_pairs(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> Train
     report = found["train"].report(len(evaluation))
     digest = digest_pairs([*train, *evaluation])
     return TrainingData(train, evaluation or None, report, records.conversational, shown, digest)
+
+
+def check_pairs_can_be_written(tokenizer: Tokenizer, *, conversational: bool) -> None:
+    """Raises BadSpecError where conversations need a chat template and ``tokenizer`` has none."""
+    if conversational and not tokenizer.chat_template:
+        raise BadSpecError(
+            "dataset: the records are conversations, but baseModel's tokenizer has no chat template: use a model that "
+            "is tuned for chat, set dataset.chatTemplate, or use pairs of plain strings"
+        )

@@ -4,15 +4,18 @@
 What needs a GPU to be measured and changes more than the order of sums is off by default.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import BadSpecError
 from lora_trainer.loss import IGNORED, add_summed_loss, has_summed_loss
 from lora_trainer.parallel import sum_over_ranks
@@ -28,14 +31,19 @@ class Levers:
         summed_loss: only supervised tokens go through the output head, and nothing is computed for metrics that nobody
             reads (``loss``). Off: TRL's loss, its entropy and accuracy included.
         fused_optimizer: one kernel for all of AdamW (GPUs).
+        prefetch: the next step's micro-batches are made, and copied to the GPU, by a thread while this one computes
+            (``ahead``). ``None``: on GPUs. On CPUs it costs more than it hides (docs/speed.md).
         pinned_memory: batches are copied to the GPU from page-locked memory, beside the computation (GPUs).
         liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows).
+        compile: decoder layers are compiled in training (``torch.compile``). Needs a compiler in the image.
     """
 
     summed_loss: bool = True
     fused_optimizer: bool = True
+    prefetch: bool | None = None
     pinned_memory: bool = True
     liger: bool = False
+    compile: bool = False
 
 
 def read_levers(env: Mapping[str, str] = os.environ) -> Levers:
@@ -117,6 +125,8 @@ def apply_levers(model: torch.nn.Module, levers: Levers, device: torch.device) -
     """
     if levers.liger:
         apply_liger(base_model(model), device)
+    if levers.compile:
+        compile_layers(model, device)
 
 
 def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
@@ -135,6 +145,48 @@ def apply_liger(model: PreTrainedModel, device: torch.device) -> None:
     monkey_patch._apply_liger_kernel_to_instance(  # noqa: SLF001 - what transformers' Trainer calls
         model=model, cross_entropy=False, fused_linear_cross_entropy=False
     )
+
+
+def compile_layers(model: torch.nn.Module, device: torch.device) -> None:
+    """Compiles the decoder layers one by one: equal layers share their code, so it takes as long as one or two.
+
+    The forward method is compiled, not the module: its name and parameters stay as they are, and what FSDP2 does before
+    and after a layer stays outside, as where torchtitan compiles its blocks. Gradient checkpointing is inside.
+    Evaluation is not compiled: each length of an answer that is generated would be compiled anew.
+
+    Raises:
+        BadSpecError: there is no compiler.
+    """
+    check_compiler(device)
+    for layer in decoder_layers(model):
+        layer.forward = _compiled_in_training(layer)
+
+
+def _compiled_in_training(layer: torch.nn.Module) -> Any:
+    plain = layer.forward
+    compiled = torch.compile(plain)
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if layer.training else plain)(*args, **kwargs)
+
+    return forward
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises BadSpecError unless torch.compile finds what it needs: a C++ compiler, and on GPUs Triton."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise BadSpecError(f"{SPEED_VARIABLE}: compile needs the package triton, which is not in the image")
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise BadSpecError(
+            f"{SPEED_VARIABLE}: compile needs a C++ compiler, and there is none in the image: install g++, or name it "
+            "in CXX"
+        ) from error
 
 
 def base_model(model: torch.nn.Module) -> PreTrainedModel:

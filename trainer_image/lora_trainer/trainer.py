@@ -1,5 +1,7 @@
 """What every objective shares: sharding, exact epochs, checkpoints in the store, finite steps."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
+from lora_trainer.ahead import Ahead, start_maker
 from lora_trainer.errors import BadSpecError
 from lora_trainer.evaluate import Evaluator, Prompt
 from lora_trainer.finite import FiniteTrainer
@@ -31,6 +34,8 @@ class LoRATrainer(FiniteTrainer):
 
     checkpoints: "Checkpoints | None" = None
     sampler: EpochSampler | None = None
+    _maker: ThreadPoolExecutor | None = None
+    _ahead: Ahead | None = None
 
     def prepare(self, resume: "Resume | None", token_budget: int, place: Place, progress: Progress) -> None:
         """Gets what the objective needs besides the model; supervised fine-tuning needs nothing. All ranks call it.
@@ -50,13 +55,29 @@ class LoRATrainer(FiniteTrainer):
 
     def train_to_end(self, resume: "Resume | None") -> None:
         """Trains the steps that are left. A checkpoint of the last step leaves none."""
-        if resume is None:
-            self.train()
-        elif resume.step < self.args.max_steps:
-            self.train(resume_from_checkpoint=str(resume.directory))
-        else:
+        if resume is not None and resume.step >= self.args.max_steps:
             self.state = TrainerState.load_from_json(str(resume.directory / TRAINER_STATE_NAME))
             self.skipped = resume.skipped
+            return
+        wanted = read_levers().prefetch
+        if self.args.device.type == "cuda" if wanted is None else wanted:
+            self._maker = start_maker(self.args.device)
+        try:
+            self.train(resume_from_checkpoint=str(resume.directory) if resume else None)
+        finally:
+            if self._maker is not None:
+                self._maker.shutdown(wait=False, cancel_futures=True)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, and how many tokens they learn from. Those of the next step are made meanwhile.
+
+        All ranks call it: the count is summed up.
+        """
+        if self._maker is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._ahead is None or self._ahead.source is not epoch_iterator:
+            self._ahead = Ahead(epoch_iterator, num_batches, self._maker)
+        return super().get_batch_samples(self._ahead, num_batches, device)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Leaves the model as it is: ``sharding`` spreads it over the processes."""
@@ -74,8 +95,11 @@ class LoRATrainer(FiniteTrainer):
 
         transformers does that too, but in an epoch that is resumed in the middle the sampler lies one layer deeper with
         several processes, behind accelerate's skipped batches, and is not reached (transformers 5.23): the rest of the
-        epoch would have the order of the first one.
+        epoch would have the order of the first one. accelerate's loader counts epochs when it is read to its end, which
+        the thread does that is ahead: it must have.
         """
+        if self._ahead is not None:
+            self._ahead.wait()
         if self.sampler is not None:
             self.sampler.set_epoch(self.state.global_step // self.sampler.steps)
         super()._run_epoch(*args, **kwargs)

@@ -1,11 +1,12 @@
 """Measuring a program from outside."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.trainer import FULL, OURS_TWO, PACKED, PLAIN_TWO, our_run, plain_job
+from bench.trainer import FULL, OURS, OURS_TWO, PACKED, PLAIN_TWO, our_run, plain_job, turns
 from bench.watch import BenchError, Step, Watched, parse_step, watch
 from lora_api.run import RunSpec, plan_batch
 
@@ -89,3 +90,10 @@ def test_both_sides_of_the_comparison_are_the_same_job(tmp_path: Path) -> None:
     assert (plain["rank"], plain["alpha"], plain["learning_rate"]) == (ours.lora.r, ours.lora.alpha, 0.002)
     assert plain["max_length"] == ours.dataset.max_seq_length
     assert RunSpec.model_validate(our_run(FULL, PACKED, tmp_path, tmp_path, tmp_path)).dataset.packing
+
+
+def test_levers_take_turns_with_the_trainer_as_it_is() -> None:
+    order = turns(replace(FULL, rounds=2), ["no-prefetch", "compile"])
+    assert [side.speed for side in order] == ["", "no-prefetch", "compile"] * 2
+    assert order[0] == OURS
+    assert PLAIN_TWO in turns(FULL)

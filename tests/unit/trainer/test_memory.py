@@ -39,6 +39,24 @@ def test_an_adapter_on_all_linear_layers_has_the_weights_of_the_formula() -> Non
     assert adapter_weights(job(lora=LoRA(r=16))) == 32 * 16 * (4 * h + 2 * (h + kv) + 3 * (h + f))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # PEFT 0.21 reads it
+def test_each_module_of_an_adapter_counts_with_its_own_rank() -> None:
+    """The number is that of PEFT, on a model that has the shape of the plan's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lora_trainer.model import add_adapter
+
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 96}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    lora = LoRA(r=4, rank_pattern={"layers.1.mlp.down_proj": 16, "q_proj": 1, "down_proj": 8})
+    with torch.device("meta"):
+        model = add_adapter(LlamaForCausalLM(LlamaConfig(**sizes)), lora, seed=1)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert adapter_weights(job({"model_type": "llama", **sizes}, lora=lora)) == trained
+    assert trained != adapter_weights(job({"model_type": "llama", **sizes}, lora=LoRA(r=4)))
+
+
 SHAPES = st.builds(
     lambda layers, heads, kv, size, f, words, tied: ModelShape(
         "llama", layers, heads * size, f, heads, heads // kv, size, words, tied
