@@ -121,6 +121,12 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None
     return None
 
 
+def seconds_to_lost(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+    """Seconds until the first of the ``pods`` that are asked to stop counts as lost; ``None`` where none is."""
+    due = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
+    return max(1.0, (min(due) - now).total_seconds() + grace + 1) if due else None
+
+
 def _diagnose_silent_success(pod: PodView) -> Symptom | None:
     """Rank 0 has to say what it published, and a preflight what it settled; other pods have nothing to say."""
     termination = termination_of(pod)

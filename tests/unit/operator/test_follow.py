@@ -15,7 +15,7 @@ STARTED = {"attempt": 1, "phase": "Starting"}
     ("parts", "asked", "next_look"),
     [
         pytest.param([a_job()], True, REFUSAL_DELAY, id="a Job without its pods is asked about, again and again"),
-        pytest.param([a_job(taken=False)], False, None, id="but not one that the Job controller has not come to"),
+        pytest.param([a_job(started=None)], False, None, id="but not one that the Job controller has not come to"),
         pytest.param([a_job(), a_pod(0), a_pod(1)], False, None, id="nor one that has all of its pods"),
     ],
 )
