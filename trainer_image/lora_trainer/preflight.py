@@ -29,6 +29,7 @@ from lora_api.preflight import (
 )
 from lora_api.run import RunSpec
 from lora_api.sources import DataSource
+from lora_api.training import LoRA
 from lora_trainer.errors import BadSpecError, classify, describe
 from lora_trainer.fitting import build_job, settle, suggest
 from lora_trainer.gate import check_gate_has_records
@@ -163,7 +164,7 @@ def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
     supported = findings.attempt(lambda: _check_supported(config))
     if (files.directory / "generation_config.json").exists():
         findings.attempt(lambda: _read_json(files, "generation_config.json"))
-    shape = findings.attempt(lambda: _read_shape(config, findings)) if supported else None
+    shape = findings.attempt(lambda: _look_inside(config, files.directory, run.lora, findings)) if supported else None
     headers = findings.attempt(lambda: read_headers(files))
     if headers is None:
         return Model(files, shape, None, None)
@@ -197,12 +198,18 @@ def _check_supported(config: object) -> bool:
     return True
 
 
-def _read_shape(config: object, findings: Findings) -> ModelShape | None:
+def _look_inside(config: object, directory: Path, lora: LoRA, findings: Findings) -> ModelShape | None:
+    """The shape for the memory plan, ``None`` where there is no plan for the model. Its layers take the adapter."""
+    from lora_trainer.architecture import read_architecture, resolve_targets
+    from lora_trainer.model import load_skeleton
+
+    shape = None
     try:
-        return read_shape(config)
+        shape = read_shape(config)
     except UnplannedModelError as error:
         findings.warnings.append(f"memory is not planned: {error}")
-        return None
+    resolve_targets(read_architecture(load_skeleton(directory)), lora)
+    return shape
 
 
 def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Findings) -> None:
