@@ -249,7 +249,7 @@ def test_no_record_ends_in_a_stack_trace(rows: list[Any], chat: bool, tmp_path: 
 
 
 @QUIET
-@given(content=st.binary(max_size=200), suffix=st.sampled_from(("jsonl", "json", "csv", "parquet")))
+@given(content=st.binary(max_size=200), suffix=st.sampled_from(("jsonl", "json", "csv", "parquet", "arrow")))
 def test_no_bytes_end_in_a_stack_trace(content: bytes, suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"a.{suffix}"
     file.write_bytes(content)
@@ -262,3 +262,10 @@ def test_a_file_that_was_cut_is_refused(cut: int, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.Table.from_pylist([GOOD] * 20), tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:cut])
     read_or_refuse(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "arrow"])
+def test_a_directory_with_the_name_of_a_file_is_refused(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{suffix}").mkdir()
+    with pytest.raises(BadDataError, match=rf"a\.{suffix}: is no file"):
+        read_records([tmp_path / f"a.{suffix}"], "auto")
