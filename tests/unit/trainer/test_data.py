@@ -129,6 +129,8 @@ def test_there_is_always_something_to_measure_with() -> None:
     train, held_out = split_records(rows, 1e-9)
     assert held_out == [min(rows, key=record_position)]
     assert len(train) == 2
+    smaller = next(row for n in range(1000) if record_position(row := {"text": f"{n}"}) < record_position(held_out[0]))
+    assert split_records([*rows, smaller], 1e-9) == (rows, [smaller]), "only here an added row moves another"
     assert split_records(rows[:1], 0.5) == (rows[:1], [])
 
 
