@@ -319,7 +319,8 @@ def _read_numbers(numbers: Mapping[str, Any], prefix: str, model_type: str, tied
         )
     whole, rest = divmod(hidden, heads)
     head_size = number("head_dim", None if rest else whole)
-    _check_all_layers_alike(numbers, prefix)
+    if family.experts:
+        _check_all_layers_alike(numbers, prefix)
     keys = [key for key in family.experts if numbers.get(key) is not None] or list(family.experts)
     experts = number(keys[0]) if keys else 1
     chosen = number("num_experts_per_tok") if family.experts else 1
@@ -343,7 +344,7 @@ def _read_numbers(numbers: Mapping[str, Any], prefix: str, model_type: str, tied
 
 
 def _check_all_layers_alike(numbers: Mapping[str, Any], prefix: str) -> None:
-    """Qwen's mixtures can have layers with an MLP in between. None that was published does."""
+    """Qwen's mixtures may have layers with one MLP in between; those have other weights."""
     for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         value = numbers.get(key)
         if value is not None and value != usual:
