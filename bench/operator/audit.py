@@ -97,11 +97,14 @@ class Audit:
 
 
 def parse_call(line: str) -> Call | None:
-    """A line of the log, if it is of interest."""
+    """A line of the log, if it is of interest, and whole: a server that is killed leaves half a line behind."""
     of_operator = f'"username":"{OPERATOR}"' in line
     if not of_operator and not ('"verb":"create"' in line and '"resource":"lorafinetunes"' in line):
         return None
-    entry = json.loads(line)
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
     reference = entry.get("objectRef", {})
     resource, subresource = reference.get("resource", ""), reference.get("subresource", "")
     return Call(

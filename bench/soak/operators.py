@@ -1,0 +1,137 @@
+"""The operators of the soak: one that is always there, started again whenever it ends, and one that comes and goes."""
+
+import asyncio
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.operator.client import BenchError
+from bench.operator.process import OperatorProcess
+from bench.soak.stories import MAX_FREE_RESTARTS
+
+FLAGS = (
+    "--failure-grace=3",
+    "--node-grace=10",
+    "--start-timeout=5",
+    "--restart-backoff=0.5",
+    "--log-interval=5",
+    "--confirm-after=10",
+    f"--max-uncharged-restarts={MAX_FREE_RESTARTS}",
+)
+"""Shorter times than the defaults, so that 200 runs live their lives in half an hour."""
+
+_REST_SECONDS = 2.0
+_SAMPLE_SECONDS = 1.0
+_WINDOW_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Resident memory, in MiB, of a process at a time in seconds since the start."""
+
+    at: float
+    pid: int
+    rss: float
+
+
+class Operators:
+    """Starts operators, and watches the one that is always there."""
+
+    def __init__(self, kubeconfig: Path, logs: Path, say: Callable[[str], None]) -> None:
+        self._kubeconfig = kubeconfig
+        self._logs = logs
+        self._say = say
+        self._begin = time.monotonic()
+        self._held = asyncio.Lock()
+        self.started = 0
+        self.main = self.start("operator")
+        self.samples: list[Sample] = []
+        self.exits: list[int] = []
+        """Exit codes of operators that ended by themselves."""
+
+    def start(self, name: str) -> OperatorProcess:
+        """Another operator, whose log has ``name``."""
+        self.started += 1
+        log = self._logs / f"{name}.log"
+        return OperatorProcess(self._kubeconfig, log, rest_seconds=_REST_SECONDS, flags=FLAGS)
+
+    async def watch(self) -> None:
+        """Starts the operator again when it ends, as its kubelet does, and measures it, until it is cancelled."""
+        while True:
+            async with self._held:
+                code = self.main.exit_code
+                if code is not None:
+                    self._say(f"the operator has ended with {code}")
+                    self.exits.append(code)
+                    self.main = self._restart(self.main)
+            self._sample()
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    async def kill(self, away: float) -> None:
+        """Kills the operator, and starts it again after ``away`` seconds."""
+        async with self._held:
+            await asyncio.to_thread(self.main.stop, signal.SIGKILL)
+            await asyncio.sleep(away)
+            self.main = self.start("operator")
+
+    async def freeze(self, seconds: float) -> None:
+        """Stops the operator in its tracks for a while, as a machine that is overloaded does."""
+        async with self._held:
+            self.main.send(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                self.main.send(signal.SIGCONT)
+
+    async def double(self, seconds: float, number: signal.Signals) -> None:
+        """Runs a second operator for a while, which then is ended by a signal."""
+        second = self.start("second")
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            await asyncio.to_thread(second.stop, number)
+
+    def memory_at(self, at: float) -> Sample:
+        """The middle of what the operator that was there ``at`` that time took in the half minute from then on.
+
+        Raises:
+            BenchError: it was not measured.
+        """
+        window = [sample for sample in self.samples if at <= sample.at < at + _WINDOW_SECONDS]
+        if not window:
+            raise BenchError(f"the operator's memory was not measured at {at:.0f} s")
+        own = [sample.rss for sample in window if sample.pid == window[0].pid]
+        return Sample(window[0].at, window[0].pid, statistics.median(own))
+
+    def every_minute(self) -> list[float]:
+        """Resident memory at the start of each minute, in MiB, of whichever operator was there."""
+        minutes = {int(sample.at // 60): sample.rss for sample in reversed(self.samples)}
+        return [minutes[minute] for minute in sorted(minutes)]
+
+    def _restart(self, ended: OperatorProcess) -> OperatorProcess:
+        ended.stop(signal.SIGKILL)
+        return self.start("operator")
+
+    def _sample(self) -> None:
+        try:
+            rss = self.main.usage().rss
+        except (BenchError, OSError):  # it ends just now
+            return
+        self.samples.append(Sample(time.monotonic() - self._begin, self.main.pid, rss))
+
+
+@asynccontextmanager
+async def run_operators(kubeconfig: Path, logs: Path, say: Callable[[str], None]) -> AsyncIterator[Operators]:
+    """Operators for the length of the block."""
+    operators = Operators(kubeconfig, logs, say)
+    task = asyncio.create_task(operators.watch())
+    try:
+        yield operators
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.to_thread(operators.main.stop)
