@@ -47,6 +47,13 @@ test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
 	$(PYTEST) tests/devcluster tests/cluster -m cluster
 
+SEED ?= 1
+MINUTES ?= 30
+
+.PHONY: test-soak
+test-soak: venv binaries ## Soak the operator in faults for MINUTES (30) by SEED (1): docs/benchmarks/soak.md
+	$(RUN) -m bench.soak --seed $(SEED) --minutes $(MINUTES)
+
 .PHONY: lint
 lint: venv ## Style, types, layers and generated files
 	$(RUN) -m ruff check .

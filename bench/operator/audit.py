@@ -155,5 +155,5 @@ def life_calls(calls: Iterable[Call]) -> list[Call]:
 
 def count_calls(calls: Iterable[Call]) -> dict[str, int]:
     """How many calls there were of each kind."""
-    counts = Counter(f"{call.verb} {call.resource}" for call in calls)
+    counts = Counter(f"{call.verb} {call.resource or 'discovery'}" for call in calls)
     return dict(counts.most_common())

@@ -84,6 +84,11 @@ class OperatorProcess:
         return self._process.pid
 
     @property
+    def log(self) -> Path:
+        """Where it writes."""
+        return Path(self._log.name)
+
+    @property
     def exit_code(self) -> int | None:
         """What it ended with; ``None`` while it runs."""
         return self._process.poll()
@@ -150,7 +155,7 @@ class OperatorProcess:
         return time.monotonic() - self.started
 
     def _last_words(self) -> str:
-        return Path(self._log.name).read_text()[-2000:]
+        return self.log.read_text()[-2000:]
 
     async def rest(self) -> None:
         """Waits until it uses hardly any processor time for ``rest_seconds``.

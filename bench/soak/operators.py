@@ -25,8 +25,14 @@ FLAGS = (
 """Shorter times than the defaults, so that 200 runs live their lives in half an hour."""
 
 _REST_SECONDS = 2.0
+_READY = "ready: "
+"""What an operator logs once its cache is complete (lora_operator.app)."""
+
 _SAMPLE_SECONDS = 1.0
-_WINDOW_SECONDS = 30.0
+_WARM_SECONDS = 10.0
+"""Time that an operator has to fill its cache before its memory counts."""
+
+_WINDOW_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -50,24 +56,23 @@ class Operators:
         self.started = 0
         self.main = self.start("operator")
         self.samples: list[Sample] = []
-        self.exits: list[int] = []
-        """Exit codes of operators that ended by themselves."""
+        self.failed_starts = 0
+        self.failures: list[str] = []
+        """Last words of operators that ended by themselves though they had been ready."""
 
     def start(self, name: str) -> OperatorProcess:
-        """Another operator, whose log has ``name``."""
+        """Another operator, whose log begins with ``name``."""
         self.started += 1
-        log = self._logs / f"{name}.log"
+        log = self._logs / f"{name}-{self.started}.log"
         return OperatorProcess(self._kubeconfig, log, rest_seconds=_REST_SECONDS, flags=FLAGS)
 
     async def watch(self) -> None:
         """Starts the operator again when it ends, as its kubelet does, and measures it, until it is cancelled."""
         while True:
             async with self._held:
-                code = self.main.exit_code
-                if code is not None:
-                    self._say(f"the operator has ended with {code}")
-                    self.exits.append(code)
-                    self.main = self._restart(self.main)
+                if self._note_end(self.main):
+                    self.main.stop(signal.SIGKILL)
+                    self.main = self.start("operator")
             self._sample()
             await asyncio.sleep(_SAMPLE_SECONDS)
 
@@ -92,29 +97,38 @@ class Operators:
         second = self.start("second")
         try:
             await asyncio.sleep(seconds)
+            self._note_end(second)
         finally:
             await asyncio.to_thread(second.stop, number)
 
-    def memory_at(self, at: float) -> Sample:
-        """The middle of what the operator that was there ``at`` that time took in the half minute from then on.
+    def first_look(self, at: float) -> Sample:
+        """What the operator that is there now took soon after ``at``, or after its start if that was later.
 
         Raises:
             BenchError: it was not measured.
         """
-        window = [sample for sample in self.samples if at <= sample.at < at + _WINDOW_SECONDS]
+        own = [sample for sample in self.samples if sample.pid == self.main.pid]
+        begin = max(at, own[0].at + _WARM_SECONDS) if own else at
+        window = [sample for sample in own if begin <= sample.at < begin + _WINDOW_SECONDS]
         if not window:
-            raise BenchError(f"the operator's memory was not measured at {at:.0f} s")
-        own = [sample.rss for sample in window if sample.pid == window[0].pid]
-        return Sample(window[0].at, window[0].pid, statistics.median(own))
+            raise BenchError(f"the operator's memory was not measured from {begin:.0f} s on")
+        return Sample(begin, self.main.pid, statistics.median(sample.rss for sample in window))
 
     def every_minute(self) -> list[float]:
         """Resident memory at the start of each minute, in MiB, of whichever operator was there."""
         minutes = {int(sample.at // 60): sample.rss for sample in reversed(self.samples)}
         return [minutes[minute] for minute in sorted(minutes)]
 
-    def _restart(self, ended: OperatorProcess) -> OperatorProcess:
-        ended.stop(signal.SIGKILL)
-        return self.start("operator")
+    def _note_end(self, operator: OperatorProcess) -> bool:
+        """Whether ``operator`` has ended by itself. One whose first LIST fails does, and may; a ready one may not."""
+        if operator.exit_code is None:
+            return False
+        text = operator.log.read_text()
+        ready = _READY in text
+        self._say(f"an operator has ended with {operator.exit_code}, {'though' if ready else 'before'} it was ready")
+        self.failed_starts += not ready
+        self.failures += [f"an operator that was ready ended by itself: {text[-2000:]}"] if ready else []
+        return True
 
     def _sample(self) -> None:
         try:

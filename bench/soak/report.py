@@ -54,8 +54,8 @@ def _faults(result: Numbers) -> list[str]:
         *_table("fault", result["faults"]),
         "",
         f"The requests of the operators, watches included, by what befell them: {_list(result['requests'])}. "
-        f"{operators['started']} operators were started. {len(operators['endedByThemselves'])} of them ended by "
-        "themselves, as one does whose first LIST fails, and were started again.",
+        f"{operators['started']} operators were started. {operators['failedStarts']} of them ended before they were "
+        "ready, as one does whose first LIST fails, and were started again.",
     ]
 
 
@@ -64,10 +64,10 @@ def _costs(memory: Numbers, calls: Mapping[str, int]) -> list[str]:
     return [
         "## Memory and calls",
         "",
-        f"One operator lived from before second {memory['firstAtSecond']} to the end. It had {memory['firstMiB']:g} "
-        f"MiB resident then, and {memory['lastMiB']:g} MiB at rest at the end, with {memory['moreRuns']} more runs. "
-        f"It never had more than {memory['peakMiB']:g} MiB, and used {memory['cpuSeconds']:g} s of processor time. "
-        f"Minute by minute, whichever operator was there: {minutes} MiB.",
+        f"One operator lived to the end. Of resident memory it had {memory['firstMiB']:g} MiB at second "
+        f"{memory['firstAtSecond']} and {memory['lastMiB']:g} MiB at rest at the end, with {memory['moreRuns']} more "
+        f"runs; never more than {memory['peakMiB']:g} MiB. It used {memory['cpuSeconds']:g} s of processor time. Minute "
+        f"by minute, whichever operator was there: {minutes} MiB.",
         "",
         f"All operators together made {sum(calls.values()):,} calls, watches aside: {_list(calls)}.",
     ]
