@@ -45,6 +45,8 @@ _TROUBLES: Mapping[str, dict[str, Any]] = {
     "answers late": {"late": 0.5},
     "answers lost": {"lost": 0.3},
 }
+_CONTROLLERS = "kube-controller-manager"
+_KEEP_SECONDS = 2.0
 _NONSENSE = {"phase": "Succeeded", "reason": "Because", "conditions": []}
 
 
@@ -106,6 +108,14 @@ class Faults:
             for fault in faults:
                 await asyncio.sleep(max(0.0, begin + fault.at - asyncio.get_running_loop().time()))
                 group.create_task(self._do(fault))
+
+    async def keep_controllers(self) -> None:
+        """Starts the controllers again when they have ended, as they do that find no API server, until cancelled."""
+        while True:
+            async with self._plane_held:
+                if _CONTROLLERS not in await asyncio.to_thread(self._plane.pids):
+                    await asyncio.to_thread(self._plane.start_controller_manager)
+            await asyncio.sleep(_KEEP_SECONDS)
 
     async def _do(self, fault: Fault) -> None:
         self._say(f"{fault.kind}, {fault.lasts:.1f} s")

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.operator.client import BenchError
 from bench.operator.process import OperatorProcess
 from bench.soak.stories import MAX_FREE_RESTARTS
+from bench.soak.world import in_background
 
 FLAGS = (
     "--failure-grace=3",
@@ -142,10 +143,8 @@ class Operators:
 async def run_operators(kubeconfig: Path, logs: Path, say: Callable[[str], None]) -> AsyncIterator[Operators]:
     """Operators for the length of the block."""
     operators = Operators(kubeconfig, logs, say)
-    task = asyncio.create_task(operators.watch())
     try:
-        yield operators
+        async with in_background(operators.watch()):
+            yield operators
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
         await asyncio.to_thread(operators.main.stop)

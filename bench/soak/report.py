@@ -66,8 +66,8 @@ def _costs(memory: Numbers, calls: Mapping[str, int]) -> list[str]:
         "",
         f"One operator lived to the end. Of resident memory it had {memory['firstMiB']:g} MiB at second "
         f"{memory['firstAtSecond']} and {memory['lastMiB']:g} MiB at rest at the end, with {memory['moreRuns']} more "
-        f"runs; never more than {memory['peakMiB']:g} MiB. It used {memory['cpuSeconds']:g} s of processor time. Minute "
-        f"by minute, whichever operator was there: {minutes} MiB.",
+        f"runs; never more than {memory['peakMiB']:g} MiB. It used {memory['cpuSeconds']:g} s of processor time. "
+        f"Minute by minute, whichever operator was there: {minutes} MiB.",
         "",
         f"All operators together made {sum(calls.values()):,} calls, watches aside: {_list(calls)}.",
     ]

@@ -28,7 +28,7 @@ from bench.soak.faults import Faults, plan_faults
 from bench.soak.operators import Operators, run_operators
 from bench.soak.player import Action
 from bench.soak.stories import Story, compute_outcome, make_stories
-from bench.soak.world import PatientClient, World, play_world
+from bench.soak.world import PatientClient, World, in_background, play_world
 from devcluster import ControlPlane
 from lora_operator.children.names import RUN_LABEL
 from tests.support.install import install_crds
@@ -102,16 +102,14 @@ class Soak:
     ) -> Numbers:
         self._log(f"{len(self._told)} runs and {len(self._planned)} faults of seed {self._seed}")
         faults = Faults(self._plane, client, operators, proxy, random.Random(self._seed), self._log)
-        reading = asyncio.create_task(_keep_reading(audit))
-        await faults.run(self._planned)
-        self._log("no more faults")
-        await asyncio.sleep(max(0.0, self._size.seconds - self._seconds()))
-        settled = await self._settle(client, world)
-        wrong = self._check(settled, (await client.items(_EVENTS)))
-        memory, growth = await self._measure(operators, len(settled.runs))
-        leaked = await self._clear(client, operators)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        async with in_background(_keep_reading(audit), faults.keep_controllers()):
+            await faults.run(self._planned)
+            self._log("no more faults")
+            await asyncio.sleep(max(0.0, self._size.seconds - self._seconds()))
+            settled = await self._settle(client, world)
+            wrong = self._check(settled, await client.items(_EVENTS))
+            memory, growth = await self._measure(operators, len(settled.runs))
+            leaked = await self._clear(client, operators)
         audit.read()
         calls = by_operator(audit.calls)
         outcomes = [compute_outcome(story) for story in self._told]

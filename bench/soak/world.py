@@ -4,7 +4,7 @@ import asyncio
 import copy
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
@@ -203,12 +203,19 @@ def _by_run(items: Sequence[Raw]) -> dict[str, list[Raw]]:
 
 
 @asynccontextmanager
-async def play_world(client: PatientClient, told: Sequence[Story]) -> AsyncIterator[World]:
-    """A world that plays for the length of the block, and raises what went wrong in it."""
-    world = World(client, told)
-    await world.prepare()
+async def in_background(*work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Work that goes on for the length of the block, which ends with what goes wrong in it."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(world.send_heartbeats()), group.create_task(world.play())]
-        yield world
+        tasks = [group.create_task(one) for one in work]
+        yield
         for task in tasks:
             task.cancel()
+
+
+@asynccontextmanager
+async def play_world(client: PatientClient, told: Sequence[Story]) -> AsyncIterator[World]:
+    """A world that plays for the length of the block."""
+    world = World(client, told)
+    await world.prepare()
+    async with in_background(world.send_heartbeats(), world.play()):
+        yield world

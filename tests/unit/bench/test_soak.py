@@ -40,60 +40,61 @@ def failed(attempt: int, *classes: FailureClass, **more: Any) -> Outcome:
     return Outcome(Phase.FAILED, attempt, failures=tuple((one,) for one in classes), **more)
 
 
-@pytest.mark.parametrize(
-    ("story", "want"),
-    {
-        "success": (tell("succeeds"), Outcome(Phase.SUCCEEDED, 1)),
-        "a charged restart": (
-            tell("StoreUnavailable", "succeeds"),
-            Outcome(Phase.SUCCEEDED, 2, 1, ((F.STORE_UNAVAILABLE,),)),
-        ),
-        "a lost node is not charged": (
-            tell("node lost", "succeeds"),
-            Outcome(Phase.SUCCEEDED, 2, 0, ((F.NODE_LOST, F.POD_LOST),)),
-        ),
-        "bad data is final": (tell("BadData"), failed(1, F.BAD_DATA)),
-        "no restarts are allowed": (tell("crashes", policy={"maxRestarts": 0}), failed(1, F.INTERNAL)),
-        "all restarts are used up": (
-            tell("PeerLost", "PeerLost", policy={"maxRestarts": 1}),
-            failed(2, F.PEER_LOST, F.PEER_LOST, charged=1),
-        ),
-        "evicted too often": (tell(*["evicted"] * 6), failed(6, *[F.EVICTED] * 6)),
-        "the same step three times": (
-            tell("Internal", "Internal", "Internal", stuck=True),
-            failed(3, F.INTERNAL, F.INTERNAL, F.INTERNAL, charged=2),
-        ),
-        "a suspension is no failure": (tell("suspended", "succeeds"), Outcome(Phase.SUCCEEDED, 2)),
-        "out of memory": (tell("GPUOutOfMemory"), failed(1, F.GPU_OUT_OF_MEMORY)),
-        "half the micro-batch fits": (
-            tell("GPUOutOfMemory", "succeeds", policy=SHRINK),
-            Outcome(Phase.SUCCEEDED, 2, 0, ((F.GPU_OUT_OF_MEMORY,),), micro_batch=2),
-        ),
-        "one sequence does not fit": (
-            tell(*["out of host memory"] * 3, policy=SHRINK),
-            failed(3, *[F.HOST_OUT_OF_MEMORY] * 3, micro_batch=1),
-        ),
-        "shrinking leaves other failures alone": (tell("Diverged", policy=SHRINK), failed(1, F.DIVERGED)),
-        "a preflight that fails": (
-            tell(preflights=("AuthDenied",)),
-            failed(0, F.AUTH_DENIED, failed_preflights=1),
-        ),
-        "a preflight that is repeated": (
-            tell("succeeds", preflights=("StoreUnavailable", "passes")),
-            Outcome(Phase.SUCCEEDED, 1, 1, ((F.STORE_UNAVAILABLE,),), failed_preflights=1),
-        ),
-        "deleted by its user": (tell("run deleted"), Outcome(None, 1, children=False)),
-        "cleared up": (
-            tell("succeeds", policy={"ttlSecondsAfterFinished": 1}),
-            Outcome(Phase.SUCCEEDED, 1, children=False),
-        ),
-        "deleted after its end": (
-            tell("succeeds", policy={"ttlSecondsAfterFinished": 1, "ttlDeletes": "run"}),
-            Outcome(None, 1, children=False),
-        ),
-    }.values(),
-)
-def test_a_story_has_one_right_end(story: Story, want: Outcome) -> None:
+ENDS: dict[str, tuple[Story, Outcome]] = {
+    "success": (tell("succeeds"), Outcome(Phase.SUCCEEDED, 1)),
+    "a charged restart": (
+        tell("StoreUnavailable", "succeeds"),
+        Outcome(Phase.SUCCEEDED, 2, 1, ((F.STORE_UNAVAILABLE,),)),
+    ),
+    "a lost node is not charged": (
+        tell("node lost", "succeeds"),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.NODE_LOST, F.POD_LOST),)),
+    ),
+    "bad data is final": (tell("BadData"), failed(1, F.BAD_DATA)),
+    "no restarts are allowed": (tell("crashes", policy={"maxRestarts": 0}), failed(1, F.INTERNAL)),
+    "all restarts are used up": (
+        tell("PeerLost", "PeerLost", policy={"maxRestarts": 1}),
+        failed(2, F.PEER_LOST, F.PEER_LOST, charged=1),
+    ),
+    "evicted too often": (tell(*["evicted"] * 6), failed(6, *[F.EVICTED] * 6)),
+    "the same step three times": (
+        tell("Internal", "Internal", "Internal", stuck=True),
+        failed(3, F.INTERNAL, F.INTERNAL, F.INTERNAL, charged=2),
+    ),
+    "a suspension is no failure": (tell("suspended", "succeeds"), Outcome(Phase.SUCCEEDED, 2)),
+    "out of memory": (tell("GPUOutOfMemory"), failed(1, F.GPU_OUT_OF_MEMORY)),
+    "half the micro-batch fits": (
+        tell("GPUOutOfMemory", "succeeds", policy=SHRINK),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.GPU_OUT_OF_MEMORY,),), micro_batch=2),
+    ),
+    "one sequence does not fit": (
+        tell(*["out of host memory"] * 3, policy=SHRINK),
+        failed(3, *[F.HOST_OUT_OF_MEMORY] * 3, micro_batch=1),
+    ),
+    "shrinking leaves other failures alone": (tell("Diverged", policy=SHRINK), failed(1, F.DIVERGED)),
+    "a preflight that fails": (
+        tell(preflights=("AuthDenied",)),
+        failed(0, F.AUTH_DENIED, failed_preflights=1),
+    ),
+    "a preflight that is repeated": (
+        tell("succeeds", preflights=("StoreUnavailable", "passes")),
+        Outcome(Phase.SUCCEEDED, 1, 1, ((F.STORE_UNAVAILABLE,),), failed_preflights=1),
+    ),
+    "deleted by its user": (tell("run deleted"), Outcome(None, 1, children=False)),
+    "cleared up": (
+        tell("succeeds", policy={"ttlSecondsAfterFinished": 1}),
+        Outcome(Phase.SUCCEEDED, 1, children=False),
+    ),
+    "deleted after its end": (
+        tell("succeeds", policy={"ttlSecondsAfterFinished": 1, "ttlDeletes": "run"}),
+        Outcome(None, 1, children=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_story_has_one_right_end(case: str) -> None:
+    story, want = ENDS[case]
     assert compute_outcome(story) == want
 
 
@@ -181,78 +182,86 @@ POD_0, POD_1 = "pods/run-0-1-0-x", "pods/run-0-1-1-x"
 SET_0, SET_1 = f"PATCH {POD_0}/status", f"PATCH {POD_1}/status"
 
 
-@pytest.mark.parametrize(
-    ("story", "seen", "want"),
-    {
-        "a new pod gets a node": (tell("succeeds"), see(pod(0, NEW, node="")), [f"POST {POD_0}/binding"]),
-        "a pod with a node starts": (tell("succeeds"), see(pod(0, NEW)), [f"{SET_0} running"]),
-        "but not without its ConfigMap": (tell("succeeds"), see(pod(0, NEW), configmaps=()), [f"{SET_0} waiting"]),
-        "for which it waits": (
-            tell("succeeds"),
-            see(pod(0, waiting("ContainerCreating", "")), configmaps=()),
-            [],
-        ),
-        "nor without an image": (tell("no image"), see(pod(0, NEW)), [f"{SET_0} waiting"]),
-        "a gang that has run for long enough succeeds": (
-            tell("succeeds", runs_for=30.0),
-            see(pod(0, since_long()), pod(1, since_long())),
-            [f"{SET_0} 0", f"{SET_1} 0"],
-        ),
-        "not before": (tell("succeeds", runs_for=90.0), see(pod(0, since_long()), pod(1, since_long())), []),
-        "one rank fails first": (tell("BadData"), see(pod(0, since_long()), pod(1, since_long())), [f"{SET_1} 65"]),
-        "and its peer loses it": (
-            tell("BadData"),
-            see(pod(0, since_long()), pod(1, ended(65))),
-            [f"{SET_0} 73"],
-        ),
-        "the kernel ends a pod": (tell("out of host memory"), see(pod(0, since_long()), pod(1, since_long())),
-                                  [f"{SET_1} 137"]),
-        "a lost node says nothing": (
-            tell("node lost"),
-            see(pod(0, ended(73)), pod(1, since_long())),
-            [f"{SET_1} Failed"],
-        ),
-        "and its pod is taken away": (
-            tell("node lost"),
-            see(pod(0, ended(73)), pod(1, {"phase": "Failed"})),
-            [f"DELETE {POD_1}"],
-        ),
-        "a pod that is asked to stop takes its gang along": (
-            tell("succeeds"),
-            see(pod(0, since_long(), grace=120), pod(1, since_long())),
-            [f"{SET_0} 75", f"{SET_1} 75"],
-        ),
-        "and goes": (tell("succeeds"), see(pod(0, ended(75), grace=120), pod(1, ended(75))), [f"DELETE {POD_0}"]),
-        "once": (tell("succeeds"), see(pod(0, ended(75), grace=0), pod(1, ended(75))), []),
-        "a user suspends": (
-            tell("suspended", "succeeds"),
-            see(pod(0, since_long()), pod(1, since_long())),
-            ["PATCH lorafinetunes/run-0"],
-        ),
-        "once for each attempt": (
-            tell("suspended", "succeeds"),
-            see(pod(0, since_long()), pod(1, since_long()), suspendedAttempt=1),
-            [],
-        ),
-        "and resumes": (
-            tell("suspended", "succeeds"),
-            see(suspend=True, phase="Suspended", reason="Suspended"),
-            ["PATCH lorafinetunes/run-0"],
-        ),
-        "but not while pods end": (
-            tell("suspended", "succeeds"), see(suspend=True, phase="Suspended", reason="Suspending"), [],
-        ),
-        "a user deletes the Job": (
-            tell("Job deleted", "succeeds"),
-            see(pod(0, since_long()), pod(1, since_long())),
-            ["DELETE jobs/run-0-1"],
-        ),
-        "an attempt that no story has runs on": (
-            tell("succeeds"), see(pod(0, since_long(), attempt=2), pod(1, since_long(), attempt=2), attempt=2), [],
-        ),
-    }.values(),
-)  # fmt: skip
-def test_the_players_take_the_next_step(story: Story, seen: Seen, want: list[str]) -> None:
+STEPS: dict[str, tuple[Story, Seen, list[str]]] = {
+    "a new pod gets a node": (tell("succeeds"), see(pod(0, NEW, node="")), [f"POST {POD_0}/binding"]),
+    "a pod with a node starts": (tell("succeeds"), see(pod(0, NEW)), [f"{SET_0} running"]),
+    "but not without its ConfigMap": (tell("succeeds"), see(pod(0, NEW), configmaps=()), [f"{SET_0} waiting"]),
+    "for which it waits": (
+        tell("succeeds"),
+        see(pod(0, waiting("ContainerCreating", "")), configmaps=()),
+        [],
+    ),
+    "nor without an image": (tell("no image"), see(pod(0, NEW)), [f"{SET_0} waiting"]),
+    "a gang that has run for long enough succeeds": (
+        tell("succeeds", runs_for=30.0),
+        see(pod(0, since_long()), pod(1, since_long())),
+        [f"{SET_0} 0", f"{SET_1} 0"],
+    ),
+    "not before": (tell("succeeds", runs_for=90.0), see(pod(0, since_long()), pod(1, since_long())), []),
+    "one rank fails first": (tell("BadData"), see(pod(0, since_long()), pod(1, since_long())), [f"{SET_1} 65"]),
+    "and its peer loses it": (
+        tell("BadData"),
+        see(pod(0, since_long()), pod(1, ended(65))),
+        [f"{SET_0} 73"],
+    ),
+    "the kernel ends a pod": (
+        tell("out of host memory"),
+        see(pod(0, since_long()), pod(1, since_long())),
+        [f"{SET_1} 137"],
+    ),
+    "a lost node says nothing": (
+        tell("node lost"),
+        see(pod(0, ended(73)), pod(1, since_long())),
+        [f"{SET_1} Failed"],
+    ),
+    "and its pod is taken away": (
+        tell("node lost"),
+        see(pod(0, ended(73)), pod(1, {"phase": "Failed"})),
+        [f"DELETE {POD_1}"],
+    ),
+    "a pod that is asked to stop takes its gang along": (
+        tell("succeeds"),
+        see(pod(0, since_long(), grace=120), pod(1, since_long())),
+        [f"{SET_0} 75", f"{SET_1} 75"],
+    ),
+    "and goes": (tell("succeeds"), see(pod(0, ended(75), grace=120), pod(1, ended(75))), [f"DELETE {POD_0}"]),
+    "once": (tell("succeeds"), see(pod(0, ended(75), grace=0), pod(1, ended(75))), []),
+    "a user suspends": (
+        tell("suspended", "succeeds"),
+        see(pod(0, since_long()), pod(1, since_long())),
+        ["PATCH lorafinetunes/run-0"],
+    ),
+    "once for each attempt": (
+        tell("suspended", "succeeds"),
+        see(pod(0, since_long()), pod(1, since_long()), suspendedAttempt=1),
+        [],
+    ),
+    "and resumes": (
+        tell("suspended", "succeeds"),
+        see(suspend=True, phase="Suspended", reason="Suspended"),
+        ["PATCH lorafinetunes/run-0"],
+    ),
+    "but not while pods end": (
+        tell("suspended", "succeeds"),
+        see(suspend=True, phase="Suspended", reason="Suspending"),
+        [],
+    ),
+    "a user deletes the Job": (
+        tell("Job deleted", "succeeds"),
+        see(pod(0, since_long()), pod(1, since_long())),
+        ["DELETE jobs/run-0-1"],
+    ),
+    "an attempt that no story has runs on": (
+        tell("succeeds"),
+        see(pod(0, since_long(), attempt=2), pod(1, since_long(), attempt=2), attempt=2),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_the_players_take_the_next_step(case: str) -> None:
+    story, seen, want = STEPS[case]
     assert play(story, seen) == want
 
 
