@@ -51,9 +51,14 @@ class Seen:
     configmaps: frozenset[str] = frozenset()
 
     def gang(self, attempt: int, preflight: int = 0) -> list[Raw]:
-        """The pods of an attempt or a preflight, rank by rank."""
-        gang = [pod for pod in self.pods if number_of(pod) == (attempt, preflight)]
-        return sorted(gang, key=lambda pod: pod["metadata"]["name"])
+        """The pods of an attempt or a preflight, rank by rank.
+
+        The Job controller that does not see a pod of its own makes another one, and later takes one of the two away.
+        """
+        pods = [pod for pod in self.pods if number_of(pod) == (attempt, preflight)]
+        pods.sort(key=lambda pod: (is_asked(pod), pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
+        first = {index_of(pod): pod for pod in reversed(pods)}
+        return [first[index] for index in sorted(first)]
 
     @property
     def at_rest(self) -> bool:
@@ -75,6 +80,11 @@ def number_of(item: Raw) -> tuple[int, int]:
     return int(labels.get(ATTEMPT_LABEL, 0)), int(labels.get(PREFLIGHT_LABEL, 0))
 
 
+def index_of(pod: Raw) -> int:
+    """The rank of a pod."""
+    return int(pod["metadata"]["labels"][INDEX_LABEL])
+
+
 def is_asked(pod: Raw) -> bool:
     """Whether ``pod`` was asked to stop."""
     return "deletionTimestamp" in pod["metadata"]
@@ -88,12 +98,16 @@ def has_ended(pod: Raw) -> bool:
 def decide_actions(story: Story, seen: Seen, now: datetime) -> list[Action]:
     """What is done next about the run of ``story``."""
     actions = list(_decide_user(story, seen, now))
-    for number in sorted({number_of(pod) for pod in seen.pods}):
+    for pod in seen.pods:
+        number = number_of(pod)
         gang = seen.gang(*number)
         name = preflight_name(story.name, number[1]) if number[1] else child_name(story.name, number[0])
-        for pod in gang:
-            action = _decide_kubelet(story, number, pod, gang, mounted=name in seen.configmaps, now=now)
-            actions += [action] if action is not None else []
+        mounted = name in seen.configmaps
+        if pod in gang:
+            action = _decide_kubelet(pod, story.ending(*number), gang, story, number, mounted=mounted, now=now)
+        else:
+            action = _decide_kubelet(pod, None, [pod], story, number, mounted=mounted, now=now)
+        actions += [action] if action is not None else []
     return actions
 
 
@@ -121,14 +135,21 @@ def _decide_user(story: Story, seen: Seen, now: datetime) -> Iterable[Action]:
 
 
 def _decide_kubelet(
-    story: Story, number: tuple[int, int], pod: Raw, gang: Sequence[Raw], *, mounted: bool, now: datetime
+    pod: Raw,
+    ending: str | None,
+    gang: Sequence[Raw],
+    story: Story,
+    number: tuple[int, int],
+    *,
+    mounted: bool,
+    now: datetime,
 ) -> Action | None:
     """The next step of one pod."""
-    ending, index = story.ending(*number), int(pod["metadata"]["labels"][INDEX_LABEL])
+    index = index_of(pod)
     if has_ended(pod):
-        grace = pod["metadata"].get("deletionGracePeriodSeconds")
-        lost = ending == stories.NODE_LOST and index == GANG - 1 and grace is None
-        return _delete(_path(pod), grace=0) if grace or lost else None
+        lost = ending == stories.NODE_LOST and index == GANG - 1
+        leaves = lost if not is_asked(pod) else _grace(pod) or not pod["metadata"].get("finalizers")
+        return _delete(_path(pod), grace=0) if leaves else None
     if "nodeName" not in pod["spec"]:
         return None if _age(pod, now) < story.pause else _bind(pod, NODES[index % len(NODES)])
     if _started(pod) is None:
@@ -165,7 +186,7 @@ def _compute_end(story: Story, number: tuple[int, int], ending: str, index: int,
     if ending == stories.SUCCEEDS:
         return ended(0, "" if index else termination(), "Completed")
     lead = 0 if number[1] or ending == stories.NODE_LOST else GANG - 1
-    others = [pod for pod in gang if pod["metadata"]["labels"][INDEX_LABEL] != str(index)]
+    others = [pod for pod in gang if index_of(pod) != index]
     if index != lead and others and not any(map(has_ended, others)):
         return None
     on_node = [{"type": "PodScheduled", "status": "True"}]
@@ -211,6 +232,10 @@ def _started(pod: Raw) -> datetime | None:
 def _waiting_reason(pod: Raw) -> str | None:
     reason: str | None = _container(pod).get("waiting", {}).get("reason")
     return reason
+
+
+def _grace(pod: Raw) -> int:
+    return int(pod["metadata"].get("deletionGracePeriodSeconds", 0))
 
 
 def _age(pod: Raw, now: datetime) -> float:

@@ -63,12 +63,15 @@ class Observed:
         return bool(status.runtime or tried or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
-        """The pods of ``job``, rank by rank; where an index has several, the newest."""
-        newest: dict[int, PodView] = {}
-        for pod in sorted(self.pods, key=lambda pod: (pod.created, pod.name)):
+        """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
+
+        A Job controller that does not see a pod which it has made makes another one, and takes one of them away later.
+        """
+        latest: dict[int, PodView] = {}
+        for pod in sorted(self.pods, key=lambda pod: (_stays(pod), pod.created, pod.name)):
             if pod.job_uid == job.uid:
-                newest[pod.index] = pod
-        return [newest[index] for index in sorted(newest)]
+                latest[pod.index] = pod
+        return [latest[index] for index in sorted(latest)]
 
     def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
         """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
@@ -110,6 +113,10 @@ class Observed:
         """Whether the Job controller has not made all pods of ``job``."""
         indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
         return len(indexes) < job.size
+
+
+def _stays(pod: PodView) -> bool:
+    return not pod.gone and pod.deleting_at is None
 
 
 def is_finished(status: LoRAFineTuneStatus) -> bool:

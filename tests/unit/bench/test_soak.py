@@ -133,9 +133,12 @@ def test_troubles_of_the_proxy_share_the_requests() -> None:
     assert Counter(drawn) == {"refused": 10, "late": 20, "unavailable": 30, "lost": 10, "passed": 30}
 
 
-def pod(index: int, status: Raw, *, attempt: int = 1, node: str = "node-0", grace: int | None = None) -> Raw:
+def pod(
+    index: int, status: Raw, *, attempt: int = 1, node: str = "node-0", grace: int | None = None, suffix: str = "x"
+) -> Raw:
     metadata: Raw = {
-        "name": f"run-0-{attempt}-{index}-x",
+        "name": f"run-0-{attempt}-{index}-{suffix}",
+        "finalizers": ["batch.kubernetes.io/job-tracking"],
         "namespace": "team",
         "creationTimestamp": BEFORE,
         "uid": f"pod-{attempt}-{index}",
@@ -226,6 +229,11 @@ STEPS: dict[str, tuple[Story, Seen, list[str]]] = {
     ),
     "and goes": (tell("succeeds"), see(pod(0, ended(75), grace=120), pod(1, ended(75))), [f"DELETE {POD_0}"]),
     "once": (tell("succeeds"), see(pod(0, ended(75), grace=0), pod(1, ended(75))), []),
+    "a pod that was made twice goes alone": (
+        tell("succeeds", runs_for=90.0),
+        see(pod(0, since_long()), pod(0, since_long(), grace=120, suffix="y"), pod(1, since_long())),
+        ["PATCH pods/run-0-1-0-y/status 75"],
+    ),
     "a user suspends": (
         tell("suspended", "succeeds"),
         see(pod(0, since_long()), pod(1, since_long())),
