@@ -63,7 +63,7 @@ MARGIN_MIB = 8.0
 KIB_PER_RUN = 15.0
 """What the operator may grow by from the first look to the last, on top of each run that has come in between."""
 
-_SETTLE_SECONDS = 300.0
+_SETTLE_SECONDS = 180.0
 _LOOK_SECONDS = 2.0
 _EVENTS = "/apis/events.k8s.io/v1/events"
 
