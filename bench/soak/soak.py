@@ -108,7 +108,7 @@ class Soak:
             await asyncio.sleep(max(0.0, self._size.seconds - self._seconds()))
             settled = await self._settle(client, world)
             wrong = self._check(settled, await client.items(_EVENTS))
-            memory, growth = await self._measure(operators, len(settled.runs))
+            memory, growth = await self._measure(operators)
             leaked = await self._clear(client, operators)
         audit.read()
         calls = by_operator(audit.calls)
@@ -154,12 +154,12 @@ class Soak:
         about_runs = [event for event in events if event["regarding"].get("name") in names]
         return [*self._find_unsettled(found), *find_wrong_events(self._told, about_runs)]
 
-    async def _measure(self, operators: Operators, runs: int) -> tuple[Numbers, list[str]]:
+    async def _measure(self, operators: Operators) -> tuple[Numbers, list[str]]:
         """The memory of the operator that has lived on, early and now that it is at rest."""
         first = operators.first_look(_FIRST_LOOK * self._size.seconds)
         await operators.main.rest()
         usage = operators.main.usage()
-        came = runs - sum(1 for story in self._told if story.at <= first.at)
+        came = sum(1 for story in self._told if story.at > first.at)
         memory = {
             "firstAtSecond": round(first.at),
             "firstMiB": round(first.rss, 1),
