@@ -55,6 +55,13 @@ test-nodes: venv binaries ## Nodes that are drained, die and are out of service,
 test-kueue: venv binaries cluster-up images ## Queues, on a real cluster with the real Kueue (builds it the first time)
 	$(PYTEST) tests/cluster -m kueue
 
+SEED ?= 1
+MINUTES ?= 30
+
+.PHONY: test-soak
+test-soak: venv binaries ## Soak the operator in faults for MINUTES (30) by SEED (1): docs/benchmarks/soak.md
+	$(RUN) -m bench.soak --seed $(SEED) --minutes $(MINUTES)
+
 .PHONY: lint
 lint: venv ## Style, types, layers and generated files
 	$(RUN) -m ruff check .

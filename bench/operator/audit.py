@@ -97,11 +97,14 @@ class Audit:
 
 
 def parse_call(line: str) -> Call | None:
-    """A line of the log, if it is of interest."""
+    """A line of the log, if it is of interest, and whole: a server that is killed leaves half a line behind."""
     of_operator = f'"username":"{OPERATOR}"' in line
     if not of_operator and not ('"verb":"create"' in line and '"resource":"lorafinetunes"' in line):
         return None
-    entry = json.loads(line)
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
     reference = entry.get("objectRef", {})
     resource, subresource = reference.get("resource", ""), reference.get("subresource", "")
     return Call(
@@ -152,5 +155,5 @@ def life_calls(calls: Iterable[Call]) -> list[Call]:
 
 def count_calls(calls: Iterable[Call]) -> dict[str, int]:
     """How many calls there were of each kind."""
-    counts = Counter(f"{call.verb} {call.resource}" for call in calls)
+    counts = Counter(f"{call.verb} {call.resource or 'discovery'}" for call in calls)
     return dict(counts.most_common())

@@ -79,16 +79,7 @@ class Bench:
         await asyncio.to_thread(install_crds, self.plane)
         for name in self.namespaces:
             await self.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
-        rbac = "/apis/rbac.authorization.k8s.io/v1"
-        rules = [{"apiGroups": [rule.group], "resources": rule.resources, "verbs": rule.verbs} for rule in RBAC]
-        await self.client.call("POST", f"{rbac}/clusterroles", {"metadata": {"name": OPERATOR}, "rules": rules})
-        group = "rbac.authorization.k8s.io"
-        binding = {
-            "metadata": {"name": OPERATOR},
-            "roleRef": {"kind": "ClusterRole", "name": OPERATOR, "apiGroup": group},
-            "subjects": [{"kind": "User", "name": OPERATOR, "apiGroup": group}],
-        }
-        await self.client.call("POST", f"{rbac}/clusterrolebindings", binding)
+        await create_role(self.client)
 
     async def wait_for_api_server(self) -> None:
         """Waits until the API server's caches hold all that was written to etcd."""
@@ -168,6 +159,20 @@ async def make_bench(plane: ControlPlane, size: Size) -> AsyncIterator[Bench]:
         with closing(bench.audit):
             await bench.prepare()
             yield bench
+
+
+async def create_role(client: Client) -> None:
+    """Gives the user ``OPERATOR`` the operator's rights, in all namespaces."""
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
+    rules = [{"apiGroups": [rule.group], "resources": rule.resources, "verbs": rule.verbs} for rule in RBAC]
+    await client.call("POST", f"{rbac}/clusterroles", {"metadata": {"name": OPERATOR}, "rules": rules})
+    group = "rbac.authorization.k8s.io"
+    binding = {
+        "metadata": {"name": OPERATOR},
+        "roleRef": {"kind": "ClusterRole", "name": OPERATOR, "apiGroup": group},
+        "subjects": [{"kind": "User", "name": OPERATOR, "apiGroup": group}],
+    }
+    await client.call("POST", f"{rbac}/clusterrolebindings", binding)
 
 
 def is_created(call: Call) -> bool:

@@ -26,6 +26,14 @@ class BenchError(Exception):
     """The bench could not do what it had to."""
 
 
+class RefusedError(BenchError):
+    """The API server refused a call, with the HTTP status ``status``."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Client:
     """Raw JSON over aiohttp, as ``user``, or as an administrator. Use as an asynchronous context manager."""
 
@@ -55,13 +63,13 @@ class Client:
         """One call.
 
         Raises:
-            BenchError: it was refused.
+            RefusedError: it was refused.
         """
         data = None if body is None else json.dumps(body)
         async with self.session.request(method, path, data=data, headers={"Content-Type": content_type}) as answer:
             text = await answer.text()
             if answer.status >= 400:
-                raise BenchError(f"{method} {path}: {answer.status}: {text[:500]}")
+                raise RefusedError(answer.status, f"{method} {path}: {answer.status}: {text[:500]}")
             result: Raw = json.loads(text)
             return result
 

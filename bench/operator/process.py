@@ -47,7 +47,7 @@ def usage(pid: int) -> Usage:
 
 
 class OperatorProcess:
-    """``python -m lora_operator`` with its default settings, but no preflight. ``samples`` runs it under a profiler."""
+    """``python -m lora_operator``, with ``flags`` over its defaults. ``samples`` runs it under a profiler."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class OperatorProcess:
         rest_seconds: float,
         namespaces: Sequence[str] = (),
         samples: Path | None = None,
+        flags: Sequence[str] = ("--preflight=off",),
     ) -> None:
         self._rest_seconds = rest_seconds
         self._samples = samples
@@ -65,7 +66,7 @@ class OperatorProcess:
         self._log = log.open("a")
         program = ["-m", "lora_operator"] if samples is None else ["-m", "bench.operator.sampled", str(samples)]
         arguments = [f"--kubeconfig={kubeconfig}", f"--http-port={self._lease.port}", "--http-host=127.0.0.1"]
-        arguments.append("--preflight=off")
+        arguments += flags
         if namespaces:
             arguments.append(f"--namespaces={','.join(namespaces)}")
         self.started = time.monotonic()
@@ -77,9 +78,28 @@ class OperatorProcess:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def stop(self) -> None:
-        """Ends it as Kubernetes does."""
-        self._process.send_signal(signal.SIGTERM)
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def log(self) -> Path:
+        """Where it writes."""
+        return Path(self._log.name)
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with; ``None`` while it runs."""
+        return self._process.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal, if it has not ended."""
+        self._process.send_signal(number)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it as Kubernetes does, or with another signal."""
+        self._process.send_signal(number)
         try:
             self._process.wait(_STOP_SECONDS)
         finally:
@@ -135,7 +155,7 @@ class OperatorProcess:
         return time.monotonic() - self.started
 
     def _last_words(self) -> str:
-        return Path(self._log.name).read_text()[-2000:]
+        return self.log.read_text()[-2000:]
 
     async def rest(self) -> None:
         """Waits until it uses hardly any processor time for ``rest_seconds``.

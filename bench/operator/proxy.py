@@ -1,4 +1,4 @@
-"""A proxy in front of the API server that asks for patience (429) and is slow, at random but the same each time."""
+"""A proxy in front of the API server that refuses, is slow, or loses answers, at random but the same each time."""
 
 import asyncio
 import random
@@ -19,48 +19,78 @@ _HOP = ("connection", "transfer-encoding", "content-length", "content-encoding",
 
 @dataclass(frozen=True)
 class Trouble:
-    """Shares of the requests that are refused with 429 and Retry-After, and of those whose answers come late."""
+    """Shares of the requests by what befalls them.
+
+    refused: answered with 429 and Retry-After. unavailable: with 503. lost: done, but the connection is closed before
+    the answer. late: answered after ``delay`` seconds.
+    """
 
     refused: float = 0.05
     late: float = 0.1
+    unavailable: float = 0.0
+    lost: float = 0.0
     retry_after: int = 1
     delay: tuple[float, float] = (0.5, 3.0)
 
+    def draw(self, chance: float) -> str:
+        """What befalls a request, by a number from 0 to 1."""
+        for name in ("refused", "late", "unavailable", "lost"):
+            share: float = getattr(self, name)
+            if chance < share:
+                return name
+            chance -= share
+        return "passed"
+
+
+CALM = Trouble(refused=0.0, late=0.0)
+
 
 class Proxy:
-    """Passes requests on as they are, as the user of ``client``."""
+    """Passes requests on as they are, as the user of ``client``. ``trouble`` may be changed at any time."""
 
     def __init__(self, client: Client, trouble: Trouble, seed: int) -> None:
         self._client = client
-        self._trouble = trouble
+        self.trouble = trouble
         self._random = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.port = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one request."""
-        chance = self._random.random()
-        if chance < self._trouble.refused:
-            self.counts["refused"] += 1
-            body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 429, "message": "too many"}
-            return web.json_response(body, status=429, headers={"Retry-After": str(self._trouble.retry_after)})
-        late = chance < self._trouble.refused + self._trouble.late
-        self.counts["late" if late else "passed"] += 1
+        trouble, fate = self.trouble, self.trouble.draw(self._random.random())
+        self.counts[fate] += 1
+        if fate in ("refused", "unavailable"):
+            code, after = (429, {"Retry-After": str(trouble.retry_after)}) if fate == "refused" else (503, {})
+            body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": fate}
+            return web.json_response(body, status=code, headers=after)
+        with suppress(aiohttp.ClientError, ConnectionError):  # either end has gone
+            return await self._pass_on(request, fate, trouble)
+        return _hang_up(request)
+
+    async def _pass_on(self, request: web.Request, fate: str, trouble: Trouble) -> web.StreamResponse:
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP}
         url = URL(request.raw_path, encoded=True)
         timeout = aiohttp.ClientTimeout(total=None)
         async with self._client.session.request(
             request.method, url, data=await request.read() or None, headers=headers, timeout=timeout
         ) as answer:
-            if late:
-                await asyncio.sleep(self._random.uniform(*self._trouble.delay))
+            if fate == "lost":
+                return _hang_up(request)
+            if fate == "late":
+                await asyncio.sleep(self._random.uniform(*trouble.delay))
             kept = {name: value for name, value in answer.headers.items() if name.lower() not in _HOP}
             response = web.StreamResponse(status=answer.status, headers=kept)
-            with suppress(ConnectionError):  # who asked has ended, or lost patience
-                await response.prepare(request)
-                async for chunk in answer.content.iter_any():
-                    await response.write(chunk)
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
             return response
+
+
+def _hang_up(request: web.Request) -> web.StreamResponse:
+    """Closes the connection without an answer, as a server that is killed does."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=502)
 
 
 @asynccontextmanager

@@ -84,12 +84,16 @@ class Observed:
         return bool(status.runtime or tried or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
-        """The pods of ``job``, rank by rank; where an index has several, the newest. Without those taken back."""
-        newest: dict[int, PodView] = {}
-        for pod in sorted(self.pods, key=lambda pod: (pod.created, pod.name)):
+        """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
+
+        A Job controller that does not see a pod which it has made makes another one, and takes one of them away later.
+        Pods that were taken back with the quota of ``job`` are left out.
+        """
+        latest: dict[int, PodView] = {}
+        for pod in sorted(self.pods, key=lambda pod: (_stays(pod), pod.created, pod.name)):
             if pod.job_uid == job.uid and not is_taken_back(pod, job):
-                newest[pod.index] = pod
-        return [newest[index] for index in sorted(newest)]
+                latest[pod.index] = pod
+        return [latest[index] for index in sorted(latest)]
 
     def stopping(self, job: JobView) -> list[PodView]:
         """Pods that were taken back with the quota of ``job``, and have not ended yet."""
@@ -142,6 +146,10 @@ def is_taken_back(pod: PodView, job: JobView) -> bool:
     let_go = (pod.gone or pod.deleting_at is not None) and not pod.tracked
     counted = pod.index in job.failed_indexes | job.completed_indexes
     return job.was_suspended and let_go and not counted
+
+
+def _stays(pod: PodView) -> bool:
+    return not pod.gone and pod.deleting_at is None
 
 
 def is_finished(status: LoRAFineTuneStatus) -> bool:

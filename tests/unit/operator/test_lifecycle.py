@@ -467,6 +467,15 @@ CASES = [
         FailureClass.POD_LOST,
     ),
     Case(
+        "a pod that the Job controller made twice and takes away again is no loss",
+        seen(
+            a_run(status=STARTED), JOB, running(0), running(1),
+            running(0, name="tickets-1-0-again", uid="again", created=ago(80), deleting_at=ago(-30)),
+            ended(1, 143, name="tickets-1-1-again", uid="again-1", created=ago(80), gone=True),
+        ),
+        {"phase": Phase.RUNNING, "reason": "Running", "failure": None},
+    ),
+    Case(
         "restarts come to an end",
         seen(
             a_run(status={"attempt": 4, "chargedRestarts": 3}), a_job(4),

@@ -1,0 +1,150 @@
+"""The operators of the soak: one that is always there, started again whenever it ends, and one that comes and goes."""
+
+import asyncio
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.operator.client import BenchError
+from bench.operator.process import OperatorProcess
+from bench.soak.stories import MAX_FREE_RESTARTS
+from bench.soak.world import in_background
+
+FLAGS = (
+    "--failure-grace=3",
+    "--node-grace=10",
+    "--start-timeout=5",
+    "--restart-backoff=0.5",
+    "--log-interval=5",
+    "--confirm-after=10",
+    f"--max-uncharged-restarts={MAX_FREE_RESTARTS}",
+)
+"""Shorter times than the defaults, so that 200 runs live their lives in half an hour."""
+
+_REST_SECONDS = 2.0
+_READY = "ready: "
+"""What an operator logs once its cache is complete (lora_operator.app)."""
+
+_SAMPLE_SECONDS = 1.0
+_WARM_SECONDS = 10.0
+"""Time that an operator has to fill its cache before its memory counts."""
+
+_WINDOW_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Resident memory, in MiB, of a process at a time in seconds since the start."""
+
+    at: float
+    pid: int
+    rss: float
+
+
+class Operators:
+    """Starts operators, and watches the one that is always there."""
+
+    def __init__(self, kubeconfig: Path, logs: Path, say: Callable[[str], None]) -> None:
+        self._kubeconfig = kubeconfig
+        self._logs = logs
+        self._say = say
+        self._begin = time.monotonic()
+        self._held = asyncio.Lock()
+        self.started = 0
+        self.main = self.start("operator")
+        self.samples: list[Sample] = []
+        self.failed_starts = 0
+        self.failures: list[str] = []
+        """Last words of operators that ended by themselves though they had been ready."""
+
+    def start(self, name: str) -> OperatorProcess:
+        """Another operator, whose log begins with ``name``."""
+        self.started += 1
+        log = self._logs / f"{name}-{self.started}.log"
+        return OperatorProcess(self._kubeconfig, log, rest_seconds=_REST_SECONDS, flags=FLAGS)
+
+    async def watch(self) -> None:
+        """Starts the operator again when it ends, as its kubelet does, and measures it, until it is cancelled."""
+        while True:
+            async with self._held:
+                if self._note_end(self.main):
+                    self.main.stop(signal.SIGKILL)
+                    self.main = self.start("operator")
+            self._sample()
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+    async def kill(self, away: float) -> None:
+        """Kills the operator, and starts it again after ``away`` seconds."""
+        async with self._held:
+            await asyncio.to_thread(self.main.stop, signal.SIGKILL)
+            await asyncio.sleep(away)
+            self.main = self.start("operator")
+
+    async def freeze(self, seconds: float) -> None:
+        """Stops the operator in its tracks for a while, as a machine that is overloaded does."""
+        async with self._held:
+            self.main.send(signal.SIGSTOP)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                self.main.send(signal.SIGCONT)
+
+    async def double(self, seconds: float, number: signal.Signals) -> None:
+        """Runs a second operator for a while, which then is ended by a signal."""
+        second = self.start("second")
+        try:
+            await asyncio.sleep(seconds)
+            self._note_end(second)
+        finally:
+            await asyncio.to_thread(second.stop, number)
+
+    def first_look(self, at: float) -> Sample:
+        """What the operator that is there now took soon after ``at``, or after its start if that was later.
+
+        Raises:
+            BenchError: it was not measured.
+        """
+        own = [sample for sample in self.samples if sample.pid == self.main.pid]
+        begin = max(at, own[0].at + _WARM_SECONDS) if own else at
+        window = [sample for sample in own if begin <= sample.at < begin + _WINDOW_SECONDS]
+        if not window:
+            raise BenchError(f"the operator's memory was not measured from {begin:.0f} s on")
+        return Sample(begin, self.main.pid, statistics.median(sample.rss for sample in window))
+
+    def every_minute(self) -> list[float]:
+        """Resident memory at the start of each minute, in MiB, of whichever operator was there."""
+        minutes = {int(sample.at // 60): sample.rss for sample in reversed(self.samples)}
+        return [minutes[minute] for minute in sorted(minutes)]
+
+    def _note_end(self, operator: OperatorProcess) -> bool:
+        """Whether ``operator`` has ended by itself. One whose first LIST fails does, and may; a ready one may not."""
+        if operator.exit_code is None:
+            return False
+        text = operator.log.read_text()
+        ready = _READY in text
+        self._say(f"an operator has ended with {operator.exit_code}, {'though' if ready else 'before'} it was ready")
+        self.failed_starts += not ready
+        self.failures += [f"an operator that was ready ended by itself: {text[-2000:]}"] if ready else []
+        return True
+
+    def _sample(self) -> None:
+        try:
+            rss = self.main.usage().rss
+        except (BenchError, OSError):  # it ends just now
+            return
+        self.samples.append(Sample(time.monotonic() - self._begin, self.main.pid, rss))
+
+
+@asynccontextmanager
+async def run_operators(kubeconfig: Path, logs: Path, say: Callable[[str], None]) -> AsyncIterator[Operators]:
+    """Operators for the length of the block."""
+    operators = Operators(kubeconfig, logs, say)
+    try:
+        async with in_background(operators.watch()):
+            yield operators
+    finally:
+        await asyncio.to_thread(operators.main.stop)

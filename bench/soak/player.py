@@ -1,0 +1,264 @@
+"""What scheduler, kubelets and users do about one run, by its story: from what there is to the next calls. All pure.
+
+The Job controller and the garbage collector are real. Like them, the players look at what there is and need no memory,
+so that a call which an API server that was killed has swallowed is made again.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from bench.operator.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
+from bench.soak import stories
+from bench.soak.stories import Story
+from lora_api import RULES, FailureClass, Phase
+from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, child_name, preflight_name
+from lora_operator.views import parse_time
+from tests.support.runs import ended, running, settled, termination, waiting
+
+GANG = 2
+NODES = ("node-0", "node-1")
+
+_UNTIL_ASKED = frozenset(
+    {None, stories.SUSPENDED, stories.RUN_DELETED, stories.JOB_DELETED, stories.POD_DELETED, stories.OVERDUE}
+)
+"""Endings of pods that run until somebody asks them to stop. None: the story has no such attempt."""
+
+_NEVER_START = {
+    stories.NO_IMAGE: ("ErrImagePull", "manifest unknown"),
+    stories.NO_SECRET: ("CreateContainerConfigError", 'secret "store" not found'),
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """A call to the API server."""
+
+    method: str
+    path: str
+    body: Raw = field(default_factory=dict)
+    content_type: str = JSON
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is of one run. ``configmaps`` are names."""
+
+    run: Raw | None
+    jobs: Sequence[Raw] = ()
+    pods: Sequence[Raw] = ()
+    configmaps: frozenset[str] = frozenset()
+
+    def gang(self, attempt: int, preflight: int = 0) -> list[Raw]:
+        """The pods of an attempt or a preflight, rank by rank.
+
+        The Job controller that does not see a pod of its own makes another one, and later takes one of the two away.
+        """
+        pods = [pod for pod in self.pods if number_of(pod) == (attempt, preflight)]
+        pods.sort(key=lambda pod: (is_asked(pod), pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
+        first = {index_of(pod): pod for pod in reversed(pods)}
+        return [first[index] for index in sorted(first)]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing is left to be played."""
+        return (self.run is None or is_over(self.run)) and all(
+            has_ended(pod) and not is_asked(pod) for pod in self.pods
+        )
+
+
+def is_over(run: Raw) -> bool:
+    """Whether ``run`` has ended for good."""
+    conditions = run.get("status", {}).get("conditions", [])
+    return any(item["type"] in ("Complete", "Failed") and item["status"] == "True" for item in conditions)
+
+
+def number_of(item: Raw) -> tuple[int, int]:
+    """Attempt and preflight of a Job or pod; the one that it is not of is 0."""
+    labels = item["metadata"].get("labels") or {}
+    return int(labels.get(ATTEMPT_LABEL, 0)), int(labels.get(PREFLIGHT_LABEL, 0))
+
+
+def index_of(pod: Raw) -> int:
+    """The rank of a pod."""
+    return int(pod["metadata"]["labels"][INDEX_LABEL])
+
+
+def is_asked(pod: Raw) -> bool:
+    """Whether ``pod`` was asked to stop."""
+    return "deletionTimestamp" in pod["metadata"]
+
+
+def has_ended(pod: Raw) -> bool:
+    """Whether the containers of ``pod`` have ended."""
+    return pod["status"].get("phase") in ("Succeeded", "Failed")
+
+
+def decide_actions(story: Story, seen: Seen, now: datetime) -> list[Action]:
+    """What is done next about the run of ``story``."""
+    actions = list(_decide_user(story, seen, now))
+    for pod in seen.pods:
+        number = number_of(pod)
+        gang = seen.gang(*number)
+        name = preflight_name(story.name, number[1]) if number[1] else child_name(story.name, number[0])
+        mounted = name in seen.configmaps
+        if pod in gang:
+            action = _decide_kubelet(pod, story.ending(*number), gang, story, number, mounted=mounted, now=now)
+        else:
+            action = _decide_kubelet(pod, None, [pod], story, number, mounted=mounted, now=now)
+        actions += [action] if action is not None else []
+    return actions
+
+
+def _decide_user(story: Story, seen: Seen, now: datetime) -> Iterable[Action]:
+    run = seen.run
+    if run is None or "deletionTimestamp" in run["metadata"]:
+        return
+    status, path = run.get("status", {}), f"{RUNS.format(story.namespace)}/{story.name}"
+    if run["spec"]["runPolicy"].get("suspend"):
+        if status.get("phase") == Phase.SUSPENDED and status.get("reason") == "Suspended":
+            yield _suspend(path, value=False)
+        return
+    attempt = status.get("attempt", 0)
+    gang, ending = seen.gang(attempt), story.ending(attempt)
+    if not attempt or any(map(is_asked, gang)) or not _is_time(story, gang, GANG, now):
+        return
+    if ending == stories.SUSPENDED and status.get("suspendedAttempt", 0) < attempt:
+        yield _suspend(path, value=True)
+    elif ending == stories.RUN_DELETED:
+        yield _delete(path)
+    elif ending == stories.JOB_DELETED:
+        yield _delete(f"{JOBS.format(story.namespace)}/{child_name(story.name, attempt)}")
+    elif ending == stories.POD_DELETED:
+        yield _delete(_path(gang[0]))
+
+
+def _decide_kubelet(
+    pod: Raw,
+    ending: str | None,
+    gang: Sequence[Raw],
+    story: Story,
+    number: tuple[int, int],
+    *,
+    mounted: bool,
+    now: datetime,
+) -> Action | None:
+    """The next step of one pod."""
+    index = index_of(pod)
+    if has_ended(pod):
+        lost = ending == stories.NODE_LOST and index == GANG - 1
+        leaves = lost if not is_asked(pod) else _grace(pod) or not pod["metadata"].get("finalizers")
+        return _delete(_path(pod), grace=0) if leaves else None
+    if "nodeName" not in pod["spec"]:
+        return None if _age(pod, now) < story.pause else _bind(pod, NODES[index % len(NODES)])
+    if _started(pod) is None:
+        return _set(pod, _compute_start(pod, ending, mounted=mounted))
+    if any(map(is_asked, gang)):
+        words = termination("Checkpointed", "Saved a checkpoint", rank=index, step=_step(story, number))
+        return _set(pod, ended(75, words))
+    if ending in _UNTIL_ASKED:
+        return None
+    size = 1 if number[1] else GANG
+    if not (any(map(has_ended, gang)) or len(gang) < size or _is_time(story, gang, size, now)):
+        return None
+    return _set(pod, _compute_end(story, number, str(ending), index, gang))
+
+
+def _compute_start(pod: Raw, ending: str | None, *, mounted: bool) -> Raw | None:
+    """What becomes of a pod that has a node; ``None``: it stays as it is."""
+    if is_asked(pod):
+        return {"phase": "Failed"}
+    if not mounted:
+        reason = ("ContainerCreating", "")
+    elif ending in _NEVER_START:
+        reason = _NEVER_START[ending]
+    else:
+        return running()
+    return None if _waiting_reason(pod) == reason[0] else waiting(*reason)
+
+
+def _compute_end(story: Story, number: tuple[int, int], ending: str, index: int, gang: Sequence[Raw]) -> Raw | None:
+    """How a pod ends whose time has come; ``None``: another one ends first."""
+    step = _step(story, number)
+    if ending == stories.PASSES:
+        return ended(0, settled(), "Completed")
+    if ending == stories.SUCCEEDS:
+        return ended(0, "" if index else termination(), "Completed")
+    lead = 0 if number[1] or ending == stories.NODE_LOST else GANG - 1
+    others = [pod for pod in gang if index_of(pod) != index]
+    if index != lead and others and not any(map(has_ended, others)):
+        return None
+    on_node = [{"type": "PodScheduled", "status": "True"}]
+    if ending == stories.NODE_LOST and index != lead:
+        lost = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "no word"}
+        return {"phase": "Failed", "conditions": [*on_node, lost]}
+    if index != lead or ending == stories.NODE_LOST:
+        return ended(73, termination("PeerLost", "Connection closed by peer", rank=index, step=step))
+    if ending == stories.EVICTED:
+        taken = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": "low"}
+        return {**ended(143), "conditions": [*on_node, taken]}
+    simple = {stories.KILLED: ended(137), stories.OOM: ended(137, reason="OOMKilled"), stories.CRASHES: ended(1)}
+    if ending in simple:
+        return simple[ending]
+    code = RULES[FailureClass(ending)].exit_code
+    if code is None:
+        raise ValueError(f"no trainer ends with {ending}")
+    return ended(code, termination(ending, "It broke", rank=index, step=step))
+
+
+def _step(story: Story, number: tuple[int, int]) -> int:
+    """The step at which an attempt fails; never the same one twice, but for a run that is stuck."""
+    return 7 if story.stuck else 10 * sum(number)
+
+
+def _is_time(story: Story, gang: Sequence[Raw], size: int, now: datetime) -> bool:
+    """Whether the whole gang has run for as long as the story says."""
+    starts = [_started(pod) for pod in gang if not has_ended(pod)]
+    known = [start for start in starts if start is not None]
+    return len(known) == size and (now - max(known)).total_seconds() >= story.runs_for
+
+
+def _container(pod: Raw) -> Raw:
+    containers: list[Raw] = pod["status"].get("containerStatuses") or [{}]
+    state: Raw = containers[0].get("state", {})
+    return state
+
+
+def _started(pod: Raw) -> datetime | None:
+    return parse_time(_container(pod).get("running", {}).get("startedAt"))
+
+
+def _waiting_reason(pod: Raw) -> str | None:
+    reason: str | None = _container(pod).get("waiting", {}).get("reason")
+    return reason
+
+
+def _grace(pod: Raw) -> int:
+    return int(pod["metadata"].get("deletionGracePeriodSeconds", 0))
+
+
+def _age(pod: Raw, now: datetime) -> float:
+    return (now - (parse_time(pod["metadata"]["creationTimestamp"]) or now)).total_seconds()
+
+
+def _path(pod: Raw) -> str:
+    return f"{PODS.format(pod['metadata']['namespace'])}/{pod['metadata']['name']}"
+
+
+def _set(pod: Raw, status: Raw | None) -> Action | None:
+    return None if status is None else Action("PATCH", f"{_path(pod)}/status", {"status": status}, MERGE)
+
+
+def _bind(pod: Raw, node: str) -> Action:
+    target = {"apiVersion": "v1", "kind": "Node", "name": node}
+    return Action("POST", f"{_path(pod)}/binding", {"metadata": {"name": pod["metadata"]["name"]}, "target": target})
+
+
+def _suspend(path: str, *, value: bool) -> Action:
+    return Action("PATCH", path, {"spec": {"runPolicy": {"suspend": value}}}, MERGE)
+
+
+def _delete(path: str, **options: Any) -> Action:
+    seconds = {"gracePeriodSeconds": options["grace"]} if options else {}
+    return Action("DELETE", path, {"propagationPolicy": "Background", **seconds})

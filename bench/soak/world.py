@@ -1,0 +1,221 @@
+"""The world around the operator: nodes that send heartbeats, and the players of all stories at work."""
+
+import asyncio
+import copy
+import itertools
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+import aiohttp
+
+from bench.operator.client import JOBS, JSON, MERGE, PODS, RUNS, BenchError, Client, Raw, RefusedError
+from bench.operator.residents import build_run
+from bench.soak import stories
+from bench.soak.player import NODES, Action, Seen, decide_actions
+from bench.soak.stories import MICRO_BATCH, Story
+from lora_operator.children.names import RUN_LABEL, child_name
+
+RUNTIMES = "/apis/lorafinetune.io/v1alpha1/clusterloraruntimes"
+_RUNTIME_SPECS: dict[str, Raw] = {
+    "unchecked": {"preflight": False},
+    "checked": {"preflight": True},
+    "narrow": {"preflight": False, "limits": {"maxNodes": 1}},
+}
+_PATIENCE = 180.0
+_ROUND = 0.4
+_RARELY = 10
+"""Rounds between two looks at a namespace in which nothing is left to be played."""
+
+_LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
+_HEARTBEAT = 5.0
+
+
+class PatientClient(Client):
+    """Calls until it has an answer, as users and kubelets do while the API server is away."""
+
+    async def call(self, method: str, path: str, body: Raw | None = None, content_type: str = JSON) -> Raw:
+        """One call, made again while nobody answers or the server says that it cannot.
+
+        Raises:
+            RefusedError: it was refused, or there was no other answer for long.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return await super().call(method, path, body, content_type)
+            except RefusedError as error:
+                if error.status not in (429, 500, 503, 504) or time.monotonic() > deadline:
+                    raise
+            except (aiohttp.ClientError, TimeoutError) as error:
+                if time.monotonic() > deadline:
+                    raise RefusedError(0, f"{method} {path}: no answer for {_PATIENCE:.0f} s: {error!r}") from error
+            await asyncio.sleep(0.3)
+
+    async def try_call(self, action: Action) -> bool:
+        """One call by what was seen a moment ago; ``False`` where that is no longer so.
+
+        Raises:
+            RefusedError: it was refused for another reason.
+        """
+        try:
+            await self.call(action.method, action.path, action.body, action.content_type)
+        except RefusedError as error:
+            if error.status not in (404, 409):
+                raise
+            return False
+        return True
+
+    async def items(self, path: str) -> list[Raw]:
+        """All objects of a list."""
+        return list((await self.call("GET", path)).get("items") or [])
+
+
+class World:
+    """Plays ``stories``; times count from now."""
+
+    def __init__(self, client: PatientClient, told: Sequence[Story]) -> None:
+        self._client = client
+        self._spaces = {name: list(group) for name, group in itertools.groupby(told, key=lambda story: story.namespace)}
+        self._begin = time.monotonic()
+        self._created: set[str] = set()
+        self._resting: set[str] = set()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether all runs were created and nothing is left to be played."""
+        return self._resting == set(self._spaces)
+
+    async def prepare(self) -> None:
+        """Makes nodes, namespaces and runtimes."""
+        for name, spec in _RUNTIME_SPECS.items():
+            body = {"apiVersion": "lorafinetune.io/v1alpha1", "kind": "ClusterLoRARuntime", "spec": spec}
+            await self._client.try_call(Action("POST", RUNTIMES, {**body, "metadata": {"name": name}}))
+        for name in NODES:
+            await self._client.try_call(Action("POST", "/api/v1/nodes", {"metadata": {"name": name}}))
+        for name in self._spaces:
+            labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+            body = {"metadata": {"name": name, "labels": labels}}
+            await self._client.try_call(Action("POST", "/api/v1/namespaces", body))
+        for name in self._spaces:
+            await self._wait_for_account(name)
+
+    async def _wait_for_account(self, namespace: str) -> None:
+        """Waits for the service account without which no pod can be made."""
+        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/default"
+        deadline = time.monotonic() + _PATIENCE
+        while not await self._client.try_call(Action("GET", path)):
+            if time.monotonic() > deadline:
+                raise BenchError(f"namespace {namespace} has no service account")
+            await asyncio.sleep(_ROUND)
+
+    async def send_heartbeats(self) -> None:
+        """Keeps the nodes ready until it is cancelled."""
+        while True:
+            for name in NODES:
+                await self._send_heartbeat(name)
+            await asyncio.sleep(_HEARTBEAT)
+
+    async def _send_heartbeat(self, name: str) -> None:
+        now = datetime.now(UTC)
+        lease = {"holderIdentity": name, "leaseDurationSeconds": 40, "renewTime": f"{now:%Y-%m-%dT%H:%M:%S.%fZ}"}
+        if not await self._client.try_call(Action("PATCH", f"{_LEASES}/{name}", {"spec": lease}, MERGE)):
+            await self._client.try_call(Action("POST", _LEASES, {"metadata": {"name": name}, "spec": lease}))
+            times = dict.fromkeys(("lastHeartbeatTime", "lastTransitionTime"), f"{now:%Y-%m-%dT%H:%M:%SZ}")
+            ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "", **times}
+            status = {"status": {"conditions": [ready]}}
+            await self._client.try_call(Action("PATCH", f"/api/v1/nodes/{name}/status", status, MERGE))
+
+    async def play(self) -> None:
+        """Plays until it is cancelled."""
+        for number in itertools.count():
+            begun = [name for name, told in self._spaces.items() if told[0].at <= self._seconds()]
+            due = [name for name in begun if name not in self._resting or number % _RARELY == 0]
+            async with asyncio.TaskGroup() as group:
+                for name in due:
+                    group.create_task(self._play_namespace(name))
+            await asyncio.sleep(_ROUND)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._begin
+
+    async def _play_namespace(self, name: str) -> None:
+        told = self._spaces[name]
+        for story in told:
+            if story.name not in self._created and story.at <= self._seconds():
+                await self._create(story)
+        seen = await fetch_seen(self._client, name)
+        playing = [story for story in told if story.name in self._created]
+        for story in playing:
+            for action in decide_actions(story, seen.get(story.name, Seen(None)), datetime.now(UTC)):
+                await self._client.try_call(action)
+        if len(playing) == len(told) and all(seen.get(story.name, Seen(None)).at_rest for story in told):
+            self._resting.add(name)
+        else:
+            self._resting.discard(name)
+
+    async def _create(self, story: Story) -> None:
+        if stories.NAME_TAKEN in story.attempts:
+            taken = {"metadata": {"name": child_name(story.name, 1)}, "data": {"whose": "somebody else's"}}
+            path = f"/api/v1/namespaces/{story.namespace}/configmaps"
+            await self._client.try_call(Action("POST", path, taken))
+        await self._client.try_call(Action("POST", RUNS.format(story.namespace), build_story_run(story)))
+        self._created.add(story.name)
+
+
+def build_story_run(story: Story) -> Raw:
+    """The LoRAFineTune of a story."""
+    run = build_run(story.name)
+    spec = run["spec"]
+    spec["training"]["microBatchSize"] = MICRO_BATCH
+    spec |= {"runPolicy": copy.deepcopy(dict(story.policy)), "runtimeRef": {"name": story.runtime}}
+    return run
+
+
+async def fetch_seen(client: PatientClient, namespace: str) -> dict[str, Seen]:
+    """What there is in ``namespace``, by the name of the run that it belongs to, or belonged to."""
+    selector = f"?labelSelector={RUN_LABEL}"
+    runs, jobs, pods, configmaps = await asyncio.gather(
+        client.items(RUNS.format(namespace)),
+        client.items(JOBS.format(namespace) + selector),
+        client.items(PODS.format(namespace) + selector),
+        client.items(f"/api/v1/namespaces/{namespace}/configmaps{selector}"),
+    )
+    by_name = {run["metadata"]["name"]: run for run in runs}
+    children = [_by_run(items) for items in (jobs, pods, configmaps)]
+    return {
+        name: Seen(
+            by_name.get(name),
+            children[0].get(name, ()),
+            children[1].get(name, ()),
+            frozenset(item["metadata"]["name"] for item in children[2].get(name, ())),
+        )
+        for name in by_name.keys() | set(itertools.chain(*children))
+    }
+
+
+def _by_run(items: Sequence[Raw]) -> dict[str, list[Raw]]:
+    found: dict[str, list[Raw]] = {}
+    for item in items:
+        found.setdefault(item["metadata"]["labels"][RUN_LABEL], []).append(item)
+    return found
+
+
+@asynccontextmanager
+async def in_background(*work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Work that goes on for the length of the block, which ends with what goes wrong in it."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+@asynccontextmanager
+async def play_world(client: PatientClient, told: Sequence[Story]) -> AsyncIterator[World]:
+    """A world that plays for the length of the block."""
+    world = World(client, told)
+    await world.prepare()
+    async with in_background(world.send_heartbeats(), world.play()):
+        yield world

@@ -1,0 +1,345 @@
+"""The pure parts of the soak: stories and their ends, what the players do, what counts as wrong."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from bench.operator.audit import Call
+from bench.operator.proxy import Trouble
+from bench.soak import stories
+from bench.soak.checks import (
+    Found,
+    find_growth,
+    find_leftovers,
+    find_orphans,
+    find_wrong_ends,
+    find_wrong_events,
+    find_wrong_jobs,
+)
+from bench.soak.faults import KINDS as FAULTS
+from bench.soak.faults import OPERATOR_KILLED, plan_faults
+from bench.soak.player import Seen, decide_actions
+from bench.soak.stories import ENDINGS, KINDS, Outcome, Story, compute_outcome, make_stories
+from lora_api import FailureClass, Phase
+from tests.support.runs import ended, running, waiting
+
+Raw = dict[str, Any]
+F = FailureClass
+SHRINK = {"onOutOfMemory": "shrinkMicroBatch"}
+NOW = datetime.now(UTC)
+BEFORE = (NOW - timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def tell(*attempts: str, **more: Any) -> Story:
+    return Story(**{"name": "run-0", "kind": "test", "namespace": "team", "attempts": attempts, **more})
+
+
+def failed(attempt: int, *classes: FailureClass, **more: Any) -> Outcome:
+    return Outcome(Phase.FAILED, attempt, failures=tuple((one,) for one in classes), **more)
+
+
+ENDS: dict[str, tuple[Story, Outcome]] = {
+    "success": (tell("succeeds"), Outcome(Phase.SUCCEEDED, 1)),
+    "a charged restart": (
+        tell("StoreUnavailable", "succeeds"),
+        Outcome(Phase.SUCCEEDED, 2, 1, ((F.STORE_UNAVAILABLE,),)),
+    ),
+    "a lost node is not charged": (
+        tell("node lost", "succeeds"),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.NODE_LOST, F.POD_LOST),)),
+    ),
+    "bad data is final": (tell("BadData"), failed(1, F.BAD_DATA)),
+    "no restarts are allowed": (tell("crashes", policy={"maxRestarts": 0}), failed(1, F.INTERNAL)),
+    "all restarts are used up": (
+        tell("PeerLost", "PeerLost", policy={"maxRestarts": 1}),
+        failed(2, F.PEER_LOST, F.PEER_LOST, charged=1),
+    ),
+    "evicted too often": (tell(*["evicted"] * 6), failed(6, *[F.EVICTED] * 6)),
+    "the same step three times": (
+        tell("Internal", "Internal", "Internal", stuck=True),
+        failed(3, F.INTERNAL, F.INTERNAL, F.INTERNAL, charged=2),
+    ),
+    "a suspension is no failure": (tell("suspended", "succeeds"), Outcome(Phase.SUCCEEDED, 2)),
+    "out of memory": (tell("GPUOutOfMemory"), failed(1, F.GPU_OUT_OF_MEMORY)),
+    "half the micro-batch fits": (
+        tell("GPUOutOfMemory", "succeeds", policy=SHRINK),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.GPU_OUT_OF_MEMORY,),), micro_batch=2),
+    ),
+    "one sequence does not fit": (
+        tell(*["out of host memory"] * 3, policy=SHRINK),
+        failed(3, *[F.HOST_OUT_OF_MEMORY] * 3, micro_batch=1),
+    ),
+    "shrinking leaves other failures alone": (tell("Diverged", policy=SHRINK), failed(1, F.DIVERGED)),
+    "a preflight that fails": (
+        tell(preflights=("AuthDenied",)),
+        failed(0, F.AUTH_DENIED, failed_preflights=1),
+    ),
+    "a preflight that is repeated": (
+        tell("succeeds", preflights=("StoreUnavailable", "passes")),
+        Outcome(Phase.SUCCEEDED, 1, 1, ((F.STORE_UNAVAILABLE,),), failed_preflights=1),
+    ),
+    "deleted by its user": (tell("run deleted"), Outcome(None, 1, children=False)),
+    "cleared up": (
+        tell("succeeds", policy={"ttlSecondsAfterFinished": 1}),
+        Outcome(Phase.SUCCEEDED, 1, children=False),
+    ),
+    "deleted after its end": (
+        tell("succeeds", policy={"ttlSecondsAfterFinished": 1, "ttlDeletes": "run"}),
+        Outcome(None, 1, children=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_story_has_one_right_end(case: str) -> None:
+    story, want = ENDS[case]
+    assert compute_outcome(story) == want
+
+
+@pytest.mark.parametrize("attempts", [("StoreUnavailable",), ("succeeds", "succeeds"), ("BadData", "succeeds"), ()])
+def test_a_story_that_goes_on_after_its_end_or_has_none_is_refused(attempts: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="run-0"):
+        compute_outcome(tell(*attempts))
+
+
+def test_made_stories_are_of_every_kind_have_an_end_and_are_the_same_for_a_seed() -> None:
+    for seed in range(200):
+        told = make_stories(seed, 2 * len(KINDS), 100.0, 5.0)
+        assert set(Counter(story.kind for story in told).values()) == {2}
+        assert [story.at for story in told] == sorted(story.at for story in told)
+        assert all(compute_outcome(story) for story in told)
+    assert make_stories(7, 30, 10.0, 1.0) == make_stories(7, 30, 10.0, 1.0) != make_stories(8, 30, 10.0, 1.0)
+
+
+def test_the_classes_of_an_ending_count_alike() -> None:
+    for classes in ENDINGS.values():
+        assert len({(F(one), stories.RULES[one].charged, stories.RULES[one].retried)[1:] for one in classes}) <= 1
+
+
+def test_faults_are_of_every_kind_and_the_operator_is_killed_early_only() -> None:
+    for seed in range(50):
+        faults = plan_faults(seed, 300.0, 3.0, 60.0)
+        assert {fault.kind for fault in faults} == set(FAULTS)
+        assert all(fault.at <= 60.0 for fault in faults if fault.kind == OPERATOR_KILLED)
+        assert [fault.at for fault in faults] == sorted(fault.at for fault in faults)
+    assert any(fault.kind == OPERATOR_KILLED for fault in plan_faults(1, 1.0, 100.0, 1.0)), "without luck too"
+
+
+def test_troubles_of_the_proxy_share_the_requests() -> None:
+    trouble = Trouble(refused=0.1, late=0.2, unavailable=0.3, lost=0.1)
+    drawn = [trouble.draw(number / 100 + 0.001) for number in range(100)]
+    assert Counter(drawn) == {"refused": 10, "late": 20, "unavailable": 30, "lost": 10, "passed": 30}
+
+
+def pod(
+    index: int, status: Raw, *, attempt: int = 1, node: str = "node-0", grace: int | None = None, suffix: str = "x"
+) -> Raw:
+    metadata: Raw = {
+        "name": f"run-0-{attempt}-{index}-{suffix}",
+        "finalizers": ["batch.kubernetes.io/job-tracking"],
+        "namespace": "team",
+        "creationTimestamp": BEFORE,
+        "uid": f"pod-{attempt}-{index}",
+        "labels": {
+            "lorafinetune.io/name": "run-0",
+            "lorafinetune.io/attempt": str(attempt),
+            "batch.kubernetes.io/job-completion-index": str(index),
+        },
+    }
+    if grace is not None:
+        metadata |= {"deletionTimestamp": BEFORE, "deletionGracePeriodSeconds": grace}
+    return {"kind": "Pod", "metadata": metadata, "spec": {"nodeName": node} if node else {}, "status": status}
+
+
+def since_long() -> Raw:
+    status = running()
+    status["containerStatuses"][0]["state"]["running"]["startedAt"] = BEFORE
+    return status
+
+
+def see(*pods: Raw, suspend: bool = False, configmaps: tuple[str, ...] = ("run-0-1",), **status: Any) -> Seen:
+    run = {
+        "kind": "LoRAFineTune",
+        "metadata": {"name": "run-0", "namespace": "team", "uid": "u"},
+        "spec": {"runPolicy": {"suspend": suspend}},
+        "status": {"attempt": 1, **status},
+    }
+    return Seen(run, pods=pods, configmaps=frozenset(configmaps))
+
+
+def play(story: Story, seen: Seen) -> list[str]:
+    """The actions, each as its method, the last parts of its path, and what it says of a pod."""
+    told = []
+    for action in decide_actions(story, seen, NOW):
+        status = action.body.get("status", {})
+        state = (status.get("containerStatuses") or [{"state": {}}])[0]["state"]
+        code = state.get("terminated", {}).get("exitCode", next(iter(state), status.get("phase", "")))
+        told.append(f"{action.method} {action.path.split('/team/')[1]} {code}".strip())
+    return told
+
+
+NEW: Raw = {"phase": "Pending"}
+POD_0, POD_1 = "pods/run-0-1-0-x", "pods/run-0-1-1-x"
+SET_0, SET_1 = f"PATCH {POD_0}/status", f"PATCH {POD_1}/status"
+
+
+STEPS: dict[str, tuple[Story, Seen, list[str]]] = {
+    "a new pod gets a node": (tell("succeeds"), see(pod(0, NEW, node="")), [f"POST {POD_0}/binding"]),
+    "a pod with a node starts": (tell("succeeds"), see(pod(0, NEW)), [f"{SET_0} running"]),
+    "but not without its ConfigMap": (tell("succeeds"), see(pod(0, NEW), configmaps=()), [f"{SET_0} waiting"]),
+    "for which it waits": (
+        tell("succeeds"),
+        see(pod(0, waiting("ContainerCreating", "")), configmaps=()),
+        [],
+    ),
+    "nor without an image": (tell("no image"), see(pod(0, NEW)), [f"{SET_0} waiting"]),
+    "a gang that has run for long enough succeeds": (
+        tell("succeeds", runs_for=30.0),
+        see(pod(0, since_long()), pod(1, since_long())),
+        [f"{SET_0} 0", f"{SET_1} 0"],
+    ),
+    "not before": (tell("succeeds", runs_for=90.0), see(pod(0, since_long()), pod(1, since_long())), []),
+    "one rank fails first": (tell("BadData"), see(pod(0, since_long()), pod(1, since_long())), [f"{SET_1} 65"]),
+    "and its peer loses it": (
+        tell("BadData"),
+        see(pod(0, since_long()), pod(1, ended(65))),
+        [f"{SET_0} 73"],
+    ),
+    "the kernel ends a pod": (
+        tell("out of host memory"),
+        see(pod(0, since_long()), pod(1, since_long())),
+        [f"{SET_1} 137"],
+    ),
+    "a lost node says nothing": (
+        tell("node lost"),
+        see(pod(0, ended(73)), pod(1, since_long())),
+        [f"{SET_1} Failed"],
+    ),
+    "and its pod is taken away": (
+        tell("node lost"),
+        see(pod(0, ended(73)), pod(1, {"phase": "Failed"})),
+        [f"DELETE {POD_1}"],
+    ),
+    "a pod that is asked to stop takes its gang along": (
+        tell("succeeds"),
+        see(pod(0, since_long(), grace=120), pod(1, since_long())),
+        [f"{SET_0} 75", f"{SET_1} 75"],
+    ),
+    "and goes": (tell("succeeds"), see(pod(0, ended(75), grace=120), pod(1, ended(75))), [f"DELETE {POD_0}"]),
+    "once": (tell("succeeds"), see(pod(0, ended(75), grace=0), pod(1, ended(75))), []),
+    "a pod that was made twice goes alone": (
+        tell("succeeds", runs_for=90.0),
+        see(pod(0, since_long()), pod(0, since_long(), grace=120, suffix="y"), pod(1, since_long())),
+        ["PATCH pods/run-0-1-0-y/status 75"],
+    ),
+    "a user suspends": (
+        tell("suspended", "succeeds"),
+        see(pod(0, since_long()), pod(1, since_long())),
+        ["PATCH lorafinetunes/run-0"],
+    ),
+    "once for each attempt": (
+        tell("suspended", "succeeds"),
+        see(pod(0, since_long()), pod(1, since_long()), suspendedAttempt=1),
+        [],
+    ),
+    "and resumes": (
+        tell("suspended", "succeeds"),
+        see(suspend=True, phase="Suspended", reason="Suspended"),
+        ["PATCH lorafinetunes/run-0"],
+    ),
+    "but not while pods end": (
+        tell("suspended", "succeeds"),
+        see(suspend=True, phase="Suspended", reason="Suspending"),
+        [],
+    ),
+    "a user deletes the Job": (
+        tell("Job deleted", "succeeds"),
+        see(pod(0, since_long()), pod(1, since_long())),
+        ["DELETE jobs/run-0-1"],
+    ),
+    "an attempt that no story has runs on": (
+        tell("succeeds"),
+        see(pod(0, since_long(), attempt=2), pod(1, since_long(), attempt=2), attempt=2),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_the_players_take_the_next_step(case: str) -> None:
+    story, seen, want = STEPS[case]
+    assert play(story, seen) == want
+
+
+def item(kind: str, name: str, owner: str = "", **metadata: Any) -> Raw:
+    owners = [{"kind": "LoRAFineTune", "name": "run-0", "uid": owner}] if owner else []
+    labels = {"lorafinetune.io/name": "run-0"}
+    metadata = {"name": name, "namespace": "team", "uid": name, "labels": labels, "ownerReferences": owners, **metadata}
+    return {"kind": kind, "metadata": metadata, "status": {"phase": "Failed"}}
+
+
+def run_with(**status: Any) -> Raw:
+    conditions = [{"type": "Failed" if status.get("phase") == "Failed" else "Complete", "status": "True"}]
+    return {**item("LoRAFineTune", "run-0"), "status": {"attempt": 1, "conditions": conditions, **status}}
+
+
+def test_a_run_in_another_state_is_wrong() -> None:
+    story = tell("BadData")
+    right = run_with(phase="Failed", failures=[{"class": "BadData"}])
+    assert find_wrong_ends([story], Found([right])) == []
+    wrongs = {
+        "phase is Running": run_with(phase="Running"),
+        "attempt is 2": run_with(phase="Failed", attempt=2, failures=[{"class": "BadData"}]),
+        "charged restarts is 1": run_with(phase="Failed", chargedRestarts=1, failures=[{"class": "BadData"}]),
+        "failures are []": run_with(phase="Failed"),
+        "failures are ['Internal']": run_with(phase="Failed", failures=[{"class": "Internal"}]),
+    }
+    for what, run in wrongs.items():
+        assert what in find_wrong_ends([story], Found([run]))[0]
+    assert "is gone" in find_wrong_ends([story], Found())[0]
+    assert find_wrong_ends([tell("run deleted")], Found()) == []
+    assert "is there" in find_wrong_ends([tell("run deleted")], Found([right]))[0]
+
+
+def test_orphans_and_leftovers_are_found() -> None:
+    run = run_with(phase="Succeeded")
+    job = item("Job", "run-0-1", "run-0")
+    assert find_orphans(Found([run], [job], [item("Pod", "p", "run-0-1")])) == []
+    assert "which is gone" in find_orphans(Found([run], [], [item("Pod", "p", "run-0-1")]))[0]
+    assert "being deleted" in find_orphans(Found([run], [item("Job", "j", "run-0", deletionTimestamp=BEFORE)]))[0]
+    cleared = tell("succeeds", policy={"ttlSecondsAfterFinished": 1})
+    assert find_leftovers([tell("succeeds")], Found([run], [job])) == []
+    assert find_leftovers([cleared], Found([run], [job])) == ["Job team/run-0-1 is still there"]
+    old = item("Job", "run-0-1", "run-0")
+    assert find_leftovers([tell("evicted", "succeeds")], Found([run], [old])) == ["Job team/run-0-1 is still there"]
+    assert find_leftovers([tell("succeeds")], Found([run], pods=[pod(0, since_long())])) == [
+        "Pod team/run-0-1-0-x runs on"
+    ]
+
+
+def made(name: str, code: int = 201) -> Call:
+    return Call(0.0, 0.0, "lora-operator", "agent", "create", "jobs", "team", name, code)
+
+
+def test_jobs_and_events_too_many_are_found() -> None:
+    told = [tell("evicted", "succeeds")]
+    assert find_wrong_jobs(told, [made("run-0-1"), made("run-0-1", 409), made("run-0-2")]) == []
+    assert find_wrong_jobs(told, [made("run-0-1"), made("run-0-1")]) == ["Job run-0-1 was made 2 times"]
+    assert len(find_wrong_jobs(told, [made("run-0-3")])) == 1
+
+    def event(name: str, reason: str, action: str = "Launch") -> Raw:
+        return {"metadata": {"name": name}, "regarding": {"name": "run-0"}, "reason": reason, "action": action}
+
+    events = [event("run-0.u.1.started", "Started"), event("run-0.u.2.started", "Started")]
+    events.append(event("run-0.u.2.succeeded", "Succeeded", "Publish"))
+    assert find_wrong_events(told, events) == []
+    assert len(find_wrong_events(told, [*events, event("run-0.u.3.started", "Started")])) == 1
+    assert len(find_wrong_events(told, [*events, event("run-0.v.2.started", "Started")])) == 1
+    assert len(find_wrong_events(told, [*events, event("run-0.u.2.baddata", "BadData", "Fail")])) == 1
+
+
+def test_growth_counts_beyond_what_more_runs_take() -> None:
+    assert find_growth(80.0, 84.0, 100, 15.0, 3.0) == []
+    assert "85.0" in find_growth(80.0, 85.0, 100, 15.0, 3.0)[0]
