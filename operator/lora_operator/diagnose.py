@@ -92,6 +92,9 @@ def diagnose_pods(
         Symptom(FailureClass.POD_LOST, "PodGone", f"Pod {index} of Job {job.name} failed and is gone", at=job.created)
         for index in sorted(job.failed_indexes - seen)
     ]
+    if 0 in job.completed_indexes - seen:
+        message = f"Pod 0 of Job {job.name} succeeded and is gone, and with it the word of what came of it"
+        symptoms.append(Symptom(FailureClass.POD_LOST, "PodGone", message, at=job.created))
     if job.failure and not symptoms:
         symptoms.append(Symptom(FailureClass.POD_LOST, "JobFailed", f"Job {job.name} was ended: {job.failure}"))
     if processes_per_node == 1:

@@ -25,16 +25,17 @@ def missing_attempt(observed: Observed) -> int | None:
     return status.attempt
 
 
-def unseen_failures(observed: Observed) -> JobView | None:
-    """A Job without a verdict that has failed pods which nobody has seen end.
+def unseen_ends(observed: Observed) -> JobView | None:
+    """A Job without a verdict that has failed pods which nobody has seen end, or such a rank 0 that has succeeded.
 
     The watches of Jobs and of pods are apart, so news of a Job may come before those of its pods, most of all at start.
     A pod that is taken to be gone, or to be running, has no last words, and its gang would be judged without them.
     """
     job = observed.live_job()
-    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job) if pod.has_ended}:
+    if job is None:
         return None
-    return job
+    heard = job.failed_indexes | (job.completed_indexes & {0})
+    return None if heard <= {pod.index for pod in observed.gang(job) if pod.has_ended} else job
 
 
 def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:

@@ -170,7 +170,7 @@ def _decide_failing(
     The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
     """
     nodes = observed.run.spec.parallelism.nodes
-    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes
+    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
     since = observed.reports.failing_since or now
     silent = find_silent(symptoms, pods)
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace

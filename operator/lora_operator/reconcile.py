@@ -26,7 +26,7 @@ from lora_operator.events import build_event, compute_events
 from lora_operator.follow import (
     compute_next_look,
     missing_attempt,
-    unseen_failures,
+    unseen_ends,
     wants_log,
     wants_queue,
     wants_refusal,
@@ -299,8 +299,8 @@ class Reconciler:
         return self._observe(key, observed.run)
 
     async def _confirm_pods(self, key: Key, observed: Observed) -> Observed:
-        """Looks for pods that a Job says have failed, and that no watch has shown yet."""
-        job = unseen_failures(observed)
+        """Looks for pods that a Job says have ended, and that no watch has shown to."""
+        job = unseen_ends(observed)
         if job is None:
             return observed
         async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):

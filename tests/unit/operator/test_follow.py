@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_operator.follow import REFUSAL_DELAY, compute_next_look, unseen_failures, wants_refusal
+from lora_operator.follow import REFUSAL_DELAY, compute_next_look, unseen_ends, wants_refusal
 from lora_operator.plan import NOTHING
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
@@ -41,4 +41,17 @@ def test_pods_that_a_job_says_have_failed_are_looked_up_until_they_were_seen_to(
     parts: list[PodView], unseen: bool
 ) -> None:
     job = a_job(failed_indexes=frozenset({0, 1}))
-    assert unseen_failures(seen(a_run(status=STARTED), job, *parts)) == (job if unseen else None)
+    assert unseen_ends(seen(a_run(status=STARTED), job, *parts)) == (job if unseen else None)
+
+
+@pytest.mark.parametrize(
+    ("parts", "unseen"),
+    [
+        pytest.param([], True, id="rank 0 was never seen"),
+        pytest.param([a_pod(0)], True, id="rank 0 was not seen to end"),
+        pytest.param([ended(0, code=0)], False, id="the other has nothing to say"),
+    ],
+)
+def test_what_rank_0_says_of_its_success_is_looked_up(parts: list[PodView], unseen: bool) -> None:
+    job = a_job(completed_indexes=frozenset({0, 1}))
+    assert unseen_ends(seen(a_run(status=STARTED), job, *parts)) == (job if unseen else None)

@@ -467,6 +467,12 @@ CASES = [
         FailureClass.POD_LOST,
     ),
     Case(
+        "what rank 0 said of its success is gone with it, so the attempt is made again",
+        seen(a_run(status=STARTED), a_job(completed_indexes=frozenset({0, 1}))),
+        {"phase": Phase.RESTARTING, "charged": False},
+        FailureClass.POD_LOST,
+    ),
+    Case(
         "a pod that the Job controller made twice and takes away again is no loss",
         seen(
             a_run(status=STARTED), JOB, running(0), running(1),
