@@ -70,7 +70,9 @@ class OperatorProcess:
         if namespaces:
             arguments.append(f"--namespaces={','.join(namespaces)}")
         self.started = time.monotonic()
-        self._process = subprocess.Popen([sys.executable, *program, *arguments], env=build_environment(), stderr=self._log)
+        self._process = subprocess.Popen(
+            [sys.executable, *program, *arguments], env=build_environment(), stderr=self._log
+        )
 
     def __enter__(self) -> Self:
         return self
