@@ -70,7 +70,9 @@ class OperatorProcess:
         if namespaces:
             arguments.append(f"--namespaces={','.join(namespaces)}")
         self.started = time.monotonic()
-        self._process = subprocess.Popen([sys.executable, *program, *arguments], env=_env(), stderr=self._log)
+        self._process = subprocess.Popen(
+            [sys.executable, *program, *arguments], env=build_environment(), stderr=self._log
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -172,5 +174,6 @@ class OperatorProcess:
         raise BenchError("the operator does not come to rest")
 
 
-def _env() -> dict[str, str]:
+def build_environment() -> dict[str, str]:
+    """The environment in which the repository's own modules are found."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("crds", "operator", ""))}

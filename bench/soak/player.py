@@ -5,7 +5,7 @@ so that a call which an API server that was killed has swallowed is made again.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,9 +21,9 @@ GANG = 2
 NODES = ("node-0", "node-1")
 
 _UNTIL_ASKED = frozenset(
-    {None, stories.SUSPENDED, stories.RUN_DELETED, stories.JOB_DELETED, stories.POD_DELETED, stories.OVERDUE}
+    {stories.SUSPENDED, stories.RUN_DELETED, stories.JOB_DELETED, stories.POD_DELETED, stories.OVERDUE}
 )
-"""Endings of pods that run until somebody asks them to stop. None: the story has no such attempt."""
+"""Endings of pods that run until somebody asks them to stop."""
 
 _NEVER_START = {
     stories.NO_IMAGE: ("ErrImagePull", "manifest unknown"),
@@ -95,18 +95,48 @@ def has_ended(pod: Raw) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
+@dataclass(frozen=True)
+class _Gang:
+    """Pods that live and end together, all of an attempt or a preflight, and how the story says that they end."""
+
+    pods: Sequence[Raw]
+    size: int
+    ending: str | None
+    step: int
+    runs_for: float
+    mounted: bool
+
+    def is_time(self, now: datetime) -> bool:
+        """Whether all pods have run for as long as the story says."""
+        starts = [start for pod in self.pods if (start := _started(pod)) is not None]
+        return len(starts) == self.size and (now - max(starts)).total_seconds() >= self.runs_for
+
+
+def _find_gang(story: Story, number: tuple[int, int], seen: Seen) -> _Gang:
+    attempt, preflight = number
+    name = preflight_name(story.name, preflight) if preflight else child_name(story.name, attempt)
+    return _Gang(
+        pods=seen.gang(attempt, preflight),
+        size=1 if preflight else GANG,
+        ending=story.ending(attempt, preflight),
+        # Never the same step twice, but for a run that is stuck.
+        step=7 if story.stuck else 10 * (attempt + preflight),
+        runs_for=story.runs_for,
+        mounted=name in seen.configmaps,
+    )
+
+
 def decide_actions(story: Story, seen: Seen, now: datetime) -> list[Action]:
     """What is done next about the run of ``story``."""
     actions = list(_decide_user(story, seen, now))
     for pod in seen.pods:
-        number = number_of(pod)
-        gang = seen.gang(*number)
-        name = preflight_name(story.name, number[1]) if number[1] else child_name(story.name, number[0])
-        mounted = name in seen.configmaps
-        if pod in gang:
-            action = _decide_kubelet(pod, story.ending(*number), gang, story, number, mounted=mounted, now=now)
+        gang = _find_gang(story, number_of(pod), seen)
+        if pod not in gang.pods:
+            gang = replace(gang, pods=[pod], ending=None)
+        if "nodeName" in pod["spec"] or has_ended(pod):
+            action = _decide_kubelet(pod, gang, now)
         else:
-            action = _decide_kubelet(pod, None, [pod], story, number, mounted=mounted, now=now)
+            action = _bind(pod) if _age(pod, now) >= story.pause else None
         actions += [action] if action is not None else []
     return actions
 
@@ -121,8 +151,9 @@ def _decide_user(story: Story, seen: Seen, now: datetime) -> Iterable[Action]:
             yield _suspend(path, value=False)
         return
     attempt = status.get("attempt", 0)
-    gang, ending = seen.gang(attempt), story.ending(attempt)
-    if not attempt or any(map(is_asked, gang)) or not _is_time(story, gang, GANG, now):
+    gang = _find_gang(story, (attempt, 0), seen)
+    ending = gang.ending
+    if any(map(is_asked, gang.pods)) or not gang.is_time(now):
         return
     if ending == stories.SUSPENDED and status.get("suspendedAttempt", 0) < attempt:
         yield _suspend(path, value=True)
@@ -131,70 +162,55 @@ def _decide_user(story: Story, seen: Seen, now: datetime) -> Iterable[Action]:
     elif ending == stories.JOB_DELETED:
         yield _delete(f"{JOBS.format(story.namespace)}/{child_name(story.name, attempt)}")
     elif ending == stories.POD_DELETED:
-        yield _delete(_path(gang[0]))
+        yield _delete(_path(gang.pods[0]))
 
 
-def _decide_kubelet(
-    pod: Raw,
-    ending: str | None,
-    gang: Sequence[Raw],
-    story: Story,
-    number: tuple[int, int],
-    *,
-    mounted: bool,
-    now: datetime,
-) -> Action | None:
-    """The next step of one pod."""
+def _decide_kubelet(pod: Raw, gang: _Gang, now: datetime) -> Action | None:
+    """The next step of a pod that has a node."""
     index = index_of(pod)
     if has_ended(pod):
-        lost = ending == stories.NODE_LOST and index == GANG - 1
+        lost = gang.ending == stories.NODE_LOST and index == GANG - 1
         leaves = lost if not is_asked(pod) else _grace(pod) or not pod["metadata"].get("finalizers")
         return _delete(_path(pod), grace=0) if leaves else None
-    if "nodeName" not in pod["spec"]:
-        return None if _age(pod, now) < story.pause else _bind(pod, NODES[index % len(NODES)])
     if _started(pod) is None:
-        return _set(pod, _compute_start(pod, ending, mounted=mounted))
-    if any(map(is_asked, gang)):
-        words = termination("Checkpointed", "Saved a checkpoint", rank=index, step=_step(story, number))
-        return _set(pod, ended(75, words))
-    if ending in _UNTIL_ASKED:
+        return _set(pod, _compute_start(pod, gang))
+    if any(map(is_asked, gang.pods)):
+        return _set(pod, ended(75, termination("Checkpointed", "Saved a checkpoint", rank=index, step=gang.step)))
+    if gang.ending is None or gang.ending in _UNTIL_ASKED:
         return None
-    size = 1 if number[1] else GANG
-    if not (any(map(has_ended, gang)) or len(gang) < size or _is_time(story, gang, size, now)):
+    if not (any(map(has_ended, gang.pods)) or gang.is_time(now)):
         return None
-    return _set(pod, _compute_end(story, number, str(ending), index, gang))
+    return _set(pod, _compute_end(index, gang, gang.ending))
 
 
-def _compute_start(pod: Raw, ending: str | None, *, mounted: bool) -> Raw | None:
+def _compute_start(pod: Raw, gang: _Gang) -> Raw | None:
     """What becomes of a pod that has a node; ``None``: it stays as it is."""
     if is_asked(pod):
         return {"phase": "Failed"}
-    if not mounted:
+    if not gang.mounted:
         reason = ("ContainerCreating", "")
-    elif ending in _NEVER_START:
-        reason = _NEVER_START[ending]
+    elif gang.ending in _NEVER_START:
+        reason = _NEVER_START[gang.ending]
     else:
         return running()
     return None if _waiting_reason(pod) == reason[0] else waiting(*reason)
 
 
-def _compute_end(story: Story, number: tuple[int, int], ending: str, index: int, gang: Sequence[Raw]) -> Raw | None:
+def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     """How a pod ends whose time has come; ``None``: another one ends first."""
-    step = _step(story, number)
     if ending == stories.PASSES:
         return ended(0, settled(), "Completed")
     if ending == stories.SUCCEEDS:
         return ended(0, "" if index else termination(), "Completed")
-    lead = 0 if number[1] or ending == stories.NODE_LOST else GANG - 1
-    others = [pod for pod in gang if index_of(pod) != index]
-    if index != lead and others and not any(map(has_ended, others)):
+    lead = 0 if ending == stories.NODE_LOST else gang.size - 1
+    if index != lead and not any(map(has_ended, gang.pods)):
         return None
     on_node = [{"type": "PodScheduled", "status": "True"}]
     if ending == stories.NODE_LOST and index != lead:
         lost = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "no word"}
         return {"phase": "Failed", "conditions": [*on_node, lost]}
     if index != lead or ending == stories.NODE_LOST:
-        return ended(73, termination("PeerLost", "Connection closed by peer", rank=index, step=step))
+        return ended(73, termination("PeerLost", "Connection closed by peer", rank=index, step=gang.step))
     if ending == stories.EVICTED:
         taken = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": "low"}
         return {**ended(143), "conditions": [*on_node, taken]}
@@ -204,19 +220,7 @@ def _compute_end(story: Story, number: tuple[int, int], ending: str, index: int,
     code = RULES[FailureClass(ending)].exit_code
     if code is None:
         raise ValueError(f"no trainer ends with {ending}")
-    return ended(code, termination(ending, "It broke", rank=index, step=step))
-
-
-def _step(story: Story, number: tuple[int, int]) -> int:
-    """The step at which an attempt fails; never the same one twice, but for a run that is stuck."""
-    return 7 if story.stuck else 10 * sum(number)
-
-
-def _is_time(story: Story, gang: Sequence[Raw], size: int, now: datetime) -> bool:
-    """Whether the whole gang has run for as long as the story says."""
-    starts = [_started(pod) for pod in gang if not has_ended(pod)]
-    known = [start for start in starts if start is not None]
-    return len(known) == size and (now - max(known)).total_seconds() >= story.runs_for
+    return ended(code, termination(ending, "It broke", rank=index, step=gang.step))
 
 
 def _container(pod: Raw) -> Raw:
@@ -250,8 +254,8 @@ def _set(pod: Raw, status: Raw | None) -> Action | None:
     return None if status is None else Action("PATCH", f"{_path(pod)}/status", {"status": status}, MERGE)
 
 
-def _bind(pod: Raw, node: str) -> Action:
-    target = {"apiVersion": "v1", "kind": "Node", "name": node}
+def _bind(pod: Raw) -> Action:
+    target = {"apiVersion": "v1", "kind": "Node", "name": NODES[index_of(pod) % len(NODES)]}
     return Action("POST", f"{_path(pod)}/binding", {"metadata": {"name": pod["metadata"]["name"]}, "target": target})
 
 
