@@ -30,6 +30,7 @@ from lora_api.finetune import ObjectMeta
 from lora_api.runtime import DEFAULT_RUNTIME
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
+from lora_operator import applied
 from lora_operator.children.names import MANAGER, RUN_LABEL
 from lora_operator.ratelimit import RateLimit
 from lora_operator.views import Raw, controller_of
@@ -337,8 +338,8 @@ class KubeClient:
             name,
             subresource,
             query={**_OWNED, "force": "true"},
-            body=body,
-            content_type="application/apply-patch+yaml",
+            body=applied.encode(body),
+            content_type=applied.CONTENT_TYPE,
         )
 
     async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:
@@ -355,7 +356,7 @@ class KubeClient:
         subresource: str = "",
         *,
         query: dict[str, str] | None = None,
-        body: Raw | None = None,
+        body: Raw | bytes | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> bytes:
@@ -380,7 +381,7 @@ class KubeClient:
         method: Method,
         path: str,
         query: dict[str, str] | None,
-        body: Raw | None,
+        body: Raw | bytes | None,
         content_type: str,
         accept: str,
     ) -> tuple[int, float | None, bytes]:

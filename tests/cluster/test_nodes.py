@@ -1,5 +1,6 @@
 """Nodes that go away under a gang, on a cluster of two, with the real trainer: ``make test-nodes``."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,13 +61,21 @@ def submit(runs: Runs, name: str, **changes: Any) -> str:
     return name
 
 
-def node_of(runs: Runs, name: str, rank: int) -> str:
-    """The node of a pod of the first attempt."""
-    return next(
-        str(pod["spec"]["nodeName"])
-        for pod in runs.pods(name)
-        if pod["metadata"]["name"].startswith(f"{name}-1-{rank}-")
+def node_of_the_operator(cluster: Cluster) -> str:
+    text = cluster.kubectl(
+        "get",
+        "pods",
+        f"--namespace={stack.SYSTEM_NAMESPACE}",
+        "--selector=app.kubernetes.io/name=lora-operator",
+        "--output=json",
     )
+    pods = [pod for pod in json.loads(text)["items"] if "deletionTimestamp" not in pod["metadata"]]
+    return str(pods[-1]["spec"]["nodeName"])
+
+
+def another_node(cluster: Cluster) -> str:
+    """The node that the operator is not on."""
+    return next(node for node in cluster.nodes if node != node_of_the_operator(cluster))
 
 
 def classes(run: LoRAFineTune) -> list[FailureClass]:
@@ -75,7 +84,7 @@ def classes(run: LoRAFineTune) -> list[FailureClass]:
 
 def test_a_drained_node_hands_its_pod_over_with_a_checkpoint(gang: Runs) -> None:
     name = submit(gang, "drained")
-    node = node_of(gang, name, 1)
+    node = another_node(gang.cluster)
     drain = ["drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=90s"]
     try:
         gang.cluster.kubectl(*drain, timeout=100)
@@ -90,9 +99,9 @@ def test_a_drained_node_hands_its_pod_over_with_a_checkpoint(gang: Runs) -> None
     assert_resumed(gang, name)
 
 
-def test_a_node_that_dies_costs_the_run_nothing(gang: Runs) -> None:
+def test_a_node_that_dies_with_the_operator_on_it_costs_the_run_nothing(gang: Runs) -> None:
     name = submit(gang, "node-died")
-    node = node_of(gang, name, 1)
+    node = node_of_the_operator(gang.cluster)
     gang.cluster.kill_node(node)
     try:
         run = gang.wait(name, "the second attempt waits", lambda run: run.status.attempt == 2, NODE_SECONDS)
@@ -111,7 +120,7 @@ def test_a_node_that_dies_costs_the_run_nothing(gang: Runs) -> None:
 def test_a_node_that_is_out_of_service_is_not_waited_for(gang: Runs) -> None:
     """The pods of a node with this taint are deleted at once, also where no kubelet answers (KEP-2268)."""
     name = submit(gang, "out-of-service")
-    node = node_of(gang, name, 0)
+    node = another_node(gang.cluster)
     gang.cluster.kill_node(node)
     taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
     gang.cluster.kubectl("taint", "node", node, taint)
