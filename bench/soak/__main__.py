@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = replace(size, seconds=60 * options.minutes, runs=round(size.runs * 60 * options.minutes / size.seconds))
     with tempfile.TemporaryDirectory() as directory:
         where = options.keep or Path(directory) / "plane"
-        # Not on uvloop: a connection that is given up while it is being made may abort the process there.
+        # Not on uvloop: it has aborted this process when the API server was killed under the proxy's connections.
         with control_plane(where, controller_manager=True, audit_log=True) as plane:
             result = asyncio.run(Soak(plane, size, options.seed, lambda line: print(line, flush=True)).run())
     text = to_markdown(result)
