@@ -22,13 +22,14 @@ def missing_attempt(observed: Observed) -> int | None:
 
 
 def unseen_failures(observed: Observed) -> JobView | None:
-    """A Job without a verdict that has failed pods which nobody has seen.
+    """A Job without a verdict that has failed pods whose end nobody has seen.
 
-    The watches of Jobs and of pods are apart, so news of a Job may come before its pods, most of all at start. A pod
-    that is taken to be gone has no last words, and its gang would be restarted whatever they say.
+    The watches of Jobs and of pods are apart, so news of a Job may come before that of its pods, most of all at start
+    or where an answer is late. A pod whose end was not seen has no last words, and its gang would be restarted whatever
+    they say.
     """
     job = observed.live_job()
-    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job)}:
+    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job) if pod.has_ended}:
         return None
     return job
 
