@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import uvloop
-
 from bench.operator.process import ROOT
 from bench.soak.report import to_markdown
 from bench.soak.soak import FULL, TINY, Soak
@@ -33,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = replace(size, seconds=60 * options.minutes, runs=round(size.runs * 60 * options.minutes / size.seconds))
     with tempfile.TemporaryDirectory() as directory:
         where = options.keep or Path(directory) / "plane"
-        with (
-            control_plane(where, controller_manager=True, audit_log=True) as plane,
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop,
-        ):
-            result = loop.run(Soak(plane, size, options.seed, lambda line: print(line, flush=True)).run())
+        # Not on uvloop: it has aborted this process when the API server was killed under the proxy's connections.
+        with control_plane(where, controller_manager=True, audit_log=True) as plane:
+            result = asyncio.run(Soak(plane, size, options.seed, lambda line: print(line, flush=True)).run())
     text = to_markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "soak.md").write_text(text, encoding="utf-8")
