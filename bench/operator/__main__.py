@@ -13,8 +13,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import uvloop
-
 from bench.operator.bench import FULL, TINY, Bench, Size, make_bench
 from bench.operator.nodes import Nodes, play_nodes
 from bench.operator.parts import (
@@ -112,8 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = replace(size, rounds=options.rounds or size.rounds)
     with tempfile.TemporaryDirectory() as directory:
         where = options.keep or Path(directory) / "plane"
-        with control_plane(where, audit_log=True) as plane, asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
-            result = loop.run(measure(plane, size, lambda line: print(line, flush=True)))
+        with control_plane(where, audit_log=True) as plane:
+            # Not on uvloop: its loop cannot be closed while a TLS connection still says goodbye.
+            result = asyncio.run(measure(plane, size, lambda line: print(line, flush=True)))
     text = to_markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "operator.md").write_text(text, encoding="utf-8")

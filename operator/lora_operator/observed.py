@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from lora_api import ClusterLoRARuntime, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
+from lora_api import ClusterLoRARuntime, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress, ProgressLine
 from lora_operator.queueing import QueueReport
 from lora_operator.views import JobView, PodView
 
@@ -20,6 +20,7 @@ class Reports:
     run_uid: str = ""
     stage: str = ""
     progress: Progress | None = None
+    first_step: ProgressLine | None = None
     last_word: str = ""
     heard_at: datetime | None = None
     log_read_at: datetime | None = None

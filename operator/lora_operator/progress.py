@@ -7,9 +7,6 @@ from datetime import datetime
 from lora_api import Progress, ProgressLine, parse_progress_line
 from lora_api.status import MAX_HISTORY
 
-_RATE_WINDOW = 50
-"""Steps that the time of the remaining ones is estimated from: enough to be steady, few enough to follow a change."""
-
 
 def parse_progress(log: str) -> list[ProgressLine]:
     """The progress lines in ``log``, oldest first."""
@@ -31,17 +28,32 @@ def describe_last(lines: Sequence[ProgressLine]) -> str:
     return f"{lines[-1].at.isoformat()} {lines[-1].event} {lines[-1].stage} {lines[-1].step}" if lines else ""
 
 
-def compute_progress(previous: Progress | None, lines: Sequence[ProgressLine], *, logging_steps: int) -> Progress:
-    """``previous`` brought up to ``lines``, which are the end of one pod's log."""
+def find_first_step(known: ProgressLine | None, lines: Sequence[ProgressLine]) -> ProgressLine | None:
+    """The first step of an attempt that is known, once ``lines``, the end of its log, were read too."""
+    return known or next(iter(_steps_of(lines)), None)
+
+
+def _steps_of(lines: Sequence[ProgressLine]) -> list[ProgressLine]:
+    return [line for line in lines if line.event == "step" and line.step is not None]
+
+
+def compute_progress(
+    previous: Progress | None, lines: Sequence[ProgressLine], *, logging_steps: int, first: ProgressLine | None = None
+) -> Progress:
+    """``previous`` brought up to ``lines``, which are the end of one pod's log.
+
+    ``first`` is the first step of the attempt that is known. The time that is left is estimated by the pace since then,
+    with all evaluations and checkpoints: how many of these the last few steps had says little of how many are to come.
+    """
     old = previous or Progress()
-    steps = [line for line in lines if line.event == "step" and line.step is not None]
+    steps = _steps_of(lines)
     losses = [line.eval_loss for line in lines if line.eval_loss is not None]
     if not steps:
         return old.model_copy(update={"eval_loss": shorten(losses[-1])}) if losses else old
     last = steps[-1]
     step, total = last.step or 0, last.total_steps or old.total_steps
     percent = min(100, 100 * step // total) if total else 0
-    eta = _estimate_seconds(steps, step, total)
+    eta = _estimate_seconds(first or steps[0], last, total)
     return Progress(
         step=step,
         total_steps=total,
@@ -90,14 +102,13 @@ def merge_history(
     return [*kept[-(MAX_HISTORY - 1) :], newest]
 
 
-def _estimate_seconds(steps: Sequence[ProgressLine], step: int, total: int) -> int | None:
-    """Seconds until the last step, at the pace of the last steps; ``None`` while there is no pace."""
-    window = steps[-_RATE_WINDOW:]
-    done = step - (window[0].step or 0)
+def _estimate_seconds(first: ProgressLine, last: ProgressLine, total: int) -> int | None:
+    """Seconds until the last step, at the pace between two steps; ``None`` while there is no pace."""
+    step = last.step or 0
+    done = step - (first.step or 0)
     if total <= 0 or done <= 0:
         return 0 if total and step >= total else None
-    seconds = (window[-1].at - window[0].at).total_seconds()
-    return max(0, round(seconds / done * (total - step)))
+    return max(0, round((last.at - first.at).total_seconds() / done * (total - step)))
 
 
 def shorten(value: float | None) -> float | None:

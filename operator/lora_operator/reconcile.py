@@ -39,7 +39,14 @@ from lora_operator.metrics import Metrics
 from lora_operator.observed import Observed, Reports, forget_pods, hear, hear_queue, is_finished
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
-from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
+from lora_operator.progress import (
+    compute_progress,
+    compute_stage,
+    describe_last,
+    find_first_step,
+    is_due,
+    parse_progress,
+)
 from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
@@ -134,6 +141,7 @@ class Reconciler:
         if pod is not None:
             log = await self._fetch_log(pod, PROGRESS_LINES)
             lines = parse_progress(log or "")
+            first_step = find_first_step(reports.first_step, lines)
             reports = replace(
                 hear(reports, None if log is None else describe_last(lines), now),
                 stage=compute_stage(lines, reports.stage),
@@ -141,7 +149,9 @@ class Reconciler:
                     reports.progress or observed.run.status.progress,
                     lines,
                     logging_steps=observed.run.spec.training.logging_steps,
+                    first=first_step,
                 ) if lines else reports.progress,
+                first_step=first_step,
                 log_read_at=now,
                 log_read_to_end=pod.ended is not None,
             )  # fmt: skip

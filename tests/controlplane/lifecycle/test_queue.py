@@ -15,6 +15,8 @@ from tests.support.wait import eventually
 pytestmark = pytest.mark.controlplane
 
 NODE = "no-such-node"
+TRACKING = "batch.kubernetes.io/job-tracking"
+"""Finalizer of pods whose end the Job controller will count."""
 
 
 class Queue:
@@ -49,7 +51,7 @@ class Queue:
         self.run.set_running(attempt)
 
     def take_back(self, attempt: int) -> None:
-        """Suspends the Job, and waits until the Job controller has asked all its pods to stop."""
+        """Suspends the Job, and waits until the Job controller has asked all its pods to stop and let go of them."""
         self.suspend(attempt, suspend=True)
         eventually("the pods are asked to stop", lambda: are_stopping(self.run, attempt))
 
@@ -75,7 +77,8 @@ def create(run: Run, **policy: Any) -> None:
 def are_stopping(run: Run, attempt: int) -> bool:
     pods = run.pods(attempt)
     alive = [pod for pod in pods if pod["status"].get("phase") == "Running"]
-    return bool(pods) and all("deletionTimestamp" in pod["metadata"] for pod in alive)
+    let_go = [pod["metadata"] for pod in alive if TRACKING not in pod["metadata"].get("finalizers", [])]
+    return bool(pods) and len(let_go) == len(alive) and all("deletionTimestamp" in metadata for metadata in let_go)
 
 
 def test_a_run_waits_until_its_job_is_let_go(run: Run, queue: Queue, operator: OperatorThread) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 from datetime import timedelta
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from lora_operator.progress import (
     compute_progress,
     compute_stage,
     compute_stopped_progress,
+    find_first_step,
     format_duration,
     merge_history,
     parse_progress,
@@ -64,10 +66,43 @@ def test_stage(lines: list[ProgressLine], want: str) -> None:
     assert compute_stage(lines, "loading") == want
 
 
-def test_the_estimate_is_the_pace_of_the_last_steps() -> None:
+def test_the_estimate_is_the_pace_of_the_steps() -> None:
     progress = compute_progress(None, steps(1, 20), logging_steps=1)
     assert (progress.step, progress.total_steps, progress.percent, progress.summary) == (20, 100, 20, "20%")
     assert (progress.eta_seconds, progress.eta) == (160, "2m40s")
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    total=st.integers(100, 1000),
+    evaluations=st.one_of(st.just(0), st.integers(10, 40)),
+    share=st.floats(0.0, 0.4),
+    jitter=st.floats(0.0, 0.1),
+)
+def test_after_a_fifth_of_the_steps_the_estimate_is_right_within_a_tenth(
+    seed: int, total: int, evaluations: int, share: float, jitter: float
+) -> None:
+    """A tenth of the time of the run, and one evaluation, which takes ``share`` times as long as the steps between two.
+
+    The log is read at random moments, its last 200 lines each time.
+    """
+    random = Random(seed)
+    every = total // evaluations if evaluations else total + 1
+    lines, clock = [], 0.0
+    for number in range(1, total + 1):
+        clock += 2.0 * (1 + random.uniform(-jitter, jitter))
+        lines.append(
+            (clock, ProgressLine(event="step", at=NOW + timedelta(seconds=clock), step=number, total_steps=total))
+        )
+        clock += 2.0 * share * every * (number % every == 0)
+    first, reads = None, sorted({1, *random.sample(range(1, total + 1), 10)})
+    for number in reads:
+        tail = [line for _, line in lines[max(0, number - 200) : number]]
+        first = find_first_step(first, tail)
+        found = compute_progress(None, tail, logging_steps=1, first=first)
+        if number >= total / 5:
+            left = lines[-1][0] - lines[number - 1][0]
+            assert found.eta_seconds == pytest.approx(left, abs=0.1 * lines[-1][0] + 2.0 * share * every + 2)
 
 
 def test_one_step_alone_has_no_pace() -> None:
