@@ -45,7 +45,15 @@ test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 
 .PHONY: test-cluster
 test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
-	$(PYTEST) tests/devcluster tests/cluster -m cluster
+	$(PYTEST) tests/devcluster tests/cluster -m "cluster and not kueue and not nodes"
+
+.PHONY: test-nodes
+test-nodes: venv binaries ## Nodes that are drained, die and are out of service, on a cluster of two with the real trainer
+	$(PYTEST) tests/cluster -m nodes
+
+.PHONY: test-kueue
+test-kueue: venv binaries cluster-up images ## Queues, on a real cluster with the real Kueue (builds it the first time)
+	$(PYTEST) tests/cluster -m kueue
 
 SEED ?= 1
 MINUTES ?= 30

@@ -78,7 +78,7 @@ def _build(binary: pins.Binary, target: Path) -> None:
     say(f"{binary.name} built in {time.monotonic() - started:.0f} s")
 
 
-def ensure(groups: Iterable[str] = pins.GROUPS) -> dict[str, Path]:
+def ensure(groups: Iterable[str]) -> dict[str, Path]:
     """Build what is missing of the named groups; return name -> path for these groups."""
     wanted = set(groups)
     unknown = wanted - set(pins.GROUPS)

@@ -14,7 +14,8 @@ from devcluster.start import DEFAULT_NAME, down, up
 
 
 def _binaries(options: argparse.Namespace) -> None:
-    for name, path in binaries.ensure(options.only or pins.GROUPS).items():
+    groups = options.only or [group for group in pins.GROUPS if group not in pins.LAZY_GROUPS]
+    for name, path in binaries.ensure(groups).items():
         print(f"{name}\t{path}")
     say("all binaries are there")
 

@@ -15,6 +15,8 @@ SERVICE_RANGE = "10.96.0.0/16"
 KUBERNETES_SERVICE_IP = "10.96.0.1"
 DNS_IP = "10.96.0.10"
 DOMAIN = "cluster.local"
+FRONT_PROXY = "front-proxy-client"
+"""Name by which the API server calls servers of further APIs (APIService), such as Kueue's."""
 
 AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
@@ -34,6 +36,8 @@ class ControlPlaneFiles:
     etcd: Pair
     etcd_client: Pair
     server: Pair
+    front_proxy_authority: Path
+    front_proxy: Pair
     kubelet_client: Pair
     admin: Pair
     service_accounts: Pair
@@ -45,6 +49,8 @@ class ControlPlaneFiles:
         authority = Authority(pki, "ca")
         # Of its own, so that no client of the API server can read etcd.
         etcd = Authority(pki, "etcd-ca")
+        # Of its own too: whoever has one of its certificates may say on whose behalf it calls.
+        front_proxy = Authority(pki, "front-proxy-ca")
         kubernetes = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", f"kubernetes.default.svc.{DOMAIN}"]
         return cls(
             directory=directory,
@@ -57,6 +63,8 @@ class ControlPlaneFiles:
                 "kube-apiserver",
                 hosts=["localhost", "127.0.0.1", KUBERNETES_SERVICE_IP, *kubernetes, *addresses],
             ),
+            front_proxy_authority=front_proxy.certificate,
+            front_proxy=front_proxy.issue("front-proxy-client", FRONT_PROXY),
             kubelet_client=authority.issue(
                 "apiserver-kubelet-client", "kube-apiserver-kubelet-client", ["system:masters"]
             ),
@@ -126,6 +134,13 @@ def apiserver_service(
         f"--kubelet-client-certificate={files.kubelet_client.certificate}",
         f"--kubelet-client-key={files.kubelet_client.key}",
         "--kubelet-preferred-address-types=InternalIP",
+        f"--proxy-client-cert-file={files.front_proxy.certificate}",
+        f"--proxy-client-key-file={files.front_proxy.key}",
+        f"--requestheader-client-ca-file={files.front_proxy_authority}",
+        f"--requestheader-allowed-names={FRONT_PROXY}",
+        "--requestheader-username-headers=X-Remote-User",
+        "--requestheader-group-headers=X-Remote-Group",
+        "--requestheader-extra-headers-prefix=X-Remote-Extra-",
         "--authorization-mode=Node,RBAC",
         "--enable-admission-plugins=NodeRestriction,PodSecurity",
         "--allow-privileged=true",

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from devcluster.components import SERVICE_RANGE
 from devcluster.preflight import SYSTEM_PATH
 from devcluster.progress import DevclusterError, tail, wait_for
 from devcluster.supervision import SCRIPT, Supervision
@@ -197,6 +198,9 @@ def create(directory: Path, network: Network) -> int:
     _run("ip", "addr", "add", f"{network.host_ip}/24", "dev", network.interface)
     _run("ip", "link", "set", network.interface, "up")
     script = setup_script(directory) + f"ip addr add {network.node_ip}/24 dev eth0\nip link set eth0 up\n"
+    # kube-proxy changes the destination of what is sent to a Service; without a route nothing would be sent. The API
+    # server needs it for webhooks.
+    script += f"ip route add {SERVICE_RANGE} dev eth0\n"
     done = subprocess.run(inside(init, ["sh"]), input=script, capture_output=True, text=True, env={"PATH": SYSTEM_PATH})
     if done.returncode != 0:
         raise DevclusterError(f"arranging the namespaces: {done.stderr.strip()}; {tail(log)}")

@@ -44,5 +44,7 @@ BINARIES: tuple[Binary, ...] = (
     _kubernetes("kube-proxy", "node"),
     Binary("coredns", "coredns", ".", "node"),
     Binary("helm", "helm", "helm.sh/helm/v4/cmd/helm", "tools"),
+    Binary("kueue", "kueue", "sigs.k8s.io/kueue/cmd/kueue", "kueue"),
 )
 GROUPS: tuple[str, ...] = tuple(dict.fromkeys(binary.group for binary in BINARIES))
+LAZY_GROUPS = ("kueue",)  # built only where they are asked for by name

@@ -14,12 +14,24 @@ from typing import Any
 
 import torch
 
-from bench.gpu.parts import ENDED_IN_TIME, Machine, large, out_of_memory, parity, speed
+from bench.gpu.parts import ENDED_IN_TIME, Machine, large, levers, out_of_memory, parity, speed
 
-PARTS = {"parity": parity, "speed": speed, "large": large, "outOfMemory": out_of_memory}
+PARTS = {"parity": parity, "speed": speed, "large": large, "outOfMemory": out_of_memory, "levers": levers}
+"""In order: what has to be known first, and the levers in the time that the others leave."""
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 LIMIT_SECONDS = 525
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "liger-kernel", "triton")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "liger-kernel",
+    "triton",
+    "flash-attn",
+    "kernels",
+)
 
 
 def versions() -> dict[str, str]:

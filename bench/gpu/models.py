@@ -15,7 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from lora_api.training import Quantization
-from lora_trainer.architecture import read_architecture
+from lora_trainer.architecture import attention_implementation, read_architecture
 from lora_trainer.model import compute_dtype, keep_differentiable, load_skeleton, quantization_config
 
 _LLAMA_3: dict[str, Any] = {
@@ -36,6 +36,8 @@ _LLAMA_3: dict[str, Any] = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-3-8b": _LLAMA_3
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
+    "llama-3-8b, 8 layers": _LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 8},
     "llama-3-70b": _LLAMA_3
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
     "small": _LLAMA_3
@@ -46,7 +48,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 2, "vocab_size": 512},
 }
 """Llama 3 (Meta, arXiv:2407.21783, table 3): 8B and 70B; the numbers are those of the published config.json. ``small``
-is for parity on a GPU, ``tiny`` for trials on a CPU."""
+is for parity on a GPU, ``tiny`` for trials on a CPU. 8 of the 32 layers of 8B are for the comparison of levers, which
+has many rows and little time."""
 
 WORDS = ("red", "green", "blue", "one", "two", "three", "cat", "dog", "sun", "moon", "tree", "stone")
 INITIAL_RANGE = 0.02
@@ -76,23 +79,29 @@ def write_records(path: Path, count: int, tokens: int) -> Path:
 
 
 def random_base_model(
-    directory: Path, quantization: Quantization, device: torch.device, storage: str | None = None
+    directory: Path,
+    quantization: Quantization,
+    device: torch.device,
+    storage: str | None = None,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """In place of ``load_base_model``: the same modules, types and places, with random weights.
 
-    ``storage`` is the type in which NF4 weights are packed, such as ``float32``; by default the trainer's choice.
+    ``storage`` is the type in which NF4 weights are packed, such as ``float32``, and ``attention`` the implementation,
+    such as ``sdpa``; by default the trainer's choice.
 
     Each weight is made in the compute type on the device and quantized at once, so that the peak is the quantized
     model and one weight. All ranks make the same values.
     """
     dtype = compute_dtype(quantization, device)
-    settings = quantization_config(quantization, dtype, read_architecture(load_skeleton(directory)))
+    skeleton = load_skeleton(directory)
+    settings = quantization_config(quantization, dtype, read_architecture(skeleton))
     if settings is not None and storage is not None:
         settings.bnb_4bit_quant_storage = getattr(torch, storage)
     config = AutoConfig.from_pretrained(directory)
-    config._attn_implementation = "sdpa"  # noqa: SLF001 - what from_pretrained's attn_implementation sets
+    chosen = attention or attention_implementation(skeleton, device, dtype)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=chosen)
     if settings is not None:
         replace_with_bnb_linear(model, ["lm_head"], settings)
         _mark_quantized(model, settings)

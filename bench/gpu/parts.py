@@ -16,8 +16,10 @@ import torch
 from bench.gpu.models import CONFIGS, write_model, write_records
 from bench.watch import BenchError, Watched, watch
 from lora_api.failures import RULES, FailureClass
-from lora_api.run import RunSpec, plan_batch
-from lora_trainer.memory import Job, plan_memory
+from lora_api.run import RunSpec
+from lora_trainer.architecture import installed_flash_attention
+from lora_trainer.fitting import build_job
+from lora_trainer.memory import plan_memory
 from lora_trainer.modelshape import ModelShape, read_shape
 from lora_trainer.speed import SPEED_VARIABLE
 
@@ -27,6 +29,9 @@ ENDED_IN_TIME = 10.0
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s by NVIDIA's data sheets (SXM where there are several), by a part of the GPU's name."""
+
+RUN_SECONDS = {"parity": 45.0, "speed": 75.0, "large": 130.0, "outOfMemory": 45.0}
+"""Limit of one run on a GPU, by part. The levers have no limit of their own: they share what the others leave."""
 
 PARITY_TOLERANCE = 0.02
 """Largest difference of a logit, in parts of the largest logit, and of a loss in nats: bfloat16 has 8 bits."""
@@ -58,18 +63,20 @@ class Machine:
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the trainer."""
+    """One run of the trainer. Records have ``record`` tokens, or more than ``sequence``; ``limit`` is in seconds."""
 
     name: str
     model: str
     sequence: int
     micro_batch: int
     steps: int
+    limit: float
     processes: int = 1
+    record: int | None = None
     speed: str = ""
-    gradient_checkpointing: bool = True
+    dataset: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
     probe: Mapping[str, Any] = field(default_factory=dict)
-    limit: float = 120.0
 
     def run(self, machine: Machine, directory: Path) -> dict[str, Any]:
         """The run document. Text records ask no questions, so that nothing is generated."""
@@ -82,6 +89,7 @@ class Case:
                 "train": {"uri": f"file://{directory}/train.jsonl"},
                 "evalFraction": 0.0,
                 "maxSeqLength": self.sequence,
+                **self.dataset,
             },
             "lora": {"r": 16, "alpha": 32},
             "training": {
@@ -91,7 +99,8 @@ class Case:
                 "warmupRatio": 0,
                 "globalBatchSize": self.micro_batch * 2,
                 "microBatchSize": self.micro_batch * 2 // self.processes,
-                "gradientCheckpointing": self.gradient_checkpointing,
+                "gradientCheckpointing": True,
+                **self.training,
             },
             "parallelism": {"nodes": 1 if machine.on_gpu else self.processes}
             | {"gpusPerNode": self.processes if machine.on_gpu else 0},
@@ -138,7 +147,9 @@ def prepare_case(machine: Machine, case: Case) -> tuple[list[str], dict[str, str
     directory = machine.directory / case.name
     write_model(directory / "model", case.model)
     run = case.run(machine, directory)
-    write_records(directory / "train.jsonl", run["training"]["globalBatchSize"] * 2, case.sequence)
+    tokens = case.record or case.sequence
+    sequences = run["training"]["globalBatchSize"] * 2
+    write_records(directory / "train.jsonl", sequences * case.sequence // tokens, tokens)
     (directory / "run.json").write_text(json.dumps(run))
     probe = {"result": f"{directory}/measured.json", **case.probe}
     if probe.pop("keep_logits", False):
@@ -173,29 +184,28 @@ def _free_port() -> int:
 
 
 def parity(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
-    """The same logits and losses with and without FSDP, and with each type that packs NF4 weights.
+    """The same logits and losses with FSDP as without it, with each type that packs NF4 weights.
 
     FSDP2 has been seen to corrupt packed weights on CUDA (bitsandbytes#1945, pytorch#159333).
     """
     size = {"model": "tiny" if machine.tiny else "small", "sequence": 64 if machine.tiny else 512}
-    size |= {"micro_batch": 1, "steps": 3, "limit": 90.0}
+    size |= {"micro_batch": 1, "steps": 3, "limit": RUN_SECONDS["parity"]}
     stored = ("bfloat16", "float32") if machine.on_gpu else ("float32",)
-    for storage in stored:
-        probe = {"storage": storage, "keep_logits": True}
-        alone = None
-        cases: list[tuple[str, dict[str, Any], int]] = [
-            ("one process", {}, 1),
-            ("FSDP, two processes", {"one_gpu": True}, 2),
-        ]
-        for name, more, processes in cases:
-            case = Case(f"parity-{storage}-{len(more)}-{processes}", processes=processes, probe=probe | more, **size)
-            try:
-                done = run_case(machine, case)
-            except BenchError as error:
-                report(f"{name}, packed as {storage}", {"failed": str(error)[-600:]})
-                continue
-            alone = alone or done
-            report(f"{name}, packed as {storage}", compare(alone, done))
+    alone = None
+    cases = [("one process", stored[0], 1), *(("FSDP, two processes", storage, 2) for storage in stored)]
+    for name, storage, processes in cases:
+        probe = {"storage": storage, "keep_logits": True, "one_gpu": processes > 1}
+        case = Case(f"parity-{storage}-{processes}", processes=processes, probe=probe, **size)
+        name = f"{name}, packed as {storage}"
+        try:
+            done = run_case(machine, case)
+        except BenchError as error:
+            report(name, {"failed": str(error)[-600:]})
+            if alone is None:
+                return
+            continue
+        alone = alone or done
+        report(name, compare(alone, done))
 
 
 def compare(alone: Done, other: Done) -> dict[str, Any]:
@@ -205,41 +215,64 @@ def compare(alone: Done, other: Done) -> dict[str, Any]:
     pairs = zip(alone.measured["losses"], other.measured["losses"], strict=True)
     losses = max(abs(left - right) for left, right in pairs)
     equal = logits <= PARITY_TOLERANCE and losses <= PARITY_TOLERANCE
-    return {
+    found: dict[str, Any] = {
         "largestLogitDifference": logits,
         "largestLossDifference": losses,
         "losses": other.measured["losses"],
         "equal": equal,
     }
+    return found if equal else found | {"failed": f"differs by more than {PARITY_TOLERANCE}: is FSDP right here?"}
 
 
-# -- (b) speed, (c) size
-
-LEVERS: dict[str, dict[str, Any]] = {
-    "as trained": {},
-    "TRL's loss": {"speed": "no-summed-loss"},
-    "Liger's kernels": {"speed": "liger"},
-    "layers compiled": {"speed": "compile", "limit": 110.0},
-    "batches not made ahead": {"speed": "no-prefetch"},
-    "AdamW not fused": {"speed": "no-fused-optimizer"},
-    "no gradient checkpointing": {"gradient_checkpointing": False, "micro_batch": 1},
-}
-"""What each row changes; one lever at a time."""
+# -- (b) speed, (c) size, (e) levers
 
 
 def speed(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
-    """QLoRA of an 8B model at sequences of 4096 tokens, each lever on and off."""
+    """QLoRA of an 8B model at sequences of 4096 tokens, as it is trained by default."""
     size = {"model": "tiny", "sequence": 64} if machine.tiny else {"model": "llama-3-8b", "sequence": 4096}
-    levers = dict(list(LEVERS.items())[:2]) if machine.tiny else LEVERS
-    for number, (name, change) in enumerate(levers.items()):
-        case = Case(**{"name": f"speed-{number}", "micro_batch": 2, "steps": 6, "limit": 75.0, **size, **change})
-        _measure(machine, case, name, report)
+    _measure(machine, Case("speed", micro_batch=2, steps=6, limit=RUN_SECONDS["speed"], **size), "as trained", report)
 
 
 def large(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
     """A 70B model in NF4 on one GPU."""
     size = {"model": "tiny", "sequence": 64} if machine.tiny else {"model": "llama-3-70b", "sequence": 2048}
-    _measure(machine, Case("large", micro_batch=1, steps=3, limit=150.0, **size), "70B on one GPU", report)
+    _measure(
+        machine, Case("large", micro_batch=1, steps=3, limit=RUN_SECONDS["large"], **size), "70B on one GPU", report
+    )
+
+
+SHORT = {"record": 500}
+LEVERS: dict[str, dict[str, Any]] = {
+    "as trained": {},
+    "records of 500 tokens": SHORT,
+    "records of 500 tokens, packed": {**SHORT, "dataset": {"packing": True}},
+    "TRL's loss": {"speed": "no-summed-loss"},
+    "attention by SDPA": {"probe": {"attention": "sdpa"}},
+    "Liger's kernels": {"speed": "liger"},
+    "no gradient checkpointing": {"training": {"gradientCheckpointing": False}},
+    "paged 8-bit AdamW": {"training": {"optimizer": "paged-adamw-8bit"}},
+    "AdamW not fused": {"speed": "no-fused-optimizer"},
+    "batches not made ahead": {"speed": "no-prefetch"},
+    "batches not in pinned memory": {"speed": "no-pinned-memory"},
+    "layers compiled": {"speed": "compile"},
+}
+"""What each row changes; one lever at a time. Compiling takes longest, so it gets what time is left."""
+
+TINY_LEVERS = ("as trained", "records of 500 tokens, packed", "TRL's loss")
+"""Those that are tried without a GPU."""
+
+
+def levers(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
+    """Each lever switched, on some layers of the 8B model. The time that is left is shared by the rows to come."""
+    size = {"model": "tiny", "sequence": 1024} if machine.tiny else {"model": "llama-3-8b, 8 layers", "sequence": 4096}
+    rows = {name: LEVERS[name] for name in (TINY_LEVERS if machine.tiny else LEVERS)}
+    if machine.on_gpu and not installed_flash_attention():
+        del rows["attention by SDPA"]
+        report("attention by FlashAttention", {"notInstalled": "SDPA is what all rows are measured with"})
+    for number, (name, change) in enumerate(rows.items()):
+        limit = machine.left / (len(rows) - number)
+        case = Case(**{"name": f"lever-{number}", "micro_batch": 2, "steps": 5, "limit": limit, **size, **change})
+        _measure(machine, case, name, report)
 
 
 def _measure(machine: Machine, case: Case, name: str, report: Callable[[str, dict[str, Any]], None]) -> None:
@@ -253,21 +286,13 @@ def _measure(machine: Machine, case: Case, name: str, report: Callable[[str, dic
         return
     spec = RunSpec.model_validate(case.run(machine, machine.directory / case.name))
     shape = read_shape(CONFIGS[case.model])
-    plan = plan_memory(
-        Job(
-            shape,
-            spec.lora,
-            spec.quantization,
-            plan_batch(spec.training, spec.parallelism).micro_batch_size,
-            case.sequence,
-            gradient_checkpointing=case.gradient_checkpointing,
-        )
-    )
+    plan = plan_memory(build_job(spec, shape, longest=case.record))
     rate = done.watched.tokens_per_second
-    result: dict[str, Any] = {"tokensPerSecondPerGpu": round(rate, 1), "losses": done.measured["losses"]}
+    result: dict[str, Any] = {"tokensPerSecondPerGpu": round(rate, 1), "attention": done.measured["attention"]}
+    result["losses"] = done.measured["losses"]
     if machine.on_gpu:
         gpu = torch.cuda.get_device_name()
-        result |= utilization(gpu, rate, shape, checkpointing=case.gradient_checkpointing)
+        result |= utilization(gpu, rate, shape, checkpointing=spec.training.gradient_checkpointing)
         result |= {"plannedGiB": round(plan.allocated, 2), "measuredGiB": round(done.measured["allocatedGiB"], 2)}
         result |= {"plannedReservedGiB": round(plan.reserved, 2), "reservedGiB": round(done.measured["reservedGiB"], 2)}
     report(name, result)
@@ -295,7 +320,14 @@ def out_of_memory(machine: Machine, report: Callable[[str, dict[str, Any]], None
         return
     probe = {"leave_bytes": 700 * 2**20}
     case = Case(
-        "memory", model="small", sequence=4096, micro_batch=8, steps=2, gradient_checkpointing=False, probe=probe
+        "memory",
+        model="small",
+        sequence=4096,
+        micro_batch=8,
+        steps=2,
+        training={"gradientCheckpointing": False},
+        probe=probe,
+        limit=RUN_SECONDS["outOfMemory"],
     )
     command, env, directory = prepare_case(machine, case)
     with (directory / "log").open("w") as log:
@@ -306,4 +338,5 @@ def out_of_memory(machine: Machine, report: Callable[[str, dict[str, Any]], None
             report("out of memory", {"failed": f"not ended after {limit:.0f} s"})
             return
     want = RULES[FailureClass.GPU_OUT_OF_MEMORY].exit_code
-    report("out of memory", {"exitCode": code, "classified": code == want})
+    failed = {} if code == want else {"failed": f"exit code {code}, and {want} is GPUOutOfMemory's"}
+    report("out of memory", {"exitCode": code, "classified": code == want, **failed})

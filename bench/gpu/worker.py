@@ -31,6 +31,7 @@ class Probe:
         logits: file for the logits of a fixed batch before training, or ``None``.
         one_gpu: all ranks share GPU 0 and talk through gloo; NCCL refuses that.
         storage: type in which NF4 weights are packed, or ``None`` for the trainer's choice.
+        attention: implementation of attention, or ``None`` for the trainer's choice.
         leave_bytes: GPU memory to leave to the run; the rest is taken before it starts.
     """
 
@@ -38,6 +39,7 @@ class Probe:
     logits: Path | None = None
     one_gpu: bool = False
     storage: str | None = None
+    attention: str | None = None
     leave_bytes: int | None = None
 
     @staticmethod
@@ -68,7 +70,7 @@ class Measure(TrainerCallback):
         if state.is_world_process_zero:
             torch.save(logits.float().cpu(), self.probe.logits)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Writes what was measured."""
         if not state.is_world_process_zero:
             return
@@ -79,7 +81,8 @@ class Measure(TrainerCallback):
                 "reservedGiB": torch.cuda.max_memory_reserved() / 2**30,
             }
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        self.probe.result.write_text(json.dumps({"losses": losses, **peak}))
+        attention = model.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
+        self.probe.result.write_text(json.dumps({"losses": losses, "attention": attention, **peak}))
 
 
 def install(probe: Probe) -> None:
@@ -95,7 +98,7 @@ def install(probe: Probe) -> None:
         if probe.leave_bytes is not None:
             take_memory(device, probe.leave_bytes)
         with keeping(part):
-            return random_base_model(directory, quantization, device, probe.storage)
+            return random_base_model(directory, quantization, device, probe.storage, probe.attention)
 
     page.build_trainer = build_trainer
     page.load_base_model = load_base_model

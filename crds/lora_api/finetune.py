@@ -4,9 +4,9 @@ Every bound, default and description here becomes the CRD (``make generate``) an
 only once the trainer or the operator acts on it.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from lora_api._base import ApiModel, CelRule
 from lora_api.pods import ObjectName, PodTemplate
@@ -25,6 +25,9 @@ MAX_NAME_LENGTH = 52
 """Longest name of a run: its pods are called ``<name>-<attempt>-<index>`` and a host name has at most 63 characters."""
 
 
+QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=63)]
+"""Name of a queue: it becomes the value of a label."""
+
 MAX_TTL_SECONDS = 315_360_000
 """Ten years."""
 
@@ -37,6 +40,22 @@ class RuntimeRef(ApiModel):
 
 class RunPolicy(ApiModel):
     """When a run waits, how long it may take, what happens when something fails, and what is left of it."""
+
+    queue_name: QueueName | None = Field(
+        None,
+        description="Queue in which the run waits for its quota: a LocalQueue of Kueue in the run's namespace, or a "
+        "queue of Volcano where the operator works with that. The pods are made once the queue lets the run go. "
+        "Default: no queue.",
+    )
+    priority_class_name: ObjectName | None = Field(
+        None,
+        description="PriorityClass of the pods. In the queue the run has the same priority, unless "
+        "workloadPriorityClassName says another.",
+    )
+    workload_priority_class_name: QueueName | None = Field(
+        None,
+        description="WorkloadPriorityClass of Kueue: the priority in the queue only, not that of the pods.",
+    )
 
     max_restarts: int = Field(
         3,
@@ -81,6 +100,14 @@ class RunPolicy(ApiModel):
         "children",
         description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, Services and ConfigMaps. run: this "
         "LoRAFineTune too. The adapter in the store stays.",
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="!has(self.workloadPriorityClassName) || has(self.queueName)",
+            message="workloadPriorityClassName is the priority in a queue: set queueName too",
+            field_path=".workloadPriorityClassName",
+        ),
     )
 
 
@@ -131,7 +158,8 @@ def _unchanged() -> str:
     """CEL for: everything but MUTABLE is as it was."""
     fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
     same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
-    for field in ("credentials", "runtimeRef"):
+    optional = ("queueName", "priorityClassName", "workloadPriorityClassName")
+    for field in ("credentials", "runtimeRef", *(f"runPolicy.{name}" for name in optional)):
         same.append(f"has(self.{field}) == has(oldSelf.{field})")
         same.append(f"(!has(self.{field}) || self.{field} == oldSelf.{field})")
     return " && ".join(same)

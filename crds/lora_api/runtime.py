@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from lora_api._base import ApiModel
-from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune
+from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
 from lora_api.pods import LabelMap, PodTemplate, qualified_names
 from lora_api.publishing import StoreUri, store_rules
 from lora_api.training import Checkpoint
@@ -103,6 +103,10 @@ class ClusterLoRARuntimeSpec(ApiModel):
         None,
         description="Whether runs are checked, by a pod without a GPU, before their first attempt. Default: the "
         "operator's --preflight.",
+    )
+    queue_name: QueueName | None = Field(
+        None,
+        description="For runs without runPolicy.queueName: the queue in which they wait for quota. Default: none.",
     )
     ttl_seconds_after_finished: int | None = Field(
         None,

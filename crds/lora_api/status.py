@@ -33,6 +33,7 @@ class Phase(StrEnum):
 
     PENDING = "Pending"
     PREFLIGHT = "Preflight"
+    QUEUED = "Queued"
     STARTING = "Starting"
     RUNNING = "Running"
     RESTARTING = "Restarting"
@@ -166,6 +167,7 @@ class LoRAFineTuneStatus(RecordModel):
         None, ge=1, description="Sequences that each process takes at once, since memory ran out with more."
     )
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
+    preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back.")
     retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
     suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")
     active_seconds: int = Field(

@@ -92,6 +92,9 @@ def diagnose_pods(
         Symptom(FailureClass.POD_LOST, "PodGone", f"Pod {index} of Job {job.name} failed and is gone", at=job.created)
         for index in sorted(job.failed_indexes - seen)
     ]
+    if 0 in job.completed_indexes - seen:
+        message = f"Pod 0 of Job {job.name} succeeded and is gone, and with it the word of what came of it"
+        symptoms.append(Symptom(FailureClass.POD_LOST, "PodGone", message, at=job.created))
     if job.failure and not symptoms:
         symptoms.append(Symptom(FailureClass.POD_LOST, "JobFailed", f"Job {job.name} was ended: {job.failure}"))
     if processes_per_node == 1:
@@ -119,6 +122,12 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None
         message = f"Node of pod {pod.name} does not answer: the pod was to be gone at {pod.deleting_at:%H:%M:%S} UTC"
         return Symptom(FailureClass.NODE_LOST, "NodeLost", message, pod, at=pod.deleting_at)
     return None
+
+
+def seconds_to_lost(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+    """Seconds until the first of the ``pods`` that are asked to stop counts as lost; ``None`` where none is."""
+    due = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
+    return max(1.0, (min(due) - now).total_seconds() + grace + 1) if due else None
 
 
 def _diagnose_silent_success(pod: PodView) -> Symptom | None:

@@ -36,7 +36,14 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
         note = _message(new, ConditionType.PREFLIGHT_PASSED)
         events.append(EventSpec("Normal", "PreflightPassed", "Check", note, about))
     if new.attempt > old.attempt:
-        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its pods", about))
+        made = "Job" if new.phase == Phase.QUEUED else "pods"
+        events.append(EventSpec("Normal", "Started", "Launch", f"Attempt {attempt}: created its {made}", about))
+    if new.preemptions > old.preemptions:
+        note = f"Attempt {attempt}: {_message(new, ConditionType.RUNNING)}"
+        events.append(EventSpec("Warning", "Preempted", "Preempt", note, about))
+    elif new.phase == Phase.QUEUED and old.phase != Phase.QUEUED:
+        note = f"Attempt {attempt}: {_message(new, ConditionType.RUNNING)}"
+        events.append(EventSpec("Normal", "Queued", "Queue", note, about))
     if _holds(new, ConditionType.RUNNING) and not _holds(old, ConditionType.RUNNING):
         events.append(EventSpec("Normal", "Running", "Train", f"Attempt {attempt}: every pod runs", about))
     for failure in new.failures:
@@ -62,8 +69,10 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
 
 
 def _about(status: LoRAFineTuneStatus) -> str:
-    """What the run is at: an attempt, or the preflight after those that failed."""
-    return str(status.attempt) if status.attempt else f"pre{status.failed_preflights + 1}"
+    """What the run is at: an attempt, and how often it lost its quota; or the preflight after those that failed."""
+    if not status.attempt:
+        return f"pre{status.failed_preflights + 1}"
+    return f"{status.attempt}.q{status.preemptions}" if status.preemptions else str(status.attempt)
 
 
 _EXPECTED = frozenset({"Starting", "Restarting", "PodsPending", "PodsRunning", "PodFailed", "Succeeded", "Preflight"})

@@ -1,15 +1,19 @@
-"""What to read on top of the watches, and when: logs, Events, objects that should be there. All pure."""
+"""What to read on top of the watches, and when: logs, Events, queues, objects that should be there. All pure."""
 
 from datetime import datetime
 
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.plan import Plan
 from lora_operator.progress import is_due
+from lora_operator.queueing import is_stopping
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
 
 REFUSAL_DELAY = 3.0
 """Seconds that the Job controller has to make a Job's pods before the operator asks why it does not."""
+
+QUEUE_INTERVAL = 600.0
+"""Longest time in seconds between two questions to Kueue about a run that waits."""
 
 
 def missing_attempt(observed: Observed) -> int | None:
@@ -21,17 +25,17 @@ def missing_attempt(observed: Observed) -> int | None:
     return status.attempt
 
 
-def unseen_failures(observed: Observed) -> JobView | None:
-    """A Job without a verdict that has failed pods whose end nobody has seen.
+def unseen_ends(observed: Observed) -> JobView | None:
+    """A Job without a verdict that has failed pods which nobody has seen end, or such a rank 0 that has succeeded.
 
-    The watches of Jobs and of pods are apart, so news of a Job may come before that of its pods, most of all at start
-    or where an answer is late. A pod whose end was not seen has no last words, and its gang would be restarted whatever
-    they say.
+    The watches of Jobs and of pods are apart, so news of a Job may come before those of its pods, most of all at start.
+    A pod that is taken to be gone, or to be running, has no last words, and its gang would be judged without them.
     """
     job = observed.live_job()
-    if job is None or job.failed_indexes <= {pod.index for pod in observed.gang(job) if pod.has_ended}:
+    if job is None:
         return None
-    return job
+    heard = job.failed_indexes | (job.completed_indexes & {0})
+    return None if heard <= {pod.index for pod in observed.gang(job) if pod.has_ended} else job
 
 
 def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
@@ -53,10 +57,30 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
     One that the Job controller has not come to yet has none, and in a burst of runs there are many.
     """
     job = observed.live_job()
-    if job is None or not job.taken or not observed.is_short_of_pods(job):
+    if job is None or job.suspended or job.started is None or not observed.is_short_of_pods(job):
         return None
-    late = is_due(job.created, now, REFUSAL_DELAY)
+    late = is_due(job.started, now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
+
+
+def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+    """The suspended Job of which Kueue is to be asked now: at once where it had pods, else when Kueue has had a moment.
+
+    While Kueue has nothing new to say, it is asked more and more seldom.
+    """
+    job = observed.live_job()
+    if job is None or not job.suspended:
+        return None
+    had_pods = any(map(is_stopping, [*observed.gang(job), *observed.stopping(job)]))
+    due = is_due(observed.reports.queue_read_at, now, _queue_interval(observed, settings))
+    return job if due and (had_pods or is_due(job.created, now, REFUSAL_DELAY)) else None
+
+
+def _queue_interval(observed: Observed, settings: Settings) -> float:
+    """Seconds between two questions: as long as the answer has been the same."""
+    read, changed = observed.reports.queue_read_at, observed.reports.queue_changed_at
+    same = (read - changed).total_seconds() if read and changed else 0.0
+    return min(max(3 * settings.log_interval, same), QUEUE_INTERVAL)
 
 
 def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
@@ -67,9 +91,12 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
     job = observed.live_job()
     if job is not None and not plan.ended:
         pod = _rank_zero(observed)
-        if pod is not None and pod.running:
+        if job.suspended:
+            read = observed.reports.queue_read_at is not None
+            times.append(_queue_interval(observed, settings) if read else REFUSAL_DELAY)
+        elif pod is not None and pod.running:
             times.append(settings.log_interval)
-        elif job.taken and observed.is_short_of_pods(job):
+        elif job.started is not None and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
     return min(times, default=None)
 

@@ -7,7 +7,7 @@ and therefore all that its RBAC role holds, is the table ``RBAC``.
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from lora_api.finetune import ObjectMeta
 from lora_api.runtime import DEFAULT_RUNTIME
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
+from lora_operator import applied
 from lora_operator.children.names import MANAGER, RUN_LABEL
 from lora_operator.ratelimit import RateLimit
 from lora_operator.views import Raw, controller_of
@@ -70,6 +71,8 @@ RBAC: tuple[Rule, ...] = (
     Rule("", ("pods",), ("get", "list", "watch"), "how the pods of the gang fare"),
     Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
+    Rule("kueue.x-k8s.io", ("workloads",), ("list",), "why a run waits in its queue"),
+    Rule("visibility.kueue.x-k8s.io", ("localqueues/pendingworkloads",), ("get",), "the number of a run in its queue"),
     Rule(GROUP, (RUNTIMES,), ("get", "list", "watch"), "what runs take from an administrator", cluster=True),
     Rule(
         GROUP,
@@ -81,6 +84,13 @@ RBAC: tuple[Rule, ...] = (
     ),
 )
 
+_PODGROUP_VERBS = ("create", "delete", "get")
+GANG_RBAC: dict[str, Rule] = {
+    "volcano": Rule("scheduling.volcano.sh", ("podgroups",), _PODGROUP_VERBS, "what Volcano starts together"),
+    "coscheduling": Rule("scheduling.x-k8s.io", ("podgroups",), _PODGROUP_VERBS, "what coscheduling starts together"),
+}
+"""The rule on top of RBAC where the operator works with a gang scheduler."""
+
 
 PATHS = {
     PLURAL: f"/apis/{GROUP}/{VERSION}",
@@ -90,8 +100,21 @@ PATHS = {
     "configmaps": "/api/v1",
     "pods": "/api/v1",
     "events": "/apis/events.k8s.io/v1",
+    "workloads.v1beta2": "/apis/kueue.x-k8s.io/v1beta2",
+    "workloads.v1beta1": "/apis/kueue.x-k8s.io/v1beta1",
+    "localqueues.v1beta2": "/apis/visibility.kueue.x-k8s.io/v1beta2",
+    "localqueues.v1beta1": "/apis/visibility.kueue.x-k8s.io/v1beta1",
+    "podgroups.volcano": "/apis/scheduling.volcano.sh/v1beta1",
+    "podgroups.coscheduling": "/apis/scheduling.x-k8s.io/v1alpha1",
 }
-_RESOURCES = {"Service": "services", "ConfigMap": "configmaps", "Job": "jobs"}
+"""Where a resource is. What follows a dot in its name is no part of the path: it tells versions and groups apart."""
+_RESOURCES = {
+    ("v1", "Service"): "services",
+    ("v1", "ConfigMap"): "configmaps",
+    ("batch/v1", "Job"): "jobs",
+    ("scheduling.volcano.sh/v1beta1", "PodGroup"): "podgroups.volcano",
+    ("scheduling.x-k8s.io/v1alpha1", "PodGroup"): "podgroups.coscheduling",
+}
 _OWNED = {"fieldManager": MANAGER}
 
 _TRIES = 5
@@ -171,7 +194,9 @@ class KubeClient:
         """Closes the connections."""
         await self._api.close()
 
-    async def fetch_list(self, resource: str, namespace: str | None, selector: str = RUN_LABEL) -> AsyncIterator[Raw]:
+    async def fetch_list(
+        self, resource: str, namespace: str | None, selector: str = RUN_LABEL
+    ) -> AsyncGenerator[Raw, None]:
         """Every object of ``resource`` that belongs to a run, or has the labels of ``selector``, page by page."""
         query = {"limit": str(_PAGE)}
         if resource not in (PLURAL, RUNTIMES):
@@ -190,13 +215,13 @@ class KubeClient:
         body = {"apiVersion": API_VERSION, "kind": RUNTIME_KIND, "metadata": {"name": name}, "spec": spec.to_wire()}
         return await self._apply(RUNTIMES, None, name, body)
 
-    async def fetch_object(self, resource: str, namespace: str, name: str) -> Raw:
-        """One object.
+    async def fetch_object(self, resource: str, namespace: str, name: str, subresource: str = "") -> Raw:
+        """One object, or a part of it.
 
         Raises:
             NotFoundError: there is none.
         """
-        return await self._call_json("GET", "get", resource, namespace, name)
+        return await self._call_json("GET", "get", resource, namespace, name, subresource)
 
     async def apply_child(self, child: Raw, run: LoRAFineTune) -> Raw:
         """Creates ``child``, or returns the one that is there, if it is this run's.
@@ -207,7 +232,7 @@ class KubeClient:
         Raises:
             NameConflictError: it belongs to something else.
         """
-        resource, metadata = _RESOURCES[child["kind"]], child["metadata"]
+        resource, metadata = _RESOURCES[child["apiVersion"], child["kind"]], child["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         try:
             return await self._call_json("POST", "create", resource, namespace, query=_OWNED, body=child)
@@ -313,8 +338,8 @@ class KubeClient:
             name,
             subresource,
             query={**_OWNED, "force": "true"},
-            body=body,
-            content_type="application/apply-patch+yaml",
+            body=applied.encode(body),
+            content_type=applied.CONTENT_TYPE,
         )
 
     async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:
@@ -331,14 +356,15 @@ class KubeClient:
         subresource: str = "",
         *,
         query: dict[str, str] | None = None,
-        body: Raw | None = None,
+        body: Raw | bytes | None = None,
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> bytes:
         """One call; tried again where the server asks for patience (429, or 503 with Retry-After)."""
-        parts = [PATHS[resource], *(["namespaces", namespace] if namespace else []), resource]
+        plural = resource.partition(".")[0]
+        parts = [PATHS[resource], *(["namespaces", namespace] if namespace else []), plural]
         path = "/".join([*parts, *filter(None, (name, subresource))])
-        label = f"{resource}/{subresource}" if subresource else resource
+        label = f"{plural}/{subresource}" if subresource else plural
         for tries_left in reversed(range(_TRIES)):
             await self._limit.wait()
             status, retry_after, data = await self._send(method, path, query, body, content_type, accept)
@@ -355,7 +381,7 @@ class KubeClient:
         method: Method,
         path: str,
         query: dict[str, str] | None,
-        body: Raw | None,
+        body: Raw | bytes | None,
         content_type: str,
         accept: str,
     ) -> tuple[int, float | None, bytes]:

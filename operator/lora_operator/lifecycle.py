@@ -4,7 +4,7 @@ The state is derived from what exists. Of the status only facts are read that ca
 the failures so far, the restarts used up, the time that the gang has run, what was suspended, and the terminal
 condition, which is sticky.
 
-    preflight -> launch -> wait for pods -> run -> succeed
+    preflight -> launch -> [queued] -> wait for pods -> run -> succeed
                  |              |
                  +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
                  +--- suspend --/                             \-> while suspended: wait
@@ -16,13 +16,22 @@ from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Phase
 from lora_operator.admission import decide_runtime
-from lora_operator.diagnose import Symptom, diagnose_pods, diagnose_root, find_silent, is_off, termination_of
+from lora_operator.diagnose import (
+    Symptom,
+    diagnose_pods,
+    diagnose_root,
+    find_silent,
+    is_off,
+    seconds_to_lost,
+    termination_of,
+)
 from lora_operator.finished import decide_finished
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.obstacles import diagnose_obstacle
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
 from lora_operator.preflight import decide_preflight, needs_preflight
+from lora_operator.queueing import broken_gang, decide_queued, describe_queue, plan_queued, uses_kueue
 from lora_operator.settings import Settings
 from lora_operator.verdicts import (
     decide_failure,
@@ -73,6 +82,8 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
     retry_time = observed.run.status.retry_time
     if retry_time is not None and retry_time > now:
         return Plan(requeue_after=(retry_time - now).total_seconds())
+    if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
+        return plan_queued(attempt, describe_queue("", None), launch=attempt)
     reason = "Restarting" if attempt > 1 else "Starting"
     return Plan(
         phase=Phase.RESTARTING if attempt > 1 else Phase.STARTING,
@@ -130,8 +141,9 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
         return decide_success(job.attempt, adapter)
     if job.deleting:
         return decide_failure(observed, job.attempt, job_lost(job.attempt, now), settings)
+    stopping = observed.stopping(job)
     symptoms = diagnose_pods(
-        pods,
+        [*pods, *stopping],
         job,
         now,
         grace=settings.failure_grace,
@@ -141,6 +153,10 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
         return _decide_failing(observed, job, pods, symptoms, now, settings)
     if observed.run.spec.run_policy.suspend:
         return _decide_suspension(job)
+    if job.suspended and job.completed_indexes:
+        return decide_failure(observed, job.attempt, broken_gang(job, now), settings)
+    if job.suspended:
+        return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
     return _decide_healthy(observed, job, pods, now, settings)
 
 
@@ -154,7 +170,7 @@ def _decide_failing(
     The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
     """
     nodes = observed.run.spec.parallelism.nodes
-    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes
+    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
     since = observed.reports.failing_since or now
     silent = find_silent(symptoms, pods)
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
@@ -189,9 +205,11 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     if obstacle is None:
         marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
         due = observed.seconds_to_restoring(job, now)
+        lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
         return Plan(
             phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
-            conditions=marks, restore=job if due == 0 else None, requeue_after=due or None,
+            conditions=marks, restore=job if due == 0 else None,
+            requeue_after=min((seconds for seconds in (due, lost) if seconds), default=None),
         )  # fmt: skip
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
@@ -229,10 +247,8 @@ def _decide_running(
     if overdue is not None:
         return decide_failure(observed, job.attempt, overdue, settings)
     reason = _STAGE_REASONS.get(reports.stage, "Running")
-    late = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
-    lost_at = min(late) + timedelta(seconds=settings.failure_grace + 1) if late else None
     waits = [
-        max(1.0, (lost_at - now).total_seconds()) if lost_at else None,
+        seconds_to_lost(pods, now, settings.failure_grace),
         seconds_to_deadline(run, now),
         seconds_to_stall(run, reports, now),
     ]

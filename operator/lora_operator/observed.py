@@ -5,7 +5,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from lora_api import ClusterLoRARuntime, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Progress
+from lora_operator.queueing import QueueReport
 from lora_operator.views import JobView, PodView
+
+RESTORE_DELAY = 30.0
+RESTORE_INTERVAL = 60.0
+"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class Reports:
     restored_at: datetime | None = None
     refused: str | None = None
     refusal_read_at: datetime | None = None
+    queue: QueueReport | None = None
+    queue_read_at: datetime | None = None
+    queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
     status_written_at: datetime | None = None
 
@@ -36,9 +44,22 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
     return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
 
 
-RESTORE_DELAY = 30.0
-RESTORE_INTERVAL = 60.0
-"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
+def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None) -> Reports:
+    """``reports`` after Kueue was asked at ``now``. Without an answer and a time: it need not be asked any more."""
+    changed = reports.queue_changed_at if queue == reports.queue and reports.queue_changed_at else now
+    return replace(reports, queue=queue, queue_read_at=now, queue_changed_at=changed if now else None)
+
+
+def forget_pods(reports: Reports) -> Reports:
+    """``reports`` without what the pods have said: others take their place."""
+    return Reports(
+        run_uid=reports.run_uid,
+        progress=reports.progress,
+        status_written_at=reports.status_written_at,
+        queue=reports.queue,
+        queue_read_at=reports.queue_read_at,
+        queue_changed_at=reports.queue_changed_at,
+    )
 
 
 @dataclass(frozen=True)
@@ -66,12 +87,17 @@ class Observed:
         """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
 
         A Job controller that does not see a pod which it has made makes another one, and takes one of them away later.
+        Pods that were taken back with the quota of ``job`` are left out.
         """
         latest: dict[int, PodView] = {}
         for pod in sorted(self.pods, key=lambda pod: (_stays(pod), pod.created, pod.name)):
-            if pod.job_uid == job.uid:
+            if pod.job_uid == job.uid and not is_taken_back(pod, job):
                 latest[pod.index] = pod
         return [latest[index] for index in sorted(latest)]
+
+    def stopping(self, job: JobView) -> list[PodView]:
+        """Pods that were taken back with the quota of ``job``, and have not ended yet."""
+        return [pod for pod in self.pods if pod.job_uid == job.uid and is_taken_back(pod, job) and not pod.has_ended]
 
     def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
         """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
@@ -80,12 +106,8 @@ class Observed:
         """
         if not any(pod.scheduled and not (pod.running or pod.has_ended) for pod in self.gang(job)):
             return None
-        last = self.reports.restored_at
-        due = (
-            job.created + timedelta(seconds=RESTORE_DELAY)
-            if last is None
-            else last + timedelta(seconds=RESTORE_INTERVAL)
-        )
+        last, started = self.reports.restored_at, job.started or job.created
+        due = started + timedelta(seconds=RESTORE_DELAY) if last is None else last + timedelta(seconds=RESTORE_INTERVAL)
         return max(0.0, (due - now).total_seconds())
 
     def leftovers(self) -> list[PodView]:
@@ -113,6 +135,17 @@ class Observed:
         """Whether the Job controller has not made all pods of ``job``."""
         indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
         return len(indexes) < job.size
+
+
+def is_taken_back(pod: PodView, job: JobView) -> bool:
+    """Whether ``pod`` was deleted because ``job`` was suspended, so that its end counts for nothing.
+
+    The Job controller lets go of the pods that it deletes, and their indexes run again once the Job is let go. One that
+    ended before it could be deleted is counted, and so is one that somebody else deletes.
+    """
+    let_go = (pod.gone or pod.deleting_at is not None) and not pod.tracked
+    counted = pod.index in job.failed_indexes | job.completed_indexes
+    return job.was_suspended and let_go and not counted
 
 
 def _stays(pod: PodView) -> bool:

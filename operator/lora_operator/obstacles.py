@@ -71,7 +71,7 @@ def _refused(job: JobView, refused: str) -> Obstacle:
         reason="QuotaExceeded" if quota else str(FailureClass.POD_NOT_STARTED),
         message=f"Pods of Job {job.name} are refused: {refused}",
         remedy=_QUOTA_REMEDY if quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
-        since=job.created,
+        since=job.started or job.created,
         failure_class=None if quota else FailureClass.POD_NOT_STARTED,
         scheduling=True,
     )

@@ -15,6 +15,7 @@ from lora_operator.diagnose import diagnose_pods, diagnose_root, termination_of
 from lora_operator.observed import Observed, has_passed
 from lora_operator.obstacles import diagnose_obstacle
 from lora_operator.plan import Mark, Plan
+from lora_operator.queueing import describe_queue
 from lora_operator.settings import Settings
 from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_suspended
 from lora_operator.views import JobView, PodView
@@ -65,6 +66,8 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0)
     if symptoms:
         return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now), settings)
+    if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
+        return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
     obstacle = diagnose_obstacle(pods, job, observed.reports.refused)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)

@@ -13,29 +13,37 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
+from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
-from lora_operator.children.job import build_job, build_preflight_job
+from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.names import JOB_NAME_LABEL, child_name, preflight_name
 from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
-from lora_operator.follow import compute_next_look, missing_attempt, unseen_failures, wants_log, wants_refusal
+from lora_operator.follow import (
+    compute_next_look,
+    missing_attempt,
+    unseen_ends,
+    wants_log,
+    wants_queue,
+    wants_refusal,
+)
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
+from lora_operator.kueue import fetch_queue_report
 from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
-from lora_operator.observed import Observed, Reports, hear, is_finished
+from lora_operator.observed import Observed, Reports, forget_pods, hear, hear_queue, is_finished
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
 from lora_operator.progress import compute_progress, compute_stage, describe_last, is_due, parse_progress
 from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
-from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_wait
+from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_wait
 from lora_operator.views import Key, PodView, Raw
 
 logger = logging.getLogger(__name__)
@@ -143,21 +151,37 @@ class Reconciler:
             reports = replace(reports, refused=refused, refusal_read_at=now)
         elif reports.refused and not any(map(observed.is_short_of_pods, observed.all_jobs())):
             reports = replace(reports, refused=None)
+        reports = await self._fetch_queue(replace(observed, reports=reports), now)
         self._reports[key] = reports
         return replace(observed, reports=reports)
+
+    async def _fetch_queue(self, observed: Observed, now: datetime) -> Reports:
+        """Asks Kueue, seldom, why a suspended Job waits; what it said of one that runs again is of no interest."""
+        job, reports = wants_queue(observed, now, self._settings), observed.reports
+        if job is not None:
+            return hear_queue(reports, await fetch_queue_report(self._kube, job) or reports.queue, now)
+        live = observed.live_job()
+        suspended = live is not None and live.suspended
+        return reports if suspended or reports.queue_read_at is None else hear_queue(reports, None, None)
 
     async def _apply(self, observed: Observed, plan: Plan, settings: Settings) -> Plan:
         """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
         run = observed.run
         try:
             for child in _build_children(run, plan, settings):
-                applied = await self._kube.apply_child(child, run)
+                try:
+                    applied = await self._kube.apply_child(child, run)
+                except NotFoundError:
+                    if child["kind"] != "PodGroup":
+                        raise
+                    return decide_no_podgroups(observed, settings)
                 if child["kind"] == "Job":
                     self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
             restored = plan.restore.attempt if plan.restore else PREFLIGHT
             return self._decide_conflict(observed, plan.launch or restored, conflict)
         if plan.delete is not None:
+            await self._delete_podgroup(run, plan.delete.attempt)
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
             self._cache.remove_job(plan.delete)
             return replace(plan, requeue_after=0.0)
@@ -177,11 +201,20 @@ class Reconciler:
         preflights = [preflight_name(run.metadata.name, number) for number in sorted(numbers)]
         attempts = [child_name(run.metadata.name, attempt) for attempt in range(1, run.status.attempt + 1)]
         children = [("configmaps", name) for name in preflights + attempts] + [("services", name) for name in attempts]
+        if self._settings.gang_scheduler != "none":
+            children += [(f"podgroups.{self._settings.gang_scheduler}", name) for name in attempts]
         for resource, name in children:
             await self._kube.delete_child(resource, run.metadata.namespace, name, run.metadata.uid)
         for job in observed.all_jobs():
             await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
             self._cache.remove_job(job)
+
+    async def _delete_podgroup(self, run: LoRAFineTune, attempt: int) -> None:
+        """Deletes the PodGroup of an attempt: without its pods it would hold resources that it waits for."""
+        scheduler = self._settings.gang_scheduler
+        if attempt and scheduler != "none":
+            name = child_name(run.metadata.name, attempt)
+            await self._kube.delete_child(f"podgroups.{scheduler}", run.metadata.namespace, name, run.metadata.uid)
 
     def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:
         if conflict.passing:
@@ -220,11 +253,13 @@ class Reconciler:
         return 0.0 if verdict else None
 
     def _compute_reports(self, reports: Reports, plan: Plan, now: datetime) -> Reports:
-        """A new attempt starts with no reports of the one before."""
+        """A new attempt starts with no reports of the one before, and new pods with none of those taken back."""
         if plan.launch is not None or plan.failure is not None or plan.suspended is not None or plan.passed is not None:
             return Reports(
                 run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
             )
+        if plan.phase == Phase.QUEUED:
+            return forget_pods(reports)
         if plan.restore is not None:
             reports = replace(reports, restored_at=now)
         if plan.failing:
@@ -264,8 +299,8 @@ class Reconciler:
         return self._observe(key, observed.run)
 
     async def _confirm_pods(self, key: Key, observed: Observed) -> Observed:
-        """Looks for pods that a Job says have failed, and that no watch has shown yet."""
-        job = unseen_failures(observed)
+        """Looks for pods that a Job says have ended, and that no watch has shown to."""
+        job = unseen_ends(observed)
         if job is None:
             return observed
         async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
@@ -335,6 +370,6 @@ def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[R
         return [
             build_service(run, plan.launch),
             build_configmap(run, plan.launch),
-            build_job(run, plan.launch, settings),
+            *build_gang(run, plan.launch, settings),
         ]
     return []

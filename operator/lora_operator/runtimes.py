@@ -48,7 +48,10 @@ def fill_in(run: LoRAFineTune) -> LoRAFineTune:
         "checkpoint": _merge_checkpoints(spec.checkpoint, runtime.checkpoint),
         "publish": publish.model_copy(update={"store": publish.store or runtime.store}),
         "run_policy": policy.model_copy(
-            update={"ttl_seconds_after_finished": runtime.ttl_seconds_after_finished if ttl is None else ttl}
+            update={
+                "queue_name": policy.queue_name or runtime.queue_name,
+                "ttl_seconds_after_finished": runtime.ttl_seconds_after_finished if ttl is None else ttl,
+            }
         ),
     }
     return run.model_copy(update={"spec": spec.model_copy(update=changes)})

@@ -51,6 +51,15 @@ class Settings:
     api_qps: float = _setting(500.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
     api_burst: int = _setting(1000, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
     api_timeout: float = _setting(30.0, "LORA_API_TIMEOUT", "Longest wait for an answer of the API server.")
+    gang_scheduler: Literal["none", "volcano", "coscheduling"] = _setting(
+        "none",
+        "LORA_GANG_SCHEDULER",
+        "Scheduler that is told of each gang by a PodGroup, so that it starts all pods or none.",
+        ("none", "volcano", "coscheduling"),
+    )
+    scheduler_name: str = _setting(
+        "", "LORA_SCHEDULER_NAME", "Name of the gang scheduler in the pods. Empty: the usual one of gang-scheduler."
+    )
     failure_grace: float = _setting(
         20.0, "LORA_FAILURE_GRACE", "Time that the other pods of a gang get for their last words after one failed."
     )

@@ -24,7 +24,7 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         return old
     progress = reports.progress or old.progress
     failures = [*old.failures, plan.failure][-MAX_FAILURES:] if plan.failure else old.failures
-    stopped = plan.ended or plan.failure is not None or plan.suspended is not None
+    stopped = plan.ended or plan.failure is not None or plan.suspended is not None or plan.phase == Phase.QUEUED
     new = LoRAFineTuneStatus(
         observed_generation=run.metadata.generation,
         phase=plan.phase,
@@ -41,6 +41,7 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         pins=plan.passed.pins if plan.passed else old.pins,
         plan=plan.passed.plan if plan.passed else old.plan,
         charged_restarts=old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+        preemptions=old.preemptions + (1 if _loses_quota(old, plan) else 0),
         retry_time=_retry_time(old, plan, now),
         suspended_attempt=plan.suspended or old.suspended_attempt,
         active_seconds=old.active_seconds,
@@ -48,6 +49,12 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         adapter=plan.adapter,
     )
     return new if new == old else _count_time(run, new, now)
+
+
+def _loses_quota(old: LoRAFineTuneStatus, plan: Plan) -> bool:
+    """Whether an attempt that had left its queue is back in it."""
+    left = old.phase in (Phase.STARTING, Phase.RESTARTING, Phase.RUNNING, Phase.PUBLISHING)
+    return plan.phase == Phase.QUEUED and left and plan.attempt == old.attempt
 
 
 def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime | None:

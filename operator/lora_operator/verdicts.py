@@ -108,6 +108,15 @@ def decide_wait(reason: str, message: str, requeue_after: float | None) -> Plan:
     return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
 
 
+def decide_no_podgroups(observed: Observed, settings: Settings) -> Plan:
+    """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
+    message = with_remedy(
+        f"The cluster knows no PodGroup of {settings.gang_scheduler}",
+        "Install the scheduler, or set operator.gangScheduler of the chart to none. The run starts by itself then.",
+    )
+    return replace(decide_wait("NoPodGroups", message, 30.0), attempt=observed.run.status.attempt)
+
+
 def job_lost(attempt: int, now: datetime) -> Failure:
     """The failure of an attempt whose Job was deleted by somebody else."""
     return Failure(

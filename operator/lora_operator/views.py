@@ -10,6 +10,8 @@ from typing import Any
 
 from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL
 
+_TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
+
 Raw = dict[str, Any]
 Key = tuple[str, str]
 """Namespace and name of a LoRAFineTune."""
@@ -54,6 +56,8 @@ class PodView:
     """Kubernetes says that it is not ready. Nothing probes it, so while it runs this is the node's fault."""
     started: datetime | None = None
     ended: Ended | None = None
+    tracked: bool = True
+    """The Job controller will count how the pod ends. It lets go of pods that it deletes itself."""
     gone: bool = False
     """The object was deleted; this is the last that was seen of it."""
 
@@ -82,14 +86,17 @@ class JobView:
     created: datetime
     preflight: int = 0
     size: int = 1
-    taken: bool = True
-    """The Job controller has come to it."""
     deleting: bool = False
     failed_indexes: frozenset[int] = frozenset()
     completed_indexes: frozenset[int] = frozenset()
     failure: str = ""
     finished: bool = False
     stopping: bool = False
+    suspended: bool = False
+    was_suspended: bool = False
+    """It is suspended, or was before."""
+    started: datetime | None = None
+    """When the Job controller came to it and might make its pods; ``None`` while it is suspended."""
 
     @property
     def key(self) -> Key:
@@ -138,6 +145,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         unready=(conditions.get("Ready") or {}).get("status") == "False",
         started=parse_time((state.get("running") or {}).get("startedAt")),
         ended=_parse_ended(state.get("terminated")),
+        tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
 
 
@@ -169,13 +177,16 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         created=_created(metadata),
         preflight=_number(labels.get(PREFLIGHT_LABEL)),
         size=spec.get("completions") or 1,
-        taken=bool(status.get("startTime")),
         deleting=bool(metadata.get("deletionTimestamp")),
         failed_indexes=parse_indexes(status.get("failedIndexes") or ""),
         completed_indexes=parse_indexes(status.get("completedIndexes") or ""),
         failure=f"{failed.get('reason', '')}: {failed.get('message', '')}" if failed else "",
         finished="Failed" in conditions or "Complete" in conditions,
         stopping=spec.get("maxFailedIndexes") is not None,
+        suspended=bool(spec.get("suspend")),
+        was_suspended=bool(spec.get("suspend"))
+        or any(item.get("type") == "Suspended" for item in status.get("conditions") or ()),
+        started=parse_time(status.get("startTime")),
     )
 
 

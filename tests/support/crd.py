@@ -105,6 +105,9 @@ MAXIMAL: Spec = {
         "stallTimeoutSeconds": 600,
         "ttlSecondsAfterFinished": 86400,
         "ttlDeletes": "run",
+        "queueName": "team-a",
+        "priorityClassName": "batch.low",
+        "workloadPriorityClassName": "research",
     },
     "podTemplate": {
         "resources": {
@@ -226,6 +229,7 @@ MAXIMAL_RUNTIME: Spec = {
     "checkpoint": MAXIMAL["checkpoint"],
     "terminationGracePeriodSeconds": 300,
     "preflight": False,
+    "queueName": "team-a",
     "ttlSecondsAfterFinished": 86400,
     "limits": {
         "maxNodes": 4,

@@ -37,7 +37,9 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "qwen-3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen-3-moe": ("Qwen3Moe", {"head_dim": 16, **_MOE}),
     "qwen-2-moe": ("Qwen2Moe", {**_MOE, "shared_expert_intermediate_size": 32}),
+    "phi-2": ("Phi", {}),
     "phi-3": ("Phi3", {}),
+    "phi-3.5-moe": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "smollm-2": (
         "Llama",
         {"tie_word_embeddings": True, "hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1},

@@ -32,6 +32,30 @@ TEMPLATES: dict[str, tuple[str, list[str]]] = {
         + _CHATML_LINE + "{% endif %}{% endfor %}" + _CHATML_PROMPT,
         ["yes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"],
     ),
+    "the system's words in the first question, as Gemma": (
+        "{{ bos_token }}{% set first = messages[0]['role'] == 'system' %}"
+        "{% set lead = messages[0]['content'] + '\n\n' if first else '' %}"
+        "{% for m in (messages[1:] if first else messages) %}"
+        "{% if (m['role'] == 'assistant') != (loop.index0 % 2 == 1) %}{{ raise_exception('take turns') }}{% endif %}"
+        "{{ '<|im_start|>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + (lead if loop.first else '') "
+        "+ m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}",
+        ["yes<|im_end|>", "no<|im_end|>"],
+    ),
+    "an end of text once it goes on no more, as Phi 3": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        ["yes<|im_end|>", "no<|im_end|>\n</s>"],
+    ),
+    "a beginning of text for each question, as Llama 2": (
+        "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+        "{% set lead = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+        "{% else %}{% set rest = messages %}{% set lead = '' %}{% endif %}"
+        "{% for m in rest %}{% if m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + (lead if loop.first else '') + m['content'] | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+        [" yes </s>", " no </s>"],
+    ),
     "generation tags with the end of the turn": (
         "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% generation %}"
         "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}" + _CHATML_LINE

@@ -7,11 +7,19 @@ import pytest
 import torch
 
 from bench import trainer as bench_trainer
+from bench.gpu import parts
+from bench.gpu.__main__ import LIMIT_SECONDS, PARTS
 from bench.gpu.__main__ import main as bench_gpu
 from bench.gpu.models import random_base_model, write_model
-from bench.gpu.parts import CONFIGS, utilization
+from bench.gpu.parts import CONFIGS, LEVERS, TINY_LEVERS, Case, Machine, utilization
+from bench.gpu.worker import Probe
+from lora_api.run import RunSpec
 from lora_api.training import Quantization
+from lora_trainer.fitting import build_job
+from lora_trainer.memory import plan_memory
 from lora_trainer.modelshape import read_shape
+from lora_trainer.rules import check_run
+from lora_trainer.speed import read_levers
 
 
 def test_the_comparison_with_plain_trl_runs_both_sides_and_writes_its_table(tmp_path: Path) -> None:
@@ -28,7 +36,7 @@ def test_the_comparison_with_plain_trl_runs_both_sides_and_writes_its_table(tmp_
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_but_for_cuda_itself(tmp_path: Path) -> None:
-    options = ["--device", "cpu", "--tiny", "--parts", "parity", "outOfMemory", "--out", str(tmp_path)]
+    options = ["--device", "cpu", "--tiny", "--parts", "parity", "outOfMemory", "levers", "--out", str(tmp_path)]
     assert bench_gpu(options) == 1, "the part that needs CUDA says so"
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
@@ -39,6 +47,39 @@ def test_the_gpu_benchmark_runs_on_a_cpu_but_for_cuda_itself(tmp_path: Path) -> 
     assert two["equal"]
     assert two["largestLogitDifference"] < 1e-4
     assert two["largestLossDifference"] < 1e-4
+    assert list(result["levers"]) == list(TINY_LEVERS)
+    assert all(row["tokensPerSecondPerGpu"] > 0 and row["attention"] == "sdpa" for row in result["levers"].values())
+
+
+def test_parity_that_does_not_hold_fails_the_benchmark_and_ends_no_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(parts, "PARITY_TOLERANCE", -1.0)
+    options = ["--device", "cpu", "--tiny", "--parts", "parity", "speed", "--out", str(tmp_path)]
+    assert bench_gpu(options) == 1
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert len(result["parity"]) == 2
+    assert all(not row["equal"] and "differs" in row["failed"] for row in result["parity"].values())
+    assert result["speed"]["as trained"]["tokensPerSecondPerGpu"] > 0
+
+
+def test_the_parts_of_the_gpu_benchmark_have_their_time() -> None:
+    assert list(PARTS) == ["parity", "speed", "large", "outOfMemory", "levers"]
+    runs = {"parity": 3, "speed": 1, "large": 1, "outOfMemory": 1}
+    others = sum(parts.RUN_SECONDS[part] * count for part, count in runs.items())
+    assert others + len(parts.LEVERS) * parts.ENDED_IN_TIME <= LIMIT_SECONDS <= 9 * 60
+
+
+@pytest.mark.parametrize("name", LEVERS)
+def test_every_lever_is_a_run_that_the_trainer_takes(name: str, tmp_path: Path) -> None:
+    size = {"model": "llama-3-8b, 8 layers", "sequence": 4096, "micro_batch": 2, "steps": 5, "limit": 9}
+    case = Case(**{"name": "lever", **size, **LEVERS[name]})
+    run = RunSpec.model_validate(case.run(Machine("cuda", tiny=False, directory=tmp_path, deadline=0), tmp_path))
+    check_run(run)
+    read_levers({"LORA_SPEED": case.speed})
+    Probe(tmp_path, **case.probe)
+    assert plan_memory(build_job(run, read_shape(CONFIGS[case.model]))).safe < 79
 
 
 def test_a_gpu_benchmark_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

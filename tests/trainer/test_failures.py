@@ -32,7 +32,7 @@ SEEN_BY_KUBERNETES: dict[FailureClass, str] = {
     FailureClass.HOST_OUT_OF_MEMORY: "cluster/test_faults.py",
     FailureClass.POD_LOST: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.EVICTED: "controlplane/lifecycle/test_lifecycle.py",
-    FailureClass.NODE_LOST: "unit/operator/test_diagnose.py",
+    FailureClass.NODE_LOST: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.IMAGE_PULL_FAILED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.POD_NOT_STARTED: "controlplane/lifecycle/test_lifecycle.py",
     FailureClass.NAME_CONFLICT: "controlplane/lifecycle/test_lifecycle.py",

@@ -23,6 +23,7 @@ from lora_trainer.architecture import (
     Architecture,
     check_supported,
     choose_attention,
+    installed_flash_attention,
     read_architecture,
     resolve_targets,
 )
@@ -269,6 +270,45 @@ def test_the_attention_implementation(case: str) -> None:
     changes, want = ATTENTION[case]
     usual = {"flash": True, "sdpa": True, "capability": (9, 0), "half": True, "present": [FA2, FA3]}
     assert choose_attention(**{**usual, **changes}) == want
+
+
+CACHED: dict[str, tuple[str, list[str]]] = {
+    "nothing": ("models--kernels-community--flash-attn", []),
+    "the kernel of 2": ("kernels--kernels-community--flash-attn2", [FA2]),
+    "the kernel of 3, as a model": ("models--kernels-community--vllm-flash-attn3", [FA3]),
+}
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_kernels_of_flash_attention_are_found_in_the_cache_and_nowhere_else(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, expected = CACHED[case]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr("transformers.utils.is_kernels_available", lambda: True)
+    assert installed_flash_attention() == expected
+    monkeypatch.setattr("transformers.utils.is_kernels_available", lambda: False)
+    assert installed_flash_attention() == [], "without a package kernels that transformers takes they are of no use"
+
+
+def test_the_package_of_flash_attention_is_found_beside_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("__version__ = '2.8.3'\n")
+    about = tmp_path / "flash_attn-2.8.3.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    (about / "top_level.txt").write_text("flash_attn\n")
+    script = (
+        "import torch; torch.cuda.is_available = lambda: True\n"
+        "from lora_trainer.architecture import installed_flash_attention\n"
+        "print(installed_flash_attention())"
+    )
+    path = os.pathsep.join(map(str, (*SOURCES, tmp_path)))
+    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_CACHE": str(tmp_path / "empty")}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str([FA2])
 
 
 PAD_TOKENS: dict[str, tuple[list[str], str]] = {

@@ -24,10 +24,13 @@ TRAINED: dict[str, tuple[list[int], dict[str, Any], bool]] = {
     "alone": ([0], {}, False),
     "alone-offload": ([1], {"cpuOffload": True}, False),
     "ddp-2": ([2, 3], {"strategy": "ddp"}, False),
+    "ddp-4": ([0, 1, 2, 3], {"strategy": "ddp"}, False),
     "fsdp-2": ([0, 1], {"strategy": "fsdp"}, False),
     "fsdp-2-offload": ([2, 3], {"strategy": "fsdp", "cpuOffload": True}, False),
+    "fsdp-4": ([0, 1, 2, 3], {"strategy": "fsdp"}, False),
     "fsdp-4-held": ([0, 1, 2, 3], {}, True),
     "hsdp-2x2": ([0, 1, 2, 3], {"strategy": "hsdp", "shardSize": 2}, False),
+    "hsdp-2x2-offload": ([0, 1, 2, 3], {"strategy": "hsdp", "shardSize": 2, "cpuOffload": True}, False),
 }
 """Case: its processes, ``parallelism``, and whether there is room to hold gathered layers."""
 
@@ -35,10 +38,13 @@ LAYOUTS = {
     "alone": ("whole", 1),
     "alone-offload": ("(Shard(dim=0),) of (1,)", 1),
     "ddp-2": ("whole", 1),
+    "ddp-4": ("whole", 1),
     "fsdp-2": ("(Shard(dim=0),) of (2,)", 2),
     "fsdp-2-offload": ("(Shard(dim=0),) of (2,)", 2),
+    "fsdp-4": ("(Shard(dim=0),) of (4,)", 4),
     "fsdp-4-held": ("(Shard(dim=0),) of (4,)", 4),
     "hsdp-2x2": ("(Replicate(), Shard(dim=0)) of (2, 2)", 2),
+    "hsdp-2x2-offload": ("(Replicate(), Shard(dim=0)) of (2, 2)", 2),
 }
 """Case: placements and mesh of every parameter, and processes that share one copy."""
 

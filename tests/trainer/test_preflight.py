@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_api.failures import RULES, FailureClass
@@ -22,9 +23,10 @@ from lora_trainer.pinned import check_pins
 from lora_trainer.preflight import preflight
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_sources
+from tests.support.families import SIZES
 from tests.support.hub import run_hub
 from tests.support.seaweed import Seaweed
-from tests.support.tiny import make_rows, write_rows
+from tests.support.tiny import make_rows, save_tokenizer, write_rows
 from tests.trainer.runs import SOURCES
 
 Make = Callable[..., RunSpec]
@@ -147,10 +149,33 @@ def test_everything_wrong_is_said_at_once(check: Check, tmp_path: Path, copied: 
     assert len(found) >= 4, found
     assert result.failure_class == BAD_SPEC
     result = check(training={"globalBatchSize": 7}, lora={"targetModules": ["c_attn"]})
-    assert [kind for kind, _ in said(result)] == [BAD_SPEC]
-    assert "training.globalBatchSize is 7" in said(result)[0][1]
-    result = check(lora={"targetModules": ["c_attn"]})
+    assert [kind for kind, _ in said(result)] == [BAD_SPEC, BAD_SPEC]
     assert "lora.targetModules: c_attn" in said(result)[0][1]
+    assert "training.globalBatchSize is 7" in said(result)[1][1]
+
+
+UNPLANNED: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "layers that are not linear": ("GPT2", {}, "has no linear layers"),
+    "a target that is not there": ("Phi", {"targetModules": ["nonesuch"]}, "nonesuch is no linear layer"),
+    "a rank for no target": ("Phi", {"rankPattern": {"up_proj": 2}}, "rankPattern: up_proj is none of"),
+    "a rank for no target, of a planned model": ("Llama", {"rankPattern": {"fc1": 2}}, "fc1 is none of"),
+    "all of it in order": ("Phi", {"targetModules": ["q_proj", "fc1"]}, None),
+}
+
+
+@pytest.mark.parametrize("case", UNPLANNED)
+def test_the_layers_of_a_model_are_looked_at_though_its_memory_is_not_planned(
+    case: str, check: Check, tmp_path: Path
+) -> None:
+    kind, lora, words = UNPLANNED[case]
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    save_tokenizer(tmp_path / "other")
+    result = check(gib=24, baseModel={"uri": f"file://{tmp_path}/other"}, lora=lora)
+    found = said(result)
+    assert [kind for kind, _ in found] == ([] if words is None else [BAD_SPEC]), found
+    assert words is None or words in found[0][1]
+    assert any("memory is not planned" in text for text in result.warnings) == (kind != "Llama")
 
 
 def shard(directory: Path) -> None:

@@ -230,7 +230,7 @@ def test_ranks_that_were_filled_up_are_cut_again() -> None:
 def test_two_pods_prove_and_merge_what_they_publish_while_every_tracker_is_down(
     make_run: Make, launch: Callable[..., Launched]
 ) -> None:
-    """Sharded weights: all ranks load what rank 0 read back. LORA_COLLECTIVE_SECONDS does not bound that."""
+    """Sharded weights: all ranks load what rank 0 read back."""
     (port,) = free_ports(1)
     nobody = f"http://127.0.0.1:{port}"
     run = make_run(

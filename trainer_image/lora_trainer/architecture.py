@@ -32,6 +32,9 @@ RECURRENT_KEYS = (
 )
 """Keys, or beginnings of keys, of a ``config.json`` that describe recurrent layers."""
 
+LAYER_COUNTS, MAX_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000
+"""Keys that say how many modules are built, and how many at the most: a wrong number would end the memory here."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -251,7 +254,11 @@ def check_supported(config: Mapping[str, Any]) -> None:
         if numbers.get("is_encoder_decoder") is True:
             raise BadSpecError(f"config.json: is_encoder_decoder: {kind} has an encoder; only decoders are trained")
         recurrent = [key for key, value in numbers.items() if value is not None and key.startswith(RECURRENT_KEYS)]
-        others = set(map(str, numbers.get("layer_types") or ())) - ATTENTION_KINDS
+        kinds = numbers.get("layer_types")
+        others = set(map(str, kinds if isinstance(kinds, list) else ())) - ATTENTION_KINDS
+        for key in LAYER_COUNTS:
+            if isinstance(count := numbers.get(key), int) and count > MAX_LAYERS:
+                raise BadSpecError(f"config.json: {key} is {str(count)[:40]}; no model has more than {MAX_LAYERS}")
         if recurrent or others:
             raise BadSpecError(
                 f"config.json: {min(recurrent or ['layer_types'])}: {kind} has recurrent (state-space) layers, whose "

@@ -137,20 +137,22 @@ class Chat:
     def _end_of_turn(self, messages: list[Record], index: int, text: str) -> int | None:
         """Where the turn ends in ``text``, or ``None``.
 
-        Some templates write the last turn in a way of its own (Qwen 3 leaves the thinking out of all others). There
-        the end is found from both sides: what follows the content up to the end of the turn, and up to the end of the
-        next message, are told with a mark in the content's place.
+        Some templates write the last turn in a way of its own: Qwen 3 leaves the thinking out of all others, Phi 3 ends
+        it with the end of the text too. There the end is found with a mark in the content's place. What follows it up
+        to the turn's end, and in the whole conversation, begins alike: with what ends the turn in both.
         """
         closing = self.render(messages[: index + 1])
         if text.startswith(closing):
             return len(closing)
         marked = [*messages[:index], messages[index] | {"content": _MARK}, *messages[index + 1 :]]
         after_turn = self.render(marked[: index + 1]).partition(_MARK)[2]
-        after_next = self.render(marked[: index + 2]).partition(_MARK)[2]
-        following = self.render(messages[: index + 2])
-        if text.startswith(following) and after_turn and after_next.startswith(after_turn):
-            return len(following) - len(after_next) + len(after_turn)
-        return None
+        rest = self.render(marked).partition(_MARK)[2]
+        both = min(len(after_turn), len(rest))
+        shared = next((place for place in range(both) if after_turn[place] != rest[place]), both)
+        if shared < len(after_turn):  # what is alike behind a token that ends the turn is alike by chance
+            places = [(after_turn.rfind(token, 0, shared), len(token)) for token in self._special]
+            shared = max((place + length for place, length in places if place >= 0), default=0)
+        return len(text) - len(rest) + shared if shared and text.endswith(rest) else None
 
     def _trim(self, text: str, start: int, end: int) -> int:
         """``end`` without the line breaks behind the token that ends the turn: a model stops before them."""

@@ -220,7 +220,7 @@ def split_records(records: list[Record], fraction: float) -> tuple[list[Record],
     """``(train, eval)``. Which side a record is on depends on its content alone: rows added later move none.
 
     Equal records are on one side. Where the fraction selects none, the record that comes next is the evaluation set,
-    so that there is always something to measure with.
+    so that there is always something to measure with; a row added later may then take its place.
     """
     positions = [record_position(record) for record in records]
     limit = split_limit(positions, fraction)

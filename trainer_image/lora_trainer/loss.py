@@ -144,6 +144,15 @@ def has_summed_loss(model: PreTrainedModel) -> bool:
     return plain and not routed and logit_transform(model.config) is not None
 
 
+def router_loss_weight(model: PreTrainedModel) -> float | None:
+    """TRL's ``router_aux_loss_coef``: ``None`` for what the model's config says, 0 where TRL cannot compute the loss.
+
+    TRL 1.16 asks the config for ``num_experts``, which that of Phi-3.5-MoE does not have. The loss keeps experts evenly
+    used while a router learns; here routers are frozen, so it can be spared.
+    """
+    return None if hasattr(model.config.get_text_config(), "num_experts") else 0.0
+
+
 def add_summed_loss(model: PreTrainedModel) -> None:
     """Lets ``model(..., labels=..., summed_loss=True)`` return a SupervisedOutput. All other calls stay as they are.
 

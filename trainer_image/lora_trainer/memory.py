@@ -332,7 +332,7 @@ def saved_bytes(job: Job) -> float:
     keeping = shape.linears if job.quantization.type == "int8" else job.targets
     adapters = sum(linear.inputs for linear in keeping) * c
     adapters += sum(linear.inputs for linear in job.targets) * (1 if job.lora.dropout > 0 else 0)
-    mlp = shape.experts_per_token * 3 * c * shape.feed_forward
+    mlp = 3 * c * shape.mlp_width
     routed = shape.experts_per_token * 2 * c * shape.hidden if shape.experts > 1 else 0
     scores = shape.heads * job.sequence * (2 * c + 4) if shape.family.eager else 0
     return float(job.tokens * (norms + attention + adapters + mlp + routed + scores))
@@ -367,7 +367,7 @@ def layer_bytes(job: Job) -> float:
     ``Stack.fsdp1`` add to it.
     """
     shape, c, stack = job.shape, job.compute_bytes, job.stack
-    each = c * (3 * shape.experts_per_token * shape.feed_forward + shape.hidden)
+    each = c * (3 * shape.mlp_width + shape.hidden)
     each += shape.vocabulary * stack.kept_logits_bytes
     each += shape.heads * job.sequence * (c + 4) if shape.family.eager else 0
     if stack.fsdp1 and job.shards > 1:

@@ -1,11 +1,21 @@
 """The quantized, frozen base model, its tokenizer, and the adapter around it (QLoRA, arXiv:2305.14314)."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.run import RunSpec
@@ -17,10 +27,20 @@ from lora_trainer.architecture import (
     read_architecture,
     resolve_targets,
 )
-from lora_trainer.errors import BadSpecError, InternalError
+from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
 from lora_trainer.loading import Part, keeping
+from lora_trainer.modelfiles import read_json_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+)
+"""Files that transformers reads for a tokenizer, where they are there: each is one JSON object."""
 
 
 def training_device(run: RunSpec, local_rank: int) -> torch.device:
@@ -53,9 +73,48 @@ def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dty
     return DTYPES[quantization.compute_dtype]
 
 
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Makes a BadSpecError of whatever the libraries raise over a file of the model; ``what`` begins its message.
+
+    A disk that fails, and memory that ends, are not the file's fault.
+    """
+    try:
+        yield
+    except Exception as error:
+        broken_machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None)
+        if broken_machine or isinstance(error, TrainerError):
+            raise
+        raise BadSpecError(f"{what}: {describe(error)}") from error
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The model's ``config.json``, as transformers reads it.
+
+    Raises:
+        BadSpecError: it cannot be read, or the model cannot be trained.
+    """
+    check_supported(read_json_object(directory / "config.json"))
+    with _reading("config.json: transformers cannot read it"):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The model's tokenizer, with a padding token."""
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        BadSpecError: it cannot be read; the message names the files.
+    """
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    for file in files:
+        read_json_object(file)
+    names = ", ".join(file.name for file in files) or "no tokenizer.json"
+    try:
+        with _reading(f"baseModel: its tokenizer cannot be loaded ({names})"):
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except BadSpecError:
+        load_config(directory)  # says so, where it is config.json that is broken
+        raise
     if tokenizer.pad_token is None:
         tokenizer.pad_token = choose_pad_token(tokenizer)
     return tokenizer
@@ -109,9 +168,11 @@ def load_skeleton(directory: Path) -> PreTrainedModel:
     Raises:
         BadSpecError: it cannot be trained.
     """
-    check_supported(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    with torch.device("meta"):
+    config = load_config(directory)
+    if (directory / "generation_config.json").is_file():
+        with _reading("baseModel: generation_config.json cannot be read"):
+            GenerationConfig.from_pretrained(directory)
+    with _reading("config.json: transformers cannot build a model from it"), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_api.preflight import SourcePin
 from lora_api.sources import BaseModelSource, DataSource
 from lora_trainer import hub
-from lora_trainer.errors import ModelNotFoundError
+from lora_trainer.errors import BadSpecError, ModelNotFoundError
 from lora_trainer.headers import (
     INDEX_FILE,
     LENGTH_BYTES,
@@ -66,6 +67,21 @@ def open_model(source: BaseModelSource, target: Path) -> ModelFiles:
     if not (found.directory / "config.json").exists():
         raise ModelNotFoundError(f"{source.uri}: no config.json there. A model is a directory in Hugging Face layout")
     return found
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The content of a file of the model.
+
+    Raises:
+        BadSpecError: it is not one JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadSpecError(f"baseModel: {file.name}: is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadSpecError(f"baseModel: {file.name}: must be an object, and is {str(content)[:40]}")
+    return content
 
 
 def pin_model(source: BaseModelSource, directory: Path) -> SourcePin:

@@ -40,17 +40,20 @@ class Family:
     """What ``model_type`` says beyond the numbers of the file. Defaults are those of transformers 5.19.
 
     ``norms`` counts the RMSNorms over the hidden size in a layer; ``head_norms`` is set where queries and keys are
-    normalised too. ``eager`` is set where attention is more than PyTorch's SDPA can do (Gemma 2 caps its scores), so
-    that without FlashAttention all scores of a layer exist. ``biases`` names the linear layers that have one,
-    ``optional_biases`` those that a key of the file gives one to. ``defaults`` holds values that published files leave
-    out.
+    normalised too. ``experts`` are the keys that may count the experts of a mixture, ``expert_width`` is the one that
+    has their inner width, and ``shared_width`` that of an expert beside them which all tokens go through. ``eager`` is
+    set where attention is more than PyTorch's SDPA can do (Gemma 2 caps its scores), so that without FlashAttention all
+    scores of a layer exist. ``biases`` names the linear layers that have one, ``optional_biases`` those that a key of
+    the file gives one to. ``defaults`` holds values that published files leave out.
     """
 
     norms: int = 2
     head_norms: bool = False
     fused: bool = False
     tied: bool = False
-    moe: bool = False
+    experts: tuple[str, ...] = ()
+    expert_width: str = "intermediate_size"
+    shared_width: str = ""
     eager: bool = False
     biases: str = ""
     optional_biases: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +86,20 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(fused=True),
     "smollm3": Family(tied=True, optional_biases=_BOTH_BIASES),
-    "mixtral": Family(moe=True),
+    "mixtral": Family(experts=("num_local_experts",)),
+    "qwen2_moe": Family(
+        experts=("num_experts",),
+        expert_width="moe_intermediate_size",
+        shared_width="shared_expert_intermediate_size",
+        optional_biases={"qkv_bias": _QKV},
+        defaults={"qkv_bias": True},
+    ),
+    "qwen3_moe": Family(
+        head_norms=True,
+        experts=("num_experts", "num_local_experts"),  # as published, and as transformers 5 writes it
+        expert_width="moe_intermediate_size",
+        optional_biases=_ATTENTION_BIAS,
+    ),
 }
 """By ``model_type``. SmolLM and SmolLM2 are llama; SmolLM3 has a type of its own."""
 
@@ -108,7 +124,8 @@ class Weights:
 class ModelShape:
     """Sizes of a decoder-only transformer.
 
-    ``feed_forward`` is the inner width of one MLP (of one expert), ``head_size`` the width of one attention head.
+    ``feed_forward`` is the inner width of one MLP (of one expert), ``shared`` that of an expert beside them which all
+    tokens go through (0: none), ``head_size`` the width of one attention head.
     ``biased`` names the linear layers that have a bias.
     """
 
@@ -123,12 +140,23 @@ class ModelShape:
     tied: bool = False
     experts: int = 1
     experts_per_token: int = 1
+    shared: int = 0
     biased: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
         """Traits of the architecture."""
         return FAMILIES[self.architecture]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether each layer has experts in place of an MLP."""
+        return bool(self.family.experts)
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner values of all MLPs that a token goes through."""
+        return self.experts_per_token * self.feed_forward + self.shared
 
     @property
     def attention_width(self) -> int:
@@ -164,13 +192,14 @@ class ModelShape:
             Linear("self_attn.v_proj", h, kv),
             output,
         )
-        if self.family.moe:
+        mlp, f = ("mlp.shared_expert", self.shared) if self.is_mixture else ("mlp", f)
+        if not f:
             return attention
         return (
             *attention,
-            Linear("mlp.gate_proj", h, f),
-            Linear("mlp.up_proj", h, f),
-            Linear("mlp.down_proj", f, h),
+            Linear(f"{mlp}.gate_proj", h, f),
+            Linear(f"{mlp}.up_proj", h, f),
+            Linear(f"{mlp}.down_proj", f, h),
         )
 
     @property
@@ -180,14 +209,15 @@ class ModelShape:
 
     @property
     def expert_weights(self) -> int:
-        """Weights of one layer's experts and router: E(3hf + h).
+        """Weights of one layer's experts and router: E(3hf + h), and h for the gate of a shared expert.
 
         transformers 5 keeps experts as 3-D parameters. bitsandbytes quantizes linear layers only, so these stay in
         the compute type.
         """
-        if not self.family.moe:
+        if not self.is_mixture:
             return 0
-        return self.experts * (3 * self.hidden * self.feed_forward + self.hidden)
+        gate = self.hidden if self.shared else 0
+        return self.experts * (3 * self.hidden * self.feed_forward + self.hidden) + gate
 
     @property
     def embedding_weights(self) -> int:
@@ -289,15 +319,18 @@ def _read_numbers(numbers: Mapping[str, Any], prefix: str, model_type: str, tied
         )
     whole, rest = divmod(hidden, heads)
     head_size = number("head_dim", None if rest else whole)
-    experts = number("num_local_experts") if family.moe else 1
-    chosen = number("num_experts_per_tok") if family.moe else 1
+    if family.experts:
+        _check_all_layers_alike(numbers, prefix)
+    keys = [key for key in family.experts if numbers.get(key) is not None] or list(family.experts)
+    experts = number(keys[0]) if keys else 1
+    chosen = number("num_experts_per_tok") if family.experts else 1
     if chosen > experts:
         raise BadSpecError(f"config.json: {prefix}num_experts_per_tok is {chosen}; there are only {experts} experts")
     return ModelShape(
         architecture=model_type,
         layers=number("num_hidden_layers"),
         hidden=hidden,
-        feed_forward=number("intermediate_size"),
+        feed_forward=number(family.expert_width),
         heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
@@ -305,15 +338,28 @@ def _read_numbers(numbers: Mapping[str, Any], prefix: str, model_type: str, tied
         tied=tied,
         experts=experts,
         experts_per_token=chosen,
+        shared=number(family.shared_width) if family.shared_width else 0,
         biased=_read_biases(numbers, prefix, family),
     )
+
+
+def _check_all_layers_alike(numbers: Mapping[str, Any], prefix: str) -> None:
+    """Qwen's mixtures may have layers with one MLP in between; those have other weights."""
+    for key, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        value = numbers.get(key)
+        if value is not None and value != usual:
+            raise UnplannedModelError(
+                f"config.json: {prefix}{key} is {str(value)[:40]}; memory can be planned where all layers are mixtures"
+            )
 
 
 def _read_biases(numbers: Mapping[str, Any], prefix: str, family: Family) -> tuple[str, ...]:
     found = family.biases.split()
     for key, names in family.optional_biases.items():
         value = numbers.get(key)
-        if value is not None and not isinstance(value, bool):
+        if value is None:
+            value = bool((family.defaults or {}).get(key))
+        if not isinstance(value, bool):
             raise BadSpecError(f"config.json: {prefix}{key} is {value!r}; it must be true or false")
         found += names.split() if value else []
     return tuple(found)

@@ -6,7 +6,7 @@ What is wrong is collected, so that one look tells all of it; a step that needs 
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -29,12 +29,13 @@ from lora_api.preflight import (
 )
 from lora_api.run import RunSpec
 from lora_api.sources import DataSource
+from lora_api.training import LoRA
 from lora_trainer.errors import BadSpecError, classify, describe
 from lora_trainer.fitting import build_job, settle, suggest
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.headers import Header, count_by_type, count_weights, merge
 from lora_trainer.memory import Job, plan_memory
-from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers
+from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers, read_json_object
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
 from lora_trainer.rules import RULES
 
@@ -56,8 +57,10 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
 
     def add(self, failure_class: FailureClass, message: str) -> None:
-        """Something that ends the run."""
-        self.problems.append(Problem(failure_class=failure_class, message=message))
+        """Something that ends the run. Two steps that meet the same thing say it once."""
+        problem = Problem(failure_class=failure_class, message=message)
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def attempt(self, step: Callable[[], Result]) -> Result | None:
         """What ``step`` returns, or ``None`` where it failed; why is kept."""
@@ -159,11 +162,8 @@ def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
         TrainerError: it is not there, or cannot be trained.
     """
     files = open_model(run.base_model, target)
-    config = _read_json(files, "config.json")
-    supported = findings.attempt(lambda: _check_supported(config))
-    if (files.directory / "generation_config.json").exists():
-        findings.attempt(lambda: _read_json(files, "generation_config.json"))
-    shape = findings.attempt(lambda: _read_shape(config, findings)) if supported else None
+    config = read_json_object(files.directory / "config.json")
+    shape = findings.attempt(lambda: _look_inside(config, files.directory, run.lora, findings))
     headers = findings.attempt(lambda: read_headers(files))
     if headers is None:
         return Model(files, shape, None, None)
@@ -172,7 +172,7 @@ def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
     if shape is not None and counted is not None:
         _compare(shape, counted, tensors, findings)
     facts = ModelFacts(
-        model_type=str(config.get("model_type") if isinstance(config, dict) else None),
+        model_type=str(config.get("model_type")),
         parameters=sum(count_by_type(tensors).values()) if counted is None else counted.total,
         parameters_by_type=count_by_type(tensors),
         weight_files=len(headers),
@@ -181,28 +181,19 @@ def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
     return Model(files, shape, counted, facts)
 
 
-def _read_json(files: ModelFiles, name: str) -> object:
-    try:
-        return json.loads((files.directory / name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadSpecError(f"{files.pin.uri}: {name}: is not JSON: {error}") from error
+def _look_inside(config: Mapping[str, Any], directory: Path, lora: LoRA, findings: Findings) -> ModelShape | None:
+    """The shape for the memory plan, ``None`` where there is none for this model, whose layers can take the adapter."""
+    from lora_trainer.architecture import check_supported, read_architecture, resolve_targets
+    from lora_trainer.model import load_skeleton
 
-
-def _check_supported(config: object) -> bool:
-    from lora_trainer.architecture import check_supported
-
-    if not isinstance(config, dict):
-        raise BadSpecError("config.json: must be an object with model_type, hidden_size and so on")
     check_supported(config)
-    return True
-
-
-def _read_shape(config: object, findings: Findings) -> ModelShape | None:
+    shape = None
     try:
-        return read_shape(config)
+        shape = read_shape(config)
     except UnplannedModelError as error:
         findings.warnings.append(f"memory is not planned: {error}")
-        return None
+    resolve_targets(read_architecture(load_skeleton(directory)), lora)
+    return shape
 
 
 def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Findings) -> None:
@@ -216,10 +207,7 @@ def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Fin
 def _load_tokenizer(directory: Path) -> Any:
     from lora_trainer.model import load_tokenizer
 
-    try:
-        return load_tokenizer(directory)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise BadSpecError(f"baseModel: its tokenizer cannot be loaded: {describe(error)}") from error
+    return load_tokenizer(directory)
 
 
 def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings) -> tuple[DataReport | None, Pins]:

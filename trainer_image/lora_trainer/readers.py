@@ -41,6 +41,8 @@ def read_file(file: Path) -> Iterator[tuple[int, object]]:
     Raises:
         BadDataError: the file as a whole is not what its name says.
     """
+    if not file.is_file():
+        raise BadDataError(f"{file.name}: is no file")
     readers = {".parquet": _read_parquet, ".arrow": _read_arrow, ".csv": _read_csv, ".json": _read_json}
     yield from readers.get(file.suffix, _read_lines)(file)
 

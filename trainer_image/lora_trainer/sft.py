@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_api.run import RunSpec
+from lora_trainer.loss import router_loss_weight
 from lora_trainer.packs import Layout, check_isolation, choose_layout, collate, flash_arguments
 from lora_trainer.prepare import TrainingData
-from lora_trainer.speed import FastSteps, apply_levers, read_levers
+from lora_trainer.speed import FastSteps, apply_levers, base_model, read_levers
 from lora_trainer.tokens import Document
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
 
@@ -61,6 +62,7 @@ def build_supervised_trainer(
             max_length=None,
             remove_unused_columns=False,
             dataset_kwargs={"skip_prepare_dataset": True},
+            router_aux_loss_coef=router_loss_weight(base_model(model)),
         ),
         data_collator=partial(make_micro_batch, layout=layout, pad_token=int(tokenizer.pad_token_id)),
         # TRL looks at the first record and wants a table; what is trained on takes its place.

@@ -95,6 +95,19 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 - apiGroups: [""]
   resources: [pods/log]
   verbs: [get]
+# Why a run waits in its queue (Kueue), and its number there.
+- apiGroups: [kueue.x-k8s.io]
+  resources: [workloads]
+  verbs: [list]
+- apiGroups: [visibility.kueue.x-k8s.io]
+  resources: [localqueues/pendingworkloads]
+  verbs: [get]
+{{- with get (dict "volcano" "scheduling.volcano.sh" "coscheduling" "scheduling.x-k8s.io") .Values.operator.gangScheduler }}
+# What the gang scheduler starts together.
+- apiGroups: [{{ . }}]
+  resources: [podgroups]
+  verbs: [create, delete, get]
+{{- end }}
 {{- end -}}
 
 {{- define "lora-operator.rules.runtimes" -}}

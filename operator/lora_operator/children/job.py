@@ -20,7 +20,12 @@ from lora_operator.children.names import (
     preflight_name,
 )
 from lora_operator.children.pod import build_pod_template, library_env, to_env, user_env
+from lora_operator.children.podgroup import build_podgroup, join_gang
+from lora_operator.queueing import uses_kueue
 from lora_operator.settings import Settings
+
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 GPU_RESOURCE = "nvidia.com/gpu"
 
@@ -31,14 +36,32 @@ PREFLIGHT_RESOURCES = {"requests": {"cpu": "500m", "memory": "1Gi"}}
 """Little, so that a preflight finds room on a node whose GPUs are all in use. It may take more where there is more."""
 
 
+def build_gang(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[str, Any]]:
+    """The Job of ``attempt``, behind its PodGroup where there is a gang scheduler."""
+    job = build_job(run, attempt, settings)
+    if settings.gang_scheduler == "none":
+        return [job]
+    return [build_podgroup(run, attempt, job["spec"]["template"], settings), job]
+
+
 def build_job(run: LoRAFineTune, attempt: int, settings: Settings) -> dict[str, Any]:
-    """The Job of ``attempt``."""
+    """The Job of ``attempt``. One that names a queue of Kueue is made suspended, and Kueue lets it go."""
     name, labels = child_name(run.metadata.name, attempt), child_labels(run.metadata.name, attempt)
     template = build_pod_template(
         run, settings, name=name, labels=labels, args=["launch", RUN_FILE],
         env=_gang_env(run, attempt, settings), resources=_gang_resources(run),
     )  # fmt: skip
-    return _build(run, name, labels, run.spec.parallelism.nodes, template)
+    policy = run.spec.run_policy
+    if policy.priority_class_name:
+        template["spec"]["priorityClassName"] = policy.priority_class_name
+    join_gang(template, name, settings)
+    if not uses_kueue(policy.queue_name, settings):
+        return _build(run, name, labels, run.spec.parallelism.nodes, template)
+    queue = {QUEUE_LABEL: policy.queue_name, QUEUE_PRIORITY_LABEL: policy.workload_priority_class_name}
+    labels |= {label: value for label, value in queue.items() if value}
+    job = _build(run, name, labels, run.spec.parallelism.nodes, template)
+    job["spec"]["suspend"] = True
+    return job
 
 
 def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings) -> dict[str, Any]:

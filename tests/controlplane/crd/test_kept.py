@@ -42,6 +42,7 @@ def test_a_good_manifest_comes_back_as_pydantic_reads_it(cp: devcluster.ControlP
 # What a field needs beside it.
 COMPANIONS: dict[str, tuple[str, Any]] = {
     "parallelism.shardSize": ("parallelism", {"strategy": "hsdp", "gpusPerNode": 8}),
+    "runPolicy.workloadPriorityClassName": ("runPolicy", {"queueName": "team-a"}),
     "parallelism.strategy": ("parallelism", {"shardSize": 4, "gpusPerNode": 8}),
 }
 
@@ -80,6 +81,7 @@ WIDEST: dict[str, list[Any]] = {
         {"requests": {"memory": "1000M"}, "limits": {"memory": "1G"}},
     ],
     "podTemplate.env": [[{"name": "NCCL_DEBUG", "value": ""}]],
+    "runPolicy": [{"queueName": LONGEST, "workloadPriorityClassName": LONGEST, "priorityClassName": "a.b-c"}],
     "credentials": [{"secretRef": {"name": "a.b-c"}}],
     "baseModel.uri": ["pvc://claim.with.dots/a/b"],
 }

@@ -20,6 +20,8 @@ def read_run(cp: devcluster.ControlPlane, name: str) -> dict[str, Any]:
 
 CHANGES = {
     "a limit of the run that is not for changing": {"runPolicy": {"maxRestarts": 9}},
+    "a queue that was absent": {"runPolicy": {"queueName": "team-a"}},
+    "a priority that was absent": {"runPolicy": {"priorityClassName": "high"}},
     "what is deleted": {"runPolicy": {"ttlDeletes": "run"}},
     "credentials that were absent": {"credentials": {"secretRef": {"name": "store"}}},
     "a runtime that was absent": {"runtimeRef": {"name": "h100"}},
@@ -160,6 +162,7 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "failures": [],
         "failedPreflights": 0,
         "chargedRestarts": 0,
+        "preemptions": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,
         "gpuSeconds": 0,

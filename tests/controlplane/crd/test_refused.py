@@ -330,6 +330,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "Duplicate value",
     ),
     "endless restarts": ({"runPolicy.maxRestarts": -1}, "spec.runPolicy.maxRestarts", "greater than or equal to 0"),
+    "a queue with a name that no label can have": (
+        {"runPolicy.queueName": "a" * 64},
+        "spec.runPolicy.queueName",
+        "may not be more than 63",
+    ),
+    "a priority in no queue": (
+        {"runPolicy.workloadPriorityClassName": "research"},
+        "spec.runPolicy.workloadPriorityClassName",
+        "set queueName too",
+    ),
     "GPUs as a resource": (
         {"podTemplate.resources.limits": {"nvidia.com/gpu": "8"}},
         "spec.podTemplate.resources.limits",

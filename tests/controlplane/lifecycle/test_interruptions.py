@@ -159,6 +159,24 @@ def test_pods_that_came_and_failed_while_an_operator_started_are_asked_for_their
     assert status["attempt"] == 1
 
 
+def test_a_gang_that_succeeded_and_went_away_unseen_is_made_again(run: Run, settings: Settings) -> None:
+    """It goes on from its last checkpoint, and publishes the same adapter."""
+    with OperatorThread(settings):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+    run.set_succeeded(1)
+    eventually("the Job is complete", lambda: run.jobs()[0]["status"].get("completionTime"))
+    for pod in run.pods(1):
+        run.api.delete(f"/api/v1/namespaces/{run.namespace}/pods/{pod['metadata']['name']}")
+    with OperatorThread(settings):
+        run.set_running(2)
+        run.set_succeeded(2)
+        status = run.wait_phase("Succeeded")
+    [failure] = status["failures"]
+    assert (failure["class"], failure["reason"], status.get("chargedRestarts", 0)) == ("PodLost", "PodGone", 0)
+
+
 def test_two_operators_at_once_make_one_run(run: Run, settings: Settings, cp: devcluster.ControlPlane) -> None:
     with OperatorThread(settings), OperatorThread(settings):
         run.create()

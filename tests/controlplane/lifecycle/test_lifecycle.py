@@ -48,6 +48,16 @@ def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
     assert len(own_calls(operator)) <= 12, own_calls(operator)
 
 
+def test_whatever_characters_a_pod_says_reach_the_status(run: Run, operator: OperatorThread) -> None:
+    """gloo's errors end with a picture of a beach."""
+    words = "Connection reset by peer. GLHF! \U0001f3d6\ufe0f \x7f \x9b31m \ufeff \u4e2d \\ud83c"
+    run.create()
+    run.set_running(1)
+    run.set_failed(1, "BadData", 65, words)
+    assert run.wait_phase("Failed")["failures"][0]["message"] == words
+    eventually("the Event", lambda: any("\U0001f3d6" in event["note"] for event in run.events()))
+
+
 def test_the_children_belong_to_the_run_and_are_as_the_builders_made_them(run: Run, operator: OperatorThread) -> None:
     run.create()
     run.gang(1)

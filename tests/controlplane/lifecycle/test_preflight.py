@@ -114,7 +114,12 @@ def test_a_deleted_job_is_made_again(run: Run, operator: OperatorThread) -> None
     path = f"/apis/batch/v1/namespaces/{run.namespace}/jobs/run-pre1"
     run.api.delete(path, propagationPolicy="Background")
     eventually("another one", lambda: {job["metadata"]["uid"] for job in run.jobs()} - {first["metadata"]["uid"]})
-    eventually("its pod alone", lambda: len(run.preflight_pods(1)) == 1)
+    [second] = run.jobs()
+
+    def owners() -> list[str]:
+        return [pod["metadata"]["ownerReferences"][0]["uid"] for pod in run.preflight_pods(1)]
+
+    eventually("its pod alone", lambda: owners() == [second["metadata"]["uid"]])
     run.set_preflight(1, ended(0, settled(), "Completed"))
     assert run.wait("attempt 1", lambda status: status.get("attempt") == 1)["failedPreflights"] == 0
 

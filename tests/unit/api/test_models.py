@@ -81,6 +81,7 @@ def test_an_unset_field_is_not_written() -> None:
         "failures": [],
         "failedPreflights": 0,
         "chargedRestarts": 0,
+        "preemptions": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,
         "gpuSeconds": 0,

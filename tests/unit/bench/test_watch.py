@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.trainer import FULL, OURS, OURS_TWO, PACKED, PLAIN_TWO, our_run, plain_job, turns
+from bench.trainer import FULL, OURS, OURS_TWO, PACKED, PLAIN_TWO, missed_aims, our_run, plain_job, turns
 from bench.watch import BenchError, Step, Watched, parse_step, watch
 from lora_api.run import RunSpec, plan_batch
 
@@ -97,3 +97,27 @@ def test_levers_take_turns_with_the_trainer_as_it_is() -> None:
     assert [side.speed for side in order] == ["", "no-prefetch", "compile"] * 2
     assert order[0] == OURS
     assert PLAIN_TWO in turns(FULL)
+
+
+def a_side(name: str, speed: float, memory: float, first_step: float) -> dict[str, object]:
+    ratios = {"tokensPerSecond": speed, "peakMiB": memory, "firstStepSeconds": first_step}
+    return {"side": name, "ratioMinMedianMax": {measure: [0.0, ratio, 9.0] for measure, ratio in ratios.items()}}
+
+
+@pytest.mark.parametrize(
+    ("ours", "packed", "missed"),
+    [
+        pytest.param((1.0, 1.0, 1.0), (1.3, 2.0, 2.0), [], id="equal without packing, 1.3 times as fast with it"),
+        pytest.param((0.9, 1.0, 1.0), (1.3, 1.0, 1.0), ["this trainer: tokensPerSecond is 0.90"], id="slower"),
+        pytest.param((1.0, 1.1, 1.0), (1.3, 1.0, 1.0), ["this trainer: peakMiB is 1.10"], id="more memory"),
+        pytest.param((1.0, 1.0, 1.2), (1.3, 1.0, 1.0), ["this trainer: firstStepSeconds is 1.20"], id="a later start"),
+        pytest.param(
+            (1.0, 1.0, 1.0), (1.2, 1.0, 1.0), ["this trainer, packing: tokensPerSec"], id="packing gains little"
+        ),
+    ],
+)
+def test_aims_that_are_missed_are_named(
+    ours: tuple[float, float, float], packed: tuple[float, float, float], missed: list[str]
+) -> None:
+    lines = missed_aims({"sides": [a_side("this trainer", *ours), a_side("this trainer, packing", *packed)]})
+    assert [line[: len(start)] for line, start in zip(lines, missed, strict=True)] == missed

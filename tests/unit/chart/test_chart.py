@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 
 from lora_api import ClusterLoRARuntimeSpec
 from lora_api.crd import RESOURCES, build_crd
-from lora_operator.kube import RBAC
+from lora_operator.kube import GANG_RBAC, RBAC, Rule
 from lora_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,7 +65,10 @@ CASES: dict[str, list[str]] = {
         "operator.progressIntervalSeconds=3",
         'operator.logLevel="debug"',
         'operator.logFormat="text"',
+        'operator.gangScheduler="volcano"',
+        'operator.schedulerName="batch"',
     ],
+    "coscheduling": ['operator.gangScheduler="coscheduling"'],
     "metrics-none": ["metrics.service.enabled=false"],
     "metrics-annotations": ['metrics.service.annotations={"prometheus.io/scrape": "true"}'],
     "resources": ['resources.requests={"cpu": "1"}', 'resources.limits={"memory": "1Gi"}'],
@@ -161,6 +164,7 @@ REFUSED = {
     "a namespace twice": ('namespaces=["a", "a"]', "namespaces"),
     "namespaces in one string": ('namespaces="a,b"', "namespaces"),
     "no concurrency": ("operator.concurrency=0", "concurrency"),
+    "an unknown gang scheduler": ('operator.gangScheduler="slurm"', "gangScheduler"),
     "an unknown log level": ('operator.logLevel="loud"', "logLevel"),
     "a truth in quotes": ('crds.enabled="yes"', "enabled"),
     "a runtime that is no object": ('defaultRuntime.spec="x"', "spec"),
@@ -217,15 +221,13 @@ def granted(manifests: str, kind: str) -> set[tuple[str, str, str]]:
     }
 
 
+def rights(rules: Iterable[Rule]) -> set[tuple[str, str, str]]:
+    return {(rule.group, resource, verb) for rule in rules for resource in rule.resources for verb in rule.verbs}
+
+
 def declared(*scopes: bool) -> set[tuple[str, str, str]]:
     """What the operator says it does: for objects of namespaces (False), of the cluster (True)."""
-    return {
-        (rule.group, resource, verb)
-        for rule in RBAC
-        if rule.cluster in scopes
-        for resource in rule.resources
-        for verb in rule.verbs
-    }
+    return rights(rule for rule in RBAC if rule.cluster in scopes)
 
 
 def test_the_operator_may_do_exactly_what_it_declares(default: str) -> None:
@@ -241,6 +243,12 @@ def test_of_runtimes_it_may_write_the_default_one_alone(default: str) -> None:
     ]
     others = [rule for rule in RBAC if rule.cluster and not rule.names]
     assert [rule.verbs for rule in others] == [("get", "list", "watch")]
+
+
+@pytest.mark.parametrize("scheduler", GANG_RBAC)
+def test_it_may_make_podgroups_only_of_the_gang_scheduler_that_is_set(render: Render, scheduler: str) -> None:
+    manifests = render(f'operator.gangScheduler="{scheduler}"')
+    assert granted(manifests, "ClusterRole") == declared(False, True) | rights([GANG_RBAC[scheduler]])
 
 
 def test_with_namespaces_it_may_do_the_same_in_each_and_nothing_elsewhere(render: Render) -> None:
@@ -290,6 +298,8 @@ def test_every_setting_arrives(render: Render) -> None:
         preflight="off",
         preflight_timeout=7200.0,
         max_uncharged_restarts=0,
+        gang_scheduler="volcano",
+        scheduler_name="batch",
         log_interval=2.0,
         progress_interval=3.0,
         log_level="debug",

@@ -59,6 +59,7 @@ def a_job(attempt: int = 1, **changes: Any) -> JobView:
         owner_uid="run-uid",
         created=ago(100),
         size=2,
+        started=None if changes.get("suspended") else changes.get("created", ago(100)),
     )
     return replace(job, **changes)
 
@@ -87,6 +88,11 @@ def a_pod(index: int = 0, attempt: int = 1, **changes: Any) -> PodView:
 
 def running(index: int = 0, attempt: int = 1, **changes: Any) -> PodView:
     return a_pod(index, attempt, **{"scheduled": True, "phase": "Running", "running": True, **changes})
+
+
+def taken(index: int, **changes: Any) -> PodView:
+    """A pod that the Job controller lets go and deletes, because its Job was suspended; it has not ended."""
+    return running(index, **{"deleting_at": ago(-100), "tracked": False, **changes})
 
 
 def waiting(index: int, reason: str, message: str = "", **changes: Any) -> PodView:

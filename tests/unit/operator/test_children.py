@@ -1,6 +1,7 @@
 """The children as files: ``UPDATE_GOLDEN=1 pytest tests/unit/operator`` writes them anew."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import yaml
 from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
-from lora_operator.children.job import build_job, build_preflight_job, omp_threads
+from lora_operator.children.job import build_gang, build_job, build_preflight_job, omp_threads
+from lora_operator.children.podgroup import multiply_quantity
 from lora_operator.children.service import build_service
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import a_run
@@ -64,6 +66,18 @@ def build_all(run: LoRAFineTune, attempt: int) -> list[dict[str, Any]]:
     return [build_service(run, attempt), build_configmap(run, attempt), build_job(run, attempt, SETTINGS)]
 
 
+QUEUED = a_run(
+    training={"epochs": 2, "globalBatchSize": 64, "microBatchSize": 2},
+    parallelism={"nodes": 4, "gpusPerNode": 8},
+    runPolicy={"queueName": "team-a", "priorityClassName": "batch-low", "workloadPriorityClassName": "research"},
+    podTemplate={
+        "resources": {"requests": {"cpu": "500m", "memory": "1.5Gi"}, "limits": {"memory": "2Gi"}},
+        "labels": {"team": "support"},
+        "annotations": {"kueue.x-k8s.io/podset-required-topology": "cloud.provider.com/topology-rack"},
+    },
+)
+
+
 def build_preflight(run: LoRAFineTune) -> list[dict[str, Any]]:
     return [build_preflight_configmap(run, 2), build_preflight_job(run, 2, SETTINGS)]
 
@@ -75,6 +89,36 @@ def test_the_children_are_as_their_file_says(name: str) -> None:
 
 def test_the_children_of_a_preflight_are_as_their_file_says() -> None:
     check_golden("preflight", build_preflight(RUNS["gpu"][0]))
+
+
+def test_a_job_that_names_a_queue_waits_for_it_and_its_preflight_does_not() -> None:
+    check_golden("queued", build_gang(QUEUED, 1, SETTINGS))
+    preflight = build_preflight_job(QUEUED, 1, SETTINGS)
+    assert "suspend" not in preflight["spec"]
+    assert "priorityClassName" not in preflight["spec"]["template"]["spec"]
+    assert not [label for label in preflight["metadata"]["labels"] if "kueue" in label]
+
+
+@pytest.mark.parametrize("scheduler", ["volcano", "coscheduling"])
+def test_a_gang_scheduler_is_told_of_the_gang_before_its_job_is_made(scheduler: Any) -> None:
+    children = build_gang(QUEUED, 2, replace(SETTINGS, gang_scheduler=scheduler))
+    assert [child["kind"] for child in children] == ["PodGroup", "Job"]
+    check_golden(scheduler, children)
+
+
+def test_a_gang_scheduler_may_have_a_name_of_its_own() -> None:
+    settings = replace(SETTINGS, gang_scheduler="coscheduling", scheduler_name="default-scheduler")
+    job = build_job(RUNS["cpu"][0], 1, settings)
+    assert job["spec"]["template"]["spec"]["schedulerName"] == "default-scheduler"
+    assert "suspend" not in job["spec"]
+
+
+@pytest.mark.parametrize(
+    ("quantity", "factor", "want"),
+    [("500m", 2, "1000m"), ("1.5Gi", 3, "4.5Gi"), ("8", 4, "32"), ("100", 100, "10000"), ("0", 5, "0")],
+)
+def test_multiply_quantity(quantity: str, factor: int, want: str) -> None:
+    assert multiply_quantity(quantity, factor) == want
 
 
 def check_golden(name: str, children: list[dict[str, Any]]) -> None:

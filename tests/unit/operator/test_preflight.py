@@ -9,6 +9,7 @@ from lora_api import ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_operator.events import compute_events
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed, Reports
+from lora_operator.queueing import QueueReport
 from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
 from lora_operator.status import compute_status
@@ -66,6 +67,15 @@ CASES = [
         "a new run is looked at before anything else",
         seen(a_run()),
         {"launch_preflight": 1, "launch": None, "phase": Phase.PREFLIGHT, "attempt": 0}, mark=CHECKING,
+    ),
+    Case(
+        "one that Kueue holds back waits, with Kueue's words",
+        seen(
+            a_run(), a_preflight(suspended=True, was_suspended=True),
+            reports=Reports(queue=QueueReport(workload="w", queue="default", message="no quota", position=1)),
+        ),
+        {"phase": Phase.PREFLIGHT, "message": "Number 1 in queue default: no quota", "delete": None},
+        mark=(False, "Queued"),
     ),
     Case(
         "its runtime is taken first",

@@ -72,6 +72,8 @@ MERGED: dict[str, tuple[dict[str, Any], dict[str, Any], str, Any]] = {
         "runPolicy.ttlSecondsAfterFinished",
         0,
     ),
+    "the runtime's queue": ({"queueName": "all"}, {}, "runPolicy.queueName", "all"),
+    "the run's queue wins": ({"queueName": "all"}, {"runPolicy": {"queueName": "own"}}, "runPolicy.queueName", "own"),
     "the rest of the policy is the run's": (
         {"ttlSecondsAfterFinished": 60},
         {"runPolicy": {"maxRestarts": 7}},

@@ -129,6 +129,8 @@ def test_there_is_always_something_to_measure_with() -> None:
     train, held_out = split_records(rows, 1e-9)
     assert held_out == [min(rows, key=record_position)]
     assert len(train) == 2
+    smaller = next(row for n in range(1000) if record_position(row := {"text": f"{n}"}) < record_position(held_out[0]))
+    assert split_records([*rows, smaller], 1e-9) == (rows, [smaller]), "only here an added row moves another"
     assert split_records(rows[:1], 0.5) == (rows[:1], [])
 
 
@@ -249,7 +251,7 @@ def test_no_record_ends_in_a_stack_trace(rows: list[Any], chat: bool, tmp_path: 
 
 
 @QUIET
-@given(content=st.binary(max_size=200), suffix=st.sampled_from(("jsonl", "json", "csv", "parquet")))
+@given(content=st.binary(max_size=200), suffix=st.sampled_from(("jsonl", "json", "csv", "parquet", "arrow")))
 def test_no_bytes_end_in_a_stack_trace(content: bytes, suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"a.{suffix}"
     file.write_bytes(content)
@@ -262,3 +264,10 @@ def test_a_file_that_was_cut_is_refused(cut: int, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.Table.from_pylist([GOOD] * 20), tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:cut])
     read_or_refuse(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "arrow"])
+def test_a_directory_with_the_name_of_a_file_is_refused(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.{suffix}").mkdir()
+    with pytest.raises(BadDataError, match=rf"a\.{suffix}: is no file"):
+        read_records([tmp_path / f"a.{suffix}"], "auto")

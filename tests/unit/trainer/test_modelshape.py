@@ -13,6 +13,8 @@ from tests.unit.trainer.configs import (
     MIXTRAL,
     PHI_3_MINI,
     QWEN_3_8B,
+    QWEN_3_30B_A3B,
+    QWEN_15_MOE,
     QWEN_25_7B,
     SMOL_3_3B,
     SMOL_135M,
@@ -31,6 +33,8 @@ MODELS = [
     ("Phi-3-mini", PHI_3_MINI, 3.82e9),
     ("SmolLM-135M", SMOL_135M, 0.1345e9),
     ("Mixtral-8x7B", MIXTRAL, 46.7e9),
+    ("Qwen3-30B-A3B", QWEN_3_30B_A3B, 30.53e9),
+    ("Qwen1.5-MoE-A2.7B", QWEN_15_MOE, 14.32e9),
 ]
 
 
@@ -48,9 +52,17 @@ def test_fused_projections_have_the_same_weights_and_fewer_adapter_weights() -> 
     assert adapter_weights(job(PHI_3_MINI)) < adapter_weights(job({**PHI_3_MINI, "model_type": "llama"}))
 
 
-def test_experts_are_not_quantized() -> None:
-    shape = read_shape(MIXTRAL)
-    assert plan_memory(job(MIXTRAL)).weights_sharded * GIB > 2 * 32 * shape.expert_weights
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN_3_30B_A3B, QWEN_15_MOE], ids=lambda config: config["model_type"])
+def test_experts_are_not_quantized(config: dict[str, Any]) -> None:
+    shape = read_shape(config)
+    assert plan_memory(job(config)).weights_sharded * GIB > 2 * shape.layers * shape.expert_weights
+
+
+def test_an_expert_that_all_tokens_go_through_is_adapted_and_counted() -> None:
+    shape = read_shape(QWEN_15_MOE)
+    assert [one.name for one in shape.targets(["gate_proj"])] == ["mlp.shared_expert.gate_proj"]
+    assert shape.mlp_width == 4 * 1408 + 5632
+    assert read_shape(QWEN_3_30B_A3B).mlp_width == 8 * 768
 
 
 BAD_CONFIGS: list[tuple[object, str]] = [
@@ -72,6 +84,8 @@ BAD_CONFIGS: list[tuple[object, str]] = [
     ({**MISTRAL_7B, "num_key_value_heads": None}, "num_key_value_heads"),
     ({**MISTRAL_7B, "model_type": "mixtral"}, "num_local_experts"),
     ({**MIXTRAL, "num_experts_per_tok": 9}, "num_experts_per_tok"),
+    ({**QWEN_3_30B_A3B, "num_experts": None}, "num_experts is missing"),
+    ({**QWEN_15_MOE, "shared_expert_intermediate_size": None}, "shared_expert_intermediate_size"),
 ]
 
 
@@ -88,17 +102,34 @@ def test_targets_are_matched_by_the_end_of_their_name() -> None:
         shape.targets(["proj"])
 
 
-def test_an_architecture_that_is_not_known_is_told_apart() -> None:
-    with pytest.raises(UnplannedModelError):
-        read_shape({"model_type": "mamba"})
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba'"),
+        ({**QWEN_3_30B_A3B, "mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({**QWEN_15_MOE, "decoder_sparse_step": 2}, "decoder_sparse_step"),
+    ],
+    ids=["another family", "an MLP in one layer", "an MLP in every other layer"],
+)
+def test_an_architecture_that_cannot_be_planned_is_told_apart(config: dict[str, Any], key: str) -> None:
+    with pytest.raises(UnplannedModelError, match=key):
+        read_shape(config)
 
 
+WRITTEN_BY_TRANSFORMERS = {key: value for key, value in QWEN_3_30B_A3B.items() if key != "num_experts"} | {
+    "num_local_experts": 128
+}
 FAMILY_CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ("Llama-2-70B", LLAMA_2_70B),
     ("Llama-3-8B", LLAMA_3_8B),
     ("Llama with biases", {**LLAMA_3_8B, "num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True}),
     ("Mistral-7B", MISTRAL_7B),
     ("Mixtral-8x7B", MIXTRAL),
+    ("Qwen3-30B-A3B", QWEN_3_30B_A3B),
+    ("Qwen3-30B-A3B, written by transformers", WRITTEN_BY_TRANSFORMERS),
+    ("Qwen3-MoE with biases", {**QWEN_3_30B_A3B, "num_hidden_layers": 2, "attention_bias": True}),
+    ("Qwen1.5-MoE-A2.7B", QWEN_15_MOE),
+    ("Qwen2-MoE without biases", {**QWEN_15_MOE, "num_hidden_layers": 2, "qkv_bias": False}),
     ("Gemma-2-9B", GEMMA_2_9B),
     ("Gemma-3-4B", {**GEMMA_3_4B["text_config"], "model_type": "gemma3_text"}),
     ("Qwen2.5-7B", QWEN_25_7B),

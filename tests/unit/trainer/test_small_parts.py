@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from obstore.exceptions import GenericError, PermissionDeniedError
 
 from demo.tickets import make_tickets
 from lora_api.failures import FAILURE_RULES, FailureClass
+from lora_trainer import settings
 from lora_trainer.cli import build_parser
 from lora_trainer.errors import DivergedError, StoppedError, StoreUnavailableError, classify, describe
 from lora_trainer.oom import count_oom_kills
@@ -156,3 +158,17 @@ def test_the_tickets_are_always_the_same_and_all_different() -> None:
         assert filed["customer"] in ticket["prompt"]
         assert str(filed["order"]) in ticket["prompt"]
         assert "\n" not in ticket["completion"]
+
+
+def test_the_document_has_every_setting_with_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    documented = dict(re.findall(r"^\| `(LORA_\w+)` \| `?([^|`]+?)`? \|", text, re.MULTILINE))
+    lengths = {f"LORA_{name.upper()}": read for name, read in vars(settings).items() if name.endswith("_seconds")}
+    assert documented.keys() == lengths.keys() | {"LORA_WORK", "LORA_TERMINATION_LOG"}
+    for variable, read in lengths.items():
+        monkeypatch.delenv(variable, raising=False)
+        assert float(documented[variable]) == read(), variable
+        monkeypatch.setenv(variable, "1.5")
+        assert read() == 1.5, variable
+    assert documented["LORA_WORK"] == str(settings.work_directory({}))
+    assert documented["LORA_TERMINATION_LOG"] == str(settings.termination_log({}))

@@ -122,3 +122,11 @@ def test_the_document_shows_what_offload_saves(tmp_path: Path) -> None:
     assert not whole.fits
     for figure in (offloaded.plan.total, offloaded.plan.safe, whole.plan.safe):
         assert f"{figure:.2f}" in document
+
+
+def test_the_document_shows_what_estimate_prints(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(LLAMA_3_8B))
+    printed = estimate(ROOT / "examples" / "llama-3-8b.yaml", config, 10.0).to_text()
+    block = "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
+    assert f"\n\n{block}\n\n" in (ROOT / "docs" / "memory.md").read_text()
