@@ -109,7 +109,7 @@ bench-trainer: venv ## Compare the trainer with plain TRL on the CPU: docs/bench
 
 .PHONY: bench-operator
 bench-operator: venv binaries ## Measure the operator's scale and cost on a real API server: docs/benchmarks/operator.md
-	$(RUN) -m bench.operator
+	$(RUN) -m bench.scale
 
 .PHONY: bench-gpu
 bench-gpu: ## Benchmark the trainer on a GPU machine without internet: docs/benchmarks/GPU.json (see docs/speed.md)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench.operator.process import ROOT
+from bench.scale.process import ROOT
 from bench.soak.report import to_markdown
 from bench.soak.soak import FULL, TINY, Soak
 from devcluster import control_plane

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.operator.audit import Call
-from bench.operator.client import Raw
+from bench.scale.audit import Call
+from bench.scale.client import Raw
 from bench.soak.player import has_ended
 from bench.soak.stories import Outcome, Story, compute_outcome
 from lora_api import Phase

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.operator.client import MERGE, RUNS, Raw
-from bench.operator.proxy import Proxy
+from bench.scale.client import MERGE, RUNS, Raw
+from bench.scale.proxy import Proxy
 from bench.soak.operators import Operators
 from bench.soak.player import Action, is_over
 from bench.soak.world import PatientClient

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.operator.client import BenchError
-from bench.operator.process import OperatorProcess
+from bench.scale.client import BenchError
+from bench.scale.process import OperatorProcess
 from bench.soak.stories import MAX_FREE_RESTARTS
 from bench.soak.world import in_background
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from bench.operator.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
+from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
 from bench.soak import stories
 from bench.soak.stories import Story
 from lora_api import RULES, FailureClass, Phase

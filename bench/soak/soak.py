@@ -11,10 +11,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from bench.operator.audit import OPERATOR, Audit, by_operator, count_calls
-from bench.operator.bench import create_role
-from bench.operator.client import JOBS, PODS, RUNS, BenchError, Raw
-from bench.operator.proxy import CALM, Proxy, run_proxy, write_kubeconfig
+from bench.scale.audit import OPERATOR, Audit, by_operator, count_calls
+from bench.scale.bench import create_role
+from bench.scale.client import JOBS, PODS, RUNS, BenchError, Raw
+from bench.scale.proxy import CALM, Proxy, run_proxy, write_kubeconfig
 from bench.soak.checks import (
     Found,
     find_growth,

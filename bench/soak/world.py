@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 
 import aiohttp
 
-from bench.operator.client import JOBS, JSON, MERGE, PODS, RUNS, BenchError, Client, Raw, RefusedError
-from bench.operator.residents import build_run
+from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, BenchError, Client, Raw, RefusedError
+from bench.scale.residents import build_run
 from bench.soak import stories
 from bench.soak.player import NODES, Action, Seen, decide_actions
 from bench.soak.stories import MICRO_BATCH, Story

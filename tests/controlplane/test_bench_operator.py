@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.operator.process import ROOT, build_environment
-from bench.operator.report import targets, to_markdown
+from bench.scale.process import ROOT, build_environment
+from bench.scale.report import targets, to_markdown
 
 pytestmark = pytest.mark.controlplane
 
 
 def test_the_operator_keeps_to_its_budget_of_calls_and_loses_nothing(tmp_path: Path) -> None:
     """In a process of its own, as the soak."""
-    command = [sys.executable, "-m", "bench.operator", "--tiny", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "bench.scale", "--tiny", f"--out={tmp_path}"]
     subprocess.run(command, cwd=ROOT, env=build_environment(), timeout=540, check=True)
     result = json.loads((tmp_path / "operator.json").read_text())
     (restart,), (idle,), (burst,), (lives,) = (result[part] for part in ("restart", "idle", "burst", "lives"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.operator.process import ROOT, build_environment
+from bench.scale.process import ROOT, build_environment
 from bench.soak.report import to_markdown
 
 pytestmark = pytest.mark.controlplane

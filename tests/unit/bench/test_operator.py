@@ -5,9 +5,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from bench.operator.audit import Audit, by_run, launch_calls, life_calls
-from bench.operator.profile import summarize
-from bench.operator.residents import Template
+from bench.scale.audit import Audit, by_run, launch_calls, life_calls
+from bench.scale.profile import summarize
+from bench.scale.residents import Template
 
 
 def entry(verb: str, resource: str, name: str, *, user: str = "lora-operator", code: int = 200, **more: Any) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bench.operator.audit import Call
-from bench.operator.proxy import Trouble
+from bench.scale.audit import Call
+from bench.scale.proxy import Trouble
 from bench.soak import stories
 from bench.soak.checks import (
     Found,

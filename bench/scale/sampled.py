@@ -1,4 +1,4 @@
-"""The operator under a profiler: ``python -m bench.operator.sampled DIRECTORY FLAGS...``.
+"""The operator under a profiler: ``python -m bench.scale.sampled DIRECTORY FLAGS...``.
 
 Every few milliseconds of processor time a signal writes down what is being run. This costs little and sees C code as
 its caller, where a tracing profiler would charge every small Python function for being traced. SIGUSR1 ends a part:

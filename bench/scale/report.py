@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bench.operator.bench import median
+from bench.scale.bench import median
 
 Numbers = dict[str, Any]
 
@@ -145,7 +145,7 @@ def _profile(profile: Numbers) -> list[str]:
         "## Where the processor time goes",
         "",
         "Samples of the operator's stack in the last round, one in 4 ms of processor time, which costs it about 1% "
-        "(`bench/operator/sampled.py`). A "
+        "(`bench/scale/sampled.py`). A "
         "package's share is what it and the standard library below it take; a function's share is that with all that "
         "it calls.",
     ]

@@ -1,4 +1,4 @@
-"""``python -m bench.operator``: runs every part, and writes operator.json and operator.md."""
+"""``python -m bench.scale``: runs every part, and writes operator.json and operator.md."""
 
 import argparse
 import asyncio
@@ -13,9 +13,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.operator.bench import FULL, TINY, Bench, Size, make_bench
-from bench.operator.nodes import Nodes, play_nodes
-from bench.operator.parts import (
+from bench.scale.bench import FULL, TINY, Bench, Size, make_bench
+from bench.scale.nodes import Nodes, play_nodes
+from bench.scale.parts import (
     Numbers,
     make_templates,
     measure_burst,
@@ -26,9 +26,9 @@ from bench.operator.parts import (
     measure_trouble,
     populate,
 )
-from bench.operator.process import ROOT
-from bench.operator.profile import read_samples, summarize
-from bench.operator.report import to_markdown
+from bench.scale.process import ROOT
+from bench.scale.profile import read_samples, summarize
+from bench.scale.report import to_markdown
 from devcluster import ControlPlane, control_plane
 
 RESULTS = ROOT / "docs" / "benchmarks"
@@ -75,7 +75,7 @@ async def _measure_rounds(bench: Bench, nodes: Nodes, empty: float, note: Callab
         last = number == bench.size.rounds - 1
         nodes.forget()
         mark = bench.audit.mark()
-        with bench.operator(samples=samples if last else None) as operator:
+        with bench.scale(samples=samples if last else None) as operator:
             keep("restart", await measure_restart(bench, operator, mark, empty))
             await operator.end_part()
             keep("idle", await measure_idle(bench, operator))
@@ -97,7 +97,7 @@ async def _measure_rounds(bench: Bench, nodes: Nodes, empty: float, note: Callab
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="bench.operator", description="Measure scale and cost of the operator.")
+    parser = argparse.ArgumentParser(prog="bench.scale", description="Measure scale and cost of the operator.")
     parser.add_argument("--tiny", action="store_true", help="a few runs, to see that everything works, in a minute")
     parser.add_argument("--residents", type=int, help="runs that are there already (a tenth of them waiting)")
     parser.add_argument("--rounds", type=int, help="rounds, of which medians are told")

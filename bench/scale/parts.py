@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bench.operator.audit import Call, by_operator, by_run, count_calls, launch_calls, life_calls
-from bench.operator.bench import Bench, is_created, is_launched, median, quantile
-from bench.operator.client import RUNS, BenchError, EtcdClient
-from bench.operator.nodes import Nodes
-from bench.operator.process import OperatorProcess, usage
-from bench.operator.proxy import Trouble, run_proxy, write_kubeconfig
-from bench.operator.residents import Template, fetch_template, make_residents
+from bench.scale.audit import Call, by_operator, by_run, count_calls, launch_calls, life_calls
+from bench.scale.bench import Bench, is_created, is_launched, median, quantile
+from bench.scale.client import RUNS, BenchError, EtcdClient
+from bench.scale.nodes import Nodes
+from bench.scale.process import OperatorProcess, usage
+from bench.scale.proxy import Trouble, run_proxy, write_kubeconfig
+from bench.scale.residents import Template, fetch_template, make_residents
 
 Numbers = dict[str, Any]
 
@@ -20,7 +20,7 @@ Numbers = dict[str, Any]
 async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template, float]:
     """A finished and a waiting run, brought there by the operator, and its resident memory with just these, in MiB."""
     namespace = bench.namespaces[0]
-    with bench.operator() as operator:
+    with bench.scale() as operator:
         await operator.settle(0)
         mark = bench.audit.mark()
         nodes.start()
@@ -153,11 +153,11 @@ async def measure_trouble(bench: Bench, nodes: Nodes) -> Numbers:
     """The API server refuses and is late, and nothing is lost: every run succeeds at its first attempt, in one Job."""
     namespace, trouble = "troubled", Trouble()
     await bench.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-    async with bench.client.as_user(bench.operator_pair) as client, run_proxy(client, trouble) as proxy:
+    async with bench.client.as_user(bench.scale_pair) as client, run_proxy(client, trouble) as proxy:
         kubeconfig = write_kubeconfig(bench.plane.directory / "proxy.kubeconfig", proxy.port)
         mark = bench.audit.mark()
         nodes.start()
-        with bench.operator(kubeconfig=kubeconfig, namespaces=[namespace]) as operator:
+        with bench.scale(kubeconfig=kubeconfig, namespaces=[namespace]) as operator:
             await operator.settle(0)
             begin = time.monotonic()
             names = await bench.create(bench.size.troubled, namespaces=[namespace])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from bench.operator.client import BenchError
+from bench.scale.client import BenchError
 from devcluster.ports import PortLease
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ class OperatorProcess:
         self._parts = 0
         self._lease = PortLease()
         self._log = log.open("a")
-        program = ["-m", "lora_operator"] if samples is None else ["-m", "bench.operator.sampled", str(samples)]
+        program = ["-m", "lora_operator"] if samples is None else ["-m", "bench.scale.sampled", str(samples)]
         arguments = [f"--kubeconfig={kubeconfig}", f"--http-port={self._lease.port}", "--http-host=127.0.0.1"]
         arguments += flags
         if namespaces:

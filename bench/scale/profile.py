@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.operator.sampled import Stack
+from bench.scale.sampled import Stack
 
 Samples = list[tuple[int, Stack]]
 

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.operator.audit import OPERATOR, Audit, Call
-from bench.operator.client import RUNS, BenchError, Client, Raw, run_all
-from bench.operator.process import OperatorProcess
-from bench.operator.residents import build_run
+from bench.scale.audit import OPERATOR, Audit, Call
+from bench.scale.client import RUNS, BenchError, Client, Raw, run_all
+from bench.scale.process import OperatorProcess
+from bench.scale.residents import build_run
 from devcluster import ControlPlane
 from lora_operator.kube import RBAC
 from tests.support.install import install_crds

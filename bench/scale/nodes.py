@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from bench.operator.client import JOBS, PODS, Client, Raw
+from bench.scale.client import JOBS, PODS, Client, Raw
 from lora_operator.children.names import INDEX_LABEL, JOB_NAME_LABEL, RUN_LABEL
 from tests.support.runs import ended, now, running, termination, unschedulable
 

@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from bench.operator.client import Client
+from bench.scale.client import Client
 
 _HOP = ("connection", "transfer-encoding", "content-length", "content-encoding", "keep-alive", "host")
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.operator.client import JOBS, PODS, RUNS, Client, EtcdClient, Raw
+from bench.scale.client import JOBS, PODS, RUNS, Client, EtcdClient, Raw
 from tests.support.runs import SPEC, now
 
 HISTORY = 100
