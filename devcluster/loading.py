@@ -165,12 +165,15 @@ def mounted_folder(mounts: str) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Fill ``target`` with links to all in ``source``; with copies where they are on two disks."""
-    same = source.stat().st_dev == target.stat().st_dev
-    how = ["--link"] if same else ["--reflink=auto"]
-    done = subprocess.run(["cp", "--archive", *how, f"{source}/.", target], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise DevclusterError(f"linking a layer: {done.stderr.strip()[-500:]}")
+    """Fill ``target`` with links to all in ``source``; with copies where these are on two disks, or on two mounts of one.
+
+    A build that was killed leaves its store mounted onto itself.
+    """
+    for how in ("--link", "--reflink=auto"):
+        done = subprocess.run(["cp", "--archive", how, f"{source}/.", target], capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+    raise DevclusterError(f"linking a layer: {done.stderr.strip()[-500:]}")
 
 
 def _load_into_node(cluster: Cluster, node: Node, image: BuiltImage) -> bool:

@@ -75,7 +75,7 @@ async def _measure_rounds(bench: Bench, nodes: Nodes, empty: float, note: Callab
         last = number == bench.size.rounds - 1
         nodes.forget()
         mark = bench.audit.mark()
-        with bench.scale(samples=samples if last else None) as operator:
+        with bench.operator(samples=samples if last else None) as operator:
             keep("restart", await measure_restart(bench, operator, mark, empty))
             await operator.end_part()
             keep("idle", await measure_idle(bench, operator))

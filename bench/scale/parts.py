@@ -20,7 +20,7 @@ Numbers = dict[str, Any]
 async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template, float]:
     """A finished and a waiting run, brought there by the operator, and its resident memory with just these, in MiB."""
     namespace = bench.namespaces[0]
-    with bench.scale() as operator:
+    with bench.operator() as operator:
         await operator.settle(0)
         mark = bench.audit.mark()
         nodes.start()
@@ -157,7 +157,7 @@ async def measure_trouble(bench: Bench, nodes: Nodes) -> Numbers:
         kubeconfig = write_kubeconfig(bench.plane.directory / "proxy.kubeconfig", proxy.port)
         mark = bench.audit.mark()
         nodes.start()
-        with bench.scale(kubeconfig=kubeconfig, namespaces=[namespace]) as operator:
+        with bench.operator(kubeconfig=kubeconfig, namespaces=[namespace]) as operator:
             await operator.settle(0)
             begin = time.monotonic()
             names = await bench.create(bench.size.troubled, namespaces=[namespace])
