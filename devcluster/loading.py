@@ -165,7 +165,7 @@ def mounted_folder(mounts: str) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Fill ``target`` with links to all in ``source``; with copies where these are on two disks, or on two mounts of one.
+    """Fill ``target`` with links to all in ``source``; with copies where they are on two disks, or two mounts of one.
 
     A build that was killed leaves its store mounted onto itself.
     """

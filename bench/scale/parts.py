@@ -153,7 +153,7 @@ async def measure_trouble(bench: Bench, nodes: Nodes) -> Numbers:
     """The API server refuses and is late, and nothing is lost: every run succeeds at its first attempt, in one Job."""
     namespace, trouble = "troubled", Trouble()
     await bench.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-    async with bench.client.as_user(bench.scale_pair) as client, run_proxy(client, trouble) as proxy:
+    async with bench.client.as_user(bench.operator_pair) as client, run_proxy(client, trouble) as proxy:
         kubeconfig = write_kubeconfig(bench.plane.directory / "proxy.kubeconfig", proxy.port)
         mark = bench.audit.mark()
         nodes.start()
