@@ -14,17 +14,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench.scale.bench import FULL, TINY, Bench, Size, make_bench
+from bench.scale.floor import Launch
 from bench.scale.nodes import Nodes, play_nodes
 from bench.scale.parts import (
     Numbers,
     make_templates,
     measure_burst,
+    measure_floor,
     measure_idle,
     measure_launches,
     measure_lives,
     measure_restart,
     measure_trouble,
     populate,
+    record_launch,
 )
 from bench.scale.process import ROOT
 from bench.scale.profile import read_samples, summarize
@@ -48,23 +51,26 @@ async def measure(plane: ControlPlane, size: Size, say: Callable[[str], None]) -
         say(f"{time.monotonic() - began:6.0f} s  {part}: {json.dumps(numbers)}")
 
     async with make_bench(plane, size) as bench, play_nodes(bench.client) as nodes:
+        launch = await record_launch(bench)
         done, held, empty = await make_templates(bench, nodes)
         result["emptyMiB"] = round(empty, 1)
         result["residents"] = await populate(bench, done, held)
         note("residents", result["residents"])
-        result |= await _measure_rounds(bench, nodes, empty, note)
+        result |= await _measure_rounds(bench, nodes, launch, empty, note)
         result["trouble"] = await measure_trouble(bench, nodes)
         note("trouble", result["trouble"])
     result["seconds"] = round(time.monotonic() - began)
     return result
 
 
-async def _measure_rounds(bench: Bench, nodes: Nodes, empty: float, note: Callable[[str, object], None]) -> Numbers:
-    """Restart, idle, launches, burst and lives, round by round, each round with an operator of its own.
+async def _measure_rounds(
+    bench: Bench, nodes: Nodes, launch: Launch, empty: float, note: Callable[[str, object], None]
+) -> Numbers:
+    """Restart, idle, launches, burst, lives and the floor, round by round, each round with an operator of its own.
 
     The last one runs under the profiler.
     """
-    parts: Numbers = {name: [] for name in ("restart", "idle", "launches", "burst", "lives")}
+    parts: Numbers = {name: [] for name in ("restart", "idle", "launches", "burst", "lives", "floor")}
     samples = bench.plane.directory / "samples"
 
     def keep(part: str, numbers: Numbers) -> None:
@@ -90,6 +96,8 @@ async def _measure_rounds(bench: Bench, nodes: Nodes, empty: float, note: Callab
             await operator.end_part()
             keep("lives", await measure_lives(bench, operator, nodes))
             await operator.end_part()
+        nodes.forget()
+        keep("floor", await measure_floor(bench, launch, nodes))
     names = ("start", "launches", "burst", "lives")
     parts["profile"] = {name: summarize(read_samples(samples / f"{part}.json")) for part, name in enumerate(names)}
     return parts

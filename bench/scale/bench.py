@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.scale.audit import OPERATOR, Audit, Call
-from bench.scale.client import RUNS, BenchError, Client, Raw, run_all
+from bench.scale.client import JOBS, PODS, RUNS, BenchError, Client, Raw, access_to, run_all
 from bench.scale.process import OperatorProcess
 from bench.scale.residents import build_run
 from devcluster import ControlPlane
@@ -128,6 +128,11 @@ class Bench:
         await run_all(enumerate(names), make, _AT_ONCE)
         return names
 
+    async def clear(self, namespace: str) -> None:
+        """Deletes the runs of a namespace, and what was made of them."""
+        for path in (RUNS, JOBS, PODS):
+            await self.client.call("DELETE", f"{path.format(namespace)}?propagationPolicy=Background")
+
     async def wait_calls(self, mark: int, what: str, names: Sequence[str], is_it: Callable[[Call], bool]) -> None:
         """Waits until the audit log has a call of the operator for which ``is_it``, for each of the runs ``names``.
 
@@ -154,7 +159,7 @@ class Bench:
 @asynccontextmanager
 async def make_bench(plane: ControlPlane, size: Size) -> AsyncIterator[Bench]:
     """A bench on ``plane``, prepared."""
-    async with Client(plane) as client:
+    async with Client(access_to(plane)) as client:
         bench = Bench(plane, client, size)
         with closing(bench.audit):
             await bench.prepare()

@@ -5,6 +5,8 @@ import base64
 import json
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import aiohttp
@@ -34,18 +36,31 @@ class RefusedError(BenchError):
         self.status = status
 
 
-class Client:
-    """Raw JSON over aiohttp, as ``user``, or as an administrator. Use as an asynchronous context manager."""
+@dataclass(frozen=True)
+class Access:
+    """An API server, and as whom to call it."""
 
-    def __init__(self, plane: ControlPlane, user: Pair | None = None) -> None:
-        pair = user or plane.files.admin
-        self._tls = ssl.create_default_context(cafile=str(plane.ca))
-        self._tls.load_cert_chain(pair.certificate, pair.key)
-        self._plane = plane
+    url: str
+    authority: Path
+    user: Pair
+
+
+def access_to(plane: ControlPlane, user: Pair | None = None) -> Access:
+    """Access to ``plane`` as ``user``, or as an administrator."""
+    return Access(plane.url, plane.ca, user or plane.files.admin)
+
+
+class Client:
+    """Raw JSON over aiohttp. Use as an asynchronous context manager."""
+
+    def __init__(self, access: Access) -> None:
+        self._tls = ssl.create_default_context(cafile=str(access.authority))
+        self._tls.load_cert_chain(access.user.certificate, access.user.key)
+        self._access = access
 
     async def __aenter__(self) -> Self:
         self.session = aiohttp.ClientSession(
-            self._plane.url,
+            self._access.url,
             connector=aiohttp.TCPConnector(ssl=self._tls, limit=0),
             headers={"User-Agent": "bench"},
             timeout=aiohttp.ClientTimeout(total=60),
@@ -57,7 +72,7 @@ class Client:
 
     def as_user(self, user: Pair) -> "Client":
         """Another client, as ``user``."""
-        return Client(self._plane, user)
+        return Client(replace(self._access, user=user))
 
     async def call(self, method: str, path: str, body: Raw | None = None, content_type: str = JSON) -> Raw:
         """One call.
@@ -65,22 +80,33 @@ class Client:
         Raises:
             RefusedError: it was refused.
         """
-        data = None if body is None else json.dumps(body)
+        result: Raw = json.loads(
+            await self.send(method, path, None if body is None else json.dumps(body), content_type)
+        )
+        return result
+
+    async def send(self, method: str, path: str, data: str | None, content_type: str) -> str:
+        """One call with text for its body, and the text of the answer.
+
+        Raises:
+            RefusedError: it was refused.
+        """
         async with self.session.request(method, path, data=data, headers={"Content-Type": content_type}) as answer:
             text = await answer.text()
             if answer.status >= 400:
                 raise RefusedError(answer.status, f"{method} {path}: {answer.status}: {text[:500]}")
-            result: Raw = json.loads(text)
-            return result
+            return text
 
     async def set_status(self, path: str, status: Raw) -> None:
         """Writes a part of an object's status."""
         await self.call("PATCH", f"{path}/status", {"status": status}, MERGE)
 
-    async def watch(self, path: str, selector: str) -> AsyncIterator[tuple[str, Raw]]:
-        """Type and object of every change from now on; goes on where a connection ends."""
-        page = await self.call("GET", f"{path}?labelSelector={selector}&limit=1")
-        version = page["metadata"]["resourceVersion"]
+    async def newest(self, path: str) -> str:
+        """The version of a list now, to watch from."""
+        return str((await self.call("GET", f"{path}?limit=1"))["metadata"]["resourceVersion"])
+
+    async def watch(self, path: str, selector: str, version: str) -> AsyncIterator[tuple[str, Raw]]:
+        """Type and object of every change after ``version``; goes on where a connection ends."""
         while True:
             query = f"?watch=true&labelSelector={selector}&resourceVersion={version}&timeoutSeconds=600"
             async with self.session.get(path + query, timeout=aiohttp.ClientTimeout(total=None)) as answer:

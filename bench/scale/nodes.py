@@ -7,11 +7,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from bench.scale.client import JOBS, PODS, Client, Raw
+from bench.scale.client import JOBS, PODS, Client, Raw, RefusedError
 from lora_operator.children.names import INDEX_LABEL, JOB_NAME_LABEL, RUN_LABEL
 from tests.support.runs import ended, now, running, termination, unschedulable
 
 WAITING = "0/8 nodes are available: 8 Insufficient nvidia.com/gpu."
+_ALL_JOBS = "/apis/batch/v1/jobs"
 _AT_ONCE = 8
 
 
@@ -86,7 +87,8 @@ class Nodes:
 
     async def follow(self) -> None:
         """Plays every Job that is made from now on."""
-        async for kind, job in self._client.watch("/apis/batch/v1/jobs", RUN_LABEL):
+        version = await self._client.newest(_ALL_JOBS)
+        async for kind, job in self._client.watch(_ALL_JOBS, RUN_LABEL, version):
             if kind == "ADDED" and not job["status"]:
                 task = asyncio.create_task(self._play(job))
                 self._tasks.add(task)
@@ -94,7 +96,9 @@ class Nodes:
 
     def _finish(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        gone = isinstance(error, RefusedError) and error.status == 404
+        if error is not None and not gone:
             self.errors.append(error)
 
     async def _play(self, job: Raw) -> None:

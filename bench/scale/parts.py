@@ -8,13 +8,17 @@ from typing import Any
 
 from bench.scale.audit import Call, by_operator, by_run, count_calls, launch_calls, life_calls
 from bench.scale.bench import Bench, is_created, is_launched, median, quantile
-from bench.scale.client import RUNS, BenchError, EtcdClient
+from bench.scale.client import RUNS, BenchError, EtcdClient, access_to
+from bench.scale.floor import Floor, Launch
 from bench.scale.nodes import Nodes
 from bench.scale.process import OperatorProcess, usage
-from bench.scale.proxy import Trouble, run_proxy, write_kubeconfig
+from bench.scale.proxy import CALM, Trouble, run_proxy, write_kubeconfig
 from bench.scale.residents import Template, fetch_template, make_residents
 
 Numbers = dict[str, Any]
+
+_RECORDED, _FLOOR = "recorded", "floor"
+"""Namespaces of the launch that is recorded, and of those that are made like it."""
 
 
 async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template, float]:
@@ -35,6 +39,23 @@ async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template
         rss = operator.usage().rss
     finished, waiting = [await fetch_template(bench.client, namespace, name) for name in (*done, *held)]
     return finished, waiting, rss
+
+
+async def record_launch(bench: Bench) -> Launch:
+    """The calls by which the operator launches a run, Event included."""
+    for namespace in (_RECORDED, _FLOOR):
+        await bench.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+    async with bench.client.as_user(bench.operator_pair) as client, run_proxy(client, CALM) as proxy:
+        kubeconfig = write_kubeconfig(bench.plane.directory / "proxy.kubeconfig", proxy.port)
+        with bench.operator(kubeconfig=kubeconfig, namespaces=[_RECORDED]) as operator:
+            await operator.settle(0)
+            mark, proxy.writes = bench.audit.mark(), []
+            names = await bench.create(1, namespaces=[_RECORDED])
+            await bench.wait_calls(mark, "launched to be recorded", names, lambda call: call.resource == "events")
+            await operator.rest()
+            launch = Launch.of(proxy.writes)
+    await bench.clear(_RECORDED)
+    return launch
 
 
 async def populate(bench: Bench, finished: Template, waiting: Template) -> Numbers:
@@ -83,10 +104,10 @@ def latencies(calls: Sequence[Call], names: Sequence[str]) -> list[float]:
     return [1000 * (stored[name] - received[name]) for name in names]
 
 
-async def measure_launches(bench: Bench, operator: OperatorProcess) -> Numbers:
+async def measure_launches(bench: Bench, operator: OperatorProcess | Floor, namespaces: Sequence[str] = ()) -> Numbers:
     """Runs that come one by one, ``rate`` a second."""
     mark, before = bench.audit.mark(), operator.usage().cpu
-    names = await bench.create(bench.size.launches, bench.size.rate)
+    names = await bench.create(bench.size.launches, bench.size.rate, namespaces)
     await bench.wait_calls(mark, "launched one by one", names, is_launched)
     times = latencies(bench.audit.since(mark), names)
     return {
@@ -101,11 +122,11 @@ async def measure_launches(bench: Bench, operator: OperatorProcess) -> Numbers:
     }
 
 
-async def measure_burst(bench: Bench, operator: OperatorProcess) -> Numbers:
+async def measure_burst(bench: Bench, operator: OperatorProcess | Floor, namespaces: Sequence[str] = ()) -> Numbers:
     """Runs that come all at once: how fast are they launched?"""
     server = bench.plane.pids()["kube-apiserver"]
     mark, before, served = bench.audit.mark(), operator.usage().cpu, usage(server).cpu
-    names = await bench.create(bench.size.burst)
+    names = await bench.create(bench.size.burst, namespaces=namespaces)
     await bench.wait_calls(mark, "launched in a burst", names, is_launched)
     cpu, server_cpu = operator.usage().cpu - before, usage(server).cpu - served
     calls = bench.audit.since(mark)
@@ -121,6 +142,19 @@ async def measure_burst(bench: Bench, operator: OperatorProcess) -> Numbers:
         "apiServerCpuMsPerRun": round(1000 * server_cpu / len(names), 2),
         "callsPerRun": round(len(by_operator(calls)) / len(names), 2),
     }
+
+
+async def measure_floor(bench: Bench, launch: Launch, nodes: Nodes) -> Numbers:
+    """The same launches and the same burst by a process that makes the same calls and does nothing else."""
+    spaces = [_FLOOR]
+    with Floor(access_to(bench.plane, bench.operator_pair), launch, bench.plane.directory) as floor:
+        await floor.settle()
+        nodes.take()
+        launches = await measure_launches(bench, floor, spaces)
+        nodes.forget()
+        burst = await measure_burst(bench, floor, spaces)
+    await bench.clear(_FLOOR)  # no operator is to find what it has not launched itself
+    return {"launches": launches, "burst": burst}
 
 
 async def measure_lives(bench: Bench, operator: OperatorProcess, nodes: Nodes) -> Numbers:

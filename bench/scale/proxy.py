@@ -45,6 +45,16 @@ class Trouble:
 CALM = Trouble(refused=0.0, late=0.0)
 
 
+@dataclass(frozen=True)
+class Write:
+    """A request that changes something."""
+
+    method: str
+    path: str
+    content_type: str
+    body: str
+
+
 class Proxy:
     """Passes requests on as they are, as the user of ``client``. ``trouble`` may be changed at any time."""
 
@@ -53,12 +63,17 @@ class Proxy:
         self.trouble = trouble
         self._random = random.Random(seed)
         self.counts: Counter[str] = Counter()
+        self.writes: list[Write] | None = None
+        """Where there is a list, writes are put down in it."""
         self.port = 0
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers one request."""
         trouble, fate = self.trouble, self.trouble.draw(self._random.random())
         self.counts[fate] += 1
+        if self.writes is not None and request.method in ("POST", "PATCH", "PUT"):
+            write = Write(request.method, request.raw_path, request.headers["Content-Type"], await request.text())
+            self.writes.append(write)
         if fate in ("refused", "unavailable"):
             code, after = (429, {"Retry-After": str(trouble.retry_after)}) if fate == "refused" else (503, {})
             body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": fate}

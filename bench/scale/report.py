@@ -74,6 +74,8 @@ def to_markdown(result: Numbers) -> str:
             f"core when the rounds' launches were measured (load average): {load}. Times suffer from that; calls and "
             f"memory do not, processor time a run little. Python {machine['python']}, {versions}.",
             "",
+            *_floor(result),
+            "",
             "## Round by round",
             "",
             *_rounds(result),
@@ -85,6 +87,37 @@ def to_markdown(result: Numbers) -> str:
             *_profile(result["profile"]),
         ]
     )
+
+
+def _floor(result: Numbers) -> list[str]:
+    """The operator against a process that makes the same calls and thinks nothing."""
+    own = {part: result[part] for part in ("launches", "burst")}
+    bare = {part: [numbers[part] for numbers in result["floor"]] for part in own}
+    rows = [
+        ("one by one: p50, ms", "launches", "p50Ms"),
+        ("one by one: p99, ms", "launches", "p99Ms"),
+        ("burst: runs launched a second", "burst", "perSecond"),
+        ("burst: API server's processor ms a run", "burst", "apiServerCpuMsPerRun"),
+        ("burst: own processor ms a run", "burst", "operatorCpuMsPerRun"),
+    ]
+    return [
+        "## What this machine allows",
+        "",
+        "After each round a process that only makes the calls of a launch, as the operator was seen to make them, "
+        "Event included, launches as many runs (`bench/scale/floor.py`). It decides nothing and remembers nothing: "
+        "what it takes is what the API server and etcd take. An operator cannot be much better than that on the same "
+        "machine, and the last column says how near it is.",
+        "",
+        "| | operator | bare calls | operator / bare calls |",
+        "| --- | --- | --- | --- |",
+        *(_compare(name, own[part], bare[part], key) for name, part, key in rows),
+    ]
+
+
+def _compare(name: str, own: Sequence[Numbers], bare: Sequence[Numbers], key: str) -> str:
+    """A row. The ratio is the median of the rounds': the two of one round were measured shortly after each other."""
+    ratio = median([mine[key] / its[key] for mine, its in zip(own, bare, strict=True)])
+    return f"| {name} | {_middle(own, key):g} | {_middle(bare, key):g} | {ratio:.2f} |"
 
 
 def _rounds(result: Numbers) -> list[str]:

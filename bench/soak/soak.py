@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.scale.audit import OPERATOR, Audit, by_operator, count_calls
 from bench.scale.bench import create_role
-from bench.scale.client import JOBS, PODS, RUNS, BenchError, Raw
+from bench.scale.client import JOBS, PODS, RUNS, BenchError, Raw, access_to
 from bench.scale.proxy import CALM, Proxy, run_proxy, write_kubeconfig
 from bench.soak.checks import (
     Found,
@@ -89,7 +89,8 @@ class Soak:
         plane = self._plane
         await asyncio.to_thread(install_crds, plane)
         pair = plane.files.authority.issue(OPERATOR, OPERATOR, [])
-        async with PatientClient(plane) as client, PatientClient(plane, pair) as as_operator:
+        administrator, operator = access_to(plane), access_to(plane, pair)
+        async with PatientClient(administrator) as client, PatientClient(operator) as as_operator:
             await create_role(client)
             async with run_proxy(as_operator, CALM, self._seed) as proxy:
                 kubeconfig = write_kubeconfig(plane.directory / "proxy.kubeconfig", proxy.port)

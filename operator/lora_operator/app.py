@@ -4,15 +4,15 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import kopf
 
-from lora_api import ClusterLoRARuntimeSpec
-from lora_api.runtime import DEFAULT_RUNTIME
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.children.names import MANAGER
+from lora_operator.fill import fill, scopes
 from lora_operator.kube import KubeClient, KubeError, NotFoundError, load_configuration
 from lora_operator.metrics import Metrics, Readings
 from lora_operator.queue import WorkQueue
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 STUCK_AFTER = 300.0
 """Seconds after which a look at one run that does not end makes the operator unhealthy."""
+
+FIRST_LOOKS_SECONDS = 30.0
+"""Longest time for the first looks before the watches begin, which list all objects again: that takes longer."""
 
 DRAIN_SECONDS = 5.0
 """Seconds that an operator which is to end gives to what it has begun."""
@@ -69,15 +72,17 @@ class Operator:
             by_namespace=bool(self.settings.namespaces),
         )
         try:
-            await self._fill(kube)
-            for resource in Resource:
-                for namespace in self._scopes(resource):
-                    confirmations.begin(resource, namespace)
+            await fill(self.cache, kube, self.settings)
             queue.start()
             for key in self.cache.run_keys():
                 queue.wake(key)
             self.ready = True
             logger.info("ready: %d runs", len(self.cache.run_keys()))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(queue.caught_up(), FIRST_LOOKS_SECONDS)
+            for resource in Resource:
+                for namespace in scopes(self.settings, resource):
+                    confirmations.begin(resource, namespace)
             await self._watch(stop)
         finally:
             self.ready = False
@@ -93,16 +98,6 @@ class Operator:
         stuck = [key for key, since in self._queue.busy_since.items() if now - since > STUCK_AFTER]
         return f"no end of the look at {stuck[0]}" if stuck else None
 
-    async def _fill(self, kube: KubeClient) -> None:
-        """One LIST of each kind, complete before the first decision: a run without its Job looks as if it failed."""
-        if self.settings.default_runtime:
-            spec = ClusterLoRARuntimeSpec.model_validate_json(self.settings.default_runtime)
-            await kube.apply_runtime(DEFAULT_RUNTIME, spec)
-        for resource in (Resource.PODS, Resource.JOBS, Resource.RUNTIMES, Resource.RUNS):
-            for namespace in self._scopes(resource):
-                async for raw in kube.fetch_list(resource, namespace):
-                    self.cache.put(resource, raw)
-
     async def _watch(self, stop: asyncio.Event) -> None:
         await kopf.operator(
             registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
@@ -114,9 +109,6 @@ class Operator:
             identity=cast("Any", MANAGER),
             stop_flag=stop,
         )
-
-    def _scopes(self, resource: Resource) -> tuple[str | None, ...]:
-        return (resource.namespaced and self.settings.namespaces) or (None,)
 
     def _on_event(self, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> None:
         if self._confirmations is not None:

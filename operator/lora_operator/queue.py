@@ -101,6 +101,7 @@ class WorkQueue(Generic[K]):
         self._concurrency = concurrency
         self._schedule: Schedule[K] = Schedule()
         self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
         self._stopping = False
         self.busy_since: dict[K, float] = {}
@@ -119,6 +120,12 @@ class WorkQueue(Generic[K]):
             asyncio.create_task(self._work(), name=f"reconcile worker {number}") for number in range(self._concurrency)
         ]
 
+    async def caught_up(self) -> None:
+        """Returns when every due key has been taken."""
+        if len(self):
+            self._idle.clear()
+            await self._idle.wait()
+
     async def stop(self, grace: float) -> None:
         """Lets the workers finish what they are at, for ``grace`` seconds at most."""
         self._stopping = True
@@ -133,6 +140,7 @@ class WorkQueue(Generic[K]):
         while not self._stopping:
             key = self._schedule.take(self._now())
             if key is None:
+                self._idle.set()
                 await self._wait()
                 continue
             self.busy_since[key] = self._now()
@@ -146,6 +154,7 @@ class WorkQueue(Generic[K]):
             finally:
                 self.busy_since.pop(key, None)
             self._changed.set()
+            await asyncio.sleep(0)  # a look that calls nobody ends without a pause, and probes wait for one
 
     async def _wait(self) -> None:
         """Waits until a key may be due."""

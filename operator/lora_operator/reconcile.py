@@ -247,7 +247,7 @@ class Reconciler:
         reports = self._compute_reports(observed.reports, plan, now)
         self._reports[key] = reports
         new = compute_status(observed.run, plan, reports, now)
-        if new.to_wire() == old.to_wire():
+        if new == old or new.to_wire() == old.to_wire():
             return None
         interval = self._settings.progress_interval
         if is_progress_only(old, new) and not is_due(reports.status_written_at, now, interval):

@@ -79,14 +79,14 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 {{- end -}}
 
 {{- define "lora-operator.rules.gangs" -}}
-# The gang of an attempt: apply, end it, follow it.
+# The gang of an attempt: make it, end it, follow it.
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [create, delete, get, list, patch, watch]
-# Name and input of the gang: apply.
+# Name and input of the gang.
 - apiGroups: [""]
   resources: [services, configmaps]
-  verbs: [create, delete, get, patch]
+  verbs: [create, delete, get]
 # How the pods of the gang fare.
 - apiGroups: [""]
   resources: [pods]

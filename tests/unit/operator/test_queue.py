@@ -145,3 +145,50 @@ def test_stopping_lets_a_worker_finish_and_then_ends_the_others() -> None:
 
     asyncio.run(main())
     assert finished == ["short"]
+
+
+def test_a_queue_has_caught_up_when_every_due_key_was_taken_though_one_is_still_worked_on() -> None:
+    seen: list[int] = []
+
+    async def main() -> None:
+        async def handle(key: int) -> float | None:
+            seen.append(key)
+            await (asyncio.Event().wait() if key == 0 else asyncio.sleep(0))
+            return None
+
+        queue = WorkQueue(handle, concurrency=2)
+        for key in range(50):
+            queue.wake(key)
+        queue.wake(99, after=60.0)
+        queue.start()
+        async with asyncio.timeout(10):
+            await queue.caught_up()
+            await queue.caught_up()  # at once
+        await queue.stop(0.0)
+
+    asyncio.run(main())
+    assert sorted(seen) == list(range(50))
+
+
+def test_looks_that_never_wait_leave_others_their_turn() -> None:
+    """Thousands of looks at a start call nobody, and a probe must be answered all the same."""
+
+    async def main() -> None:
+        looks, turns = 0, 0
+
+        async def handle(_: int) -> float | None:
+            nonlocal looks
+            looks += 1
+            return None
+
+        queue = WorkQueue(handle, concurrency=2)
+        for key in range(500):
+            queue.wake(key)
+        queue.start()
+        while looks < 500:
+            turns += 1
+            await asyncio.sleep(0)
+        await queue.stop(1.0)
+        assert turns > 50
+
+    asyncio.run(main())
