@@ -39,7 +39,11 @@ class Symptom:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why pods do not start. ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever."""
+    """Why an attempt does not start.
+
+    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
+    others do can change it, so there is no waiting.
+    """
 
     reason: str
     message: str
@@ -47,6 +51,7 @@ class Obstacle:
     since: datetime
     failure_class: FailureClass | None = None
     scheduling: bool = False
+    permanent: bool = False
 
     @property
     def text(self) -> str:
@@ -55,7 +60,9 @@ class Obstacle:
 
     def seconds_left(self, now: datetime, limit: float) -> float | None:
         """Seconds until the run fails because this has lasted for ``limit`` seconds, or ``None``."""
-        return None if self.failure_class is None else limit - (now - self.since).total_seconds()
+        if self.failure_class is None:
+            return None
+        return 0.0 if self.permanent else limit - (now - self.since).total_seconds()
 
     def to_failure(self, attempt: int, now: datetime) -> Failure:
         """The failure of ``attempt`` that this became.
@@ -65,9 +72,10 @@ class Obstacle:
         """
         if self.failure_class is None:
             raise ValueError(f"{self.reason} ends no attempt")
+        lasted = "" if self.permanent else f" (for {(now - self.since).total_seconds():.0f} s)"
         return Failure(
             attempt=attempt, failure_class=self.failure_class, reason=self.reason,
-            message=f"{self.message} (for {(now - self.since).total_seconds():.0f} s)", remedy=self.remedy, at=now,
+            message=f"{self.message}{lasted}", remedy=self.remedy, at=now,
         )  # fmt: skip
 
 

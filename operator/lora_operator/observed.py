@@ -32,6 +32,7 @@ class Reports:
     queue_read_at: datetime | None = None
     queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
+    obstructed_since: datetime | None = None
     status_written_at: datetime | None = None
 
 

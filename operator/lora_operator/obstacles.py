@@ -1,6 +1,7 @@
-"""What keeps the pods of an attempt from starting. Pure."""
+"""What keeps an attempt from starting: its pods do not run, or what it is made of is refused. Pure."""
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from lora_api import RULES, FailureClass
 from lora_operator.diagnose import Obstacle
@@ -21,6 +22,10 @@ _CLAIM_REMEDY = (
 )
 _GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
+_ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
+_WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
+_POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make an exception for the namespace."
+_SIZE_REMEDY = "Shorten what the specification says at length, and create the run again."
 
 
 def diagnose_obstacle(pods: Sequence[PodView], job: JobView, refused: str | None) -> Obstacle | None:
@@ -75,3 +80,37 @@ def _refused(job: JobView, refused: str) -> Obstacle:
         failure_class=None if quota else FailureClass.POD_NOT_STARTED,
         scheduling=True,
     )
+
+
+def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:
+    """Why the API server refuses to create a ``kind``, by its HTTP ``status`` and ``words``.
+
+    ``None``: an error that passes, or that no status can tell of because the namespace is going.
+    """
+    if "being terminated" in words or status not in (400, 403, 413, 422, 500):
+        return None
+    found = _describe_refusal(kind, status, words)
+    if found is None:
+        return None
+    reason, remedy, failure_class = found
+    return Obstacle(
+        reason=reason,
+        message=f"{kind} {name} is refused: {words}",
+        remedy=remedy,
+        since=since,
+        failure_class=failure_class,
+        permanent=failure_class is FailureClass.BAD_SPEC,
+    )
+
+
+def _describe_refusal(kind: str, status: int, words: str) -> tuple[str, str, FailureClass | None] | None:
+    """Reason, remedy, and what the run fails with if it lasts."""
+    if status == 500:  # webhooks that fail answer with it, and so does an API server that is not well
+        return ("WebhookFailed", _WEBHOOK_REMEDY, None) if "webhook" in words else None
+    if "exceeded quota" in words:
+        return "QuotaExceeded", _QUOTA_REMEDY, None
+    if status == 403 and 'User "' in words and "cannot create" in words:
+        return "OperatorForbidden", _ROLE_REMEDY, None
+    if status == 413 or (kind == "ConfigMap" and "Too long" in words):
+        return str(FailureClass.BAD_SPEC), _SIZE_REMEDY, FailureClass.BAD_SPEC
+    return str(FailureClass.POD_NOT_STARTED), _POLICY_REMEDY, FailureClass.POD_NOT_STARTED

@@ -37,6 +37,7 @@ from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
 from lora_operator.observed import Observed, Reports, forget_pods, hear, hear_queue, is_finished
+from lora_operator.obstacles import diagnose_refusal
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
 from lora_operator.progress import (
@@ -50,7 +51,7 @@ from lora_operator.progress import (
 from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
-from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_wait
+from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_obstructed, decide_wait
 from lora_operator.views import Key, PodView, Raw
 
 logger = logging.getLogger(__name__)
@@ -181,10 +182,8 @@ class Reconciler:
             for child in _build_children(run, plan, settings):
                 try:
                     applied = await self._kube.apply_child(child, run)
-                except NotFoundError:
-                    if child["kind"] != "PodGroup":
-                        raise
-                    return decide_no_podgroups(observed, settings)
+                except KubeError as error:
+                    return self._decide_refused(observed, plan, child, error, settings)
                 if child["kind"] == "Job":
                     self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
@@ -225,6 +224,23 @@ class Reconciler:
         if attempt and scheduler != "none":
             name = child_name(run.metadata.name, attempt)
             await self._kube.delete_child(f"podgroups.{scheduler}", run.metadata.namespace, name, run.metadata.uid)
+
+    def _decide_refused(self, observed: Observed, plan: Plan, child: Raw, error: KubeError, settings: Settings) -> Plan:
+        """What to do instead, now that ``child`` is refused.
+
+        Raises:
+            KubeError: ``error``, where another try may settle it.
+        """
+        kind, name, now = child["kind"], child["metadata"]["name"], self._clock()
+        if kind == "PodGroup" and isinstance(error, NotFoundError):
+            return decide_no_podgroups(observed, settings)
+        obstacle = diagnose_refusal(kind, name, error.status, error.message, observed.reports.obstructed_since or now)
+        if obstacle is None:
+            raise error
+        if plan.restore is not None:  # the pods may do without it; it is tried again later
+            logger.warning("%s/%s: %s", observed.run.metadata.namespace, observed.run.metadata.name, obstacle.message)
+            return plan
+        return decide_obstructed(observed, plan.launch or PREFLIGHT, obstacle, now, settings)
 
     def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:
         if conflict.passing:
@@ -272,9 +288,11 @@ class Reconciler:
             return forget_pods(reports)
         if plan.restore is not None:
             reports = replace(reports, restored_at=now)
-        if plan.failing:
-            return replace(reports, failing_since=reports.failing_since or now)
-        return replace(reports, failing_since=None)
+        return replace(
+            reports,
+            failing_since=(reports.failing_since or now) if plan.failing else None,
+            obstructed_since=(reports.obstructed_since or now) if plan.obstructed else None,
+        )
 
     async def _write(self, key: Key, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> bool:
         """Writes the status; ``False`` if the run is gone, or is another one than was looked at."""

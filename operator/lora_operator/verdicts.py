@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
-from lora_operator.diagnose import with_remedy
+from lora_operator.diagnose import Obstacle, with_remedy
 from lora_operator.observed import Observed
 from lora_operator.plan import Mark, Plan
 from lora_operator.policy import (
@@ -18,6 +18,9 @@ from lora_operator.settings import Settings
 
 PREFLIGHT = 0
 """The attempt that failures of a preflight belong to."""
+
+_RETRY_SECONDS = 30.0
+"""Until something that was refused is asked for again: no event tells when a quota or a policy changes."""
 
 
 def decide_failure(observed: Observed, attempt: int, failure: Failure, settings: Settings) -> Plan:
@@ -108,13 +111,22 @@ def decide_wait(reason: str, message: str, requeue_after: float | None) -> Plan:
     return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
 
 
+def decide_obstructed(observed: Observed, attempt: int, obstacle: Obstacle, now: datetime, settings: Settings) -> Plan:
+    """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
+    left = obstacle.seconds_left(now, settings.start_timeout)
+    if left is not None and left <= 0:
+        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), settings)
+    wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
+    return replace(wait, attempt=observed.run.status.attempt, obstructed=left is not None)
+
+
 def decide_no_podgroups(observed: Observed, settings: Settings) -> Plan:
     """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
     message = with_remedy(
         f"The cluster knows no PodGroup of {settings.gang_scheduler}",
         "Install the scheduler, or set operator.gangScheduler of the chart to none. The run starts by itself then.",
     )
-    return replace(decide_wait("NoPodGroups", message, 30.0), attempt=observed.run.status.attempt)
+    return replace(decide_wait("NoPodGroups", message, _RETRY_SECONDS), attempt=observed.run.status.attempt)
 
 
 def job_lost(attempt: int, now: datetime) -> Failure:

@@ -30,9 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """One thread and no hub, as in a pod of one core; equal for all processes that are compared."""
-    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread and no hub, as in a pod of one core; equal for all processes that are compared.
+
+    What processes that are killed leave in their temporary directory goes with those of pytest.
+    """
+    settings = {
+        "TMPDIR": str(tmp_path_factory.mktemp("tmp")),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)

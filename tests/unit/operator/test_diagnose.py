@@ -1,15 +1,19 @@
 """From pods to the one failure that explains all of them."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from lora_api import RULES, FailureClass
+from lora_api import RULES, FailureClass, Phase
 from lora_operator.diagnose import diagnose_pod, diagnose_pods, diagnose_root, with_remedy
-from lora_operator.obstacles import diagnose_obstacle
+from lora_operator.observed import Observed
+from lora_operator.obstacles import diagnose_obstacle, diagnose_refusal
+from lora_operator.settings import Settings
+from lora_operator.verdicts import decide_obstructed
 from lora_operator.views import PodView
-from tests.unit.operator.builders import NOW, a_job, a_pod, ago, ended, running, said, waiting
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, running, said, waiting
 
 GRACE = 20.0
 DISRUPTED: dict[str, Any] = {"disruption": "PreemptionByScheduler", "disruption_message": "preempting"}
@@ -206,6 +210,67 @@ def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str |
     if obstacle is not None:
         assert obstacle.remedy
         assert obstacle.text.endswith(f". Remedy: {obstacle.remedy}")
+
+
+QUOTA = 'jobs.batch "tickets-1" is forbidden: exceeded quota: few, requested: count/jobs.batch=1, used: 0, limited: 0'
+ROLE = 'jobs.batch is forbidden: User "system:serviceaccount:lora-system:lora-operator" cannot create resource "jobs"'
+WEBHOOK = 'Internal error occurred: failed calling webhook "jobs.example.com": connection refused'
+DENIED = 'admission webhook "jobs.example.com" denied the request: every Job needs a team'
+GOING = (
+    'jobs.batch "tickets-1" is forbidden: unable to create new content in namespace team because it is being terminated'
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "words", "want"),
+    [
+        ("Job", 403, QUOTA, ("QuotaExceeded", None, False)),
+        ("Job", 403, ROLE, ("OperatorForbidden", None, False)),
+        ("Job", 500, WEBHOOK, ("WebhookFailed", None, False)),
+        ("Job", 500, "etcdserver: request timed out", None),
+        ("Job", 400, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
+        ("Service", 403, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
+        ("Job", 422, "spec.template: Too long", ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
+        (
+            "ConfigMap",
+            422,
+            "[]: Too long: may not be more than 1048576 bytes",
+            ("BadSpec", FailureClass.BAD_SPEC, True),
+        ),
+        ("ConfigMap", 413, "Request entity too large", ("BadSpec", FailureClass.BAD_SPEC, True)),
+        ("Job", 403, GOING, None),
+        ("Job", 404, 'namespaces "team" not found', None),
+        ("Job", 503, "unavailable", None),
+        ("Job", 0, "no answer", None),
+    ],
+)
+def test_diagnose_refusal(
+    kind: str, status: int, words: str, want: tuple[str, FailureClass | None, bool] | None
+) -> None:
+    obstacle = diagnose_refusal(kind, "tickets-1", status, words, NOW)
+    assert (obstacle and (obstacle.reason, obstacle.failure_class, obstacle.permanent)) == want
+    if obstacle is not None:
+        assert obstacle.text == f"{kind} tickets-1 is refused: {words}. Remedy: {obstacle.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "seconds", "want"),
+    [
+        (QUOTA, 403, 1e6, (Phase.PENDING, "QuotaExceeded", 30.0)),
+        (DENIED, 403, 0.0, (Phase.PENDING, "PodNotStarted", 30.0)),
+        (DENIED, 403, 590.0, (Phase.PENDING, "PodNotStarted", 10.0)),
+        (DENIED, 403, 600.0, (Phase.FAILED, "PodNotStarted", None)),
+        ("too large", 413, 0.0, (Phase.FAILED, "BadSpec", None)),
+    ],
+)
+def test_what_is_refused_is_asked_for_again_until_it_has_lasted(
+    words: str, status: int, seconds: float, want: tuple[Phase, str, float | None]
+) -> None:
+    obstacle = diagnose_refusal("Job", "tickets-1", status, words, NOW)
+    assert obstacle is not None
+    plan = decide_obstructed(Observed(run=a_run()), 1, obstacle, NOW + timedelta(seconds=seconds), Settings())
+    assert (plan.phase, plan.reason, plan.requeue_after) == want
+    assert plan.obstructed == (plan.phase is Phase.PENDING and words is DENIED), "only what may end the run is timed"
 
 
 @pytest.mark.parametrize(

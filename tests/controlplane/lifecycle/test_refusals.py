@@ -1,0 +1,179 @@
+"""What the API server refuses to create for a run: the status says why, and the run starts once it may, or ends."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import devcluster
+from lora_operator.children.configmap import build_configmap
+from lora_operator.kube import RBAC
+from lora_operator.settings import Settings
+from tests.controlplane.lifecycle.test_interruptions import jobs_created
+from tests.support.api import Api, ApiError
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.controlplane
+
+ADMISSION = "/apis/admissionregistration.k8s.io/v1"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_operator.verdicts._RETRY_SECONDS", 0.5)
+
+
+def wait_for(run: Run, reason: str, words: str) -> None:
+    """Until the run waits for ``reason``, and says so with the API server's ``words`` and a remedy."""
+    status = run.wait(reason, lambda status: run.condition("Ready").get("reason") == reason)
+    message = run.condition("Ready")["message"]
+    assert status["phase"] == "Pending"
+    assert words in message
+    assert "Remedy: " in message
+
+
+def check_it_starts(run: Run, cp: devcluster.ControlPlane) -> None:
+    run.set_running(1)
+    run.wait_phase("Running")
+    assert run.status["attempt"] == 1
+    assert jobs_created(cp, run.namespace) == ["run-1"]
+
+
+@pytest.mark.parametrize("preflight", ["off", "on"])
+def test_a_quota_of_jobs_is_waited_for(
+    run: Run, fast_settings: Callable[..., Settings], api: Api, cp: devcluster.ControlPlane, preflight: str
+) -> None:
+    quotas = f"/api/v1/namespaces/{run.namespace}/resourcequotas"
+    api.create(quotas, {"metadata": {"name": "few"}, "spec": {"hard": {"count/jobs.batch": "0"}}})
+    eventually("the quota counts", lambda: api.get(f"{quotas}/few").get("status", {}).get("hard"))
+    with OperatorThread(fast_settings(run.namespace, preflight=preflight)):
+        run.create()
+        wait_for(run, "QuotaExceeded", "exceeded quota: few")
+        assert not run.status.get("attempt")
+        api.patch(f"{quotas}/few", {"spec": {"hard": {"count/jobs.batch": "5"}}})
+        if preflight == "off":
+            check_it_starts(run, cp)
+        else:
+            run.wait_phase("Preflight")
+
+
+def test_a_role_that_is_too_small_is_waited_for(
+    run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane
+) -> None:
+    rbac, name = "/apis/rbac.authorization.k8s.io/v1", f"narrow-{run.namespace}"
+    rules = [{"apiGroups": [rule.group], "resources": rule.resources, "verbs": rule.verbs} for rule in RBAC]
+    narrow = [
+        {**rule, "verbs": [verb for verb in rule["verbs"] if verb != "create" or "jobs" not in rule["resources"]]}
+        for rule in rules
+    ]
+    api.create(f"{rbac}/clusterroles", {"metadata": {"name": name}, "rules": narrow})
+    group = "rbac.authorization.k8s.io"
+    binding = {
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": name},
+        "subjects": [{"apiGroup": group, "kind": "User", "name": name}],
+    }
+    api.create(f"{rbac}/clusterrolebindings", binding)
+    kubeconfig = str(cp.write_kubeconfig(name, name))
+    with OperatorThread(Settings(**{**settings.__dict__, "kubeconfig": kubeconfig})):
+        run.create()
+        wait_for(run, "OperatorForbidden", 'cannot create resource "jobs"')
+        api.patch(f"{rbac}/clusterroles/{name}", {"rules": rules})
+        check_it_starts(run, cp)
+
+
+def test_a_webhook_that_does_not_answer_is_waited_for(
+    run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane
+) -> None:
+    hooks, name = f"{ADMISSION}/validatingwebhookconfigurations", f"away-{run.namespace}"
+    hook = {
+        "name": "jobs.example.com",
+        "clientConfig": {"url": "https://127.0.0.1:1/"},
+        "rules": [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}],
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": run.namespace}},
+        "sideEffects": "None",
+        "admissionReviewVersions": ["v1"],
+    }
+    api.create(hooks, {"metadata": {"name": name}, "webhooks": [hook]})
+    try:
+        wait_until_refused(api, run.namespace)
+        with OperatorThread(settings):
+            run.create()
+            wait_for(run, "WebhookFailed", "jobs.example.com")
+            api.delete(f"{hooks}/{name}")
+            check_it_starts(run, cp)
+    finally:
+        with suppress(ApiError):
+            api.delete(f"{hooks}/{name}")
+
+
+def test_a_policy_against_the_job_ends_the_run_in_time(run: Run, settings: Settings, api: Api) -> None:
+    name = f"teams-{run.namespace}"
+    policy = {
+        "failurePolicy": "Fail",
+        "matchConstraints": {
+            "resourceRules": [
+                {"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}
+            ]
+        },
+        "validations": [
+            {"expression": "'team' in object.metadata.?labels.orValue({})", "message": "a Job needs a team"}
+        ],
+    }
+    binding = {
+        "policyName": name,
+        "validationActions": ["Deny"],
+        "matchResources": {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": run.namespace}}},
+    }
+    api.create(f"{ADMISSION}/validatingadmissionpolicies", {"metadata": {"name": name}, "spec": policy})
+    api.create(f"{ADMISSION}/validatingadmissionpolicybindings", {"metadata": {"name": name}, "spec": binding})
+    wait_until_refused(api, run.namespace)
+    with OperatorThread(settings):
+        run.create()
+        wait_for(run, "PodNotStarted", "a Job needs a team")
+        status = run.wait_phase("Failed")
+    (failure,) = status["failures"]
+    assert (failure["class"], failure["attempt"]) == ("PodNotStarted", 1)
+    assert "a Job needs a team" in failure["message"]
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_configmap_that_is_too_large_ends_the_run(
+    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CRD's limits let no specification become so large; the API server's words are what is tested."""
+
+    def build_too_large(*args: Any) -> dict[str, Any]:
+        configmap = build_configmap(*args)
+        return {**configmap, "data": {**configmap["data"], "large": "x" * 1_100_000}}
+
+    monkeypatch.setattr("lora_operator.reconcile.build_configmap", build_too_large)
+    with OperatorThread(settings):
+        run.create()
+        status = run.wait_phase("Failed")
+    (failure,) = status["failures"]
+    assert failure["class"] == "BadSpec"
+    assert failure["message"].startswith("ConfigMap run-1 is refused")
+    assert "Too long" in failure["message"]
+
+
+def wait_until_refused(api: Api, namespace: str) -> None:
+    """Policies and webhooks take a moment until the API server knows them."""
+    container = {"name": "any", "image": "any"}
+    job = {
+        "metadata": {"generateName": "probe-"},
+        "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}},
+    }
+    path = f"/apis/batch/v1/namespaces/{namespace}/jobs?dryRun=All"
+
+    def refused() -> bool:
+        try:
+            api.create(path, job)
+        except ApiError:
+            return True
+        return False
+
+    eventually("Jobs are refused", refused)
