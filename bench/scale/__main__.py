@@ -85,7 +85,6 @@ async def _measure_rounds(
             keep("restart", await measure_restart(bench, operator, mark, empty))
             await operator.end_part()
             keep("idle", await measure_idle(bench, operator))
-            nodes.take()
             keep("launches", await measure_launches(bench, operator))
             await operator.rest()
             nodes.forget()
@@ -97,7 +96,7 @@ async def _measure_rounds(
             keep("lives", await measure_lives(bench, operator, nodes))
             await operator.end_part()
         nodes.forget()
-        keep("floor", await measure_floor(bench, launch, nodes))
+        keep("floor", await measure_floor(bench, launch))
     names = ("start", "launches", "burst", "lives")
     parts["profile"] = {name: summarize(read_samples(samples / f"{part}.json")) for part, name in enumerate(names)}
     return parts

@@ -105,7 +105,7 @@ def latencies(calls: Sequence[Call], names: Sequence[str]) -> list[float]:
 
 
 async def measure_launches(bench: Bench, operator: OperatorProcess | Floor, namespaces: Sequence[str] = ()) -> Numbers:
-    """Runs that come one by one, ``rate`` a second."""
+    """Runs that come one by one, ``rate`` a second. Nobody makes pods meanwhile: that would be most of the work."""
     mark, before = bench.audit.mark(), operator.usage().cpu
     names = await bench.create(bench.size.launches, bench.size.rate, namespaces)
     await bench.wait_calls(mark, "launched one by one", names, is_launched)
@@ -144,14 +144,12 @@ async def measure_burst(bench: Bench, operator: OperatorProcess | Floor, namespa
     }
 
 
-async def measure_floor(bench: Bench, launch: Launch, nodes: Nodes) -> Numbers:
+async def measure_floor(bench: Bench, launch: Launch) -> Numbers:
     """The same launches and the same burst by a process that makes the same calls and does nothing else."""
     spaces = [_FLOOR]
     with Floor(access_to(bench.plane, bench.operator_pair), launch, bench.plane.directory) as floor:
         await floor.settle()
-        nodes.take()
         launches = await measure_launches(bench, floor, spaces)
-        nodes.forget()
         burst = await measure_burst(bench, floor, spaces)
     await bench.clear(_FLOOR)  # no operator is to find what it has not launched itself
     return {"launches": launches, "burst": burst}

@@ -42,6 +42,8 @@ def scopes(settings: Settings, resource: Resource) -> tuple[str | None, ...]:
 async def fill(cache: Cache, kube: KubeClient, settings: Settings) -> None:
     """Writes the default runtime, if there is one, and lists each kind into ``cache``.
 
+    All of it, before the first decision: a run without its Job looks as if it failed.
+
     Raises:
         StartError: the API server refused, or there is no answer after so many tries.
     """
@@ -62,8 +64,16 @@ async def _fill_once(cache: Cache, kube: KubeClient, settings: Settings) -> None
     if settings.default_runtime:
         spec = ClusterLoRARuntimeSpec.model_validate_json(settings.default_runtime)
         await kube.apply_runtime(DEFAULT_RUNTIME, spec)
-    # Complete before the first decision: a run without its Job looks as if it failed.
-    for resource in (Resource.PODS, Resource.JOBS, Resource.RUNTIMES, Resource.RUNS):
+
+    async def fill_kind(resource: Resource) -> None:
         for namespace in scopes(settings, resource):
             async for raw in kube.fetch_list(resource, namespace):
                 cache.put(resource, raw)
+
+    # All kinds side by side: one page is read while the API server makes those of others.
+    try:
+        async with asyncio.TaskGroup() as group:
+            for resource in Resource:
+                group.create_task(fill_kind(resource))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
