@@ -7,12 +7,16 @@ from bench.scale.bench import median
 
 Numbers = dict[str, Any]
 
+P50_MS, P99_MS, BURST_PER_SECOND = 30, 80, 60
+"""The aims for launches; a prototype reached them on two quiet cores."""
+
 _HEAD = """# Scale and cost of the operator
 
 Written by `make bench-operator` on a real etcd and kube-apiserver (`devcluster`), with the operator as its image runs
 it (`python -m lora_operator`, default settings but for addresses and `--preflight=off`) as a process of its own with
 the rights of its role. There is no kubelet and no Job controller: the bench plays them, makes pods and writes their
-statuses, and its own cost is in none of the figures, though it takes its share of the machine. Calls and times are
+statuses (not while launches are measured), and its own cost is in none of the figures, though it takes its share of the
+machine. Calls and times are
 those of the API server's audit log; memory and processor time those of /proc.
 """
 
@@ -38,9 +42,14 @@ def targets(result: Numbers) -> list[tuple[str, str, str, bool]]:
     lost = trouble["runs"] - trouble["succeededAtFirstAttempt"]
     per_second = f"{launches[0]['perSecond']:g}/s"
     return [
-        (f"LoRAFineTune created -> Job stored, at {per_second}, p50", "< 30 ms", f"{p50:g} ms", p50 < 30),
-        (f"the same, p99 of {launches[0]['runs']}", "< 80 ms", f"{p99:g} ms", p99 < 80),
-        (f"a burst of {burst[0]['runs']} is launched", ">= 60/s", f"{rate:g}/s", rate >= 60),
+        (f"LoRAFineTune created -> Job stored, at {per_second}, p50", f"< {P50_MS} ms", f"{p50:g} ms", p50 < P50_MS),
+        (f"the same, p99 of {launches[0]['runs']}", f"< {P99_MS} ms", f"{p99:g} ms", p99 < P99_MS),
+        (
+            f"a burst of {burst[0]['runs']} is launched",
+            f">= {BURST_PER_SECOND}/s",
+            f"{rate:g}/s",
+            rate >= BURST_PER_SECOND,
+        ),
         ("calls to launch a run, Events aside", "<= 4", f"{launch}", launch <= 4),
         ("calls of a whole life, Events and progress aside", "<= 12", f"{life}", life <= 12),
         (f"calls in {idle[0]['seconds']:g} s of idling, watches aside", "0", f"{calls}", calls == 0),
@@ -111,7 +120,20 @@ def _floor(result: Numbers) -> list[str]:
         "| | operator | bare calls | operator / bare calls |",
         "| --- | --- | --- | --- |",
         *(_compare(name, own[part], bare[part], key) for name, part, key in rows),
+        "",
+        _bare_aims(bare),
     ]
+
+
+def _bare_aims(bare: dict[str, list[Numbers]]) -> str:
+    """Which of the aims that depend on the machine it lets bare calls reach."""
+    reached = {
+        "p50": _middle(bare["launches"], "p50Ms") < P50_MS,
+        "p99": _middle(bare["launches"], "p99Ms") < P99_MS,
+        "the burst": _middle(bare["burst"], "perSecond") >= BURST_PER_SECOND,
+    }
+    yes, no = (", ".join(name for name, ok in reached.items() if ok is want) or "none" for want in (True, False))
+    return f"Of the aims for launches bare calls reach on this machine: {yes}; they miss: {no}."
 
 
 def _compare(name: str, own: Sequence[Numbers], bare: Sequence[Numbers], key: str) -> str:
