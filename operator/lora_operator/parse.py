@@ -2,8 +2,9 @@
 
 from pydantic import ValidationError
 
-from lora_api import ClusterLoRARuntime, LoRAFineTune, plan_batch
+from lora_api import ClusterLoRARuntime, ClusterLoRARuntimeSpec, LoRAFineTune, plan_batch
 from lora_api.finetune import ObjectMeta
+from lora_api.mistakes import describe_mistakes
 from lora_api.status import LoRAFineTuneStatus
 from lora_operator.runtimes import fill_in
 from lora_operator.views import Raw
@@ -35,13 +36,13 @@ def parse_run(raw: Raw) -> LoRAFineTune:
         run = LoRAFineTune.model_validate(raw)
         plan_batch(run.spec.training, run.spec.parallelism)
     except ValidationError as error:
-        raise InvalidRunError(_describe(error), raw) from error
+        raise InvalidRunError(describe_mistakes(error, LoRAFineTune), raw) from error
     except ValueError as error:
         raise InvalidRunError(f"spec.{error}", raw) from error
     try:
         return fill_in(run)
     except ValidationError as error:
-        raise InvalidRunError(_describe(error, "status.runtime.spec."), raw) from error
+        raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntimeSpec, "status.runtime.spec."), raw) from error
 
 
 def parse_runtime(raw: Raw, run: Raw) -> ClusterLoRARuntime:
@@ -53,12 +54,5 @@ def parse_runtime(raw: Raw, run: Raw) -> ClusterLoRARuntime:
     try:
         return ClusterLoRARuntime.model_validate({"metadata": raw["metadata"], "spec": raw["spec"]})
     except ValidationError as error:
-        raise InvalidRunError(_describe(error, f"ClusterLoRARuntime {raw['metadata']['name']}: "), run) from error
-
-
-def _describe(error: ValidationError, prefix: str = "") -> str:
-    """The first errors, each with the path of its field."""
-    errors = error.errors(include_url=False, include_input=False)
-    shown = [f"{prefix}{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in errors[:5]]
-    more = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
-    return "; ".join(shown) + more
+        where = f"ClusterLoRARuntime {raw['metadata']['name']}: "
+        raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntime, where), run) from error

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from lora_api.finetune import KIND, LoRAFineTune
+from lora_api.mistakes import describe_mistakes
 from lora_api.run import plan_batch
 from lora_trainer.errors import BadSpecError
 from lora_trainer.fitting import Suggestion, build_job, settle, suggest
@@ -154,17 +155,10 @@ def read_manifest(path: Path) -> LoRAFineTune:
         run = LoRAFineTune.model_validate(manifest)
         plan_batch(run.spec.training, run.spec.parallelism)
     except ValidationError as error:
-        raise BadSpecError(f"{path}: {_describe(error)}") from error
+        raise BadSpecError(f"{path}: {describe_mistakes(error, LoRAFineTune, most=MAX_ERRORS)}") from error
     except ValueError as error:
         raise BadSpecError(f"{path}: spec.{error}") from error
     return run
-
-
-def _describe(error: ValidationError) -> str:
-    errors = error.errors(include_url=False)
-    shown = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors[:MAX_ERRORS]]
-    more = f" (and {len(errors) - MAX_ERRORS} more)" if len(errors) > MAX_ERRORS else ""
-    return "; ".join(shown) + more
 
 
 def _read_json(path: Path) -> object:
