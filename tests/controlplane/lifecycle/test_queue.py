@@ -56,8 +56,15 @@ class Queue:
         eventually("the pods are asked to stop", lambda: are_stopping(self.run, attempt))
 
     def end_pods(self, attempt: int) -> None:
-        """What the kubelet does to pods that were asked to stop: they checkpoint, end, and are gone."""
-        stopping = [pod for pod in self.run.pods(attempt) if "deletionTimestamp" in pod["metadata"]]
+        """What the kubelet does to its pods that were asked to stop: they checkpoint, end, and are gone.
+
+        A pod that the Job controller has made twice has no node, and goes by itself.
+        """
+        stopping = [
+            pod
+            for pod in self.run.pods(attempt)
+            if "deletionTimestamp" in pod["metadata"] and "nodeName" in pod["spec"]
+        ]
         for pod in stopping:
             self.run.set_pod(pod, ended(75, termination("Checkpointed", "asked to stop", step=7)))
         for pod in stopping:
