@@ -4,7 +4,9 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import sys
+from typing import cast
 
 import uvloop
 
@@ -32,10 +34,24 @@ def main() -> None:
         except StartError as error:
             logger.critical("%s", error)
             sys.exit(1)
+        except asyncio.CancelledError:
+            logger.info("asked to end before the watches began")
 
 
 async def _run(settings: Settings) -> None:
+    _end_on_signals()
     operator = Operator(settings)
     async with serve(operator, settings.http_host, settings.http_port) as port:
         logger.info("listening on port %d", port)
         await operator.run(asyncio.Event())
+
+
+def _end_on_signals() -> None:
+    """Cancels the running task on SIGTERM and SIGINT, until kopf puts its own handlers in place of these.
+
+    The kernel ignores a signal that process 1 of a container does not handle: the first lists and looks, which may take
+    minutes, would hold up an upgrade until the kubelet kills the process.
+    """
+    task = cast("asyncio.Task[None]", asyncio.current_task())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)

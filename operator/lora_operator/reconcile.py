@@ -36,7 +36,7 @@ from lora_operator.kueue import fetch_queue_report
 from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.metrics import Metrics
-from lora_operator.observed import Observed, Reports, forget_pods, hear, hear_queue, is_finished
+from lora_operator.observed import RESTORE_INTERVAL, Observed, Reports, forget_pods, hear, hear_queue, is_finished
 from lora_operator.obstacles import diagnose_refusal
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
@@ -237,9 +237,9 @@ class Reconciler:
         obstacle = diagnose_refusal(kind, name, error.status, error.message, observed.reports.obstructed_since or now)
         if obstacle is None:
             raise error
-        if plan.restore is not None:  # the pods may do without it; it is tried again later
+        if plan.restore is not None:  # the pods may do without it
             logger.warning("%s/%s: %s", observed.run.metadata.namespace, observed.run.metadata.name, obstacle.message)
-            return plan
+            return replace(plan, requeue_after=RESTORE_INTERVAL)
         return decide_obstructed(observed, plan.launch or PREFLIGHT, obstacle, now, settings)
 
     def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:

@@ -7,6 +7,7 @@ is long. ``Store.within`` shortens both, for what has to be done before a deadli
 """
 
 import errno
+import functools
 import hashlib
 import math
 import os
@@ -179,7 +180,7 @@ class Store:
         """Deletes objects. One that is gone already is no error."""
         for path in paths:
             try:
-                self._call(path, lambda path=path: obstore.delete(self._store, path))  # type: ignore[misc]
+                self._call(path, functools.partial(obstore.delete, self._store, path))
             except ObjectNotFoundError:
                 continue
 

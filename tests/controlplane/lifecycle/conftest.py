@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -57,8 +58,8 @@ def run(api: Api, namespace: str) -> Run:
 def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
     """Settings under which nothing takes long."""
 
-    def make(namespace: str, **changes: object) -> Settings:
-        values: dict[str, object] = {
+    def make(namespace: str, **changes: Any) -> Settings:
+        values: dict[str, Any] = {
             "kubeconfig": str(cp.kubeconfig),
             "namespaces": (namespace,),
             "concurrency": 2,
@@ -71,7 +72,7 @@ def fast_settings(cp: devcluster.ControlPlane) -> Callable[..., Settings]:
             "progress_interval": 0.3,
             "confirm_after": 3.0,
         }
-        return Settings(**{**values, **changes})  # type: ignore[arg-type]
+        return Settings(**{**values, **changes})
 
     return make
 

@@ -13,7 +13,7 @@ from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run
+from tests.support.runs import Run, waiting
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -138,6 +138,31 @@ def test_a_policy_against_the_job_ends_the_run_in_time(run: Run, settings: Setti
     (failure,) = status["failures"]
     assert (failure["class"], failure["attempt"]) == ("PodNotStarted", 1)
     assert "a Job needs a team" in failure["message"]
+
+
+def test_a_gang_that_starts_goes_on_where_a_child_cannot_be_put_back(
+    run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_operator.observed.RESTORE_DELAY", 1.0)
+    for module in ("observed", "reconcile"):
+        monkeypatch.setattr(f"lora_operator.{module}.RESTORE_INTERVAL", 1.0)
+    core = f"/api/v1/namespaces/{run.namespace}"
+    with OperatorThread(settings) as operator:
+        run.create()
+        for pod in run.gang(1):
+            run.set_pod(pod, waiting("ContainerCreating", ""))
+        run.wait_phase("Starting")
+        api.create(f"{core}/resourcequotas", {"metadata": {"name": "few"}, "spec": {"hard": {"count/services": "0"}}})
+        eventually("the quota counts", lambda: api.get(f"{core}/resourcequotas/few").get("status", {}).get("hard"))
+        api.delete(f"{core}/services/run-1")
+        tried = operator.calls.count(f"POST {core}/services")
+        eventually("tried twice", lambda: operator.calls.count(f"POST {core}/services") >= tried + 2)
+        assert run.status["phase"] == "Starting"
+        api.patch(f"{core}/resourcequotas/few", {"spec": {"hard": {"count/services": "5"}}})
+        eventually(
+            "it is back", lambda: "run-1" in [item["metadata"]["name"] for item in api.items(f"{core}/services")]
+        )
+        check_it_starts(run, cp)
 
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")

@@ -71,8 +71,8 @@ def test_a_log_is_followed_while_it_grows_and_when_it_is_moved_aside(tmp_path: P
 def test_a_copy_of_a_run_has_names_and_uids_of_its_own() -> None:
     owner = {"uid": "uid-of-run", "name": "run-0-0"}
     run = {"kind": "LoRAFineTune", "metadata": {"name": "run-0-0", "namespace": "team-0", "uid": "uid-of-run"}}
-    job = {"kind": "Job", "metadata": {"name": "run-0-0-1", "namespace": "team-0", "uid": "uid-of-job"}}
-    job["metadata"] |= {"ownerReferences": [owner], "resourceVersion": "12"}  # type: ignore[operator]
+    job: dict[str, Any] = {"kind": "Job", "metadata": {"name": "run-0-0-1", "namespace": "team-0", "uid": "uid-of-job"}}
+    job["metadata"] |= {"ownerReferences": [owner], "resourceVersion": "12"}
     template = Template("run-0-0", "team-0", (run, job))
     first, second = (dict(template.copies(name, "team-7")) for name in ("finished-1", "finished-2"))
     assert set(first) == {
