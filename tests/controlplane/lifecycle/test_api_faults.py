@@ -1,5 +1,6 @@
 """An API server that fails, is away or slow, clocks that jump, hands that meddle: no run is lost or made twice."""
 
+import asyncio
 import json
 import os
 import re
@@ -86,6 +87,33 @@ def test_each_kind_of_call_may_fail(
     assert "POST events" in faulty.hit
     reads = {"GET pods/log", "GET pods", "GET jobs", "GET lorafinetunes"}
     assert fault == "conflict" or reads <= set(faulty.hit)
+
+
+def test_watches_begin_though_the_first_looks_hang(
+    api: Api, run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both workers wait for an answer that never comes, and a third run is due."""
+    monkeypatch.setattr("lora_operator.app.FIRST_LOOKS_SECONDS", 1.0)
+    for name in ("first", "second", "third"):
+        Run(api, run.namespace, name).create()
+
+    def hang(client: KubeClient) -> None:
+        send = client._send
+
+        async def hanging(method: Any, *args: Any) -> Answer:
+            if method == "POST":
+                await asyncio.get_running_loop().create_future()
+            return await send(method, *args)
+
+        client._send = hanging  # type: ignore[method-assign]
+
+    operator = OperatorThread(settings, wrap=hang)
+    operator.operator.drain_seconds = 0.0
+    with operator:
+        eventually("ready", lambda: operator.operator.ready)
+        run.create()
+        key = (run.namespace, run.name)
+        eventually("the new run is seen", lambda: key in operator.operator.cache.run_keys(), 15)
 
 
 def test_an_operator_that_may_nothing_says_what_to_do_and_ends(cp: devcluster.ControlPlane) -> None:
