@@ -13,6 +13,7 @@ DPOLoss = Literal["sigmoid", "ipo", "hinge"]
 
 MODULE_NAME = "^[A-Za-z0-9_.-]+$"
 ModuleName = Annotated[str, StringConstraints(pattern=MODULE_NAME, min_length=1, max_length=128)]
+NewToken = Annotated[str, StringConstraints(pattern=r"^[!-~]+$", min_length=2, max_length=64)]
 
 
 def _module_names(field: str) -> CelRule:
@@ -52,6 +53,14 @@ class LoRA(ApiModel):
         description="Other values of alpha for some modules, as in rankPattern. In the published adapter they are "
         "folded into the weights, so that it has one alpha.",
     )
+    new_tokens: Annotated[list[NewToken], Field(max_length=64)] = Field(
+        [],
+        description="Tokens that the model is to learn, such as <|ticket|>: ones that its tokenizer has in reserve, or "
+        "new ones where the model has rows to spare. Their rows of embedding and output head are trained too, which "
+        "costs a wider adapter and a server that loads it (docs/newtokens.md). Nothing else of the embeddings is ever "
+        "trained.",
+        json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
     cel_rules = (
         CelRule(
             rule="self.alpha <= 16 * self.r",
@@ -69,8 +78,8 @@ class LoRA(ApiModel):
 
     @property
     def published_rank(self) -> int:
-        """The one rank of the published adapter: the largest that is asked for."""
-        return max([self.r, *self.rank_pattern.values()])
+        """The one rank of the published adapter: the largest that is asked for, and at least one for each new token."""
+        return max([self.r, *self.rank_pattern.values(), len(self.new_tokens)])
 
 
 class Quantization(ApiModel):

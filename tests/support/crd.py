@@ -56,6 +56,7 @@ MAXIMAL: Spec = {
         "useRslora": True,
         "rankPattern": {"q_proj": 4},
         "alphaPattern": {"self_attn.v_proj": 64},
+        "newTokens": ["<|ticket|>", "<|/ticket|>"],
     },
     "quantization": {"type": "none", "doubleQuant": False, "computeDtype": "bfloat16"},
     "training": {

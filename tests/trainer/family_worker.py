@@ -22,10 +22,12 @@ from lora_api.run import RunSpec
 from lora_trainer.adapter import gather_adapter, write_adapter
 from lora_trainer.architecture import decoder_layers
 from lora_trainer.loading import part_to_load
-from lora_trainer.model import add_adapter, load_base_model, load_tokenizer
+from lora_trainer.model import add_adapter, load_base_model
+from lora_trainer.newtokens import read_tokenizer
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import start_process_group
 from lora_trainer.prepare import prepare_data
+from lora_trainer.rows import add_rows
 from lora_trainer.settings import read_place
 from lora_trainer.sharding import spread_model
 from lora_trainer.sources import Sources
@@ -52,13 +54,15 @@ def train_case(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     model_directory, adapter_directory = directory / "model", directory / "adapter"
     if place.is_main:
         make_family(case["family"], model_directory)
-        write_rows(directory / "train.jsonl", make_rows(16))
+        write_rows(directory / "train.jsonl", add_words(make_rows(16), case["run"]))
     dist.barrier()
     run = build_run(model_directory, directory, directory, merge(GANG, case["run"]))
-    tokenizer = load_tokenizer(model_directory)
+    tokenizer, tokens = read_tokenizer(run, model_directory)
     strategy = decide_strategy(run.parallelism)
-    base = load_base_model(model_directory, run.quantization, CPU, part_to_load(strategy, place.rank))
+    part = part_to_load(strategy, place.rank)
+    base = load_base_model(model_directory, run.quantization, CPU, part)
     model = add_adapter(base, run.lora, run.training.seed)
+    add_rows(model, tokens, part)
     sources = Sources(model_directory, [directory / "train.jsonl"], None)
     data = prepare_data(run, sources, tokenizer, replace(place, local_rank=0), directory / f"data-{place.rank}")
     trainer = build_trainer(run, model, tokenizer, data, CPU, directory / "out", [])
@@ -79,10 +83,17 @@ def train_case(case: dict[str, Any], directory: Path) -> dict[str, Any]:
     return seen
 
 
+def add_words(rows: list[dict[str, str]], run: dict[str, Any]) -> list[dict[str, str]]:
+    """``rows`` with the new tokens of ``run`` in question and answer."""
+    words = "".join(run.get("lora", {}).get("newTokens", []))
+    return [{key: text + words for key, text in row.items()} for row in rows]
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """The model's logits for fixed sequences, one of them padded on its left: (2, LENGTH, vocabulary)."""
     ids = torch.randint(3, 400, (2, LENGTH), generator=torch.Generator().manual_seed(7))
+    ids[:, 20:22] = torch.arange(400, 402)  # behind the tokenizer's own: where new tokens are
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     model.eval()

@@ -42,6 +42,10 @@ from tests.trainer.runs import ROOT, SOURCES
 TOLERANCE = 1e-5
 """Largest difference of a logit. On one machine the files give the very numbers of the trained model: 0."""
 
+WITH_NEW_TOKENS = ("llama-3", "llama-3-tied", "gemma-3", "gemma-3-vision", "phi-2", "mixtral")
+"""Heads that are tied, that are not, and with a bias; embeddings that scale."""
+NEW_TOKENS = {"newTokens": ["<|ticket|>", "<|end-of-ticket|>"]}
+
 CASES: dict[str, dict[str, Any]] = {
     **{family: {"family": family, "run": {}} for family in FAMILIES},
     "without quantization": {"family": "llama-3", "run": {"quantization": {"type": "none"}}},
@@ -59,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
         "family": "qwen-2.5",
         "run": {"lora": {"targetModules": ["q_proj", "mlp.up_proj"], "rankPattern": {"up_proj": 1}}},
     },
+    **{f"new tokens of {family}": {"family": family, "run": {"lora": NEW_TOKENS}} for family in WITH_NEW_TOKENS},
 }
 
 

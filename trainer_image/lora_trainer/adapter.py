@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_api.run import RunSpec
 from lora_trainer.errors import InternalError
 from lora_trainer.parallel import full_tensor
+from lora_trainer.rows import find_rows, row_tensors
 from lora_trainer.store import split_uri
 
 ADAPTER = "default"
@@ -31,11 +33,18 @@ def gather_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if ".lora_" in name
     }
-    check_adapter(tensors, expected_shapes(model))
-    return tensors
+    check_adapter(tensors, matrix_shapes(model))
+    learned = find_rows(model)
+    return tensors if learned is None else tensors | row_tensors(learned)
 
 
 def expected_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
+    """Shape of each matrix that is published, those of new tokens' rows included."""
+    learned = find_rows(model)
+    return matrix_shapes(model) | ({} if learned is None else learned.shapes)
+
+
+def matrix_shapes(model: PeftModel) -> dict[str, tuple[int, int]]:
     """Shape of each matrix that the adapter must have: A (rank, inputs) and B (outputs, rank) for each module."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
@@ -72,11 +81,15 @@ def model_name(uri: str) -> str:
 
 def module_scales(model: PeftModel) -> dict[str, tuple[int, float]]:
     """Rank and scale (alpha / r, or alpha / sqrt(r) with rsLoRA) of each adapted module, by its full name."""
-    return {
+    scales = {
         name: (int(module.r[ADAPTER]), float(module.scaling[ADAPTER]))
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
     }
+    learned = find_rows(model)
+    if learned is not None:
+        scales |= dict.fromkeys((learned.embedding_name, learned.head_name), (len(learned.ids), 1.0))
+    return scales
 
 
 def unify(
@@ -89,13 +102,20 @@ def unify(
     """
     unified = dict(tensors)
     for name, (own_rank, own_scale) in scales.items():
-        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        a, b = matrix_names(name, tensors)
         if own_scale != scale:
             unified[b] = tensors[b].to(torch.float32) * (own_scale / scale)
         if own_rank < rank:
             unified[a] = torch.nn.functional.pad(unified[a], (0, 0, 0, rank - own_rank))
             unified[b] = torch.nn.functional.pad(unified[b], (0, rank - own_rank))
     return unified
+
+
+def matrix_names(module: str, tensors: Container[str]) -> tuple[str, str]:
+    """PEFT's names of A and B of ``module``; those of an embedding differ."""
+    if f"{module}.lora_embedding_A" in tensors:
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def write_adapter(tensors: dict[str, torch.Tensor], model: PeftModel, run: RunSpec, directory: Path) -> None:
@@ -116,7 +136,9 @@ def write_adapter(tensors: dict[str, torch.Tensor], model: PeftModel, run: RunSp
     config["inference_mode"] = True
     config["base_model_name_or_path"] = model_name(run.base_model.uri)
     config["revision"] = run.base_model.revision
-    config["target_modules"] = sorted(config["target_modules"])
+    learned = find_rows(model)
+    names = [] if learned is None else [learned.embedding_name, learned.head_name]
+    config["target_modules"] = sorted([*config["target_modules"], *(name.rpartition(".")[2] for name in names)])
     (directory / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     ordered = {name: tensors[name].to(torch.float32).contiguous() for name in sorted(tensors)}
     (directory / ADAPTER_WEIGHTS).write_bytes(save(ordered, metadata={"format": "pt"}))

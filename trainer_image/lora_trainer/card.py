@@ -128,6 +128,12 @@ def _limits(run: RunSpec, result: RunResult) -> str:
         limits.append(
             f"{result.data.truncated_records} training records were cut at {run.dataset.max_seq_length} tokens."
         )
+    if run.lora.new_tokens:
+        tokens = ", ".join(f"`{token}`" for token in run.lora.new_tokens)
+        limits.append(
+            f"It has learned the tokens {tokens}, as LoRA of embedding and output head, which the server must load. If "
+            "`tokenizer.json` is beside this file, it takes the place of the base model's."
+        )
     if result.skipped_steps:
         limits.append(f"{result.skipped_steps} steps were skipped, because their loss or gradient was not finite.")
     return "\n".join(f"- {text}" for text in limits)

@@ -44,6 +44,10 @@ class Part:
         cut = chunks[self.index] if self.index < len(chunks) else whole[:0]
         return cut.to("cpu", copy=True) if self.on_host else cut.clone(memory_format=torch.contiguous_format)
 
+    def first(self, rows: int) -> int:
+        """Number of the first row of this part, of a weight with so many ``rows``."""
+        return self.index * -(-rows // self.shards)
+
 
 def part_to_load(strategy: Strategy, rank: int) -> Part | None:
     """What the process ``rank`` keeps of each weight while loading; ``None``: all of it, on its device."""

@@ -4,8 +4,8 @@ The output head is the widest product of a language model: with a vocabulary of 
 1 GiB in bfloat16, and their float32 forms three times as much. So they never exist together. Tokens without a label
 (prompts, padding) do not go through the head at all; the others go in chunks, and each chunk's gradient is made while
 its logits are there, so that the backward pass neither keeps nor recomputes them. That needs a loss that is a sum over
-tokens, and a head that is frozen: both hold for LoRA. The method is that of Liger's fused linear cross-entropy (Hsu et
-al. 2024, arXiv:2410.10989), in torch, for every device.
+tokens, and a head that is frozen, but for a few rows (lora.newTokens): both hold for LoRA. The method is that of
+Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), in torch, for every device.
 """
 
 import functools
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+
+from lora_trainer.rows import HeadRows, whole
 
 IGNORED = -100
 """Label of a token that nothing is learned from, as PyTorch's cross-entropy has it."""
@@ -59,7 +60,7 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform | None:
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """Sum over tokens of -log p(label), from the head's input. The head gets no gradient."""
+    """Sum over tokens of -log p(label), from the head's input. Of the head only learned rows get a gradient."""
 
     @staticmethod
     def forward(
@@ -69,6 +70,8 @@ class SummedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         transform: LogitTransform,
+        rows: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss in nats, float32, without dimensions.
 
@@ -79,31 +82,42 @@ class SummedCrossEntropy(torch.autograd.Function):
             bias: (vocabulary) of the head, or none.
             labels: (tokens), int64, none of them ``IGNORED``.
             transform: what the family does to the logits.
+            rows: (rows, hidden size), float32, what learns in the rows ``ids`` of the head, or none.
+            ids: (rows), int64.
         """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        learned = None if rows is None else rows.to(dtype)
+        row_gradient = None if rows is None else torch.zeros_like(rows)
         chunk = max(MIN_CHUNK, CHUNK_BYTES // (4 * weight.shape[0]))
         with torch.autocast(device, enabled=False):
             weight = weight.to(dtype)
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
-                logits = torch.nn.functional.linear(
-                    hidden[part].to(dtype), weight, None if bias is None else bias.to(dtype)
-                )
+                given = hidden[part].to(dtype)
+                logits = torch.nn.functional.linear(given, weight, None if bias is None else bias.to(dtype))
+                if learned is not None:
+                    logits.index_add_(1, ids, given @ learned.T)
                 loss, slope = _cross_entropy(logits.float(), labels[part, None], transform)
                 total += loss
-                if gradient is not None:
-                    gradient[part] = slope.to(dtype) @ weight
-        ctx.save_for_backward(gradient)
+                if gradient is None:
+                    continue
+                gradient[part] = slope.to(dtype) @ weight
+                if learned is not None:
+                    of_rows = slope[:, ids].to(dtype)
+                    gradient[part] += of_rows @ learned
+                    row_gradient += of_rows.T @ given
+        ctx.save_for_backward(gradient, row_gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
-        """Scales the gradient that was made on the way forward."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scales the gradients that were made on the way forward."""
+        gradient, row_gradient = ctx.saved_tensors
+        of_rows = None if row_gradient is None else row_gradient * outputs[0].to(row_gradient.dtype)
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, of_rows, None
 
 
 def _cross_entropy(
@@ -138,6 +152,7 @@ class SupervisedOutput(ModelOutput):
 def has_summed_loss(model: PreTrainedModel) -> bool:
     """Whether the loss of ``model`` can be computed here: a frozen, plain head, and no loss for a router."""
     head = model.get_output_embeddings()
+    head = head.base if isinstance(head, HeadRows) else head
     text = model.config.get_text_config()
     routed = getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0.0)
     plain = type(head) is torch.nn.Linear and not any(one.requires_grad for one in head.parameters())
@@ -171,14 +186,12 @@ def add_summed_loss(model: PreTrainedModel) -> None:
         if shifted is None:
             hidden, shifted = hidden[:, :-1], labels[:, 1:]
         head = self.get_output_embeddings()
-        weight, bias = (_whole(head.weight), None if head.bias is None else _whole(head.bias))
+        rows, ids = (head.rows, head.ids) if isinstance(head, HeadRows) else (None, None)
+        frozen = head.base if isinstance(head, HeadRows) else head
+        weight, bias = whole(frozen.weight), None if frozen.bias is None else whole(frozen.bias)
         supervised = shifted != IGNORED
         return SupervisedOutput(
-            loss=SummedCrossEntropy.apply(hidden[supervised], weight, bias, shifted[supervised], transform)
+            loss=SummedCrossEntropy.apply(hidden[supervised], weight, bias, shifted[supervised], transform, rows, ids)
         )
 
     model.forward = types.MethodType(forward, model)
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +22,11 @@ from lora_trainer.errors import BadDataError
 from lora_trainer.evaluate import Evaluator, Sample, answer_questions, question
 from lora_trainer.formats import Record, is_conversation
 from lora_trainer.model import load_base_model, load_tokenizer
+from lora_trainer.newtokens import PUBLISHED_FILES, TOKENIZER_FILE
 from lora_trainer.pairs import tokenize_pairs
 from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
+from lora_trainer.rows import merge_rows
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_data, fetch_model
 from lora_trainer.store import Store
@@ -104,11 +107,11 @@ def measure(
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORA_WORK")) as scratch:
         work = Path(scratch)
         directory = fetch_model(BaseModelSource(uri=model), work / "model")
-        tokenizer = load_tokenizer(directory)
         local = work / "adapter"
         if adapter is not None:
-            wanted = {*ADAPTER_FILES, TEMPLATE_FILE}
+            wanted = {*ADAPTER_FILES, TEMPLATE_FILE, *PUBLISHED_FILES}
             Store(adapter).download_directory("", local, lambda name: name in wanted)
+        tokenizer = load_tokenizer(local if (local / TOKENIZER_FILE).is_file() else directory)
         use_chat_template(tokenizer, read_template(local))
         files = fetch_data(DataSource(uri=data), work / "data")
         chat = bool(tokenizer.chat_template)
@@ -123,7 +126,10 @@ def measure(
         add_fused_lm_head(network)
         evaluator = build_evaluator(network, tokenizer, records, max_seq_length, device, dpo)
         if adapter is not None:
-            network = PeftModel.from_pretrained(network, local)
+            with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+                network = PeftModel.from_pretrained(network, local)
+            merge_rows(network)
         found = replace(evaluator, model=network).measure()
         questions = [asked for record in records if (asked := question(record)) is not None]
         answers: list[Sample] = []

@@ -230,7 +230,7 @@ def plan_memory(job: Job) -> MemoryPlan:
     stack, shards = job.stack, job.shards
     on_gpu = 0 if job.cpu_offload else 1
     weights = on_gpu * weight_bytes(job) / shards
-    adapter = on_gpu * adapter_bytes(job) / shards
+    adapter = on_gpu * adapter_bytes(job) / shards + row_bytes(job)
     constants = constant_bytes(job)
     gathered = gathered_bytes(job)
     held = held_bytes(job)
@@ -300,6 +300,20 @@ def adapter_bytes(job: Job) -> float:
     moment = 1 + 4 / 256 if job.optimizer == "paged-adamw-8bit" else stack.moment_bytes
     buckets = stack.adapter_bytes / 2 if job.shards == 1 and job.world_size > 1 else 0
     return adapter_weights(job) * (stack.adapter_bytes + 2 * moment + buckets)
+
+
+def row_bytes(job: Job) -> float:
+    """Bytes of the rows of ``lora.newTokens``, whole on every process, with gradient and AdamW's moments in float32.
+
+    DPO multiplies by the head's weight as a whole: it is copied with the rows in it, and its gradient is made in
+    float32 and then in the compute type (TRL 1.16).
+    """
+    rows = len(job.lora.new_tokens)
+    if not rows:
+        return 0.0
+    shape = job.shape
+    copies = (2 * job.compute_bytes + 4) * shape.vocabulary * shape.hidden if job.objective == "dpo" else 0
+    return float(16 * rows * shape.hidden * (1 if shape.tied else 2) + copies)
 
 
 def adapter_weights(job: Job) -> int:

@@ -29,9 +29,10 @@ from lora_api.adapter import (
     merged_directory,
 )
 from lora_api.run import RunSpec
-from lora_trainer.adapter import model_name
+from lora_trainer.adapter import matrix_names, model_name
 from lora_trainer.chat import template_files
 from lora_trainer.errors import BadSpecError, InternalError, StoreUnavailableError
+from lora_trainer.newtokens import tokenizer_files
 from lora_trainer.publish import has_manifest
 from lora_trainer.store import Store, describe_file, join
 from lora_trainer.verify import published_scale
@@ -80,10 +81,13 @@ def plan_merge(base: Path, shapes: Shapes) -> MergePlan:
         BadSpecError: the weight of an adapted module is in no file, or not as a plain matrix of the module's shape.
     """
     files = find_weight_files(base)
-    places, kinds = _read_places(base, files)
+    places, kinds, tied = _read_places(base, files)
     modules = {}
     for module, shape in _weight_shapes(shapes).items():
-        found = places.get(f"{module.removeprefix(PEFT_PREFIX)}.weight")
+        name = f"{module.removeprefix(PEFT_PREFIX)}.weight"
+        found = places.get(name)
+        if found is None and name == tied:
+            continue  # its rows are those of the embedding
         if found is None:
             raise BadSpecError(
                 f"publish.mergeBase: the files of baseModel have no tensor of its own for {module}, so the adapter "
@@ -177,7 +181,7 @@ def publish_merged(
 
     for name, source in merge_files(plan, tensors, scale, scratch):
         put(name, source)
-    written = {CARD_FILE: card, **template_files(run.dataset.chat_template)}
+    written = {CARD_FILE: card, **tokenizer_files(run, base), **template_files(run.dataset.chat_template)}
     for name in list_kept_files(base):
         if name not in written:
             put(name, base / name)
@@ -220,14 +224,21 @@ def list_kept_files(base: Path) -> list[str]:
 
 
 def _weight_shapes(shapes: Shapes) -> dict[str, tuple[int, int]]:
-    """Shape (outputs, inputs) of the weight of each module that has both matrices."""
-    inputs = {name.partition(".lora_A.")[0]: shape[1] for name, shape in shapes.items() if ".lora_A." in name}
-    outputs = {name.partition(".lora_B.")[0]: shape[0] for name, shape in shapes.items() if ".lora_B." in name}
-    return {module: (outputs[module], inputs[module]) for module in sorted(inputs)}
+    """Shape of the weight of each module with both matrices: (outputs, inputs); an embedding's: (tokens, outputs)."""
+    found = {}
+    for module in sorted({name.partition(".lora_")[0] for name in shapes}):
+        a, b = (shapes[name] for name in matrix_names(module, shapes))
+        embedding = f"{module}.lora_embedding_A" in shapes
+        found[module] = (a[1], b[0]) if embedding else (b[0], a[1])
+    return found
 
 
-def _read_places(base: Path, files: list[str]) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+def _read_places(
+    base: Path, files: list[str]
+) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]], str | None]:
     """Where each parameter is: by its name in the model, its name in the files; and the type and shape of the latter.
+
+    Also the name of the output head's weight, if it is that of the embedding.
 
     They are not always the same name: files keep those of the code that wrote them, and transformers renames while it
     loads. What it also splits or joins has no tensor of its own, and is left out.
@@ -239,6 +250,7 @@ def _read_places(base: Path, files: list[str]) -> tuple[dict[str, str], dict[str
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = skeleton.state_dict()
+    tied = next(iter(skeleton.all_tied_weights_keys), None)
     places, kinds = {}, {}
     for file in files:
         with safe_open(base / file, framework="pt") as shard:
@@ -248,14 +260,15 @@ def _read_places(base: Path, files: list[str]) -> tuple[dict[str, str], dict[str
                 name, converted = rename_source_key(key, renamings, converters, skeleton.base_model_prefix, state)
                 if converted is None:
                     places[name] = key
-    return places, kinds
+    return places, kinds, tied
 
 
 def _merge(
     key: str, weight: torch.Tensor, module: str, tensors: Mapping[str, torch.Tensor], scale: float
 ) -> torch.Tensor:
-    a, b = (tensors[f"{module}.lora_{letter}.weight"].to(torch.float32) for letter in "AB")
-    merged = torch.addmm(weight.to(torch.float32), b, a, alpha=scale).to(weight.dtype)
+    a, b = (tensors[name].to(torch.float32) for name in matrix_names(module, tensors))
+    left, right = (a.T, b.T) if f"{module}.lora_embedding_A" in tensors else (b, a)
+    merged = torch.addmm(weight.to(torch.float32), left, right, alpha=scale).to(weight.dtype)
     if not bool(torch.isfinite(merged).all()):
         raise InternalError(f"publish.mergeBase: {key} is not finite once the adapter is merged into it")
     return merged

@@ -96,7 +96,7 @@ def preflight(document: str, where: str, directory: Path, device_gib: float | No
     if run is not None:
         if "baseModel" not in broken:
             model = findings.attempt(lambda: check_model(run, directory / "model", findings))
-            tokenizer = None if model is None else findings.attempt(lambda: _load_tokenizer(model.files.directory))
+            tokenizer = None if model is None else findings.attempt(lambda: _read_tokenizer(run, model, findings))
         if "dataset" not in broken:
             report, pins = check_data(run, tokenizer, directory, findings)
         if "publish" not in broken:
@@ -185,6 +185,7 @@ def _look_inside(config: Mapping[str, Any], directory: Path, lora: LoRA, finding
     """The shape for the memory plan, ``None`` where there is none for this model, whose layers can take the adapter."""
     from lora_trainer.architecture import check_supported, read_architecture, resolve_targets
     from lora_trainer.model import load_skeleton
+    from lora_trainer.rows import check_has_rows
 
     check_supported(config)
     shape = None
@@ -192,7 +193,10 @@ def _look_inside(config: Mapping[str, Any], directory: Path, lora: LoRA, finding
         shape = read_shape(config)
     except UnplannedModelError as error:
         findings.warnings.append(f"memory is not planned: {error}")
-    resolve_targets(read_architecture(load_skeleton(directory)), lora)
+    skeleton = load_skeleton(directory)
+    resolve_targets(read_architecture(skeleton), lora)
+    if lora.new_tokens:
+        check_has_rows(skeleton)
     return shape
 
 
@@ -204,10 +208,14 @@ def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Fin
         )
 
 
-def _load_tokenizer(directory: Path) -> Any:
-    from lora_trainer.model import load_tokenizer
+def _read_tokenizer(run: RunSpec, model: Model, findings: Findings) -> Any:
+    """The tokenizer as the training processes will have it."""
+    from lora_trainer.newtokens import describe_cost, read_tokenizer
 
-    return load_tokenizer(directory)
+    tokenizer, tokens = read_tokenizer(run, model.files.directory)
+    if tokens.ids:
+        findings.warnings.append(describe_cost(run, tokens, model.shape))
+    return tokenizer
 
 
 def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings) -> tuple[DataReport | None, Pins]:
@@ -233,11 +241,9 @@ def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings
 
 def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any, directory: Path) -> DataReport:
     """The records of both sides as the model is given them, cut at maxSeqLength: by what the training processes run."""
-    from lora_trainer.chat import use_chat_template
     from lora_trainer.prepare import prepare_data
     from lora_trainer.settings import Place
 
-    tokenizer = use_chat_template(tokenizer, run.dataset.chat_template)
     return prepare_data(run, sources, tokenizer, Place(0, 0, 1), directory).report
 
 

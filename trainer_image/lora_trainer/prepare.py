@@ -34,6 +34,7 @@ from lora_trainer.data import (
 )
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import Format, Record, is_conversation
+from lora_trainer.newtokens import Unseen
 from lora_trainer.packs import Sequences, pack
 from lora_trainer.pairs import digest_pairs, tokenize_pairs
 from lora_trainer.readers import BadRecord
@@ -126,10 +127,12 @@ class _Pass:
     def __init__(self, run: RunSpec, tokenizer: Tokenizer, directory: Path) -> None:
         self._run, self._tokenizer, self._directory = run, tokenizer, directory
         self._limit = run.dataset.max_seq_length
+        self._unseen = Unseen(tokenizer, run.lora.new_tokens)
 
     def run(self, sources: Sources) -> dict[str, Any]:
         dataset = self._run.dataset
         found, first, side, digest, shown = self._write("train", sources.train, dataset.format)
+        self._unseen.check()
         tokens = TokenFile(self._directory / "train.arrow")
         limit, evaluation = 0.0, 0
         if sources.eval is not None:
@@ -197,6 +200,7 @@ class _Pass:
                     side.whole.append(len(document.ids))
                     side.learned.append(cut.supervised)
                     kept.append(cut)
+                    self._unseen.see(cut.ids)
                     places.append(position)
                 writer.write(kept, places)
             digest = writer.digest()
@@ -364,6 +368,10 @@ def prepare_pairs(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> Train
                 f"dataset.maxSeqLength = {limit}; raise maxSeqLength"
             )
     train, evaluation = found["train"].pairs, found["eval"].pairs
+    unseen = Unseen(tokenizer, run.lora.new_tokens)
+    for pair in train:
+        unseen.see(torch.cat([pair.prompt, pair.chosen, pair.rejected]).numpy())
+    unseen.check()
     shown = (records.eval or records.train)[:SHOWN]
     report = found["train"].report(len(evaluation))
     digest = digest_pairs([*train, *evaluation])

@@ -21,6 +21,7 @@ from lora_trainer.eventfile import write_event_file
 from lora_trainer.gate import decide_gate
 from lora_trainer.merge import publish_merged
 from lora_trainer.metrics import METRICS_FILE, write_metrics
+from lora_trainer.newtokens import tokenizer_files
 from lora_trainer.progress import Progress
 from lora_trainer.publish import adapter_directory, publish_adapter, publish_version, upload_adapter
 from lora_trainer.report import RunResult, build_report
@@ -83,6 +84,7 @@ def write_extras(release: Release, result: RunResult) -> list[Path]:
         CARD_FILE: build_card(release.run, result),
         REPORT_FILE: build_report(release.run, result),
         METRICS_FILE: write_metrics(result.metrics),
+        **tokenizer_files(release.run, release.base),
         **template_files(release.run.dataset.chat_template),
     }
     release.directory.mkdir(parents=True, exist_ok=True)

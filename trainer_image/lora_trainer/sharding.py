@@ -24,6 +24,7 @@ from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import InternalError
 from lora_trainer.loading import local_part
 from lora_trainer.parallel import limit_collectives, sum_over_ranks
+from lora_trainer.rows import frozen_weight, row_parameters
 from lora_trainer.strategy import Strategy
 
 SHARD_TOLERANCE = 1.25
@@ -62,6 +63,7 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
 
     While a layer runs, the next one is gathered. The head stays gathered from forward to backward pass, which begins
     with it; the embedding does not, since nothing before it is trained. Tied, both are one weight and one group.
+    The rows of new tokens stay whole.
     """
     mesh = make_mesh(strategy, device)
     # The packed weights of NF4 are stored in the compute type, so that it is no cast for them.
@@ -71,7 +73,7 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if strategy.offload else OffloadPolicy(),
-        "ignored_params": {p for p in model.parameters() if not p.is_floating_point()},
+        "ignored_params": {p for p in model.parameters() if not p.is_floating_point()} | row_parameters(model),
     }
     layers = decoder_layers(model)
     with filling_shards(model):
@@ -100,7 +102,7 @@ def _shard_ends(model: nn.Module, layers: list[nn.Module], common: dict[str, Any
     weight is there.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and embedding.weight is head.weight
+    tied = head is not None and frozen_weight(embedding) is frozen_weight(head)
     tail = [module for module in (_final_norm(model, layers), embedding if tied else None, head) if module is not None]
     if not tied:
         fully_shard(embedding, reshard_after_forward=True, **common)
@@ -205,18 +207,20 @@ def check_sharded(model: nn.Module, whole: int, strategy: Strategy) -> None:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """ddp: the mean of each gradient over all processes, in one message. FSDP2 has done so already.
+    """The mean over all processes of each gradient of a whole parameter, in one message: all with ddp.
 
-    A parameter without a gradient here may have one elsewhere (a mixture's expert), so it counts as zero.
+    FSDP2 has done so with those of sharded parameters. A parameter without a gradient here may have one elsewhere (a
+    mixture's expert), so it counts as zero.
     """
-    if not dist.is_initialized() or any(isinstance(parameter, DTensor) for parameter in parameters):
+    own = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if not dist.is_initialized() or not own:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, mean in zip(parameters, flat.split(sizes), strict=True):
+    sizes = [parameter.numel() for parameter in own]
+    for parameter, mean in zip(own, flat.split(sizes), strict=True):
         parameter.grad = mean.view_as(parameter)
 
 
@@ -229,8 +233,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     parameters = trainable(model)
     average_gradients(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    square = float(torch.stack([part.double().square().sum() for part in local]).sum()) if local else 0.0
+    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    square = _square(shards)
     sharded = next((parameter for parameter in parameters if isinstance(parameter, DTensor)), None)
     if sharded is not None:
         mesh = sharded.device_mesh
@@ -238,8 +243,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
             mesh.size(dim) for dim, placement in enumerate(sharded.placements) if isinstance(placement, Replicate)
         )
         square = sum_over_ranks([square], torch.device(mesh.device_type))[0] / copies
-    norm = square**0.5
+    norm = (square + _square(whole)) ** 0.5
     if max_norm < norm < float("inf"):
-        for part in local:
+        for part in (*shards, *whole):
             part.mul_(max_norm / (norm + 1e-6))
     return norm
+
+
+def _square(parts: list[torch.Tensor]) -> float:
+    """The square of the L2 norm over all ``parts``, summed in float64."""
+    return float(torch.stack([part.double().square().sum() for part in parts]).sum()) if parts else 0.0

@@ -11,7 +11,6 @@ from lora_trainer import __version__
 from lora_trainer.adapter import expected_shapes
 from lora_trainer.callbacks import BoundaryCallback, EvaluationCallback, ProgressCallback
 from lora_trainer.catalog import Catalog
-from lora_trainer.chat import use_chat_template
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.evaluate import sample_questions
 from lora_trainer.gate import check_gate_has_records
@@ -20,7 +19,8 @@ from lora_trainer.loading import part_to_load
 from lora_trainer.memrecord import measure_memory
 from lora_trainer.merge import check_mergeable
 from lora_trainer.metrics import read_metrics
-from lora_trainer.model import add_adapter, load_base_model, load_tokenizer, training_device
+from lora_trainer.model import add_adapter, load_base_model, training_device
+from lora_trainer.newtokens import read_tokenizer
 from lora_trainer.objectives import build_trainer
 from lora_trainer.parallel import choose_strategy, start_process_group
 from lora_trainer.pinned import check_pins
@@ -29,6 +29,7 @@ from lora_trainer.progress import Progress
 from lora_trainer.publish import find_published
 from lora_trainer.release import Release, publish_run
 from lora_trainer.report import RunResult
+from lora_trainer.rows import add_rows
 from lora_trainer.rules import check_run
 from lora_trainer.settings import Place, state_directory
 from lora_trainer.sharding import spread_model
@@ -56,7 +57,7 @@ def train(
     progress.stage("loading")
     sources = fetch_sources(run, place, work / "sources")
     check_pins(run, sources, place)
-    tokenizer = use_chat_template(load_tokenizer(sources.model), run.dataset.chat_template)
+    tokenizer, tokens = read_tokenizer(run, sources.model)
     data = prepare_data(run, sources, tokenizer, place, work / "data")
     progress.note(f"data: {data.report.to_text()}")
     check_gate_has_records(run, data.report.eval_records)
@@ -69,8 +70,9 @@ def train(
     progress.report_memory(**memory.to_progress())
     strategy = choose_strategy(run, sources.model, memory.available)
 
-    base = load_base_model(sources.model, run.quantization, device, part_to_load(strategy, place.rank))
-    model = add_adapter(base, run.lora, run.training.seed)
+    part = part_to_load(strategy, place.rank)
+    model = add_adapter(load_base_model(sources.model, run.quantization, device, part), run.lora, run.training.seed)
+    add_rows(model, tokens, part)
     check_mergeable(run, sources.model, expected_shapes(model))
     in_between = EvaluationCallback(run.training.eval_every_steps, progress, stop)
     checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress, stop)

@@ -18,6 +18,7 @@ from lora_trainer.evaluate import Evaluator, Prompt
 from lora_trainer.finite import FiniteTrainer
 from lora_trainer.optim import optimizer_name
 from lora_trainer.progress import Progress
+from lora_trainer.rows import row_parameters
 from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.settings import Place
 from lora_trainer.sharding import own_distribution
@@ -78,6 +79,12 @@ class LoRATrainer(FiniteTrainer):
         if self._ahead is None or self._ahead.source is not epoch_iterator:
             self._ahead = Ahead(epoch_iterator, num_batches, self._maker)
         return super().get_batch_samples(self._ahead, num_batches, device)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All but the rows of new tokens, which so have a group of their own: torch does not mix shards with wholes."""
+        rows = row_parameters(model)
+        own = {name for name, parameter in model.named_parameters() if parameter in rows}
+        return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Leaves the model as it is: ``sharding`` spreads it over the processes."""

@@ -21,6 +21,7 @@ from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredFile
 from lora_trainer.adapter import ADAPTER
 from lora_trainer.errors import InternalError
 from lora_trainer.parallel import assign_full
+from lora_trainer.rows import find_rows, read_rows
 from lora_trainer.settings import Place, publish_seconds
 from lora_trainer.store import Store, describe_file, join
 
@@ -131,6 +132,16 @@ def load_published(model: PeftModel, directory: Path | None, place: Place, devic
         if place.world_size > 1:
             dist.broadcast(value, src=0)
         assign_full(parameter, value)
+    learned = find_rows(model)
+    if learned is not None:
+        values = torch.zeros(2, *learned.embedding.rows.shape, device=device)
+        if place.is_main:
+            values = torch.stack(read_rows(learned, saved, scale)).to(device)
+            saved = {name: tensor for name, tensor in saved.items() if name not in learned.shapes}
+        if place.world_size > 1:
+            dist.broadcast(values, src=0)
+        for module, value in zip((learned.embedding, learned.head), values, strict=True):
+            assign_full(module.rows, value)
     if saved:
         raise InternalError(f"the adapter in the store has weights of nothing in the model: {sorted(saved)[:3]}")
 

@@ -117,6 +117,10 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "must be auto or a whole number from 1 to 1024",
     ),
     "a rank of 0 for a module": ({"lora.rankPattern": {"q_proj": 0}}, "spec.lora.rankPattern.q_proj", "or equal to 1"),
+    "a new token with a blank": ({"lora.newTokens": ["<|a b|>"]}, "spec.lora.newTokens[0]", "should match"),
+    "a new token of one letter": ({"lora.newTokens": ["a"]}, "spec.lora.newTokens[0]", "at least 2 chars"),
+    "a new token twice": ({"lora.newTokens": ["<|a|>", "<|a|>"]}, "spec.lora.newTokens[1]", "Duplicate value"),
+    "too many new tokens": ({"lora.newTokens": [f"<{n}>" for n in range(65)]}, "spec.lora.newTokens", "at most 64"),
     "int8 weights in shards": (
         {"quantization.type": "int8", "parallelism.gpusPerNode": 2},
         "spec.quantization.type",
