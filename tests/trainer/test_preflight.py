@@ -23,7 +23,7 @@ from lora_trainer.pinned import check_pins
 from lora_trainer.preflight import preflight
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_sources
-from tests.support.families import SIZES
+from tests.support.families import SIZES, make_family
 from tests.support.hub import run_hub
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_rows, save_tokenizer, write_rows
@@ -176,6 +176,17 @@ def test_the_layers_of_a_model_are_looked_at_though_its_memory_is_not_planned(
     assert [kind for kind, _ in found] == ([] if words is None else [BAD_SPEC]), found
     assert words is None or words in found[0][1]
     assert any("memory is not planned" in text for text in result.warnings) == (kind != "Llama")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_it_is_said_that_experts_are_left_as_they_are(quantization: str, check: Check, tmp_path: Path) -> None:
+    model = make_family("mixtral", tmp_path / "mixture")
+    result = check(gib=24, baseModel={"uri": f"file://{model}"}, quantization={"type": quantization})
+    assert not said(result)
+    (warning,) = [text for text in result.warnings if "experts" in text]
+    experts = 2 * 4 * 3 * 64 * 96  # layers, experts, matrices
+    assert warning.startswith(f"baseModel: {experts:,} of ")
+    assert ("not quantized" in warning) == (quantization == "nf4")
 
 
 def shard(directory: Path) -> None:

@@ -29,7 +29,6 @@ from lora_api.preflight import (
 )
 from lora_api.run import RunSpec
 from lora_api.sources import DataSource
-from lora_api.training import LoRA
 from lora_trainer.errors import BadSpecError, classify, describe
 from lora_trainer.fitting import build_job, settle, suggest
 from lora_trainer.gate import check_gate_has_records
@@ -163,7 +162,7 @@ def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
     """
     files = open_model(run.base_model, target)
     config = read_json_object(files.directory / "config.json")
-    shape = findings.attempt(lambda: _look_inside(config, files.directory, run.lora, findings))
+    shape = findings.attempt(lambda: _look_inside(config, files.directory, run, findings))
     headers = findings.attempt(lambda: read_headers(files))
     if headers is None:
         return Model(files, shape, None, None)
@@ -181,7 +180,7 @@ def check_model(run: RunSpec, target: Path, findings: Findings) -> Model:
     return Model(files, shape, counted, facts)
 
 
-def _look_inside(config: Mapping[str, Any], directory: Path, lora: LoRA, findings: Findings) -> ModelShape | None:
+def _look_inside(config: Mapping[str, Any], directory: Path, run: RunSpec, findings: Findings) -> ModelShape | None:
     """The shape for the memory plan, ``None`` where there is none for this model, whose layers can take the adapter."""
     from lora_trainer.architecture import check_supported, read_architecture, resolve_targets
     from lora_trainer.model import load_skeleton
@@ -194,8 +193,11 @@ def _look_inside(config: Mapping[str, Any], directory: Path, lora: LoRA, finding
     except UnplannedModelError as error:
         findings.warnings.append(f"memory is not planned: {error}")
     skeleton = load_skeleton(directory)
-    resolve_targets(read_architecture(skeleton), lora)
-    if lora.new_tokens:
+    architecture = read_architecture(skeleton)
+    resolve_targets(architecture, run.lora)
+    if architecture.experts:
+        findings.warnings.append(_describe_experts(skeleton, architecture, run))
+    if run.lora.new_tokens:
         check_has_rows(skeleton)
     return shape
 
@@ -206,6 +208,14 @@ def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Fin
             f"the files hold {counted.total:,} weights in {len(tensors)} tensors, and config.json describes "
             f"{shape.total_weights:,}; the plan takes those of the files"
         )
+
+
+def _describe_experts(skeleton: Any, architecture: Any, run: RunSpec) -> str:
+    sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
+    count, total = sum(sizes[name] for name in architecture.experts), sum(sizes.values())
+    kind = run.quantization.type
+    as_they_are = "" if kind == "none" else f" and are not quantized, though quantization.type is {kind}"
+    return f"baseModel: {count:,} of {total:,} weights are routed experts: they get no adapter{as_they_are}"
 
 
 def _read_tokenizer(run: RunSpec, model: Model, findings: Findings) -> Any:
