@@ -58,6 +58,7 @@ def _compare(outcome: Outcome, run: Raw | None) -> list[str]:
         "failed preflights": (status.get("failedPreflights", 0), outcome.failed_preflights),
         "micro-batch": (status.get("microBatchSize"), outcome.micro_batch),
         "adapter": ("adapter" in status, outcome.phase is Phase.SUCCEEDED),
+        "progress": ((status.get("progress") or {}).get("percent") if outcome.told else 100, 100),
     }  # fmt: skip
     differences = [f"{name} is {got}, not {want}" for name, (got, want) in pairs.items() if got != want]
     classes = [failure["class"] for failure in status.get("failures", [])]

@@ -6,13 +6,13 @@ so that a call which an API server that was killed has swallowed is made again.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
 from bench.soak import stories
 from bench.soak.stories import Story
-from lora_api import RULES, FailureClass, Phase
+from lora_api import RULES, FailureClass, Phase, ProgressLine
 from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, child_name, preflight_name
 from lora_operator.views import parse_time
 from tests.support.runs import ended, running, settled, termination, waiting
@@ -21,7 +21,7 @@ GANG = 2
 NODES = ("node-0", "node-1")
 
 _UNTIL_ASKED = frozenset(
-    {stories.SUSPENDED, stories.RUN_DELETED, stories.JOB_DELETED, stories.POD_DELETED, stories.OVERDUE}
+    {stories.SUSPENDED, stories.RUN_DELETED, stories.JOB_DELETED, stories.POD_DELETED, stories.OVERDUE, stories.STALLS}
 )
 """Endings of pods that run until somebody asks them to stop."""
 
@@ -29,6 +29,11 @@ _NEVER_START = {
     stories.NO_IMAGE: ("ErrImagePull", "manifest unknown"),
     stories.NO_SECRET: ("CreateContainerConfigError", 'secret "store" not found'),
 }
+
+_STEPS = 1000
+"""Steps of an attempt at most: no two attempts tell of the same one."""
+
+_LOG_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,12 @@ class _Gang:
     step: int
     runs_for: float
     mounted: bool
+    told: bool
 
     def is_time(self, now: datetime) -> bool:
         """Whether all pods have run for as long as the story says."""
+        if self.ending == stories.TOLD and not self.told:
+            return False
         starts = [start for pod in self.pods if (start := _started(pod)) is not None]
         return len(starts) == self.size and (now - max(starts)).total_seconds() >= self.runs_for
 
@@ -123,6 +131,7 @@ def _find_gang(story: Story, number: tuple[int, int], seen: Seen) -> _Gang:
         step=7 if story.stuck else 10 * (attempt + preflight),
         runs_for=story.runs_for,
         mounted=name in seen.configmaps,
+        told=_progress(seen.run) > _STEPS * attempt,
     )
 
 
@@ -200,7 +209,7 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     """How a pod ends whose time has come; ``None``: another one ends first."""
     if ending == stories.PASSES:
         return ended(0, settled(), "Completed")
-    if ending == stories.SUCCEEDS:
+    if ending in (stories.SUCCEEDS, stories.TOLD):
         return ended(0, "" if index else termination(), "Completed")
     lead = 0 if ending == stories.NODE_LOST else gang.size - 1
     if index != lead and not any(map(has_ended, gang.pods)):
@@ -221,6 +230,34 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     if code is None:
         raise ValueError(f"no trainer ends with {ending}")
     return ended(code, termination(ending, "It broke", rank=index, step=gang.step))
+
+
+def compute_log(story: Story, pod: Raw, now: datetime) -> str:
+    """The end of what ``pod`` has written: rank 0 of an attempt tells of a step each second, if it does not stall."""
+    attempt, _ = number_of(pod)
+    created = parse_time(pod["metadata"]["creationTimestamp"]) or now
+    until = now if _started(pod) else parse_time(_container(pod).get("terminated", {}).get("finishedAt")) or created
+    if story.ending(attempt) == stories.STALLS:
+        until = min(until, created + timedelta(seconds=story.pause + story.runs_for))
+    if not attempt or index_of(pod):
+        return ""
+    last = int((until - created).total_seconds())
+    return "".join(
+        ProgressLine(
+            event="step",
+            at=created + timedelta(seconds=second),
+            step=_STEPS * attempt + second,
+            total_steps=_STEPS * (attempt + 1),
+            loss=1.0,
+        ).to_line()
+        + "\n"
+        for second in range(max(1, last - _LOG_LINES), last + 1)
+    )
+
+
+def _progress(run: Raw | None) -> int:
+    """The step that the status tells of."""
+    return int(((run or {}).get("status", {}).get("progress") or {}).get("step", 0))
 
 
 def _container(pod: Raw) -> Raw:

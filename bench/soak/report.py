@@ -9,8 +9,9 @@ _HEAD = """# Soak of the operator
 
 Written by `make test-soak` on a real etcd, kube-apiserver and kube-controller-manager (`devcluster`), with the operator
 as its image runs it, as a process of its own with the rights of its role. Users, scheduler and kubelets are played
-(`bench/soak/player.py`): each run has a story of how its preflights and attempts end, and the one state in which it
-has to end is computed from that and the failure table. Faults come all the while, and no fault may change an end.
+(`bench/soak/player.py`), the logs of the pods too, in which rank 0 tells of a step each second: each run has a story of
+how its preflights and attempts end, and the one state in which it has to end is computed from that and the failure
+table. Faults come all the while, and no fault may change an end, nor may any make a gang that speaks look stalled.
 """
 
 _RIGHT = """**Everything is as it has to be:** each run is in the state in which its story ends, with its attempts,

@@ -53,7 +53,7 @@ class Size:
 
 
 FULL = Size(runs=200, seconds=1800.0, every=8.0, runs_for=30.0, creating=0.75, ill=0.9)
-TINY = Size(runs=24, seconds=60.0, every=3.0, runs_for=2.0, creating=0.5, ill=0.7)
+TINY = Size(runs=26, seconds=60.0, every=3.0, runs_for=2.0, creating=0.5, ill=0.7)
 
 _KILLED_UNTIL = 0.2
 _FIRST_LOOK = 1 / 3
@@ -96,7 +96,7 @@ class Soak:
                 kubeconfig = write_kubeconfig(plane.directory / "proxy.kubeconfig", proxy.port)
                 with closing(Audit(plane.files.audit_log)) as audit:
                     async with (
-                        play_world(client, self._told) as world,
+                        play_world(client, self._told, plane.files.authority) as world,
                         run_operators(kubeconfig, plane.logs, self._log) as operators,
                     ):
                         self._begin = time.monotonic()

@@ -24,6 +24,7 @@ SUCCEEDS, PASSES, SUSPENDED, RUN_DELETED = "succeeds", "passes", "suspended", "r
 KILLED, EVICTED, NODE_LOST, OOM = "killed", "evicted", "node lost", "out of host memory"
 POD_DELETED, JOB_DELETED, CRASHES, OVERDUE = "pod deleted", "Job deleted", "crashes", "overdue"
 NO_IMAGE, NO_SECRET, NAME_TAKEN, REFUSED = "no image", "no secret", "name taken", "runtime refuses"
+STALLS, TOLD = "stalls", "succeeds once its progress was told"
 
 _LOST = FailureClass.POD_LOST
 
@@ -45,12 +46,17 @@ ENDINGS: Mapping[str, tuple[FailureClass, ...]] = {
     NO_SECRET: (FailureClass.POD_NOT_STARTED,),
     NAME_TAKEN: (FailureClass.NAME_CONFLICT,),
     REFUSED: (FailureClass.RUNTIME_REFUSED,),
+    STALLS: (FailureClass.STALLED,),
+    TOLD: (),
 }
 """How a preflight or an attempt can end, and the classes that may be put on record for it.
 
 A trainer that fails by itself ends as its class is called. Where there are two classes, it depends on who is faster:
 a pod that is gone before any operator has seen its last words is lost. What counts is the same for both.
 """
+
+_IMPATIENT = {"stallTimeoutSeconds": 10}
+"""The shortest that there is. All pods speak each second, but for those that stall."""
 
 _CHARGED = ("StoreUnavailable", "Internal", "PeerLost", CRASHES)
 _FREE = (KILLED, EVICTED, NODE_LOST, POD_DELETED, JOB_DELETED, "Checkpointed")
@@ -94,7 +100,10 @@ class Story:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ends. ``phase`` None: it is gone. ``failures``: the classes of each, any of which is right."""
+    """Where a run ends. ``phase`` None: it is gone. ``failures``: the classes of each, any of which is right.
+
+    ``told``: all of its progress was told. That of others may be, as far as somebody was there to read it.
+    """
 
     phase: Phase | None
     attempt: int = 0
@@ -102,6 +111,7 @@ class Outcome:
     failures: tuple[tuple[FailureClass, ...], ...] = ()
     failed_preflights: int = 0
     micro_batch: int | None = None
+    told: bool = False
     children: bool = True
 
 
@@ -139,6 +149,7 @@ def compute_outcome(story: Story) -> Outcome:
             failures=tuple(ENDINGS[ending] for _, ending in failures),
             failed_preflights=sum(1 for number, _ in failures if not number),
             micro_batch=micro_batch,
+            told=ending == TOLD,
             children=not gone and policy.ttl_seconds_after_finished is None,
         )
     raise ValueError(f"{story.name} has no end: {endings}")
@@ -200,6 +211,10 @@ _KINDS: Mapping[str, Callable[[Draw], dict[str, Any]]] = {
         "attempts": _some(draw, ("GPUOutOfMemory", OOM), 3, 3), "policy": {"onOutOfMemory": "shrinkMicroBatch"}
     },
     "runs out of memory": lambda draw: {"attempts": (draw.choice(("GPUOutOfMemory", OOM)),)},
+    "stalls, then succeeds": lambda draw: {
+        "attempts": (*[STALLS] * draw.randint(1, 2), SUCCEEDS), "policy": _IMPATIENT
+    },
+    "tells of its progress": lambda draw: {"attempts": (*_some(draw, _FREE, 0, 1), TOLD), "policy": _IMPATIENT},
     "is suspended": lambda draw: {"attempts": (*[SUSPENDED] * draw.randint(1, 2), SUCCEEDS)},
     "is created suspended": lambda draw: {"attempts": (SUCCEEDS,), "policy": {"suspend": True}},
     "is deleted": lambda draw: {"attempts": (*_some(draw, _CHARGED, 0, 1), RUN_DELETED)},

@@ -13,8 +13,10 @@ import aiohttp
 from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, BenchError, Client, Raw, RefusedError
 from bench.scale.residents import build_run
 from bench.soak import stories
-from bench.soak.player import NODES, Action, Seen, decide_actions
+from bench.soak.kubelets import ADDRESS, run_kubelets
+from bench.soak.player import NODES, Action, Seen, compute_log, decide_actions
 from bench.soak.stories import MICRO_BATCH, Story
+from devcluster.pki import Authority
 from lora_operator.children.names import RUN_LABEL, child_name
 
 RUNTIMES = "/apis/lorafinetune.io/v1alpha1/clusterloraruntimes"
@@ -73,12 +75,14 @@ class PatientClient(Client):
 
 
 class World:
-    """Plays ``stories``; times count from now."""
+    """Plays ``stories``; times count from now. ``port``: where its kubelets serve logs."""
 
     def __init__(self, client: PatientClient, told: Sequence[Story]) -> None:
         self._client = client
         self._spaces = {name: list(group) for name, group in itertools.groupby(told, key=lambda story: story.namespace)}
         self._begin = time.monotonic()
+        self.port = 0
+        self._seen: dict[str, dict[str, Seen]] = {}
         self._created: set[str] = set()
         self._resting: set[str] = set()
 
@@ -100,6 +104,15 @@ class World:
             await self._client.try_call(Action("POST", "/api/v1/namespaces", body))
         for name in self._spaces:
             await self._wait_for_account(name)
+
+    def read_log(self, namespace: str, pod: str) -> str | None:
+        """The log of a pod, or ``None`` where there was none at the last look."""
+        for story in self._spaces.get(namespace, ()):
+            seen = self._seen.get(namespace, {}).get(story.name, Seen(None))
+            found = next((item for item in seen.pods if item["metadata"]["name"] == pod), None)
+            if found is not None:
+                return compute_log(story, found, datetime.now(UTC))
+        return None
 
     async def _wait_for_account(self, namespace: str) -> None:
         """Waits for the service account without which no pod can be made."""
@@ -124,8 +137,12 @@ class World:
             await self._client.try_call(Action("POST", _LEASES, {"metadata": {"name": name}, "spec": lease}))
             times = dict.fromkeys(("lastHeartbeatTime", "lastTransitionTime"), f"{now:%Y-%m-%dT%H:%M:%SZ}")
             ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "", **times}
-            status = {"status": {"conditions": [ready]}}
-            await self._client.try_call(Action("PATCH", f"/api/v1/nodes/{name}/status", status, MERGE))
+            status = {
+                "conditions": [ready],
+                "addresses": [{"type": "InternalIP", "address": ADDRESS}],
+                "daemonEndpoints": {"kubeletEndpoint": {"Port": self.port}},
+            }
+            await self._client.try_call(Action("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, MERGE))
 
     async def play(self) -> None:
         """Plays until it is cancelled."""
@@ -145,7 +162,7 @@ class World:
         for story in told:
             if story.name not in self._created and story.at <= self._seconds():
                 await self._create(story)
-        seen = await fetch_seen(self._client, name)
+        self._seen[name] = seen = await fetch_seen(self._client, name)
         playing = [story for story in told if story.name in self._created]
         for story in playing:
             for action in decide_actions(story, seen.get(story.name, Seen(None)), datetime.now(UTC)):
@@ -213,9 +230,10 @@ async def in_background(*work: Coroutine[None, None, None]) -> AsyncIterator[Non
 
 
 @asynccontextmanager
-async def play_world(client: PatientClient, told: Sequence[Story]) -> AsyncIterator[World]:
+async def play_world(client: PatientClient, told: Sequence[Story], authority: Authority) -> AsyncIterator[World]:
     """A world that plays for the length of the block."""
     world = World(client, told)
-    await world.prepare()
-    async with in_background(world.send_heartbeats(), world.play()):
-        yield world
+    async with run_kubelets(authority, world.read_log) as world.port:
+        await world.prepare()
+        async with in_background(world.send_heartbeats(), world.play()):
+            yield world

@@ -4,6 +4,7 @@ from datetime import datetime
 
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.plan import Plan
+from lora_operator.policy import seconds_to_stall
 from lora_operator.progress import is_due
 from lora_operator.queueing import is_stopping
 from lora_operator.settings import Settings
@@ -41,14 +42,16 @@ def unseen_ends(observed: Observed) -> JobView | None:
 def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
     """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended.
 
-    A preflight has no progress to tell.
+    No gang is called stalled before a last look. A preflight has no progress to tell.
     """
     pod = _rank_zero(observed)
     if pod is None or pod.gone or not (pod.running or pod.ended):
         return None
     if pod.ended is not None:
         return None if observed.reports.log_read_to_end else pod
-    return pod if is_due(observed.reports.log_read_at, now, settings.log_interval) else None
+    left = seconds_to_stall(observed.run, observed.reports, now)
+    stalled = left is not None and left <= 0
+    return pod if stalled or is_due(observed.reports.log_read_at, now, settings.log_interval) else None
 
 
 def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:

@@ -1,4 +1,4 @@
-"""The keyed work queue: one worker a key at a time, wake-ups coalesce, errors back off.
+"""The keyed work queue: one look a key at a time, wake-ups coalesce, errors back off.
 
 ``Schedule`` is the pure core, with every time given to it; ``WorkQueue`` runs it on asyncio.
 """
@@ -17,9 +17,13 @@ logger = logging.getLogger(__name__)
 BASE_DELAY = 0.5
 MAX_DELAY = 120.0
 
+LATE = 0.001
+"""Seconds by which an alarm is late. uvloop counts in milliseconds, and one that is early is set again until it is not.
+"""
+
 
 class Schedule(Generic[K]):
-    """Which key is due when. A key is in one of three states: idle, due at a time, or taken by a worker."""
+    """Which key is due when. A key is in one of three states: idle, due at a time, or taken by a look."""
 
     def __init__(self, jitter: Callable[[], float] = random.random) -> None:
         self._jitter = jitter
@@ -90,7 +94,7 @@ class Schedule(Generic[K]):
 
 
 class WorkQueue(Generic[K]):
-    """Calls ``handle(key)`` for every key that is woken, ``concurrency`` at a time.
+    """Calls ``handle(key)`` for every key that is woken, in a task of its own, ``concurrency`` at a time.
 
     ``handle`` returns the seconds after which it wants the key again, or ``None``. This is the one place where an
     unknown error is caught: it is logged, and the key is tried again later.
@@ -102,8 +106,8 @@ class WorkQueue(Generic[K]):
         self._schedule: Schedule[K] = Schedule()
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
-        self._workers: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._looks: set[asyncio.Task[None]] = set()
         self.busy_since: dict[K, float] = {}
 
     def __len__(self) -> int:
@@ -115,10 +119,8 @@ class WorkQueue(Generic[K]):
         self._changed.set()
 
     def start(self) -> None:
-        """Starts the workers."""
-        self._workers = [
-            asyncio.create_task(self._work(), name=f"reconcile worker {number}") for number in range(self._concurrency)
-        ]
+        """Begins to look at keys."""
+        self._dispatcher = asyncio.create_task(self._dispatch(), name="dispatcher")
 
     async def caught_up(self) -> None:
         """Returns when every due key has been taken."""
@@ -127,44 +129,57 @@ class WorkQueue(Generic[K]):
             await self._idle.wait()
 
     async def stop(self, grace: float) -> None:
-        """Lets the workers finish what they are at, for ``grace`` seconds at most."""
-        self._stopping = True
-        self._changed.set()
-        if self._workers:
-            await asyncio.wait(self._workers, timeout=grace)
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        """Begins no more looks, and lets those that have begun finish, for ``grace`` seconds at most."""
+        if self._dispatcher is not None:
+            self._dispatcher.cancel()
+            await asyncio.wait([self._dispatcher])
+        if self._looks:
+            await asyncio.wait(self._looks, timeout=grace)
+        for look in self._looks:
+            look.cancel()
+        await asyncio.gather(*self._looks, return_exceptions=True)
 
-    async def _work(self) -> None:
-        while not self._stopping:
+    async def _dispatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._changed.clear()
+            self._begin_looks()
+            alarm, due = None, self._schedule.next_due()
+            if due is None or due > self._now():
+                self._idle.set()
+            if due is not None and len(self._looks) < self._concurrency:
+                alarm = loop.call_at(due + LATE, self._changed.set)
+            await self._changed.wait()
+            if alarm is not None:
+                alarm.cancel()
+
+    def _begin_looks(self) -> None:
+        """Begins as many looks as are due and may be taken now."""
+        while len(self._looks) < self._concurrency:
             key = self._schedule.take(self._now())
             if key is None:
-                self._idle.set()
-                await self._wait()
-                continue
+                return
             self.busy_since[key] = self._now()
-            try:
-                again_after = await self._handle(key)
-            except Exception:  # the boundary: see the class
-                delay = self._schedule.failed(key, self._now())
-                logger.exception("%s: failed, next try in %.1f s", key, delay)
-            else:
-                self._schedule.done(key, self._now(), again_after=again_after)
-            finally:
-                self.busy_since.pop(key, None)
-            self._changed.set()
-            await asyncio.sleep(0)  # a look that calls nobody ends without a pause, and probes wait for one
+            look = asyncio.create_task(self._look(key))
+            self._looks.add(look)
+            look.add_done_callback(self._end_look)
 
-    async def _wait(self) -> None:
-        """Waits until a key may be due."""
-        self._changed.clear()
-        due = self._schedule.next_due()
+    async def _look(self, key: K) -> None:
         try:
-            async with asyncio.timeout(None if due is None else max(0.0, due - self._now())):
-                await self._changed.wait()
-        except TimeoutError:
-            return
+            again_after = await self._handle(key)
+        except BaseException as error:  # the boundary: see the class
+            delay = self._schedule.failed(key, self._now())
+            if not isinstance(error, Exception):
+                raise
+            logger.exception("%s: failed, next try in %.1f s", key, delay)
+        else:
+            self._schedule.done(key, self._now(), again_after=again_after)
+        finally:
+            del self.busy_since[key]
+
+    def _end_look(self, look: asyncio.Task[None]) -> None:
+        self._looks.remove(look)
+        self._changed.set()
 
     @staticmethod
     def _now() -> float:

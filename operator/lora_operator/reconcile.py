@@ -141,10 +141,11 @@ class Reconciler:
         pod = wants_log(observed, now, self._settings)
         if pod is not None:
             log = await self._fetch_log(pod, PROGRESS_LINES)
+            read_at = self._clock()  # much later than now, where the call hung or this process stood still
             lines = parse_progress(log or "")
             first_step = find_first_step(reports.first_step, lines)
             reports = replace(
-                hear(reports, None if log is None else describe_last(lines), now),
+                hear(reports, None if log is None else describe_last(lines), read_at),
                 stage=compute_stage(lines, reports.stage),
                 progress=compute_progress(
                     reports.progress or observed.run.status.progress,

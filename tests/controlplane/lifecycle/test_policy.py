@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from lora_operator.app import utc_now
 from lora_operator.settings import Settings
 from lora_operator.views import parse_time
 from tests.support.api import Api, ApiError, Raw
@@ -117,8 +119,11 @@ class Talk(dict[str, str]):
         return {"run-1-0-": line(self.looks)}.items()
 
 
-def test_a_gang_that_talks_is_not_stalled(run: Run, fast_settings: Callable[..., Settings], namespace: str) -> None:
-    with OperatorThread(fast_settings(namespace), logs=Talk()):
+@pytest.mark.parametrize("log_interval", [0.2, 60.0])
+def test_a_gang_that_talks_is_not_stalled_however_seldom_it_is_listened_to(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str, log_interval: float
+) -> None:
+    with OperatorThread(fast_settings(namespace, log_interval=log_interval), logs=Talk()):
         started(run, stallTimeoutSeconds=10)
         since = parse_time(run.condition("Running")["lastTransitionTime"])
         assert since is not None
@@ -128,6 +133,17 @@ def test_a_gang_that_talks_is_not_stalled(run: Run, fast_settings: Callable[...,
             return (at - since).total_seconds() if at else 0.0
 
         status = run.wait("more than the timeout", lambda status: seconds(status) > 12, 60)
+        assert (status["phase"], status["attempt"], status.get("failures", [])) == ("Running", 1, [])
+
+
+def test_an_operator_that_stood_still_as_it_listened_calls_nobody_stalled(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    logs = Talk()
+    clock = lambda: utc_now() + timedelta(seconds=20 * logs.looks)  # noqa: E731
+    with OperatorThread(fast_settings(namespace), logs=logs, clock=clock):
+        started(run, stallTimeoutSeconds=10)
+        status = run.wait("progress", lambda status: (status.get("progress") or {}).get("step", 0) >= 5)
         assert (status["phase"], status["attempt"], status.get("failures", [])) == ("Running", 1, [])
 
 

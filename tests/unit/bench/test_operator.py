@@ -89,9 +89,9 @@ def test_a_copy_of_a_run_has_names_and_uids_of_its_own() -> None:
 def test_the_standard_library_works_for_its_caller() -> None:
     ours = "/x/operator/lora_operator/kube.py:_call_json"
     samples = [
-        (3, ("/usr/lib/python3.11/json/decoder.py:decode", ours, "/x/operator/lora_operator/queue.py:_work")),
+        (3, ("/usr/lib/python3.11/json/decoder.py:decode", ours, "/x/operator/lora_operator/queue.py:_look")),
         (1, ("/v/site-packages/kopf/_core/reactor/queueing.py:worker", "/usr/lib/python3.11/asyncio/events.py:_run")),
     ]
     summary = summarize(samples)
     assert summary["areas"] == {"lora_operator.kube": 0.75, "kopf": 0.25}
-    assert summary["functions"] == {"kube._call_json": 0.75, "queue._work": 0.75}
+    assert summary["functions"] == {"kube._call_json": 0.75, "queue._look": 0.75}

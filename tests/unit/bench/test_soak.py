@@ -20,9 +20,10 @@ from bench.soak.checks import (
 )
 from bench.soak.faults import KINDS as FAULTS
 from bench.soak.faults import OPERATOR_KILLED, plan_faults
-from bench.soak.player import Seen, decide_actions
+from bench.soak.player import Seen, compute_log, decide_actions
 from bench.soak.stories import ENDINGS, KINDS, Outcome, Story, compute_outcome, make_stories
 from lora_api import FailureClass, Phase
+from lora_operator.progress import parse_progress
 from tests.support.runs import ended, running, waiting
 
 Raw = dict[str, Any]
@@ -60,6 +61,14 @@ ENDS: dict[str, tuple[Story, Outcome]] = {
     "the same step three times": (
         tell("Internal", "Internal", "Internal", stuck=True),
         failed(3, F.INTERNAL, F.INTERNAL, F.INTERNAL, charged=2),
+    ),
+    "a stall is charged": (
+        tell("stalls", "succeeds"),
+        Outcome(Phase.SUCCEEDED, 2, 1, ((F.STALLED,),)),
+    ),
+    "progress that has to be told": (
+        tell("evicted", "succeeds once its progress was told"),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.EVICTED,),), told=True),
     ),
     "a suspension is no failure": (tell("suspended", "succeeds"), Outcome(Phase.SUCCEEDED, 2)),
     "out of memory": (tell("GPUOutOfMemory"), failed(1, F.GPU_OUT_OF_MEMORY)),
@@ -201,6 +210,17 @@ STEPS: dict[str, tuple[Story, Seen, list[str]]] = {
         [f"{SET_0} 0", f"{SET_1} 0"],
     ),
     "not before": (tell("succeeds", runs_for=90.0), see(pod(0, since_long()), pod(1, since_long())), []),
+    "a gang that stalls runs on": (tell("stalls"), see(pod(0, since_long()), pod(1, since_long())), []),
+    "and one whose progress was not told": (
+        tell("evicted", "succeeds once its progress was told"),
+        see(pod(0, since_long(), attempt=2), pod(1, since_long(), attempt=2), attempt=2, progress={"step": 1007}),
+        [],
+    ),
+    "which succeeds once it was": (
+        tell("evicted", "succeeds once its progress was told"),
+        see(pod(0, since_long(), attempt=2), pod(1, since_long(), attempt=2), attempt=2, progress={"step": 2007}),
+        ["PATCH pods/run-0-2-0-x/status 0", "PATCH pods/run-0-2-1-x/status 0"],
+    ),
     "one rank fails first": (tell("BadData"), see(pod(0, since_long()), pod(1, since_long())), [f"{SET_1} 65"]),
     "and its peer loses it": (
         tell("BadData"),
@@ -273,6 +293,32 @@ def test_the_players_take_the_next_step(case: str) -> None:
     assert play(story, seen) == want
 
 
+def over() -> Raw:
+    status = ended(65)
+    status["containerStatuses"][0]["state"]["terminated"]["finishedAt"] = NOW.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return status
+
+
+LOGS: dict[str, tuple[Story, Raw, list[int]]] = {
+    "a step each second": (tell("succeeds"), pod(0, since_long()), list(range(1050, 1061))),
+    "of an attempt of its own": (tell("evicted", "BadData"), pod(0, since_long(), attempt=2), list(range(2050, 2061))),
+    "none before the start": (tell("succeeds"), pod(0, waiting("ContainerCreating", "")), []),
+    "none from another rank": (tell("succeeds"), pod(1, since_long()), []),
+    "none once it stalls": (
+        tell("stalls", pause=2.0, runs_for=3.0),
+        pod(0, since_long()),
+        [1001, 1002, 1003, 1004, 1005],
+    ),
+    "as many when it has ended": (tell("BadData"), pod(0, over()), list(range(1050, 1061))),
+}
+
+
+@pytest.mark.parametrize("case", LOGS)
+def test_rank_zero_tells_of_its_steps(case: str) -> None:
+    story, item, want = LOGS[case]
+    assert [line.step for line in parse_progress(compute_log(story, item, NOW))] == want
+
+
 def item(kind: str, name: str, owner: str = "", **metadata: Any) -> Raw:
     owners = [{"kind": "LoRAFineTune", "name": "run-0", "uid": owner}] if owner else []
     labels = {"lorafinetune.io/name": "run-0"}
@@ -298,6 +344,10 @@ def test_a_run_in_another_state_is_wrong() -> None:
     }
     for what, run in wrongs.items():
         assert what in find_wrong_ends([story], Found([run]))[0]
+    told = tell("succeeds once its progress was told")
+    ended_well = run_with(phase="Succeeded", adapter={}, progress={"percent": 100})
+    assert find_wrong_ends([told], Found([ended_well])) == []
+    assert "progress is None" in find_wrong_ends([told], Found([ended_well | {"status": {}}]))[0]
     assert "is gone" in find_wrong_ends([story], Found())[0]
     assert find_wrong_ends([tell("run deleted")], Found()) == []
     assert "is there" in find_wrong_ends([tell("run deleted")], Found([right]))[0]
