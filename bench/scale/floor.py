@@ -62,13 +62,21 @@ def _replace(text: str, changes: dict[str, str]) -> str:
     return text
 
 
+def in_steps(writes: Sequence[Write]) -> list[list[Write]]:
+    """The calls that are made at once, as the operator does: all before the Job; then each alone."""
+    job = next(place for place, write in enumerate(writes) if write.path.partition("?")[0].endswith("/jobs"))
+    return [list(writes[:job]), *([write] for write in writes[job:])]
+
+
 async def _serve(client: Client, launch: Launch, ready: Path) -> None:
     places = asyncio.Semaphore(_AT_ONCE)
 
     async def answer(run: Raw) -> None:
         async with places:
-            for write in launch.for_run(run):
-                await client.send(write.method, write.path, write.body, write.content_type)
+            for together in in_steps(launch.for_run(run)):
+                async with asyncio.TaskGroup() as calls:
+                    for write in together:
+                        calls.create_task(client.send(write.method, write.path, write.body, write.content_type))
 
     version = await client.newest(_RUNS)
     await asyncio.to_thread(ready.touch)

@@ -9,6 +9,7 @@ goes on.
 """
 
 import logging
+from asyncio import gather
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -180,13 +181,15 @@ class Reconciler:
         """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
         run = observed.run
         try:
-            for child in _build_children(run, plan, settings):
-                try:
-                    applied = await self._kube.apply_child(child, run)
-                except KubeError as error:
-                    return self._decide_refused(observed, plan, child, error, settings)
-                if child["kind"] == "Job":
-                    self._cache.put(Resource.JOBS, applied)
+            for together in _build_children(run, plan, settings):
+                calls = (self._kube.apply_child(child, run) for child in together)
+                for child, applied in zip(together, await gather(*calls, return_exceptions=True), strict=True):
+                    if isinstance(applied, KubeError):
+                        return self._decide_refused(observed, plan, child, applied, settings)
+                    if isinstance(applied, BaseException):
+                        raise applied
+                    if child["kind"] == "Job":
+                        self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
             restored = plan.restore.attempt if plan.restore else PREFLIGHT
             return self._decide_conflict(observed, plan.launch or restored, conflict)
@@ -383,22 +386,19 @@ class Reconciler:
         return None
 
 
-def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[Raw]:
-    """What ``plan`` launches, in the order in which it is made: the Job last, as its pods need the others.
+def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[list[Raw]]:
+    """What ``plan`` launches: first, at once, what the Job's pods need, and then the Job.
 
-    Or, to restore what somebody deleted, the others alone.
+    Or, to restore what somebody deleted, the former alone.
     """
     if plan.restore is not None and plan.restore.preflight:
-        return [build_preflight_configmap(run, plan.restore.preflight)]
+        return [[build_preflight_configmap(run, plan.restore.preflight)]]
     if plan.restore is not None:
-        return [build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]
+        return [[build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]]
     if plan.launch_preflight is not None:
         number = plan.launch_preflight
-        return [build_preflight_configmap(run, number), build_preflight_job(run, number, settings)]
+        return [[build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings)]]
     if plan.launch is not None:
-        return [
-            build_service(run, plan.launch),
-            build_configmap(run, plan.launch),
-            *build_gang(run, plan.launch, settings),
-        ]
+        *podgroup, job = build_gang(run, plan.launch, settings)
+        return [[build_service(run, plan.launch), build_configmap(run, plan.launch), *podgroup], [job]]
     return []
