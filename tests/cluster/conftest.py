@@ -78,6 +78,8 @@ def upload_tiny_data(store: Store, directory: Path) -> None:
     rows = [{"prompt": f"say {number}", "completion": f" {number} it is"} for number in range(200)]
     write_rows(directory / "data" / "good.jsonl", rows)
     write_rows(directory / "data" / "bad.jsonl", [*rows[:6], {"prompt": "no completion"}, *rows[6:]])
+    marked = [{**row, "prompt": f"<issue_start>{row['prompt']}"} for row in rows]
+    write_rows(directory / "data" / "marked.jsonl", marked)
     store.upload(directory / "data", TINY_DATA)
 
 

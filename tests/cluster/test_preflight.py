@@ -6,6 +6,7 @@ import pytest
 
 from lora_api import FailureClass, Phase, parse_termination
 from lora_api.preflight import PreflightResult
+from tests.cluster.conftest import TINY_DATA
 from tests.cluster.runs import Runs, find_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("preflight")]
@@ -44,7 +45,13 @@ def test_a_model_that_is_not_there_is_named_and_no_gang_was_made(runs: Runs) -> 
 
 
 def test_what_it_finds_is_in_its_log_and_in_the_status(runs: Runs) -> None:
-    name = runs.submit("passed", training={"maxSteps": 1})
+    """The run trains a token that the tokenizer has in reserve, of which preflight warns."""
+    name = runs.submit(
+        "passed",
+        training={"maxSteps": 1},
+        lora={"newTokens": ["<issue_start>"]},
+        dataset={"train": {"uri": runs.store.uri(f"{TINY_DATA}/marked.jsonl")}},
+    )
 
     run = runs.wait_end(name)
 
@@ -58,5 +65,6 @@ def test_what_it_finds_is_in_its_log_and_in_the_status(runs: Runs) -> None:
     words = parse_termination(pod["status"]["containerStatuses"][0]["state"]["terminated"]["message"])
     assert words is not None
     assert find_condition(run, "PreflightPassed").message == words.message
+    assert "lora.newTokens (1): their rows of embedding and output head are trained too" in words.message
     document = json.loads(runs.kubectl("get", "configmap", f"{name}-1", "--output=jsonpath={.data.run\\.json}"))
     assert document["pins"] == result.pins.to_wire()

@@ -374,7 +374,7 @@ def test_preflight_warns_of_the_cost_and_refuses_what_has_no_row(make_run: Make,
     found = check(make_run(), "good")
     assert found.outcome == "passed", found.problems
     (warning,) = [text for text in found.warnings if "lora.newTokens" in text]
-    assert "2 rows of embedding and output head are trained too" in warning
+    assert "lora.newTokens (2): their rows of embedding and output head are trained too" in warning
     assert "tokenizer that is published beside it" in warning
     wrong = check(make_run(lora={"newTokens": ["</s>"]}), "wrong")
     assert [(one.failure_class, "lora.newTokens" in one.message) for one in wrong.problems] == [

@@ -91,7 +91,7 @@ def describe_cost(run: RunSpec, tokens: NewTokens, shape: ModelShape | None) -> 
         server += " and the tokenizer that is published beside it"
     wider = f", and has rank {rank} in place of {run.lora.r} to hold them" if rank == count > run.lora.r else ""
     return (
-        f"lora.newTokens: {count} rows of embedding and output head are trained too. The adapter gets two more "
+        f"lora.newTokens ({count}): their rows of embedding and output head are trained too. The adapter gets two more "
         f"pairs of matrices{size}{wider}; it needs {server}, which publish.mergeBase spares"
     )
 
