@@ -1,14 +1,13 @@
 """The only way to the API server: a thin client on raw JSON, with the official package for credentials and transport.
 
-Model classes of the official package are not used: they cost most of the memory and time. What the operator may do,
-and therefore all that its RBAC role holds, is the table ``RBAC``.
+Model classes of the official package are not used: they cost most of the memory and time. What the calls may be is in
+``rights``.
 """
 
 import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
@@ -27,7 +26,6 @@ from lora_api import (
     LoRAFineTuneStatus,
 )
 from lora_api.finetune import ObjectMeta
-from lora_api.runtime import DEFAULT_RUNTIME
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator import applied
@@ -36,60 +34,6 @@ from lora_operator.ratelimit import RateLimit
 from lora_operator.views import Raw, controller_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule of the operator's role."""
-
-    group: str
-    resources: tuple[str, ...]
-    verbs: tuple[str, ...]
-    why: str
-    names: tuple[str, ...] = ()
-    """The objects that it is about; empty: all."""
-
-    cluster: bool = False
-    """Whether its objects are those of the whole cluster, also where the operator serves some namespaces only."""
-
-
-RBAC: tuple[Rule, ...] = (
-    Rule("lorafinetune.io", ("lorafinetunes",), ("delete", "get", "list", "watch"), "what is asked for, and its end"),
-    Rule("lorafinetune.io", ("lorafinetunes/status",), ("patch",), "what was seen, by server-side apply"),
-    Rule(
-        "batch",
-        ("jobs",),
-        ("create", "delete", "get", "list", "patch", "watch"),
-        "the gang of an attempt: make it, end it, follow it",
-    ),
-    Rule(
-        "",
-        ("services", "configmaps"),
-        ("create", "delete", "get"),
-        "name and input of the gang",
-    ),
-    Rule("", ("pods",), ("get", "list", "watch"), "how the pods of the gang fare"),
-    Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
-    Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
-    Rule("kueue.x-k8s.io", ("workloads",), ("list",), "why a run waits in its queue"),
-    Rule("visibility.kueue.x-k8s.io", ("localqueues/pendingworkloads",), ("get",), "the number of a run in its queue"),
-    Rule(GROUP, (RUNTIMES,), ("get", "list", "watch"), "what runs take from an administrator", cluster=True),
-    Rule(
-        GROUP,
-        (RUNTIMES,),
-        ("create", "patch"),
-        "the one that comes with the chart (--default-runtime)",
-        names=(DEFAULT_RUNTIME,),
-        cluster=True,
-    ),
-)
-
-_PODGROUP_VERBS = ("create", "delete", "get")
-GANG_RBAC: dict[str, Rule] = {
-    "volcano": Rule("scheduling.volcano.sh", ("podgroups",), _PODGROUP_VERBS, "what Volcano starts together"),
-    "coscheduling": Rule("scheduling.x-k8s.io", ("podgroups",), _PODGROUP_VERBS, "what coscheduling starts together"),
-}
-"""The rule on top of RBAC where the operator works with a gang scheduler."""
 
 
 PATHS = {

@@ -18,7 +18,8 @@ import pytest
 import devcluster
 from devcluster.ports import PortLease
 from lora_operator.cache import Resource
-from lora_operator.kube import RBAC, KubeClient
+from lora_operator.kube import KubeClient
+from lora_operator.rights import RBAC
 from lora_operator.settings import Settings
 from tests.support.api import Api
 from tests.support.operators import OperatorThread

@@ -8,7 +8,7 @@ import pytest
 
 import devcluster
 from lora_operator.children.configmap import build_configmap
-from lora_operator.kube import RBAC
+from lora_operator.rights import RBAC
 from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api, ApiError

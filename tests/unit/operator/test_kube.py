@@ -10,8 +10,9 @@ import yaml
 from kubernetes.aio.client import Configuration
 
 from lora_operator.children.service import build_service
-from lora_operator.kube import RBAC, ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
+from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
 from lora_operator.ratelimit import RateLimit
+from lora_operator.rights import RBAC
 from tests.unit.operator.builders import a_run
 
 ROOT = Path(__file__).parents[3]
