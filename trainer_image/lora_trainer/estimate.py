@@ -15,7 +15,8 @@ from lora_api.mistakes import describe_mistakes
 from lora_api.run import plan_batch
 from lora_trainer.errors import BadSpecError
 from lora_trainer.fitting import Suggestion, build_job, settle, suggest
-from lora_trainer.memory import Job, MemoryPlan, plan_memory
+from lora_trainer.job import Job
+from lora_trainer.memory import MemoryPlan, plan_memory
 from lora_trainer.modelshape import read_shape
 
 DOES_NOT_FIT = 1

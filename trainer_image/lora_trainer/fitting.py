@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from lora_api.finetune import LoRAFineTuneSpec
 from lora_api.run import RunSpec
 from lora_api.training import Parallelism, Training
-from lora_trainer.memory import CPU, TRAINER, Job, MemoryPlan, plan_memory
+from lora_trainer.job import CPU, TRAINER, Job
+from lora_trainer.memory import MemoryPlan, plan_memory
 from lora_trainer.modelshape import ModelShape, Weights
 
 MAX_GPUS = 512

@@ -33,7 +33,8 @@ from lora_trainer.errors import BadSpecError, classify, describe
 from lora_trainer.fitting import build_job, settle, suggest
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.headers import Header, count_by_type, count_weights, merge
-from lora_trainer.memory import Job, plan_memory
+from lora_trainer.job import Job
+from lora_trainer.memory import plan_memory
 from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers, read_json_object
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
 from lora_trainer.rules import RULES

@@ -15,7 +15,8 @@ from lora_api.run import RunSpec
 from lora_trainer.errors import BadSpecError
 from lora_trainer.fitting import build_job, settle
 from lora_trainer.hostmemory import available_bytes
-from lora_trainer.memory import GIB, Job, MemoryPlan, plan_memory
+from lora_trainer.job import Job
+from lora_trainer.memory import GIB, MemoryPlan, plan_memory
 from lora_trainer.memrecord import MemoryRecord
 from lora_trainer.modelshape import UnplannedModelError, read_shape
 from lora_trainer.settings import Place, local_processes

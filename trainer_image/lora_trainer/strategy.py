@@ -9,7 +9,8 @@ from typing import Literal
 from lora_api.training import Parallelism
 from lora_trainer.errors import BadSpecError
 from lora_trainer.fitting import choose_shard_size
-from lora_trainer.memory import ALLOCATOR_FACTOR, GIB, Job, gathered_bytes, plan_memory, weight_bytes
+from lora_trainer.job import Job
+from lora_trainer.memory import ALLOCATOR_FACTOR, GIB, gathered_bytes, plan_memory, weight_bytes
 
 
 @dataclass(frozen=True)

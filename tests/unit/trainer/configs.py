@@ -3,7 +3,7 @@
 from typing import Any
 
 from lora_api.training import LoRA, Quantization
-from lora_trainer.memory import Job
+from lora_trainer.job import Job
 from lora_trainer.modelshape import read_shape
 from tests.unit.trainer.published import LLAMA_3_8B, MISTRAL_7B
 

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lora_api.training import LoRA, Quantization
-from lora_trainer.memory import Job, MemoryPlan, Stack, plan_memory
+from lora_trainer.job import Job, Stack
+from lora_trainer.memory import MemoryPlan, plan_memory
 from lora_trainer.modelshape import read_shape
 
 

@@ -9,7 +9,8 @@ import pytest
 from lora_api.run import RunSpec
 from lora_api.training import Parallelism, Training
 from lora_trainer.fitting import build_job, choose_shard_size, largest_fitting, micro_batches, settle, suggest
-from lora_trainer.memory import CPU, TRAINER, Job, plan_memory
+from lora_trainer.job import CPU, TRAINER, Job
+from lora_trainer.memory import plan_memory
 from lora_trainer.modelshape import read_shape
 from tests.unit.trainer.configs import job
 from tests.unit.trainer.published import LLAMA_2_70B, LLAMA_3_8B

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lora_api.training import LoRA, Quantization
-from lora_trainer.memory import GIB, Job, adapter_weights, loading_bytes, plan_memory, saved_bytes
+from lora_trainer.job import Job
+from lora_trainer.memory import GIB, adapter_weights, loading_bytes, plan_memory, saved_bytes
 from lora_trainer.memrecord import MemoryRecord, MemoryUse
 from lora_trainer.modelshape import ModelShape, Weights, read_shape
 from tests.unit.trainer.configs import GEMMA_2_9B, job

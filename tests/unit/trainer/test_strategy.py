@@ -10,7 +10,8 @@ import pytest
 from lora_api.training import LoRA, Parallelism, Quantization
 from lora_trainer.errors import BadSpecError
 from lora_trainer.estimate import estimate
-from lora_trainer.memory import Job, plan_memory
+from lora_trainer.job import Job
+from lora_trainer.memory import plan_memory
 from lora_trainer.modelshape import read_shape
 from lora_trainer.strategy import Strategy, decide_strategy, has_room
 from tests.unit.trainer.published import LLAMA_3_8B, LLAMA_3_70B
