@@ -60,7 +60,8 @@ class Side:
 PLAIN, OURS = Side("plain TRL", ours=False), Side("this trainer", ours=True)
 PACKED = Side("this trainer, packing", ours=True, packing=True)
 PLAIN_TWO = Side("plain TRL (DDP)", ours=False, processes=2)
-OURS_TWO = Side("this trainer (FSDP2)", ours=True, processes=2, strategy="fsdp")
+OURS_TWO = Side("this trainer (DDP)", ours=True, processes=2, strategy="ddp")
+SHARDED = Side("this trainer (FSDP2)", ours=True, processes=2, strategy="fsdp")
 
 AIMS = (
     (OURS, "tokensPerSecond", ">=", 1.0),
@@ -194,7 +195,7 @@ def turns(size: Size, levers: Sequence[str] = ()) -> list[Side]:
     if levers:
         switched = [Side(f"this trainer, {lever}", ours=True, speed=lever) for lever in levers]
         return [OURS, *switched] * size.rounds
-    return [PLAIN, OURS, PACKED] * size.rounds + [PLAIN_TWO, OURS_TWO] * size.rounds_of_two
+    return [PLAIN, OURS, PACKED] * size.rounds + [PLAIN_TWO, OURS_TWO, SHARDED] * size.rounds_of_two
 
 
 def compare(
