@@ -152,10 +152,10 @@ def start_rows(weight: nn.Parameter, tokens: NewTokens, part: Part | None) -> to
     """
     held = local_part(weight)
     cut = part is not None and held is not None
-    mine = (weight.data if held is None else held).to(device=weight.device, dtype=torch.float32)
+    mine = weight.data if held is None else held
     first = part.first(len(weight)) if part is not None and cut else 0
     sums = torch.zeros(len(tokens.ids) + 1, mine.shape[1] + 1, device=weight.device)
-    sums[-1, :-1], sums[-1, -1] = mine.sum(0), len(mine)
+    sums[-1, :-1], sums[-1, -1] = mine.sum(0, dtype=torch.float32), len(mine)
     for place, number in enumerate(tokens.ids):
         if first <= number < first + len(mine):
             sums[place, :-1], sums[place, -1] = mine[number - first], 1
@@ -197,19 +197,19 @@ def row_tensors(learned: Learned) -> Tensors:
     """The learned rows as two LoRA pairs, by PEFT's names, with a scale of 1 and as many ranks as there are tokens.
 
     Embedding: A (tokens, vocabulary) picks rows, B (hidden size, tokens) is what they gained. Head: A (tokens, hidden
-    size) is what they gained, B (vocabulary, tokens) picks them.
+    size) is what they gained, B (vocabulary, tokens) picks them. One of the two may have gained nothing: a token that
+    ends every answer is never read, and one that stands in questions alone is seldom to be written.
 
     Raises:
         InternalError: a value is not finite, or nothing was learned.
     """
-    gained = {"embedding": learned.embedding.rows, "head": learned.head.rows}
-    for name, rows in gained.items():
-        if not bool(torch.isfinite(rows).all()) or not bool(rows.any()):
-            raise InternalError(f"the {name}'s rows of lora.newTokens are zero or not finite: they were not trained")
+    gained = (learned.embedding.rows, learned.head.rows)
+    if not all(bool(torch.isfinite(rows).all()) for rows in gained) or not any(bool(rows.any()) for rows in gained):
+        raise InternalError("the rows of lora.newTokens are zero or not finite: they were not trained")
     ids = learned.embedding.ids.cpu()
     pick = torch.zeros(len(ids), learned.embedding.base.num_embeddings)
     pick[torch.arange(len(ids)), ids] = 1.0
-    embedding, head = (rows.detach().to("cpu", torch.float32, copy=True) for rows in gained.values())
+    embedding, head = (rows.detach().to("cpu", torch.float32, copy=True) for rows in gained)
     return {
         f"{learned.embedding_name}.lora_embedding_A": pick,
         f"{learned.embedding_name}.lora_embedding_B": embedding.T.contiguous(),
