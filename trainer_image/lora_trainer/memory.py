@@ -10,7 +10,8 @@ and never the sum of layer and loss. ``docs/memory.md`` compares it with publish
 
 Letters: T tokens of a micro-batch on one GPU, S GPUs that share one copy of the weights (all with fsdp, a group with
 hsdp, 1 with ddp), L layers, h hidden size, q and kv width of all query and of all key heads, f inner width of the MLP,
-V vocabulary, r rank, c bytes of the compute type (2 for bfloat16, 4 for float32). All functions give bytes; GiB (2**30 bytes) are made at the end.
+V vocabulary, r rank, c bytes of the compute type (2 for bfloat16, 4 for float32). All functions give bytes; GiB (2**30
+bytes) are made at the end.
 """
 
 import dataclasses
