@@ -5,6 +5,7 @@ from datetime import datetime
 from lora_operator.observed import Observed, is_finished, is_over
 from lora_operator.plan import Plan
 from lora_operator.policy import seconds_to_stall
+from lora_operator.preflight import needs_preflight
 from lora_operator.progress import is_due
 from lora_operator.queueing import is_stopping
 from lora_operator.settings import Settings
@@ -24,6 +25,18 @@ def missing_attempt(observed: Observed) -> int | None:
     if observed.run.metadata.deletion_timestamp or over or not status.attempt or status.attempt in observed.jobs:
         return None
     return status.attempt
+
+
+def lacks_preflight(observed: Observed, settings: Settings) -> bool:
+    """Whether the preflight that counts is not there, though somebody has looked at the run before.
+
+    It may have failed: the watch of runs, which tells so, may be later than that of Jobs, if another operator is there.
+    """
+    status = observed.run.status
+    if observed.run.metadata.deletion_timestamp or is_finished(status) or not status.conditions:
+        return False
+    number = status.failed_preflights + 1
+    return needs_preflight(observed, settings) and all(other > number for other in observed.preflights)
 
 
 def unseen_ends(observed: Observed) -> JobView | None:

@@ -26,6 +26,7 @@ from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
 from lora_operator.follow import (
     compute_next_look,
+    lacks_preflight,
     missing_attempt,
     unseen_ends,
     wants_log,
@@ -104,6 +105,8 @@ class Reconciler:
         settings = resolve(run, self._settings)
         observed = await self._confirm_job(key, observed)
         observed = await self._confirm_pods(key, observed)
+        if lacks_preflight(observed, settings) and not await self._confirm_run(key, run):
+            return 0.0
         observed = await self._fetch_reports(key, observed)
         plan = decide(observed, self._clock(), settings)
         plan = await self._apply(observed, plan, settings)
@@ -329,6 +332,12 @@ class Reconciler:
         except NotFoundError:
             return observed
         return self._observe(key, observed.run)
+
+    async def _confirm_run(self, key: Key, run: LoRAFineTune) -> bool:
+        """Looks ``run`` up; returns whether it is still what was seen of it."""
+        await self._fetch_run(key)
+        raw = self._cache.run(key)
+        return raw is not None and raw["metadata"]["resourceVersion"] == run.metadata.resource_version
 
     async def _confirm_pods(self, key: Key, observed: Observed) -> Observed:
         """Looks for pods that a Job says have ended, and that no watch has shown to."""

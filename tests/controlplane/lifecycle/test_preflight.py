@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import devcluster
+from lora_operator.cache import Resource
+from lora_operator.kube import KubeClient
 from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api
@@ -122,6 +124,33 @@ def test_a_deleted_job_is_made_again(run: Run, operator: OperatorThread) -> None
     eventually("its pod alone", lambda: owners() == [second["metadata"]["uid"]])
     run.set_preflight(1, ended(0, settled(), "Completed"))
     assert run.wait("attempt 1", lambda status: status.get("attempt") == 1)["failedPreflights"] == 0
+
+
+def test_an_operator_that_sees_the_run_late_makes_no_preflight_again(
+    cp: devcluster.ControlPlane, run: Run, settings: Settings, namespace: str
+) -> None:
+    """It sees that the Job is gone, and not yet that another operator has put the failure on record."""
+    with OperatorThread(settings):
+        run.create()
+        run.set_preflight(1, running())
+        run.wait("a condition", lambda _: run.condition("PreflightPassed"))
+        late = run.raw
+        run.set_preflight(1, ended(74, termination("StoreUnavailable", "503 Slow Down")))
+        eventually("the next", lambda: [job["metadata"]["name"] for job in run.jobs()] == ["run-pre2"])
+
+    def see_it_late(client: KubeClient) -> None:
+        whole = client.fetch_list
+
+        async def fetch_list(resource: str, *args: Any) -> Any:
+            async for item in whole(resource, *args):
+                yield late if resource == Resource.RUNS else item
+
+        client.fetch_list = fetch_list  # type: ignore[method-assign]
+
+    with OperatorThread(settings, wrap=see_it_late):
+        run.set_preflight(2, ended(0, settled(), "Completed"))
+        run.wait("attempt 1", lambda status: status.get("attempt") == 1)
+    assert jobs_created(cp, namespace) == ["run-1", "run-pre1", "run-pre2"]
 
 
 def test_a_stranger_has_its_name(api: Api, run: Run, operator: OperatorThread) -> None:
