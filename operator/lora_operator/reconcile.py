@@ -21,14 +21,12 @@ from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
-from lora_operator.children.names import JOB_NAME_LABEL, child_name, preflight_name
+from lora_operator.children.names import child_name, preflight_name
 from lora_operator.children.service import build_service
 from lora_operator.events import build_event, compute_events
 from lora_operator.follow import (
     compute_next_look,
     lacks_preflight,
-    missing_attempt,
-    unseen_ends,
     wants_log,
     wants_queue,
     wants_refusal,
@@ -37,6 +35,7 @@ from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflic
 from lora_operator.kueue import fetch_queue_report
 from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
+from lora_operator.lookups import Lookups
 from lora_operator.metrics import Metrics
 from lora_operator.observed import RESTORE_INTERVAL, Observed, Reports, forget_pods, hear, hear_queue, is_finished
 from lora_operator.obstacles import diagnose_refusal
@@ -84,6 +83,7 @@ class Reconciler:
         self._metrics = metrics
         self._clock = clock
         self._instance = instance
+        self._lookups = Lookups(cache, kube)
         self._reports: dict[Key, Reports] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -100,12 +100,14 @@ class Reconciler:
                 observed = replace(observed, runtime=self._find_runtime(raw))
         except InvalidRunError as error:
             await self._patch_invalid(key, error)
-            await self._fetch_run(key)  # another version of the CRD may be back, and no event tells
+            await self._lookups.fetch_run(key)  # another version of the CRD may be back, and no event tells
             return INVALID_RETRY
         settings = resolve(run, self._settings)
-        observed = await self._confirm_job(key, observed)
-        observed = await self._confirm_pods(key, observed)
-        if lacks_preflight(observed, settings) and not await self._confirm_run(key, run):
+        if await self._lookups.find_job(key, observed):
+            observed = self._observe(key, run)
+        if await self._lookups.find_pods(key, observed):
+            observed = self._observe(key, run)
+        if lacks_preflight(observed, settings) and not await self._lookups.is_current(key, run):
             return 0.0
         observed = await self._fetch_reports(key, observed)
         plan = decide(observed, self._clock(), settings)
@@ -309,44 +311,10 @@ class Reconciler:
             self._cache.forget_run(key)
             return False
         except ConflictError:
-            await self._fetch_run(key)
+            await self._lookups.fetch_run(key)
             return False
         logger.info("%s/%s: %s, attempt %d: %s", *key, status.phase, status.attempt, status.reason)
         return True
-
-    async def _fetch_run(self, key: Key) -> None:
-        """Brings the cache up to date about a run that somebody else has written."""
-        try:
-            self._cache.put(Resource.RUNS, await self._kube.fetch_object(PLURAL, *key))
-        except NotFoundError:
-            self._cache.forget_run(key)
-
-    async def _confirm_job(self, key: Key, observed: Observed) -> Observed:
-        """Looks for a Job that has to be there: another operator may have made it, and the watch be late."""
-        attempt = missing_attempt(observed)
-        if attempt is None:
-            return observed
-        try:
-            name = child_name(key[1], attempt)
-            self._cache.put(Resource.JOBS, await self._kube.fetch_object("jobs", key[0], name))
-        except NotFoundError:
-            return observed
-        return self._observe(key, observed.run)
-
-    async def _confirm_run(self, key: Key, run: LoRAFineTune) -> bool:
-        """Looks ``run`` up; returns whether it is still what was seen of it."""
-        await self._fetch_run(key)
-        raw = self._cache.run(key)
-        return raw is not None and raw["metadata"]["resourceVersion"] == run.metadata.resource_version
-
-    async def _confirm_pods(self, key: Key, observed: Observed) -> Observed:
-        """Looks for pods that a Job says have ended, and that no watch has shown to."""
-        job = unseen_ends(observed)
-        if job is None:
-            return observed
-        async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
-            self._cache.put(Resource.PODS, pod)
-        return self._observe(key, observed.run)
 
     async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
         """Says which field of the specification this operator cannot read."""

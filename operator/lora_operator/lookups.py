@@ -1,0 +1,51 @@
+"""What is looked up before it is acted upon: watches are late, and another operator may be at work."""
+
+from lora_api import PLURAL, LoRAFineTune
+from lora_operator.cache import Cache, Resource
+from lora_operator.children.names import JOB_NAME_LABEL, child_name
+from lora_operator.follow import missing_attempt, unseen_ends
+from lora_operator.kube import KubeClient, NotFoundError
+from lora_operator.observed import Observed
+from lora_operator.views import Key
+
+
+class Lookups:
+    """Brings the cache up to date where it cannot be right, or must be."""
+
+    def __init__(self, cache: Cache, kube: KubeClient) -> None:
+        self._cache = cache
+        self._kube = kube
+
+    async def fetch_run(self, key: Key) -> None:
+        """The run itself, that somebody else has written."""
+        try:
+            self._cache.put(Resource.RUNS, await self._kube.fetch_object(PLURAL, *key))
+        except NotFoundError:
+            self._cache.forget_run(key)
+
+    async def is_current(self, key: Key, run: LoRAFineTune) -> bool:
+        """Whether ``run`` is still as it was seen."""
+        await self.fetch_run(key)
+        raw = self._cache.run(key)
+        return raw is not None and raw["metadata"]["resourceVersion"] == run.metadata.resource_version
+
+    async def find_job(self, key: Key, observed: Observed) -> bool:
+        """Whether a Job that has to be there is: another operator may have made it."""
+        attempt = missing_attempt(observed)
+        if attempt is None:
+            return False
+        try:
+            job = await self._kube.fetch_object("jobs", key[0], child_name(key[1], attempt))
+        except NotFoundError:
+            return False
+        self._cache.put(Resource.JOBS, job)
+        return True
+
+    async def find_pods(self, key: Key, observed: Observed) -> bool:
+        """Whether a Job says of pods that they have ended which no watch has shown to."""
+        job = unseen_ends(observed)
+        if job is None:
+            return False
+        async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
+            self._cache.put(Resource.PODS, pod)
+        return True
