@@ -111,7 +111,7 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
             read = observed.reports.queue_read_at is not None
             times.append(_queue_interval(observed, settings) if read else REFUSAL_DELAY)
         elif pod is not None and pod.running:
-            times.append(settings.log_interval)
+            times.append(min(settings.log_interval, float(observed.run.spec.run_policy.stall_timeout_seconds)))
         elif job.started is not None and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
     return min(times, default=None)

@@ -8,7 +8,7 @@ import heapq
 import logging
 import random
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 K = TypeVar("K", bound=Hashable)
 
@@ -94,20 +94,24 @@ class Schedule(Generic[K]):
 
 
 class WorkQueue(Generic[K]):
-    """Calls ``handle(key)`` for every key that is woken, in a task of its own, ``concurrency`` at a time.
+    """Calls ``handle(key)`` for every key that is woken, ``concurrency`` at a time.
 
     ``handle`` returns the seconds after which it wants the key again, or ``None``. This is the one place where an
     unknown error is caught: it is logged, and the key is tried again later.
+
+    One task gives out the keys, and workers that are there from the beginning look at them: a change wakes one of
+    them. A task for each look would be taken for one of its own by kopf, which waits for those before it ends.
     """
 
     def __init__(self, handle: Callable[[K], Awaitable[float | None]], concurrency: int) -> None:
         self._handle = handle
         self._concurrency = concurrency
         self._schedule: Schedule[K] = Schedule()
+        self._given: asyncio.Queue[K | None] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._dispatcher: asyncio.Task[None] | None = None
-        self._looks: set[asyncio.Task[None]] = set()
+        self._workers: list[asyncio.Task[None]] = []
         self.busy_since: dict[K, float] = {}
 
     def __len__(self) -> int:
@@ -121,6 +125,9 @@ class WorkQueue(Generic[K]):
     def start(self) -> None:
         """Begins to look at keys."""
         self._dispatcher = asyncio.create_task(self._dispatch(), name="dispatcher")
+        self._workers = [
+            asyncio.create_task(self._work(), name=f"reconcile worker {number}") for number in range(self._concurrency)
+        ]
 
     async def caught_up(self) -> None:
         """Returns when every due key has been taken."""
@@ -130,56 +137,57 @@ class WorkQueue(Generic[K]):
 
     async def stop(self, grace: float) -> None:
         """Begins no more looks, and lets those that have begun finish, for ``grace`` seconds at most."""
-        if self._dispatcher is not None:
-            self._dispatcher.cancel()
-            await asyncio.wait([self._dispatcher])
-        if self._looks:
-            await asyncio.wait(self._looks, timeout=grace)
-        for look in self._looks:
-            look.cancel()
-        await asyncio.gather(*self._looks, return_exceptions=True)
+        if self._dispatcher is None:
+            return
+        self._dispatcher.cancel()
+        await asyncio.wait([self._dispatcher])
+        for _ in self._workers:
+            self._given.put_nowait(None)
+        await asyncio.wait(self._workers, timeout=grace)
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
 
     async def _dispatch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
-            self._begin_looks()
+            self._give_out()
             alarm, due = None, self._schedule.next_due()
             if due is None or due > self._now():
                 self._idle.set()
-            if due is not None and len(self._looks) < self._concurrency:
+            if due is not None and len(self.busy_since) < self._concurrency:
                 alarm = loop.call_at(due + LATE, self._changed.set)
             await self._changed.wait()
             if alarm is not None:
                 alarm.cancel()
 
-    def _begin_looks(self) -> None:
-        """Begins as many looks as are due and may be taken now."""
-        while len(self._looks) < self._concurrency:
+    def _give_out(self) -> None:
+        """Gives out as many keys as are due and may be looked at now."""
+        while len(self.busy_since) < self._concurrency:
             key = self._schedule.take(self._now())
             if key is None:
                 return
             self.busy_since[key] = self._now()
-            look = asyncio.create_task(self._look(key))
-            self._looks.add(look)
-            look.add_done_callback(self._end_look)
+            self._given.put_nowait(key)
+
+    async def _work(self) -> None:
+        while (key := await self._given.get()) is not None:
+            await self._look(key)
+            del self.busy_since[key]
+            self._changed.set()
+            await asyncio.sleep(0)  # a look that calls nobody ends without a pause, and probes wait for one
 
     async def _look(self, key: K) -> None:
         try:
             again_after = await self._handle(key)
-        except BaseException as error:  # the boundary: see the class
+        except (Exception, asyncio.CancelledError):  # the boundary: see the class
+            if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
+                raise  # this worker is to end, which is no error
             delay = self._schedule.failed(key, self._now())
-            if not isinstance(error, Exception):
-                raise
             logger.exception("%s: failed, next try in %.1f s", key, delay)
         else:
             self._schedule.done(key, self._now(), again_after=again_after)
-        finally:
-            del self.busy_since[key]
-
-    def _end_look(self, look: asyncio.Task[None]) -> None:
-        self._looks.remove(look)
-        self._changed.set()
 
     @staticmethod
     def _now() -> float:
