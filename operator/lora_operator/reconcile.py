@@ -22,6 +22,7 @@ from lora_operator.children.configmap import build_configmap, build_preflight_co
 from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.names import JOB_NAME_LABEL, child_name, preflight_name
 from lora_operator.children.service import build_service
+from lora_operator.diagnose import PEER_SILENT
 from lora_operator.events import build_event, compute_events
 from lora_operator.follow import (
     compute_next_look,
@@ -53,7 +54,7 @@ from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
 from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_obstructed, decide_wait
-from lora_operator.views import Key, PodView, Raw
+from lora_operator.views import JobView, Key, PodView, Raw
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +104,17 @@ class Reconciler:
             return INVALID_RETRY
         settings = resolve(run, self._settings)
         observed = await self._confirm_job(key, observed)
-        observed = await self._confirm_pods(key, observed)
+        job = unseen_ends(observed)
+        if job is not None:
+            observed = await self._confirm_pods(key, observed, job)
         if lacks_preflight(observed, settings) and not await self._confirm_run(key, run):
             return 0.0
         observed = await self._fetch_reports(key, observed)
-        plan = decide(observed, self._clock(), settings)
+        now, job = self._clock(), observed.live_job()
+        plan = decide(observed, now, settings)
+        if job is not None and plan.failure is not None and plan.failure.reason == PEER_SILENT:
+            observed = await self._confirm_pods(key, observed, job)  # the watch may be late
+            plan = decide(observed, now, settings)
         plan = await self._apply(observed, plan, settings)
         wait = await self._patch_status(key, observed, plan)
         if is_finished(run.status):
@@ -336,13 +343,14 @@ class Reconciler:
         raw = self._cache.run(key)
         return raw is not None and raw["metadata"]["resourceVersion"] == run.metadata.resource_version
 
-    async def _confirm_pods(self, key: Key, observed: Observed) -> Observed:
-        """Looks for pods that a Job says have ended, and that no watch has shown to."""
-        job = unseen_ends(observed)
-        if job is None:
-            return observed
+    async def _confirm_pods(self, key: Key, observed: Observed, job: JobView) -> Observed:
+        """Looks at the pods of ``job``: no watch has shown what became of some of them."""
+        missing = {pod.name for pod in observed.gang(job)}
         async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
             self._cache.put(Resource.PODS, pod)
+            missing.discard(pod["metadata"]["name"])
+        for name in missing:
+            self._cache.discard((Resource.PODS, key[0], name))
         return self._observe(key, observed.run)
 
     async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
