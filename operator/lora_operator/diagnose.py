@@ -10,6 +10,9 @@ from lora_operator.views import JobView, PodView
 ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
 """What the innocent pods of a gang say after another one failed or was asked to stop."""
 
+PEER_SILENT = "PeerSilent"
+"""Reason of a failure that is blamed on a pod for saying nothing."""
+
 _NODE_LOST = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost"})
 _EVICTED = frozenset(
     {"PreemptionByScheduler", "EvictionByEvictionAPI", "TerminationByKubelet", "Evicted", "Preempting", "Shutdown",
@@ -246,7 +249,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
     elif silent:
         first = _earliest(lost, now)
         message = f"Pod {silent[0].name} stopped answering its peers and says nothing itself; {_words(first)}"
-        root = replace(first, message=message, reason="PeerSilent", pod=silent[0], rank=None, remedy="")
+        root = replace(first, message=message, reason=PEER_SILENT, pod=silent[0], rank=None, remedy="")
     else:
         root = _earliest(lost, now)
     ended = root.pod.ended if root.pod else None

@@ -3,10 +3,10 @@
 from lora_api import PLURAL, LoRAFineTune
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.names import JOB_NAME_LABEL, child_name
-from lora_operator.follow import missing_attempt, unseen_ends
+from lora_operator.follow import missing_attempt
 from lora_operator.kube import KubeClient, NotFoundError
 from lora_operator.observed import Observed
-from lora_operator.views import Key
+from lora_operator.views import JobView, Key
 
 
 class Lookups:
@@ -41,11 +41,11 @@ class Lookups:
         self._cache.put(Resource.JOBS, job)
         return True
 
-    async def find_pods(self, key: Key, observed: Observed) -> bool:
-        """Whether a Job says of pods that they have ended which no watch has shown to."""
-        job = unseen_ends(observed)
-        if job is None:
-            return False
+    async def fetch_pods(self, key: Key, observed: Observed, job: JobView) -> None:
+        """The pods of ``job``, where no watch has shown what became of some of them."""
+        missing = {pod.name for pod in observed.gang(job)}
         async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
             self._cache.put(Resource.PODS, pod)
-        return True
+            missing.discard(pod["metadata"]["name"])
+        for name in missing:
+            self._cache.discard((Resource.PODS, key[0], name))

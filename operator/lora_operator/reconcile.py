@@ -23,10 +23,12 @@ from lora_operator.children.configmap import build_configmap, build_preflight_co
 from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.names import child_name, preflight_name
 from lora_operator.children.service import build_service
+from lora_operator.diagnose import PEER_SILENT
 from lora_operator.events import build_event, compute_events
 from lora_operator.follow import (
     compute_next_look,
     lacks_preflight,
+    unseen_ends,
     wants_log,
     wants_queue,
     wants_refusal,
@@ -53,7 +55,7 @@ from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
 from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_obstructed, decide_wait
-from lora_operator.views import Key, PodView, Raw
+from lora_operator.views import JobView, Key, PodView, Raw
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +107,17 @@ class Reconciler:
         settings = resolve(run, self._settings)
         if await self._lookups.find_job(key, observed):
             observed = self._observe(key, run)
-        if await self._lookups.find_pods(key, observed):
-            observed = self._observe(key, run)
+        job = unseen_ends(observed)
+        if job is not None:
+            observed = await self._look_at_pods(key, observed, job)
         if lacks_preflight(observed, settings) and not await self._lookups.is_current(key, run):
             return 0.0
         observed = await self._fetch_reports(key, observed)
-        plan = decide(observed, self._clock(), settings)
+        now, job = self._clock(), observed.live_job()
+        plan = decide(observed, now, settings)
+        if job is not None and plan.failure is not None and plan.failure.reason == PEER_SILENT:
+            observed = await self._look_at_pods(key, observed, job)  # the watch may be late
+            plan = decide(observed, now, settings)
         plan = await self._apply(observed, plan, settings)
         wait = await self._patch_status(key, observed, plan)
         if is_finished(run.status):
@@ -315,6 +322,10 @@ class Reconciler:
             return False
         logger.info("%s/%s: %s, attempt %d: %s", *key, status.phase, status.attempt, status.reason)
         return True
+
+    async def _look_at_pods(self, key: Key, observed: Observed, job: JobView) -> Observed:
+        await self._lookups.fetch_pods(key, observed, job)
+        return self._observe(key, observed.run)
 
     async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
         """Says which field of the specification this operator cannot read."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ from lora_operator.rights import RBAC
 from lora_operator.settings import Settings
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run
+from tests.support.runs import Run, termination
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -93,6 +94,32 @@ def jobs_created(cp: devcluster.ControlPlane, namespace: str) -> list[str]:
         if is_job and entry["verb"] == "create" and entry.get("responseStatus", {}).get("code") == 201:
             names.append(reference["name"])
     return sorted(names)
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_no_pod_is_called_silent_before_a_last_look(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str, is_taken: bool
+) -> None:
+    """Its node is lost, and so are the watches that would tell."""
+    blind = threading.Event()
+    thread = OperatorThread(fast_settings(namespace, node_grace=4.0))
+    see = thread.operator._on_event
+    thread.operator._on_event = lambda *event: None if blind.is_set() else see(*event)  # type: ignore[method-assign]
+    with thread:
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+        run.wait("a word is awaited", lambda status: status["reason"] == "PodFailed")
+        blind.set()
+        pod = run.gang(1)[1]
+        lost = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "no word"}
+        run.set_pod(pod, {"phase": "Failed", "conditions": [lost]})
+        if is_taken:
+            run.api.delete(f"/api/v1/namespaces/{namespace}/pods/{pod['metadata']['name']}", gracePeriodSeconds=0)
+            eventually("it is gone", lambda: len(run.pods(1)) == 1)
+        status = run.wait("a verdict", lambda status: status.get("failures"))
+    assert (status["failures"][0]["class"], status["chargedRestarts"]) == ("PodLost" if is_taken else "NodeLost", 0)
 
 
 def test_an_operator_cut_after_any_call_is_continued_by_the_next(
