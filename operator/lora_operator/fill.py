@@ -70,10 +70,8 @@ async def _fill_once(cache: Cache, kube: KubeClient, settings: Settings) -> None
             async for raw in kube.fetch_list(resource, namespace):
                 cache.put(resource, raw)
 
-    # All kinds side by side: one page is read while the API server makes those of others.
-    try:
-        async with asyncio.TaskGroup() as group:
-            for resource in Resource:
-                group.create_task(fill_kind(resource))
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    # All kinds side by side: one page is read while the API server makes those of others. None is cut off in the middle
+    # of an answer, of which uvloop would tell in a stack trace.
+    for result in await asyncio.gather(*map(fill_kind, Resource), return_exceptions=True):
+        if result is not None:
+            raise result

@@ -11,6 +11,16 @@ from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ended, seen
 STARTED = {"attempt": 1, "phase": "Starting"}
 
 
+@pytest.mark.parametrize(("stall", "log", "next_look"), [(600, 10.0, 10.0), (20, 60.0, 20.0)])
+def test_a_gang_that_has_just_begun_is_looked_at_again_before_it_can_stall(
+    stall: int, log: float, next_look: float
+) -> None:
+    """The status says so only after this look, and what this operator has written is no event to it."""
+    run = a_run(status=STARTED, runPolicy={"stallTimeoutSeconds": stall})
+    observed = seen(run, a_job(), a_pod(0, running=True), a_pod(1, running=True))
+    assert compute_next_look(observed, NOTHING, Settings(log_interval=log)) == next_look
+
+
 @pytest.mark.parametrize(
     ("parts", "asked", "next_look"),
     [
