@@ -23,11 +23,14 @@ from lora_trainer.cli import main
 from lora_trainer.errors import BadDataError, BadSpecError, InternalError
 from lora_trainer.loss import LogitTransform, SummedCrossEntropy
 from lora_trainer.model import add_adapter, load_base_model, load_tokenizer
-from lora_trainer.newtokens import NewTokens, Unseen, add_tokens
+from lora_trainer.newtokens import NewTokens, Unseen, add_tokens, read_tokenizer
+from lora_trainer.objectives import build_trainer
 from lora_trainer.preflight import preflight
+from lora_trainer.prepare import prepare_data
 from lora_trainer.progress import Progress
-from lora_trainer.rows import add_rows, find_rows, read_rows, row_tensors
+from lora_trainer.rows import add_rows, find_rows, read_rows, row_parameters, row_tensors
 from lora_trainer.settings import Place
+from lora_trainer.sources import Sources
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import split_uri
 from lora_trainer.train import train
@@ -265,6 +268,21 @@ def test_added_tokens_begin_as_the_mean_and_reserved_ones_as_they_are(base: Path
     assert learned.shapes.items() <= expected_shapes(model).items()
 
 
+def test_rows_have_a_group_of_their_own_without_weight_decay(untied: Path, marked: Path, tmp_path: Path) -> None:
+    """torch's fused kernels take no group in which some parameters are sharded and some are whole."""
+    run = build_run(untied, marked, tmp_path, {"lora": {"newTokens": TOKENS}, "training": {"weightDecay": 0.1}})
+    tokenizer, tokens = read_tokenizer(run, untied)
+    model = add_adapter(load_base_model(untied, run.quantization, CPU), run.lora, 1)
+    add_rows(model, tokens)
+    sources = Sources(untied, [marked / "train.jsonl"], None)
+    data = prepare_data(run, sources, tokenizer, Place(0, 0, 1), tmp_path / "data")
+    trainer = build_trainer(run, model, tokenizer, data, CPU, tmp_path / "out", [])
+    trainer.create_optimizer()
+    groups = [(set(group["params"]), group["weight_decay"]) for group in trainer.optimizer.param_groups]
+    assert [decay for parameters, decay in groups if parameters & row_parameters(model)] == [0.0]
+    assert [parameters for parameters, decay in groups if not decay] == [row_parameters(model)]
+
+
 def train_rows(model: PeftModel) -> Any:
     """As if each row had learned something."""
     learned = find_rows(model)
@@ -320,8 +338,8 @@ def test_the_summed_loss_has_the_gradients_of_the_loss_written_out(transform: Lo
     def gradients(loss_of: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
         inputs = [one.clone().requires_grad_() for one in (hidden, rows)]
         loss = loss_of(*inputs)
-        (2 * loss).backward()  # type: ignore[no-untyped-call]
-        return [loss.detach().double(), *(one.grad.double() for one in inputs if one.grad is not None)]
+        found = torch.autograd.grad(2 * loss, inputs)
+        return [loss.detach().double(), *(gradient.double() for gradient in found)]
 
     def written_out(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         logits = transform.scale * nn.functional.linear(hidden, weight.index_add(0, ids, rows), bias)

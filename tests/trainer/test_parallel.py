@@ -144,6 +144,9 @@ def test_weights_are_cut_as_fsdp_cuts_them(rows: int, expected: list[int]) -> No
     parts = [Part(3, index).of(whole) for index in range(3)]
     assert [len(part) for part in parts] == expected
     assert torch.equal(torch.cat(parts), whole)
+    for index, part in enumerate(parts):
+        first = Part(3, index).first(rows)
+        assert torch.equal(whole[first : first + len(part)], part)
     assert all(part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() for part in parts)
 
 

@@ -181,7 +181,8 @@ def find_rows(model: nn.Module) -> Learned | None:
 
 def frozen_weight(module: nn.Module) -> torch.Tensor:
     """The frozen weight of an embedding or head, with or without rows that learn."""
-    weight: torch.Tensor = getattr(module, "base", module).weight  # type: ignore[assignment]
+    weight = (module.base if isinstance(module, KINDS) else module).weight
+    assert isinstance(weight, torch.Tensor)  # noqa: S101 - for the type checker
     return weight
 
 

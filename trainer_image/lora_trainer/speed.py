@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import BadSpecError
@@ -64,7 +64,7 @@ def read_levers(env: Mapping[str, str] = os.environ) -> Levers:
     return replace(Levers(), **changes)
 
 
-class FastSteps:
+class FastSteps(Trainer):
     """Mix-in before SFTTrainer: the summed loss, and tokens counted without asking the device in every micro-batch.
 
     TRL gathers three metrics and a count over all ranks after each micro-batch and waits for the values. Here the count
@@ -77,7 +77,7 @@ class FastSteps:
 
     def prepare_loss(self, *, summed: bool) -> None:
         """Takes the summed loss where it is asked for and the model allows it."""
-        model = base_model(self.model)  # type: ignore[attr-defined]
+        model = base_model(self.model)
         self.summed_loss = summed and has_summed_loss(model)
         if self.summed_loss:
             add_summed_loss(model)
@@ -96,8 +96,8 @@ class FastSteps:
         has, where its mask does not.
         """
         tokens = inputs.pop("tokens", None)
-        if not self.summed_loss or return_outputs or not self.model.training:  # type: ignore[attr-defined]
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not self.summed_loss or return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = model(**inputs, use_cache=False, summed_loss=True).loss
         if tokens is None:
             mask = inputs.get("attention_mask")
@@ -105,16 +105,16 @@ class FastSteps:
         self._tokens += tokens
         if num_items_in_batch is None:
             return loss / (inputs["labels"][..., 1:] != IGNORED).sum().clamp(min=1)
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1  # type: ignore[attr-defined]
+        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss * ranks / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``num_tokens``, the tokens of all ranks since training began. All ranks call it."""
         if self.summed_loss and "loss" in logs:
-            self._tokens_logged += sum_over_ranks([float(self._tokens)], self.args.device)[0]  # type: ignore[attr-defined]
+            self._tokens_logged += sum_over_ranks([float(self._tokens)], self.args.device)[0]
             self._tokens = 0
             logs["num_tokens"] = self._tokens_logged
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
 
 def apply_levers(model: torch.nn.Module, levers: Levers, device: torch.device) -> None:

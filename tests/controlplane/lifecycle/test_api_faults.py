@@ -89,6 +89,33 @@ def test_each_kind_of_call_may_fail(
     assert fault == "conflict" or reads <= set(faulty.hit)
 
 
+def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, settings: Settings) -> None:
+    """Either of the two is answered only once the other is asked for."""
+    asked, answered = set[str](), list[str]()
+
+    def hold(client: KubeClient) -> None:
+        send = client._send
+
+        async def held(method: Any, path: str, *args: Any) -> Answer:
+            kind = _kind(path)
+            if method == "POST" and kind in ("services", "configmaps"):
+                asked.add(kind)
+                async with asyncio.timeout(20):
+                    while len(asked) < 2:  # noqa: ASYNC110  (two calls of one launch)
+                        await asyncio.sleep(0.01)
+            answer = await send(method, path, *args)
+            answered.extend([kind] if method == "POST" else [])
+            return answer
+
+        client._send = held  # type: ignore[method-assign]
+
+    with OperatorThread(settings, wrap=hold):
+        run.create()
+        run.wait_phase("Starting")
+    assert set(answered[:2]) == {"services", "configmaps"}
+    assert answered[2] == "jobs"
+
+
 def test_watches_begin_though_the_first_looks_hang(
     api: Api, run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,30 @@ class FailingClient(KubeClient):
         return 200, None, json.dumps({"metadata": {}, "items": items}).encode()
 
 
+class SlowClient(FailingClient):
+    """The answer to a LIST of Jobs is a refusal, and that to one of pods comes later."""
+
+    answered = False
+
+    async def _send(self, method: Any, path: str, *more: Any) -> Any:
+        if path.endswith("/pods"):
+            await asyncio.sleep(0.05)
+            self.answered = True
+        return await super()._send(method, path, *more)
+
+
+def test_no_other_list_is_cut_off_by_one_that_is_refused() -> None:
+    async def main() -> None:
+        client = SlowClient(Configuration(host="http://none"), RateLimit(1e6, 1000), 1.0)
+        client.failures = [403]
+        with pytest.raises(StartError):
+            await fill(Cache(), client, Settings())
+        assert client.answered
+        await client.close()
+
+    asyncio.run(main())
+
+
 def fill_with(failures: list[int]) -> Cache:
     cache = Cache()
 
