@@ -378,8 +378,12 @@ def test_reserved_tokens_are_proposed_where_no_row_is_left(model: Path) -> None:
     assert add_tokens(tokenizer, ["<|reserved_2|>", "<|y|>"], 406) == NewTokens((402, 405), (405,))
 
 
-def test_a_token_that_no_record_has_is_told(make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(lora={"newTokens": [*TOKENS, "<|nowhere|>"]})
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_token_that_no_record_has_is_told(
+    objective: str, model: Path, marked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"lora": {"newTokens": [*TOKENS, "<|nowhere|>"]}, "training": {"objective": objective}}
+    run = build_run(model, marked / "pairs" if objective == "dpo" else marked, tmp_path, changes)
     with pytest.raises(BadDataError, match=r"no training record has <\|nowhere\|>"):
         run_here(run, tmp_path / "work", monkeypatch)
     unseen = Unseen(load_tokenizer(directory_of(run.base_model.uri)), ["</s>"])
