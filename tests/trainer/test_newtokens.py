@@ -190,6 +190,10 @@ def test_others_load_what_was_trained(
     ids = tokenizer(with_tokens(make_rows(2))[0]["prompt"] + TOKENS[1], return_tensors="pt").input_ids
     assert {400, 401} <= set(ids.flatten().tolist())
     assert AutoTokenizer.from_pretrained(merged)(TOKENS[0]).input_ids == [400]
+    template = AutoTokenizer.from_pretrained(base).chat_template
+    assert template is not None
+    for directory in (adapter, merged):
+        assert AutoTokenizer.from_pretrained(directory).chat_template == template
     plain = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
         before = plain(ids).logits

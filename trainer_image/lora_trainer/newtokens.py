@@ -11,14 +11,14 @@ from transformers import AddedToken
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.run import RunSpec
-from lora_trainer.chat import use_chat_template
+from lora_trainer.chat import TEMPLATE_FILE, use_chat_template
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.model import load_config, load_tokenizer
 from lora_trainer.modelshape import ModelShape
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
-PUBLISHED_FILES = (TOKENIZER_FILE, SETTINGS_FILE)
-"""Files of a tokenizer that has learned tokens."""
+PUBLISHED_FILES = (TOKENIZER_FILE, SETTINGS_FILE, TEMPLATE_FILE)
+"""Files of a tokenizer that has learned tokens; without a chat template there is no last one."""
 
 
 @dataclass(frozen=True)
@@ -128,4 +128,5 @@ def tokenizer_files(run: RunSpec, base: Path) -> dict[str, str]:
         return {}
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        return {name: (Path(scratch) / name).read_text(encoding="utf-8") for name in PUBLISHED_FILES}
+        files = (Path(scratch) / name for name in PUBLISHED_FILES)
+        return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
