@@ -200,7 +200,7 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
         marks[ConditionType.SCHEDULED] = scheduled_mark(value=True)
         marks[ConditionType.RUNNING] = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
         return _decide_running(observed, job, marks, pods, settings, now)
-    obstacle = diagnose_obstacle(pods, job, observed.reports.refused)
+    obstacle = diagnose_obstacle(pods, job, observed.reports)
     phase = Phase.RESTARTING if job.attempt > 1 else Phase.STARTING
     if obstacle is None:
         marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")

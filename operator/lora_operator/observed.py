@@ -14,6 +14,17 @@ RESTORE_INTERVAL = 60.0
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why no pods are made for a Job, and since when this operator knows.
+
+    The last refusal of a Job stays to be read when its pods are made, so the Job's own times tell nothing.
+    """
+
+    message: str
+    since: datetime
+
+
+@dataclass(frozen=True)
 class Reports:
     """What was read on top of the watches, and when; kept in memory only, and read again after a restart."""
 
@@ -26,7 +37,7 @@ class Reports:
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
     restored_at: datetime | None = None
-    refused: str | None = None
+    refusal: Refusal | None = None
     refusal_read_at: datetime | None = None
     queue: QueueReport | None = None
     queue_read_at: datetime | None = None
@@ -44,6 +55,12 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
     if word is None:
         return replace(reports, heard_at=now)
     return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
+
+
+def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Reports:
+    """``reports`` after a look at ``now`` for why pods are missing. Empty: nobody has said why."""
+    since = reports.refusal.since if reports.refusal else now
+    return replace(reports, refusal=Refusal(message, since) if message else None, refusal_read_at=now)
 
 
 def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None) -> Reports:

@@ -5,6 +5,7 @@ from datetime import datetime
 
 from lora_api import RULES, FailureClass
 from lora_operator.diagnose import Obstacle
+from lora_operator.observed import Refusal, Reports
 from lora_operator.views import JobView, PodView
 
 _IMAGE = frozenset(
@@ -28,8 +29,8 @@ _POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make
 _SIZE_REMEDY = "Shorten what the specification says at length, and create the run again."
 
 
-def diagnose_obstacle(pods: Sequence[PodView], job: JobView, refused: str | None) -> Obstacle | None:
-    """What is in the way, the worst first; ``refused`` is why the API server makes no pods for ``job``, if known."""
+def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports) -> Obstacle | None:
+    """What is in the way of ``job``, the worst first."""
     starting = [pod for pod in pods if not pod.has_ended and not pod.running]
     for pod in starting:
         if pod.waiting_reason in _IMAGE:
@@ -37,8 +38,8 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, refused: str | None
     for pod in starting:
         if pod.waiting_reason in _CONFIG:
             return _fatal(FailureClass.POD_NOT_STARTED, "Container of", pod)
-    if refused:
-        return _refused(job, refused)
+    if reports.refusal:
+        return _refused(job, reports.refusal)
     for pod in starting:
         if pod.unscheduled_reason:
             return Obstacle(
@@ -70,13 +71,13 @@ def _fatal(failure_class: FailureClass, what: str, pod: PodView) -> Obstacle:
     )
 
 
-def _refused(job: JobView, refused: str) -> Obstacle:
-    quota = "exceeded quota" in refused
+def _refused(job: JobView, refusal: Refusal) -> Obstacle:
+    quota = "exceeded quota" in refusal.message
     return Obstacle(
         reason="QuotaExceeded" if quota else str(FailureClass.POD_NOT_STARTED),
-        message=f"Pods of Job {job.name} are refused: {refused}",
+        message=f"Pods of Job {job.name} are refused: {refusal.message}",
         remedy=_QUOTA_REMEDY if quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
-        since=job.started or job.created,
+        since=refusal.since,
         failure_class=None if quota else FailureClass.POD_NOT_STARTED,
         scheduling=True,
     )

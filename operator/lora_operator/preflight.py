@@ -68,7 +68,7 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
         return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now), settings)
     if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
         return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
-    obstacle = diagnose_obstacle(pods, job, observed.reports.refused)
+    obstacle = diagnose_obstacle(pods, job, observed.reports)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:

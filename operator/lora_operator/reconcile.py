@@ -39,7 +39,16 @@ from lora_operator.lifecycle import decide
 from lora_operator.logs import current_run
 from lora_operator.lookups import Lookups
 from lora_operator.metrics import Metrics
-from lora_operator.observed import RESTORE_INTERVAL, Observed, Reports, forget_pods, hear, hear_queue, is_finished
+from lora_operator.observed import (
+    RESTORE_INTERVAL,
+    Observed,
+    Reports,
+    forget_pods,
+    hear,
+    hear_queue,
+    hear_refusal,
+    is_finished,
+)
 from lora_operator.obstacles import diagnose_refusal
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import Plan
@@ -172,10 +181,9 @@ class Reconciler:
             )  # fmt: skip
         job = wants_refusal(observed, now, self._settings)
         if job is not None:
-            refused = await self._kube.fetch_refusal(job.namespace, job.name, job.uid)
-            reports = replace(reports, refused=refused, refusal_read_at=now)
-        elif reports.refused and not any(map(observed.is_short_of_pods, observed.all_jobs())):
-            reports = replace(reports, refused=None)
+            reports = hear_refusal(reports, await self._kube.fetch_refusal(job.namespace, job.name, job.uid), now)
+        elif reports.refusal and not any(map(observed.is_short_of_pods, observed.all_jobs())):
+            reports = replace(reports, refusal=None)
         reports = await self._fetch_queue(replace(observed, reports=reports), now)
         self._reports[key] = reports
         return replace(observed, reports=reports)

@@ -8,7 +8,7 @@ import pytest
 
 from lora_api import RULES, FailureClass, Phase
 from lora_operator.diagnose import diagnose_pod, diagnose_pods, diagnose_root, with_remedy
-from lora_operator.observed import Observed
+from lora_operator.observed import Observed, Refusal, Reports
 from lora_operator.obstacles import diagnose_obstacle, diagnose_refusal
 from lora_operator.settings import Settings
 from lora_operator.verdicts import decide_obstructed
@@ -205,7 +205,7 @@ def test_a_job_that_was_ended_from_outside_is_a_symptom() -> None:
     ],
 )
 def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str | None) -> None:
-    obstacle = diagnose_obstacle(pods, a_job(), refused)
+    obstacle = diagnose_obstacle(pods, a_job(), Reports(refusal=Refusal(refused, NOW) if refused else None))
     assert (obstacle.reason if obstacle else None) == want
     if obstacle is not None:
         assert obstacle.remedy
@@ -283,7 +283,7 @@ def test_what_is_refused_is_asked_for_again_until_it_has_lasted(
 )
 def test_a_claim_that_is_in_the_way_has_a_remedy_of_its_own(message: str, remedy: str) -> None:
     pod = a_pod(0, unscheduled_reason="Unschedulable", unscheduled_message=message)
-    obstacle = diagnose_obstacle([pod], a_job(), None)
+    obstacle = diagnose_obstacle([pod], a_job(), Reports())
     assert obstacle is not None
     assert message in obstacle.message
     assert obstacle.remedy.startswith(remedy)

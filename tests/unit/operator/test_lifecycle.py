@@ -7,7 +7,7 @@ import pytest
 
 from lora_api import RULES, ConditionType, FailureClass, Phase, build_run_spec
 from lora_operator.lifecycle import decide
-from lora_operator.observed import Observed, Reports
+from lora_operator.observed import Observed, Refusal, Reports
 from lora_operator.queueing import QueueReport
 from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
@@ -298,9 +298,10 @@ CASES = [
         {"launch": 2, "phase": Phase.QUEUED},
     ),
     Case(
-        "a long wait in the queue does not count as time in which pods were refused",
+        "neither a long wait in the queue nor an old refusal counts as time in which pods were refused",
         seen(
-            a_run(status=STARTED), a_job(created=ago(9e6), started=ago(5)), reports=Reports(refused="no such class"),
+            a_run(status=STARTED), a_job(created=ago(9e6), started=ago(9e6)),
+            reports=Reports(refusal=Refusal("etcd has no leader", ago(5))),
         ),
         {"phase": Phase.STARTING, "reason": "PodNotStarted", "failure": None, "requeue_after": 595.0},
     ),
@@ -362,13 +363,13 @@ CASES = [
     ),
     Case(
         "a quota that is full is waited for",
-        seen(a_run(status=STARTED), a_job(created=ago(9e6)), reports=Reports(refused="exceeded quota: few")),
+        seen(a_run(status=STARTED), JOB, reports=Reports(refusal=Refusal("exceeded quota: few", ago(9e5)))),
         {"reason": "QuotaExceeded", "failure": None},
         marks={ConditionType.SCHEDULED: (False, "QuotaExceeded")},
     ),
     Case(
         "pods that are refused for long end the run",
-        seen(a_run(status=STARTED), a_job(created=ago(601)), reports=Reports(refused="violates PodSecurity")),
+        seen(a_run(status=STARTED), JOB, reports=Reports(refusal=Refusal("violates PodSecurity", ago(601)))),
         {"phase": Phase.FAILED},
         FailureClass.POD_NOT_STARTED,
     ),
