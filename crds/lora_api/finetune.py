@@ -111,10 +111,23 @@ class RunPolicy(ApiModel):
     )
 
 
-# An automatic micro-batch divides what it has to; until it is known, one sequence per process is the least.
-_MICRO = "(type(self.training.microBatchSize) == int ? int(self.training.microBatchSize) : 1)"
-_CHUNK = f"({_MICRO} * self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : 1))"
-_GLOBAL = "self.training.globalBatchSize"
+def _let(name: str, value: str, expression: str) -> str:
+    """CEL for ``expression``, in which ``value`` is called ``name``: map() over one value is how CEL names one.
+
+    It is looked up once then. Each look-up in ``self`` makes the API server copy the schema of all its fields.
+    """
+    return f"[{value}].map({name}, {expression})[0]"
+
+
+def _with_chunk(expression: str) -> str:
+    """CEL for ``expression`` of ``training`` and of ``chunk``, the sequences that all processes take at once.
+
+    An automatic micro-batch divides what it has to; until it is known, one sequence per process is the least.
+    """
+    micro = "(type(training.microBatchSize) == int ? int(training.microBatchSize) : 1)"
+    chunk = f"{micro} * parallel.nodes * (parallel.gpusPerNode > 0 ? parallel.gpusPerNode : 1)"
+    with_parallel = _let("parallel", "self.parallelism", _let("chunk", chunk, expression))
+    return _let("training", "self.training", with_parallel)
 
 
 def _decimal(number: str) -> str:
@@ -133,15 +146,17 @@ def _decimal(number: str) -> str:
     return " + ".join((*leading, digits[-1]))
 
 
-# Only evaluated where the chunk is at most MAX_GLOBAL_BATCH_SIZE. map() over one value is how CEL names a value.
-_NEAREST_SIZES = (
-    f"[{_CHUNK}].map(chunk, [{_GLOBAL} / chunk * chunk].map(below, "
-    "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = ' + "
-    f"{_decimal('chunk')} + '; the nearest: ' + "
-    f"(below == 0 ? '' : {_decimal('below')}) + "
-    f"(below == 0 || below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : ' and ') + "
-    f"(below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : {_decimal('(below + chunk)')})"
-    ")[0])[0]"
+# Only evaluated where the chunk is at most MAX_GLOBAL_BATCH_SIZE.
+_NEAREST_SIZES = _with_chunk(
+    _let(
+        "below",
+        "training.globalBatchSize / chunk * chunk",
+        "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = ' + "
+        f"{_decimal('chunk')} + '; the nearest: ' + "
+        f"(below == 0 ? '' : {_decimal('below')}) + "
+        f"(below == 0 || below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : ' and ') + "
+        f"(below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : {_decimal('(below + chunk)')})",
+    )
 )
 
 
@@ -155,14 +170,22 @@ SECTIONS = (
 
 
 def _unchanged() -> str:
-    """CEL for: everything but MUTABLE is as it was."""
+    """CEL for: everything in the spec but MUTABLE is as it was.
+
+    It is not looked at where the status changes: the API server takes the spec from such a write as little as it takes
+    the status from others, and the look costs it twice what all other rules cost.
+    """
     fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
-    same = [f"self.{field} == oldSelf.{field}" for field in (*SECTIONS, *fixed)]
+    same = [f"self.spec.{field} == oldSelf.spec.{field}" for field in (*SECTIONS, *fixed)]
     optional = ("queueName", "priorityClassName", "workloadPriorityClassName")
     for field in ("credentials", "runtimeRef", *(f"runPolicy.{name}" for name in optional)):
-        same.append(f"has(self.{field}) == has(oldSelf.{field})")
-        same.append(f"(!has(self.{field}) || self.{field} == oldSelf.{field})")
-    return " && ".join(same)
+        same.append(f"has(self.spec.{field}) == has(oldSelf.spec.{field})")
+        same.append(f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field})")
+    changed = ["!has(oldSelf.status)"]
+    for section, field in (("phase", "phase"), ("progress", "progress.step")):
+        there = f"has(self.status.{section}) && has(oldSelf.status.{section})"
+        changed.append(f"({there} && self.status.{field} != oldSelf.status.{field})")
+    return f"(has(self.status) && ({' || '.join(changed)})) || ({' && '.join(same)})"
 
 
 class LoRAFineTuneSpec(ApiModel):
@@ -193,12 +216,12 @@ class LoRAFineTuneSpec(ApiModel):
 
     cel_rules = (
         CelRule(
-            rule=f"{_CHUNK} <= {MAX_GLOBAL_BATCH_SIZE}",
+            rule=_with_chunk(f"chunk <= {MAX_GLOBAL_BATCH_SIZE}"),
             message=f"microBatchSize * nodes * max(gpusPerNode, 1) may be at most {MAX_GLOBAL_BATCH_SIZE}",
             field_path=".training.microBatchSize",
         ),
         CelRule(
-            rule=f"{_CHUNK} > {MAX_GLOBAL_BATCH_SIZE} || {_GLOBAL} % {_CHUNK} == 0",
+            rule=_with_chunk(f"chunk > {MAX_GLOBAL_BATCH_SIZE} || training.globalBatchSize % chunk == 0"),
             message="globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1)",
             message_expression=_NEAREST_SIZES,
             field_path=".training.globalBatchSize",
@@ -245,11 +268,6 @@ class LoRAFineTuneSpec(ApiModel):
             "nf4",
             field_path=".quantization.type",
         ),
-        CelRule(
-            rule=_unchanged(),
-            message="spec cannot be changed once created: delete this LoRAFineTune and create another one. Only "
-            "runPolicy.suspend, activeDeadlineSeconds and ttlSecondsAfterFinished can be",
-        ),
     )
 
 
@@ -288,5 +306,11 @@ class LoRAFineTune(ApiModel):
             rule="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
             message="metadata.name must start with a letter and have only a-z, 0-9 and '-': it becomes the name of a "
             "Service",
+        ),
+        CelRule(
+            rule=_unchanged(),
+            message="spec cannot be changed once created: delete this LoRAFineTune and create another one. Only "
+            "runPolicy.suspend, activeDeadlineSeconds and ttlSecondsAfterFinished can be",
+            field_path=".spec",
         ),
     )
