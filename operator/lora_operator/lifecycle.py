@@ -12,6 +12,7 @@ condition, which is sticky.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Phase
@@ -84,17 +85,21 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
         return Plan(requeue_after=(retry_time - now).total_seconds())
     if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
         return plan_queued(attempt, describe_queue("", None), launch=attempt)
-    reason = "Restarting" if attempt > 1 else "Starting"
+    return replace(_plan_start(attempt, scheduled=False), launch=attempt)
+
+
+def _plan_start(attempt: int, *, scheduled: bool) -> Plan:
+    """The pods of ``attempt`` are to start. The same before and after they are seen: any change would be a write."""
+    phase = Phase.RESTARTING if attempt > 1 else Phase.STARTING
     return Plan(
-        phase=Phase.RESTARTING if attempt > 1 else Phase.STARTING,
-        reason=reason,
-        message=f"Attempt {attempt} was created; waiting for its pods",
+        phase=phase,
+        reason=str(phase),
+        message="Waiting for the pods to start",
         attempt=attempt,
         conditions={
-            ConditionType.SCHEDULED: Mark(value=False, reason="PodsPending", message="Waiting for the pods"),
-            ConditionType.RUNNING: Mark(value=False, reason=reason, message="The pods do not run yet"),
+            ConditionType.SCHEDULED: scheduled_mark(value=scheduled),
+            ConditionType.RUNNING: Mark(value=False, reason=str(phase), message="The pods do not run yet"),
         },
-        launch=attempt,
     )
 
 
@@ -194,34 +199,25 @@ def _decide_failing(
 def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: Settings) -> Plan:
     nodes = observed.run.spec.parallelism.nodes
     scheduled = len(pods) == nodes and all(pod.scheduled for pod in pods)
-    started = len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods)
-    marks = {ConditionType.SCHEDULED: scheduled_mark(value=scheduled or started)}
-    if started:
-        marks[ConditionType.SCHEDULED] = scheduled_mark(value=True)
-        marks[ConditionType.RUNNING] = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
+    if len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods):
+        running = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
+        marks = {ConditionType.SCHEDULED: scheduled_mark(value=True), ConditionType.RUNNING: running}
         return _decide_running(observed, job, marks, pods, settings, now)
     obstacle = diagnose_obstacle(pods, job, observed.reports)
-    phase = Phase.RESTARTING if job.attempt > 1 else Phase.STARTING
+    start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
-        marks[ConditionType.RUNNING] = Mark(value=False, reason="Starting", message="The pods do not run yet")
         due = observed.seconds_to_restoring(job, now)
         lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
-        return Plan(
-            phase=phase, reason=str(phase), message="Waiting for the pods to start", attempt=job.attempt,
-            conditions=marks, restore=job if due == 0 else None,
-            requeue_after=min((seconds for seconds in (due, lost) if seconds), default=None),
-        )  # fmt: skip
+        wait = min((seconds for seconds in (due, lost) if seconds), default=None)
+        return replace(start, restore=job if due == 0 else None, requeue_after=wait)
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
         return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)
     mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
+    marks = {**start.conditions, ConditionType.RUNNING: mark}
     if obstacle.scheduling:
         marks[ConditionType.SCHEDULED] = mark
-    marks[ConditionType.RUNNING] = mark
-    return Plan(
-        phase=phase, reason=obstacle.reason, message=obstacle.text, attempt=job.attempt, conditions=marks,
-        requeue_after=left,
-    )  # fmt: skip
+    return replace(start, reason=obstacle.reason, message=obstacle.text, conditions=marks, requeue_after=left)
 
 
 _STAGE_REASONS = {

@@ -12,12 +12,13 @@ from lora_operator.queueing import QueueReport
 from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
 from lora_operator.status import compute_status
-from lora_operator.views import PodView
+from lora_operator.views import JobView, PodView
 from tests.unit.operator.builders import (
     ADAPTER,
     NOW,
     a_job,
     a_pod,
+    a_preflight,
     a_run,
     a_runtime,
     ago,
@@ -808,6 +809,23 @@ def test_who_is_silent_is_given_time(name: str) -> None:
     assert plan.requeue_after == left
     if want is not None:
         assert plan.charged == (want == FailureClass.PEER_LOST)
+
+
+LAUNCHES: dict[str, tuple[Observed, JobView, Settings]] = {
+    "an attempt": (seen(a_run()), JOB, SETTINGS),
+    "another attempt": (seen(a_run(status=FAILED_ONCE)), a_job(2), SETTINGS),
+    "an attempt in a queue": (seen(a_run(runPolicy=QUEUE)), a_job(suspended=True), SETTINGS),
+    "a preflight": (seen(a_run()), a_preflight(), replace(SETTINGS, preflight="on")),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_job_that_is_seen_after_its_launch_changes_nothing(name: str) -> None:
+    """Each change of the status would be a write of its own, for each run that waits for its pods."""
+    observed, job, settings = LAUNCHES[name]
+    launched = compute_status(observed.run, decide(observed, NOW, settings), Reports(), NOW)
+    again = seen(observed.run.model_copy(update={"status": launched}), replace(job, created=NOW, started=None))
+    assert compute_status(again.run, decide(again, NOW, settings), Reports(), NOW) == launched
 
 
 SHRINK = {"onOutOfMemory": "shrinkMicroBatch"}
