@@ -11,6 +11,7 @@ export TQDM_DISABLE := 1
 
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest
+RESULTS := -p tests.support.results --results docs/benchmarks
 
 .PHONY: help
 help: ## List every target
@@ -49,18 +50,21 @@ test-cluster: venv binaries cluster-up images ## Tests with real pods on a real 
 
 .PHONY: test-nodes
 test-nodes: venv binaries ## Nodes that are drained, die and are out of service, on a cluster of two with the real trainer
-	$(PYTEST) tests/cluster -m nodes
+	$(PYTEST) tests/cluster -m nodes $(RESULTS)/nodes.md
 
 .PHONY: test-kueue
 test-kueue: venv binaries cluster-up images ## Queues, on a real cluster with the real Kueue (builds it the first time)
-	$(PYTEST) tests/cluster -m kueue
+	$(PYTEST) tests/cluster -m kueue $(RESULTS)/kueue.md
 
 SEED ?= 1
 MINUTES ?= 30
 
-.PHONY: test-soak
-test-soak: venv binaries ## Soak the operator in faults for MINUTES (30) by SEED (1): docs/benchmarks/soak.md
+.PHONY: soak
+soak: venv binaries ## Soak the operator in faults for MINUTES (30) by SEED (1): docs/benchmarks/soak.md
 	$(RUN) -m bench.soak --seed $(SEED) --minutes $(MINUTES)
+
+.PHONY: test-soak
+test-soak: soak test-nodes test-kueue ## All tests that take longer than 5 minutes, with their results in docs/benchmarks
 
 .PHONY: lint
 lint: venv ## Style, types, layers and generated files

@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -66,9 +67,9 @@ async def measure(plane: ControlPlane, size: Size, say: Callable[[str], None]) -
 async def _measure_rounds(
     bench: Bench, nodes: Nodes, launch: Launch, empty: float, note: Callable[[str, object], None]
 ) -> Numbers:
-    """Restart, idle, launches, burst, lives and the floor, round by round, each round with an operator of its own.
+    """Restart, idle, launches, burst and lives, round by round, each round with an operator of its own.
 
-    The last one runs under the profiler.
+    The last one runs under the profiler. The floor is measured before and after each round: the machine changes.
     """
     parts: Numbers = {name: [] for name in ("restart", "idle", "launches", "burst", "lives", "floor")}
     samples = bench.plane.directory / "samples"
@@ -77,6 +78,8 @@ async def _measure_rounds(
         parts[part].append(numbers)
         note(part, numbers)
 
+    nodes.forget()
+    keep("floor", await measure_floor(bench, launch))
     for number in range(bench.size.rounds):
         last = number == bench.size.rounds - 1
         nodes.forget()
@@ -111,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write operator.md and operator.json to")
     parser.add_argument("--keep", type=Path, help="directory for data and logs of the control plane (default: removed)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     size = TINY if options.tiny else FULL
     if options.residents is not None:
         size = replace(size, waiting=options.residents // 10, finished=options.residents - options.residents // 10)

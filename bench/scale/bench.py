@@ -22,13 +22,17 @@ _BATCH_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done. ``rounds`` is of the launches, bursts and restarts, of which medians are told."""
+    """How much is done. ``rounds`` is of the launches, bursts and restarts, of which medians are told.
+
+    ``first_launches`` come before the ``launches``, at the same rate.
+    """
 
     finished: int
     waiting: int
     namespaces: int
     rounds: int
     rate: float
+    first_launches: int
     launches: int
     burst: int
     lives: int
@@ -48,6 +52,7 @@ FULL = Size(
     namespaces=20,
     rounds=3,
     rate=10.0,
+    first_launches=20,
     launches=300,
     burst=1000,
     lives=200,
@@ -56,7 +61,7 @@ FULL = Size(
     troubled=200,
 )
 TINY = Size(
-    finished=12, waiting=4, namespaces=2, rounds=1, rate=10.0, launches=6, burst=8, lives=4,
+    finished=12, waiting=4, namespaces=2, rounds=1, rate=10.0, first_launches=2, launches=6, burst=8, lives=4,
     idle_seconds=1.0, rest_seconds=0.4, troubled=4,
 )  # fmt: skip
 

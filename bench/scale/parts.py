@@ -10,6 +10,7 @@ from bench.scale.audit import Call, by_operator, by_run, count_calls, launch_cal
 from bench.scale.bench import Bench, is_created, is_launched, median, quantile
 from bench.scale.client import RUNS, BenchError, EtcdClient, access_to
 from bench.scale.floor import Floor, Launch
+from bench.scale.memory import measure_memory
 from bench.scale.nodes import Nodes
 from bench.scale.process import OperatorProcess, usage
 from bench.scale.proxy import CALM, Trouble, run_proxy, write_kubeconfig
@@ -105,15 +106,24 @@ def latencies(calls: Sequence[Call], names: Sequence[str]) -> list[float]:
 
 
 async def measure_launches(bench: Bench, operator: OperatorProcess | Floor, namespaces: Sequence[str] = ()) -> Numbers:
-    """Runs that come one by one, ``rate`` a second. Nobody makes pods meanwhile: that would be most of the work."""
+    """Runs that come one by one, ``rate`` a second. Nobody makes pods meanwhile: that would be most of the work.
+
+    The first ones find processes that have slept, and are told of apart from the others.
+    """
+    memory = await asyncio.to_thread(measure_memory, 1 / bench.size.rate)
     mark, before = bench.audit.mark(), operator.usage().cpu
-    names = await bench.create(bench.size.launches, bench.size.rate, namespaces)
+    first = bench.size.first_launches
+    names = await bench.create(first + bench.size.launches, bench.size.rate, namespaces)
     await bench.wait_calls(mark, "launched one by one", names, is_launched)
-    times = latencies(bench.audit.since(mark), names)
+    every = latencies(bench.audit.since(mark), names)
+    times = every[first:]
     return {
-        "runs": len(names),
+        "runs": len(times),
+        "first": first,
+        "firstMaxMs": round(max(every[:first]), 1),
         "perSecond": bench.size.rate,
         "load": round(os.getloadavg()[0], 1),
+        **memory,
         "p50Ms": round(quantile(times, 0.5), 1),
         "p90Ms": round(quantile(times, 0.9), 1),
         "p99Ms": round(quantile(times, 0.99), 1),
@@ -124,11 +134,15 @@ async def measure_launches(bench: Bench, operator: OperatorProcess | Floor, name
 
 async def measure_burst(bench: Bench, operator: OperatorProcess | Floor, namespaces: Sequence[str] = ()) -> Numbers:
     """Runs that come all at once: how fast are they launched?"""
-    server = bench.plane.pids()["kube-apiserver"]
-    mark, before, served = bench.audit.mark(), operator.usage().cpu, usage(server).cpu
+    pids = bench.plane.pids()
+
+    def used() -> list[float]:
+        return [operator.usage().cpu, usage(pids["kube-apiserver"]).cpu, usage(pids["etcd"]).cpu]
+
+    mark, before = bench.audit.mark(), used()
     names = await bench.create(bench.size.burst, namespaces=namespaces)
     await bench.wait_calls(mark, "launched in a burst", names, is_launched)
-    cpu, server_cpu = operator.usage().cpu - before, usage(server).cpu - served
+    own, server, etcd = (round(1000 * (new - old) / len(names), 2) for new, old in zip(used(), before, strict=True))
     calls = bench.audit.since(mark)
     created = [call for call in calls if is_created(call)]
     first, last = min(call.received for call in created), max(call.answered for call in created)
@@ -138,8 +152,9 @@ async def measure_burst(bench: Bench, operator: OperatorProcess | Floor, namespa
         "seconds": round(end - first, 2),
         "perSecond": round(len(names) / (end - first), 1),
         "createdInSeconds": round(last - first, 2),
-        "operatorCpuMsPerRun": round(1000 * cpu / len(names), 2),
-        "apiServerCpuMsPerRun": round(1000 * server_cpu / len(names), 2),
+        "operatorCpuMsPerRun": own,
+        "apiServerCpuMsPerRun": server,
+        "etcdCpuMsPerRun": etcd,
         "callsPerRun": round(len(by_operator(calls)) / len(names), 2),
     }
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write soak.md and soak.json to")
     parser.add_argument("--keep", type=Path, help="directory for data and logs of the control plane (default: removed)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     size = TINY if options.tiny else FULL
     if options.minutes is not None:
         size = replace(size, seconds=60 * options.minutes, runs=round(size.runs * 60 * options.minutes / size.seconds))

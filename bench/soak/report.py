@@ -7,7 +7,7 @@ Numbers = dict[str, Any]
 
 _HEAD = """# Soak of the operator
 
-Written by `make test-soak` on a real etcd, kube-apiserver and kube-controller-manager (`devcluster`), with the operator
+Written by `make soak` on a real etcd, kube-apiserver and kube-controller-manager (`devcluster`), with the operator
 as its image runs it, as a process of its own with the rights of its role. Users, scheduler and kubelets are played
 (`bench/soak/player.py`), the logs of the pods too, in which rank 0 tells of a step each second: each run has a story of
 how its preflights and attempts end, and the one state in which it has to end is computed from that and the failure

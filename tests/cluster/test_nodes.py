@@ -1,7 +1,8 @@
 """Nodes that go away under a gang, on a cluster of two, with the real trainer: ``make test-nodes``."""
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ pytestmark = [
 NAME = "lora-nodes"
 LONG = {"maxSteps": 150, "learningRate": 0.001, "globalBatchSize": 4}
 NODE_SECONDS = 240
+AGAIN = "seconds from the loss to the next attempt"
+
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +86,21 @@ def classes(run: LoRAFineTune) -> list[FailureClass]:
     return [failure.failure_class for failure in run.status.failures]
 
 
-def test_a_drained_node_hands_its_pod_over_with_a_checkpoint(gang: Runs) -> None:
+def wait_for_the_next_attempt(runs: Runs, name: str, since: float, record: Record) -> LoRAFineTune:
+    """Waits for the second attempt, and records how long it took since the node began to go."""
+    run = runs.wait(name, "the second attempt waits", lambda run: run.status.attempt == 2, NODE_SECONDS)
+    record(AGAIN, round(time.monotonic() - since))
+    return run
+
+
+def test_a_drained_node_hands_its_pod_over_with_a_checkpoint(gang: Runs, record_property: Record) -> None:
     name = submit(gang, "drained")
     node = another_node(gang.cluster)
+    since = time.monotonic()
     drain = ["drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=90s"]
     try:
         gang.cluster.kubectl(*drain, timeout=100)
-        run = gang.wait(name, "the second attempt waits", lambda run: run.status.attempt == 2, NODE_SECONDS)
+        run = wait_for_the_next_attempt(gang, name, since, record_property)
         assert classes(run) == [FailureClass.EVICTED]
     finally:
         gang.cluster.kubectl("uncordon", node)
@@ -99,12 +111,13 @@ def test_a_drained_node_hands_its_pod_over_with_a_checkpoint(gang: Runs) -> None
     assert_resumed(gang, name)
 
 
-def test_a_node_that_dies_with_the_operator_on_it_costs_the_run_nothing(gang: Runs) -> None:
+def test_a_node_that_dies_with_the_operator_on_it_costs_the_run_nothing(gang: Runs, record_property: Record) -> None:
     name = submit(gang, "node-died")
     node = node_of_the_operator(gang.cluster)
+    since = time.monotonic()
     gang.cluster.kill_node(node)
     try:
-        run = gang.wait(name, "the second attempt waits", lambda run: run.status.attempt == 2, NODE_SECONDS)
+        run = wait_for_the_next_attempt(gang, name, since, record_property)
         assert classes(run) == [FailureClass.NODE_LOST]
         assert (run.status.failures[0].rank, run.status.charged_restarts) == (None, 0)
         gang.wait(name, "why it waits", lambda run: find_condition(run, "Scheduled").reason == "Unschedulable")
@@ -117,15 +130,16 @@ def test_a_node_that_dies_with_the_operator_on_it_costs_the_run_nothing(gang: Ru
     assert_resumed(gang, name)
 
 
-def test_a_node_that_is_out_of_service_is_not_waited_for(gang: Runs) -> None:
+def test_a_node_that_is_out_of_service_is_not_waited_for(gang: Runs, record_property: Record) -> None:
     """The pods of a node with this taint are deleted at once, also where no kubelet answers (KEP-2268)."""
     name = submit(gang, "out-of-service")
     node = another_node(gang.cluster)
+    since = time.monotonic()
     gang.cluster.kill_node(node)
     taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute"
     gang.cluster.kubectl("taint", "node", node, taint)
     try:
-        run = gang.wait(name, "the second attempt waits", lambda run: run.status.attempt == 2, NODE_SECONDS)
+        run = wait_for_the_next_attempt(gang, name, since, record_property)
         assert classes(run) == [FailureClass.NODE_LOST]
     finally:
         gang.cluster.start_node(node)

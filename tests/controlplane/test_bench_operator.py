@@ -30,7 +30,9 @@ def test_the_operator_keeps_to_its_budget_of_calls_and_loses_nothing(tmp_path: P
     assert trouble["refused"] > 0
     assert trouble["late"] > 0
     assert all(sum(result["profile"][part]["areas"].values()) > 0.5 for part in ("start", "burst"))
-    (floor,) = result["floor"]
+    before, floor = result["floor"]
+    assert before["burst"]["etcdCpuMsPerRun"] > 0
+    assert floor["launches"]["touchedAgainUs"] > 0
     assert floor["burst"]["callsPerRun"] >= 4, "the same calls; the last Events may come too late to be counted"
     assert to_markdown(result) == (tmp_path / "operator.md").read_text()
     reached = {what for what, _, _, ok in targets(result) if ok}
