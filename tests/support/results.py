@@ -50,9 +50,9 @@ class Recorder:
         self._about = ""
         self._results: list[Result] = []
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Reads what the tests are about."""
-        modules = [getattr(item, "module", None) for item in items]
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Reads what the tests are about that are left to run."""
+        modules = [getattr(item, "module", None) for item in session.items]
         self._about = next((str(module.__doc__).splitlines()[0] for module in modules if module), "")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
