@@ -23,6 +23,11 @@ class Refusal:
     message: str
     since: datetime
 
+    @property
+    def by_quota(self) -> bool:
+        """Whether a quota is full, which is waited for; what else is refused ends a run that it keeps waiting."""
+        return "exceeded quota" in self.message
+
 
 @dataclass(frozen=True)
 class Reports:
@@ -58,9 +63,14 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
 
 
 def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Reports:
-    """``reports`` after a look at ``now`` for why pods are missing. Empty: nobody has said why."""
-    since = reports.refusal.since if reports.refusal else now
-    return replace(reports, refusal=Refusal(message, since) if message else None, refusal_read_at=now)
+    """``reports`` after a look at ``now`` for why pods are missing. Empty: nobody has said why.
+
+    The words change with every try, as they name the pod; the time goes on while they are of the same kind.
+    """
+    old, new = reports.refusal, Refusal(message, now) if message else None
+    if old is not None and new is not None and old.by_quota == new.by_quota:
+        new = replace(new, since=old.since)
+    return replace(reports, refusal=new, refusal_read_at=now)
 
 
 def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None) -> Reports:

@@ -72,13 +72,12 @@ def _fatal(failure_class: FailureClass, what: str, pod: PodView) -> Obstacle:
 
 
 def _refused(job: JobView, refusal: Refusal) -> Obstacle:
-    quota = "exceeded quota" in refusal.message
     return Obstacle(
-        reason="QuotaExceeded" if quota else str(FailureClass.POD_NOT_STARTED),
+        reason="QuotaExceeded" if refusal.by_quota else str(FailureClass.POD_NOT_STARTED),
         message=f"Pods of Job {job.name} are refused: {refusal.message}",
-        remedy=_QUOTA_REMEDY if quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
+        remedy=_QUOTA_REMEDY if refusal.by_quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
         since=refusal.since,
-        failure_class=None if quota else FailureClass.POD_NOT_STARTED,
+        failure_class=None if refusal.by_quota else FailureClass.POD_NOT_STARTED,
         scheduling=True,
     )
 

@@ -3,10 +3,11 @@
 import pytest
 
 from lora_operator.follow import REFUSAL_DELAY, compute_next_look, unseen_ends, wants_refusal
+from lora_operator.observed import Refusal, Reports, hear_refusal
 from lora_operator.plan import NOTHING
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
-from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ended, seen
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, seen
 
 STARTED = {"attempt": 1, "phase": "Starting"}
 
@@ -65,3 +66,23 @@ def test_pods_that_a_job_says_have_failed_are_looked_up_until_they_were_seen_to(
 def test_what_rank_0_says_of_its_success_is_looked_up(parts: list[PodView], unseen: bool) -> None:
     job = a_job(completed_indexes=frozenset({0, 1}))
     assert unseen_ends(seen(a_run(status=STARTED), job, *parts)) == (job if unseen else None)
+
+
+QUOTA, POLICY = 'pods "a" is forbidden: exceeded quota: few', 'pods "a" is forbidden: violates PodSecurity'
+REFUSALS: dict[str, tuple[str | None, str | None, float | None]] = {
+    "the first counts from now": (None, POLICY, 0.0),
+    "the same again goes on": (POLICY, POLICY, 700.0),
+    "so it does where another pod is named": (POLICY, POLICY.replace("a", "b", 1), 700.0),
+    "a long wait for quota is none for a policy": (QUOTA, POLICY, 0.0),
+    "nor the other way round": (POLICY, QUOTA, 0.0),
+    "no refusal any more": (POLICY, None, None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_counts_from_the_first_of_its_kind(name: str) -> None:
+    before, message, want = REFUSALS[name]
+    reports = Reports(refusal=Refusal(before, ago(700)) if before else None)
+    found = hear_refusal(reports, message, NOW)
+    assert found.refusal_read_at == NOW
+    assert found.refusal == (None if want is None else Refusal(str(message), ago(want)))
