@@ -1,0 +1,66 @@
+"""One row of the state machine, how it is checked, and what many rows begin with."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_api import ConditionType, FailureClass
+from lora_operator.lifecycle import decide
+from lora_operator.observed import Observed
+from lora_operator.queueing import QueueReport
+from lora_operator.settings import Settings
+from tests.unit.operator.builders import (
+    NOW,
+    a_job,
+    a_runtime,
+    ago,
+    condition,
+    ended,
+    failure,
+    said,
+    stamp,
+)
+
+SETTINGS = Settings(preflight="off", failure_grace=20.0, start_timeout=600.0, max_uncharged_restarts=3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``want``: fields of the plan; a class stands for that of its failure."""
+
+    name: str
+    observed: Observed
+    want: dict[str, Any] = field(default_factory=dict)
+    failure: FailureClass | None = None
+    marks: dict[ConditionType, tuple[bool, str]] = field(default_factory=dict)
+
+
+JOB = a_job()
+STARTED = {"attempt": 1}
+SUSPENDED = {"suspend": True}
+SUSPENDED_ONCE = {"attempt": 1, "suspendedAttempt": 1}
+IMPATIENT = {"stallTimeoutSeconds": 60}
+LONG_GONE = {"attempt": 1, "conditions": [condition("Failed")], "completionTime": stamp(ago(100))}
+QUEUED = a_job(suspended=True, was_suspended=True)
+RESUMED = a_job(was_suspended=True, started=ago(10))
+TAKEN_PODS = (
+    ended(0, 75, said("Checkpointed"), deleting_at=ago(-100), tracked=False, gone=True),
+    ended(1, 70, said("Internal"), deleting_at=ago(-100), tracked=False, gone=True),
+)
+QUEUE = {"queueName": "team-a"}
+WAITS = QueueReport(workload="job-tickets-1-x", queue="team-a", message="no quota for cpu", position=2)
+TAKEN = replace(WAITS, evicted="Preempted", evicted_message="Preempted to accommodate another", position=None)
+SWITCHED_OFF = replace(TAKEN, evicted="Deactivated", evicted_message="The workload is deactivated")
+FAILED_ONCE = {"attempt": 1, "failures": [failure(1)], "chargedRestarts": 1}
+NOTHING = {"phase": None, "launch": None, "delete": None, "stop": None, "failure": None, "requeue_after": None}
+
+RUNTIME = a_runtime("h100", generation=3, image="trainer:7", limits={"maxNodes": 2})
+REFERENCE = {"runtimeRef": {"name": "h100"}}
+
+
+def check(case: Case) -> None:
+    """Fails where ``decide`` does not say what ``case`` wants."""
+    plan = decide(case.observed, NOW, SETTINGS)
+    assert {name: getattr(plan, name) for name in case.want} == case.want
+    assert (plan.failure.failure_class if plan.failure else None) == case.failure
+    found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
+    assert found == case.marks
