@@ -56,7 +56,7 @@ class Size:
 
 
 FULL = Size(runs=200, seconds=1800.0, every=8.0, runs_for=30.0, creating=0.75, ill=0.9, looked_at=1 / 3)
-TINY = Size(runs=26, seconds=60.0, every=3.0, runs_for=2.0, creating=0.5, ill=0.7, looked_at=2 / 3)
+TINY = Size(runs=27, seconds=60.0, every=3.0, runs_for=2.0, creating=0.5, ill=0.7, looked_at=2 / 3)
 
 _KILLED_UNTIL = 0.2
 """Share of the time: the last kill of the operator."""

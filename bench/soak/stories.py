@@ -222,6 +222,9 @@ _KINDS: Mapping[str, Callable[[Draw], dict[str, Any]]] = {
         "attempts": (OVERDUE,), "policy": {"activeDeadlineSeconds": draw.randint(1, 4)}
     },
     "is cleared up": _finished,
+    "is overdue and cleared up": lambda draw: {
+        "attempts": (OVERDUE,), "policy": {"activeDeadlineSeconds": draw.randint(1, 4), "ttlSecondsAfterFinished": 1}
+    },
     "is deleted after its end": lambda draw: _finished(draw, ttlDeletes="run"),
     "passes its preflight": lambda draw: {"preflights": (PASSES,), "attempts": (SUCCEEDS,)},
     "fails its preflight": lambda draw: {"preflights": (draw.choice(_FINAL),)},

@@ -55,6 +55,7 @@ class ConditionType(StrEnum):
     PUBLISHED = "Published"
     COMPLETE = "Complete"
     FAILED = "Failed"
+    CLEANED_UP = "CleanedUp"
 
 
 class Condition(RecordModel):

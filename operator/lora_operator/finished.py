@@ -3,22 +3,19 @@
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from lora_operator.observed import Observed
-from lora_operator.plan import NOTHING, Plan
+from lora_api import ConditionType
+from lora_operator.observed import Observed, holds
+from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.settings import Settings
 
 
 def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Plan:
-    """What to do about a run that has ended for good. Its status is not written any more."""
+    """What to do about a run that has ended for good. Of its status only CleanedUp is still decided."""
     left = seconds_to_cleanup(observed, now)
     if left is not None and left <= 0:
-        if observed.run.spec.run_policy.ttl_deletes == "run":
-            return Plan(delete_run=True)
-        return Plan(clean_up=True) if observed.all_jobs() else NOTHING
+        return _decide_cleanup(observed)
     plan = _decide_running_on(observed, now, settings)
-    if left is None or not (observed.all_jobs() or observed.run.spec.run_policy.ttl_deletes == "run"):
-        return plan
-    return replace(plan, requeue_after=min(left, plan.requeue_after or left))
+    return plan if left is None else replace(plan, requeue_after=min(left, plan.requeue_after or left))
 
 
 def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:
@@ -27,6 +24,24 @@ def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:
     if ttl is None or ended_at is None:
         return None
     return (ended_at + timedelta(seconds=ttl) - now).total_seconds()
+
+
+def _decide_cleanup(observed: Observed) -> Plan:
+    """Deletes what is left, and puts on record that it did: Services and ConfigMaps are not watched.
+
+    Some may be left where no Job is: one that has no log worth keeping goes at the end, and people delete Jobs too.
+    """
+    policy = observed.run.spec.run_policy
+    if policy.ttl_deletes == "run":
+        return Plan(delete_run=True)
+    if holds(observed.run.status, ConditionType.CLEANED_UP) and not observed.all_jobs():
+        return NOTHING
+    message = (
+        f"ttlSecondsAfterFinished ({policy.ttl_seconds_after_finished} s) is over: "
+        "pods and their logs, Jobs, Services and ConfigMaps were deleted"
+    )
+    mark = Mark(value=True, reason="TimeToLiveOver", message=message)
+    return Plan(clean_up=True, conditions={ConditionType.CLEANED_UP: mark})
 
 
 def _decide_running_on(observed: Observed, now: datetime, settings: Settings) -> Plan:

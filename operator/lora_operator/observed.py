@@ -65,7 +65,7 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
 def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Reports:
     """``reports`` after a look at ``now`` for why pods are missing. Empty: nobody has said why.
 
-    The words change with every try, as they name the pod; the time goes on while they are of the same kind.
+    The words change with every try, as they name the pod and what is used; the time goes on while they are of one kind.
     """
     old, new = reports.refusal, Refusal(message, now) if message else None
     if old is not None and new is not None and old.by_quota == new.by_quota:

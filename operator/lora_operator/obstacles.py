@@ -1,5 +1,6 @@
 """What keeps an attempt from starting: its pods do not run, or what it is made of is refused. Pure."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -72,9 +73,11 @@ def _fatal(failure_class: FailureClass, what: str, pod: PodView) -> Obstacle:
 
 
 def _refused(job: JobView, refusal: Refusal) -> Obstacle:
+    """Each try of the Job controller is of another pod: its name is left out, as each change would be a write."""
+    words = re.sub(rf'pods "{re.escape(job.name)}-[^"]*" is forbidden: ', "", refusal.message)
     return Obstacle(
         reason="QuotaExceeded" if refusal.by_quota else str(FailureClass.POD_NOT_STARTED),
-        message=f"Pods of Job {job.name} are refused: {refusal.message}",
+        message=f"Pods of Job {job.name} are refused: {words}",
         remedy=_QUOTA_REMEDY if refusal.by_quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
         since=refusal.since,
         failure_class=None if refusal.by_quota else FailureClass.POD_NOT_STARTED,

@@ -228,7 +228,7 @@ class Reconciler:
         return plan
 
     async def _delete_children(self, observed: Observed) -> None:
-        """Deletes what the run was made of, the Jobs last: as long as one is there, there is something to do."""
+        """Deletes what the run was made of."""
         run = observed.run
         numbers = {*range(1, run.status.failed_preflights + 1), *observed.preflights}
         preflights = [preflight_name(run.metadata.name, number) for number in sorted(numbers)]

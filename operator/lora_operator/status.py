@@ -6,12 +6,12 @@ from typing import Literal
 
 from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.status import MAX_FAILURES
-from lora_operator.observed import Reports
+from lora_operator.observed import Reports, is_finished
 from lora_operator.plan import Mark, Plan
 from lora_operator.policy import compute_active_seconds, running_since
 from lora_operator.progress import compute_stopped_progress
 
-_ORDER = list(ConditionType)
+_ORDER = [str(kind) for kind in ConditionType]
 _WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
 """Conditions whose reason tells what a run waits for."""
 _MAX_MESSAGE = 8192
@@ -20,6 +20,8 @@ _MAX_MESSAGE = 8192
 def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetime) -> LoRAFineTuneStatus:
     """The status of ``run`` once ``plan`` is done."""
     old = run.status
+    if is_finished(old):
+        return _compute_finished(run, plan, now)
     if plan.phase is None:
         return old
     progress = reports.progress or old.progress
@@ -49,6 +51,15 @@ def compute_status(run: LoRAFineTune, plan: Plan, reports: Reports, now: datetim
         adapter=plan.adapter,
     )
     return new if new == old else _count_time(run, new, now)
+
+
+def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
+    """The status of a run that has ended. It follows the specification, which GitOps waits for, until it is deleted."""
+    if run.metadata.deletion_timestamp:
+        return run.status
+    generation = run.metadata.generation
+    conditions = compute_conditions(run.status.conditions, plan.conditions, generation, now)
+    return run.status.model_copy(update={"observed_generation": generation, "conditions": conditions})
 
 
 def _loses_quota(old: LoRAFineTuneStatus, plan: Plan) -> bool:
@@ -109,7 +120,7 @@ def compute_conditions(
             last_transition_time=since,
             observed_generation=generation,
         )
-    return sorted(conditions.values(), key=lambda item: _ORDER.index(ConditionType(item.type)))
+    return sorted(conditions.values(), key=lambda item: _ORDER.index(item.type) if item.type in _ORDER else len(_ORDER))
 
 
 def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: str, now: datetime) -> LoRAFineTuneStatus:

@@ -113,10 +113,12 @@ def older_chart(tmp_path: Path) -> Path:
     file = older / "files" / "crds" / f"{RUN.name}.yaml"
     crd = yaml.safe_load(file.read_text())
     del crd["spec"]["names"]["shortNames"]
-    spec = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    root = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    spec = root["properties"]["spec"]
     del spec["properties"]["lora"]
-    rules = spec["x-kubernetes-validations"]
-    spec["x-kubernetes-validations"] = [rule for rule in rules if "self.lora" not in rule["rule"]]
+    for schema in (root, spec):
+        rules = schema["x-kubernetes-validations"]
+        schema["x-kubernetes-validations"] = [rule for rule in rules if ".lora" not in rule["rule"]]
     file.write_text(yaml.safe_dump(crd, sort_keys=False))
     return older
 

@@ -78,7 +78,13 @@ LIVES = {
         policy={"onOutOfMemory": "shrinkMicroBatch", "maxRestarts": 0},
         status={"microBatchSize": 2},
     ),
-    "deadline": Life({1: go_on}, "Failed", ("DeadlineExceeded",), policy={"activeDeadlineSeconds": 1}),
+    "deadline, then clearing up": Life(
+        {1: go_on},
+        "Failed",
+        ("DeadlineExceeded",),
+        policy={"activeDeadlineSeconds": 1, "ttlSecondsAfterFinished": 0},
+        cleared=True,
+    ),
     "children are cleared up": Life({1: succeed}, "Succeeded", policy={"ttlSecondsAfterFinished": 0}, cleared=True),
 }
 
@@ -86,7 +92,10 @@ LIVES = {
 def is_at_end(run: Run, life: Life, status: Raw) -> bool:
     if status.get("phase") != life.phase:
         return False
-    return not life.cleared or not (run.jobs() or run.services() or run.configmaps())
+    if not life.cleared:
+        return True
+    marked = any(item["type"] == "CleanedUp" for item in status["conditions"])
+    return marked and not (run.jobs() or run.services() or run.configmaps())
 
 
 def play(run: Run, life: Life, is_over: Callable[[], bool]) -> None:

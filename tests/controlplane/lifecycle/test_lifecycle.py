@@ -251,7 +251,7 @@ def test_a_quota_that_is_full_is_shown(run: Run, operator: OperatorThread, api: 
     api.create(f"/api/v1/namespaces/{run.namespace}/resourcequotas", quota)
     run.create()
     run.wait("a condition", lambda status: run.condition("Scheduled").get("reason") == "QuotaExceeded")
-    assert "exceeded quota: few" in run.condition("Scheduled")["message"]
+    assert "are refused: Error creating: exceeded quota: few" in run.condition("Scheduled")["message"]
     assert run.status["phase"] == "Starting"
 
 

@@ -180,7 +180,32 @@ def test_children_are_deleted_after_a_while_and_the_run_stays_ended(
         eventually("no pods", lambda: run.pods(2) == [])
         (left,) = run.configmaps()
         assert (left["metadata"]["name"], left["data"]) == ("run-1", {"a": "b"}), "what is not the run's stays"
-    assert run.status == before
+        after = run.wait("CleanedUp", lambda status: run.condition("CleanedUp").get("status") == "True")
+    assert after.pop("observedGeneration") == before.pop("observedGeneration") + 1
+    assert [item["type"] for item in after.pop("conditions")] == [
+        *(item["type"] for item in before.pop("conditions")), "CleanedUp"
+    ]  # fmt: skip
+    assert after == before
+
+
+def test_what_is_left_of_a_job_that_ended_with_its_run_is_cleared_up_too(run: Run, operator: OperatorThread) -> None:
+    policy = {"activeDeadlineSeconds": 1, "ttlSecondsAfterFinished": 1}
+    run.create(lambda spec: spec.update(runPolicy=policy)).set_running(1)
+    assert run.wait_phase("Failed")["reason"] == "DeadlineExceeded"
+    eventually("no Job", lambda: run.jobs() == [])
+    eventually("nothing else", lambda: (run.services(), run.configmaps()) == ([], []))
+    message = run.wait("CleanedUp", lambda status: run.condition("CleanedUp")) and run.condition("CleanedUp")["message"]
+    assert message.startswith("ttlSecondsAfterFinished (1 s) is over")
+
+
+def test_gitops_sees_that_a_change_after_the_end_has_been_read(run: Run, operator: OperatorThread) -> None:
+    """By kstatus, a resource whose observedGeneration is old is still under way."""
+    started(run)
+    run.set_failed(1, "BadData", 65)
+    before = run.wait_phase("Failed")
+    set_policy(run, ttlSecondsAfterFinished=3600)
+    after = run.wait("it", lambda status: status["observedGeneration"] == run.raw["metadata"]["generation"])
+    assert after == {**before, "observedGeneration": before["observedGeneration"] + 1}
 
 
 def test_the_run_goes_too_where_that_is_asked_for(run: Run, operator: OperatorThread) -> None:
@@ -195,7 +220,7 @@ def test_the_run_goes_too_where_that_is_asked_for(run: Run, operator: OperatorTh
             return error.status == 404
 
     eventually("no run", gone)
-    eventually("no Jobs", lambda: run.jobs() == [])
+    eventually("no Jobs", lambda: run.jobs() == [], 90)  # the garbage collector hears of a new CRD within 30 s
 
 
 def test_a_gang_without_memory_is_restarted_with_less_at_once(run: Run, operator: OperatorThread) -> None:

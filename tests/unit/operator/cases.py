@@ -40,6 +40,7 @@ SUSPENDED = {"suspend": True}
 SUSPENDED_ONCE = {"attempt": 1, "suspendedAttempt": 1}
 IMPATIENT = {"stallTimeoutSeconds": 60}
 LONG_GONE = {"attempt": 1, "conditions": [condition("Failed")], "completionTime": stamp(ago(100))}
+CLEANED_UP = {**LONG_GONE, "conditions": [condition("Failed"), condition("CleanedUp")]}
 QUEUED = a_job(suspended=True, was_suspended=True)
 RESUMED = a_job(was_suspended=True, started=ago(10))
 TAKEN_PODS = (

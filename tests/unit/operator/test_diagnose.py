@@ -212,6 +212,16 @@ def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str |
         assert obstacle.text.endswith(f". Remedy: {obstacle.remedy}")
 
 
+def test_the_words_of_a_full_quota_are_the_same_whichever_pod_was_tried() -> None:
+    """Each change of the status would be a write, for each look at a run that waits."""
+    full = "exceeded quota: few, requested: pods=1, used: pods=2, limited: pods=2"
+    for pod in ("tickets-1-0-x7k2p", "tickets-1-1-9qbwl"):
+        refusal = Refusal(f'Error creating: pods "{pod}" is forbidden: {full}', NOW)
+        obstacle = diagnose_obstacle([], a_job(), Reports(refusal=refusal))
+        assert obstacle is not None
+        assert obstacle.message == f"Pods of Job tickets-1 are refused: Error creating: {full}"
+
+
 QUOTA = 'jobs.batch "tickets-1" is forbidden: exceeded quota: few, requested: count/jobs.batch=1, used: 0, limited: 0'
 ROLE = 'jobs.batch is forbidden: User "system:serviceaccount:lora-system:lora-operator" cannot create resource "jobs"'
 WEBHOOK = 'Internal error occurred: failed calling webhook "jobs.example.com": connection refused'

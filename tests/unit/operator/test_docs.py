@@ -38,7 +38,7 @@ def test_every_reason_that_a_condition_can_have_is_explained() -> None:
     text = GUIDE.read_text()
     reasons = _reasons(test_lifecycle.CASES, test_lifecycle.SETTINGS)
     reasons |= _reasons(test_preflight.CASES, test_preflight.SETTINGS)
-    expected = {"PodsRunning", "PodsScheduled", "Succeeded", "Restarting", "PreflightPassed"}
+    expected = {"PodsRunning", "PodsScheduled", "Succeeded", "Restarting", "PreflightPassed", "TimeToLiveOver"}
     assert [reason for reason in sorted(reasons - expected) if f"`{reason}`" not in text] == []
 
 

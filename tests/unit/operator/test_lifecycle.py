@@ -29,6 +29,7 @@ from tests.unit.operator.builders import (
     waiting,
 )
 from tests.unit.operator.cases import (
+    CLEANED_UP,
     FAILED_ONCE,
     JOB,
     LONG_GONE,
@@ -246,11 +247,22 @@ CASES = [
             a_job(failed_indexes=frozenset({0, 1})), ended(0), ended(1),
         ),
         {"clean_up": True, "delete_run": False, "delete": None, "stop": None},
+        marks={ConditionType.CLEANED_UP: (True, "TimeToLiveOver")},
+    ),
+    Case(
+        "though its Job is gone: the other children are not watched",
+        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60})),
+        {"clean_up": True},
     ),
     Case(
         "and that is it",
-        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60})),
-        NOTHING,
+        seen(a_run(status=CLEANED_UP, runPolicy={"ttlSecondsAfterFinished": 60})),
+        {**NOTHING, "clean_up": False},
+    ),
+    Case(
+        "unless a Job is seen after all",
+        seen(a_run(status=CLEANED_UP, runPolicy={"ttlSecondsAfterFinished": 60}), JOB),
+        {"clean_up": True},
     ),
     Case(
         "the run goes too where that is asked for",
@@ -260,6 +272,11 @@ CASES = [
     Case(
         "nothing is deleted before its time",
         seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 500}), JOB, ended(0), ended(1)),
+        {"clean_up": False, "requeue_after": 400.0},
+    ),
+    Case(
+        "a Job that is gone changes nothing about the time",
+        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 500})),
         {"clean_up": False, "requeue_after": 400.0},
     ),
     Case(

@@ -60,6 +60,22 @@ def test_kstatus_reads_the_conditions(plan: Plan, want: dict[str, str]) -> None:
     assert {item.observed_generation for item in status.conditions} == {7}
 
 
+def test_the_status_of_a_run_that_has_ended_follows_its_specification_and_nothing_else() -> None:
+    status = {"attempt": 1, "phase": "Failed", "observedGeneration": 1, "conditions": [condition("Failed")]}
+    old = a_run(status=status).status
+    assert compute_status(a_run(status=status), NOTHING, Reports(progress=Progress(step=4)), NOW) == old
+    changed = a_run(status=status, metadata={"generation": 2})
+    assert compute_status(changed, NOTHING, Reports(), NOW) == old.model_copy(update={"observed_generation": 2})
+    going = a_run(status=status, metadata={"generation": 2, "deletionTimestamp": stamp(NOW)})
+    assert compute_status(going, NOTHING, Reports(), NOW) == old
+
+
+def test_a_condition_that_this_operator_does_not_know_stays_and_comes_last() -> None:
+    old = a_run(status={"conditions": [condition("Invented"), condition("Ready", "False")]}).status
+    new = compute_conditions(old.conditions, {ConditionType.FAILED: Mark(value=True, reason="BadData")}, 1, NOW)
+    assert [item.type for item in new] == ["Ready", "Failed", "Invented"]
+
+
 def test_times_are_kept() -> None:
     status = {"attempt": 1, "startTime": stamp(ago(500)), "conditions": [condition("Running", "True", at=ago(400))]}
     new = compute_status(a_run(status=status), RUNNING, Reports(), NOW)
