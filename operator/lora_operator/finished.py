@@ -4,7 +4,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from lora_api import ConditionType
-from lora_operator.observed import Observed, holds
+from lora_operator.children.names import child_name, preflight_name
+from lora_operator.observed import Observed, has_passed, holds
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.settings import Settings
 
@@ -24,6 +25,19 @@ def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:
     if ttl is None or ended_at is None:
         return None
     return (ended_at + timedelta(seconds=ttl) - now).total_seconds()
+
+
+def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str]]:
+    """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched."""
+    run, status = observed.run.metadata.name, observed.run.status
+    passed = 1 if has_passed(status) else 0
+    numbers = {*range(1, status.failed_preflights + passed + 1), *observed.preflights}
+    preflights = [preflight_name(run, number) for number in sorted(numbers)]
+    attempts = [child_name(run, attempt) for attempt in range(1, status.attempt + 1)]
+    kinds = ["configmaps", "services"]
+    if settings.gang_scheduler != "none":
+        kinds.append(f"podgroups.{settings.gang_scheduler}")
+    return [("configmaps", name) for name in preflights] + [(kind, name) for kind in kinds for name in attempts]
 
 
 def _decide_cleanup(observed: Observed) -> Plan:

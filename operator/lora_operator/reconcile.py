@@ -21,10 +21,11 @@ from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
-from lora_operator.children.names import child_name, preflight_name
+from lora_operator.children.names import child_name
 from lora_operator.children.service import build_service
 from lora_operator.diagnose import PEER_SILENT
 from lora_operator.events import build_event, compute_events
+from lora_operator.finished import list_children
 from lora_operator.follow import (
     compute_next_look,
     lacks_preflight,
@@ -229,15 +230,9 @@ class Reconciler:
 
     async def _delete_children(self, observed: Observed) -> None:
         """Deletes what the run was made of."""
-        run = observed.run
-        numbers = {*range(1, run.status.failed_preflights + 1), *observed.preflights}
-        preflights = [preflight_name(run.metadata.name, number) for number in sorted(numbers)]
-        attempts = [child_name(run.metadata.name, attempt) for attempt in range(1, run.status.attempt + 1)]
-        children = [("configmaps", name) for name in preflights + attempts] + [("services", name) for name in attempts]
-        if self._settings.gang_scheduler != "none":
-            children += [(f"podgroups.{self._settings.gang_scheduler}", name) for name in attempts]
-        for resource, name in children:
-            await self._kube.delete_child(resource, run.metadata.namespace, name, run.metadata.uid)
+        metadata = observed.run.metadata
+        for resource, name in list_children(observed, self._settings):
+            await self._kube.delete_child(resource, metadata.namespace, name, metadata.uid)
         for job in observed.all_jobs():
             await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
             self._cache.remove_job(job)
