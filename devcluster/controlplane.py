@@ -133,10 +133,12 @@ class ControlPlane:
 
         Each is an audit.k8s.io/v1 Event (verb, requestURI, userAgent, objectRef, user,
         responseStatus, requestReceivedTimestamp). Needs ``audit_log=True``. A watch is
-        written when it ends.
+        written when it ends, and any other request before it is answered; one that is
+        being written is left out.
         """
         with self.files.audit_log.open() as file:
-            entries: list[dict[str, Any]] = [json.loads(line) for line in file]
+            lines = [line for line in file if line.endswith("\n")]
+        entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
         return [entry for entry in entries if user_agent in entry.get("userAgent", "")]
 
     def end(self) -> None:

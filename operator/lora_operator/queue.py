@@ -181,9 +181,12 @@ class WorkQueue(Generic[K]):
     async def _look(self, key: K) -> None:
         try:
             again_after = await self._handle(key)
-        except (Exception, asyncio.CancelledError):  # the boundary: see the class
+        except asyncio.CancelledError:
             if cast("asyncio.Task[None]", asyncio.current_task()).cancelling():
-                raise  # this worker is to end, which is no error
+                raise  # this worker is to end
+            self._schedule.failed(key, self._now())
+            logger.warning("%s: broken off", key)  # by kopf, which ends all that was begun at once when it ends
+        except Exception:  # the boundary: see the class
             delay = self._schedule.failed(key, self._now())
             logger.exception("%s: failed, next try in %.1f s", key, delay)
         else:
