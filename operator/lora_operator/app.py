@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 import kopf
+from kopf._cogs.structs.credentials import Vault
 
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.children.names import MANAGER
@@ -99,16 +100,21 @@ class Operator:
         return f"no end of the look at {stuck[0]}" if stuck else None
 
     async def _watch(self, stop: asyncio.Event) -> None:
-        await kopf.operator(
-            registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
-            settings=build_kopf_settings(self.settings),
-            memories=NoMemories(),
-            clusterwide=not self.settings.namespaces,
-            namespaces=self.settings.namespaces,
-            # Without it kopf asks for the user's name, and the image's user has none.
-            identity=cast("Any", MANAGER),
-            stop_flag=stop,
-        )
+        vault = Vault()
+        try:
+            await kopf.operator(
+                registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
+                settings=build_kopf_settings(self.settings),
+                memories=NoMemories(),
+                clusterwide=not self.settings.namespaces,
+                namespaces=self.settings.namespaces,
+                # Without it kopf asks for the user's name, and the image's user has none.
+                identity=cast("Any", MANAGER),
+                stop_flag=stop,
+                vault=vault,
+            )
+        finally:
+            await vault.close()  # kopf has done so, but what it still looks up at its start makes another connection
 
     def _on_event(self, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> None:
         if self._confirmations is not None:

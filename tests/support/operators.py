@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -115,26 +114,12 @@ class OperatorThread:
         try:
             await self.operator.run(self._stop)
         finally:
-            await _end_connections(self._loop)
+            await _wait_for_closed_connections(self._loop)
 
 
-async def _end_connections(loop: Any) -> None:
-    """TLS connections say goodbye after they were closed; a loop that ends before leaves open sockets behind.
-
-    Those that kopf is making when it is asked to end are never closed (1.45.2), so they are cut off.
-    """
-    with suppress(TimeoutError):
-        await _wait_for_closed_connections(loop, 2.0)
-    for key in list(loop._selector.get_map().values()):
-        reader, _ = key.data
-        transport = getattr(getattr(reader, "_callback", None), "__self__", None)
-        if isinstance(transport, asyncio.Transport):
-            transport.abort()
-    await _wait_for_closed_connections(loop, 10.0)
-
-
-async def _wait_for_closed_connections(loop: Any, seconds: float) -> None:
-    async with asyncio.timeout(seconds):
+async def _wait_for_closed_connections(loop: Any) -> None:
+    """TLS connections say goodbye after they were closed; a loop that ends before leaves open sockets behind."""
+    async with asyncio.timeout(10):
         while len(loop._selector.get_map()) > 1:  # noqa: ASYNC110  (1: the loop's own pipe; it tells nobody)
             await asyncio.sleep(0.01)
 
