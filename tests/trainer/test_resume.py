@@ -201,8 +201,8 @@ def test_asked_to_stop_while_a_checkpoint_is_saved_and_again(
     proxy.wait_for("hold")
     os.kill(pod.workers[0], signal.SIGTERM)
     pod.wait_text("asked to stop by SIGTERM")
-    pod.process.send_signal(signal.SIGTERM)
     pod.wait_text("asked to stop by rank 0")
+    pod.process.send_signal(signal.SIGTERM)
     proxy.release.set()
     assert "the checkpoint of step 2 is complete" in stopped(pod)
     assert complete_steps(run) == [2]
