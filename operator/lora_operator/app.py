@@ -6,13 +6,9 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, cast
-
-import kopf
-from kopf._cogs.structs.credentials import Vault
+from typing import Any
 
 from lora_operator.cache import Cache, ObjectKey, Resource
-from lora_operator.children.names import MANAGER
 from lora_operator.fill import fill, scopes
 from lora_operator.kube import KubeClient, KubeError, NotFoundError, load_configuration
 from lora_operator.metrics import Metrics, Readings
@@ -21,7 +17,7 @@ from lora_operator.ratelimit import RateLimit
 from lora_operator.reconcile import Reconciler
 from lora_operator.settings import Settings
 from lora_operator.views import Key
-from lora_operator.watch import Confirmations, NoMemories, apply_event, build_kopf_settings, build_registry
+from lora_operator.watch import Confirmations, apply_event, run_watches
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +80,7 @@ class Operator:
             for resource in Resource:
                 for namespace in scopes(self.settings, resource):
                     confirmations.begin(resource, namespace)
-            await self._watch(stop)
+            await run_watches(self.settings, self._on_event, stop)
         finally:
             self.ready = False
             await queue.stop(self.drain_seconds)
@@ -98,23 +94,6 @@ class Operator:
         now = asyncio.get_running_loop().time()
         stuck = [key for key, since in self._queue.busy_since.items() if now - since > STUCK_AFTER]
         return f"no end of the look at {stuck[0]}" if stuck else None
-
-    async def _watch(self, stop: asyncio.Event) -> None:
-        vault = Vault()
-        try:
-            await kopf.operator(
-                registry=build_registry(self._on_event, lambda: load_configuration(self.settings.kubeconfig)),
-                settings=build_kopf_settings(self.settings),
-                memories=NoMemories(),
-                clusterwide=not self.settings.namespaces,
-                namespaces=self.settings.namespaces,
-                # Without it kopf asks for the user's name, and the image's user has none.
-                identity=cast("Any", MANAGER),
-                stop_flag=stop,
-                vault=vault,
-            )
-        finally:
-            await vault.close()  # kopf has done so, but what it still looks up at its start makes another connection
 
     def _on_event(self, resource: Resource, event_type: str | None, raw: dict[str, Any]) -> None:
         if self._confirmations is not None:

@@ -9,15 +9,17 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import kopf
+from kopf._cogs.structs.credentials import Vault
 from kopf._core.reactor.inventory import ResourceMemories
 from kubernetes.aio import client as kubernetes_client
 
 from lora_api import GROUP, VERSION
 from lora_operator.cache import Cache, ObjectKey, Resource
-from lora_operator.children.names import RUN_LABEL
+from lora_operator.children.names import MANAGER, RUN_LABEL
+from lora_operator.kube import load_configuration
 from lora_operator.settings import Settings
 from lora_operator.views import Key
 
@@ -48,12 +50,33 @@ class _NoDiffBase(kopf.DiffBaseStorage):
         """Keeps nothing."""
 
 
-class NoMemories(ResourceMemories):
+class _NoMemories(ResourceMemories):
     """Keeps no record of objects, which is 1 KB for each and for handlers of another kind than ours too."""
 
     async def recall(self, raw_body: Any, **options: Any) -> Any:
         """A record that lasts for one event."""
         return await super().recall(raw_body, **{**options, "ephemeral": True})
+
+
+async def run_watches(
+    settings: Settings, on_event: Callable[[Resource, str | None, dict[str, Any]], None], stop: asyncio.Event
+) -> None:
+    """Passes each watch event to ``on_event`` until ``stop`` is set, a signal comes, or the watches fail for good."""
+    vault = Vault()
+    try:
+        await kopf.operator(
+            registry=build_registry(on_event, lambda: load_configuration(settings.kubeconfig)),
+            settings=build_kopf_settings(settings),
+            memories=_NoMemories(),
+            clusterwide=not settings.namespaces,
+            namespaces=settings.namespaces,
+            # Without it kopf asks for the user's name, and the image's user has none.
+            identity=cast("Any", MANAGER),
+            stop_flag=stop,
+            vault=vault,
+        )
+    finally:
+        await vault.close()  # kopf did so, but what it still looks up when it is ended at its start connects anew
 
 
 def build_kopf_settings(settings: Settings) -> kopf.OperatorSettings:

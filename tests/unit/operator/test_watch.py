@@ -2,14 +2,25 @@
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Any
 
 import kopf
 import pytest
+from aiohttp import ClientSession
+from kopf._cogs.clients.auth import APIContext
+from kopf._cogs.structs.credentials import Vault
 from kubernetes.aio.client import Configuration
 
 from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.settings import Settings
-from lora_operator.watch import Confirmations, apply_event, build_connection, build_kopf_settings, build_registry
+from lora_operator.watch import (
+    Confirmations,
+    apply_event,
+    build_connection,
+    build_kopf_settings,
+    build_registry,
+    run_watches,
+)
 from tests.unit.operator.test_cache import KEY, a_raw_runtime, raw
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -135,6 +146,21 @@ def test_kopf_only_watches() -> None:
     assert not registry._changing.get_all_handlers()
     assert not registry._spawning.get_all_handlers()
     assert not registry._indexing.get_all_handlers()
+
+
+def test_no_connection_of_kopf_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended while it looks for its resources, kopf makes a session after it has closed what it had (1.45.2)."""
+    sessions: list[ClientSession] = []
+
+    async def end_at_the_start(*, vault: Vault, **_: Any) -> None:
+        await vault.populate({"it": kopf.ConnectionInfo(server="http://127.0.0.1:1")})
+        await vault.close()
+        async for _, _, context in vault.extended(APIContext, "contexts"):
+            sessions.append(context.session)
+
+    monkeypatch.setattr("kopf.operator", end_at_the_start)
+    asyncio.run(run_watches(Settings(), lambda *_: None, asyncio.Event()))
+    assert [session.closed for session in sessions] == [True]
 
 
 @pytest.mark.parametrize(
