@@ -10,6 +10,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from lora_api.finetune import ObjectMeta
 from lora_operator.documents import Document, RunDocument, parse_document, parse_run
 from lora_operator.views import JobView, Key, PodView, Raw, parse_job, parse_pod
 
@@ -104,6 +105,11 @@ class Cache:
         """The run, but for metadata that nobody reads."""
         run = self._runs.get(key)
         return None if run is None else run.read()
+
+    def is_current(self, metadata: ObjectMeta) -> bool:
+        """Whether the run is there as ``metadata`` tells, as far as the watches know."""
+        run = self._runs.get((metadata.namespace, metadata.name))
+        return run is not None and run.uid == metadata.uid and str(run.version) == metadata.resource_version
 
     def runtime(self, name: str) -> Raw | None:
         """The ClusterLoRARuntime, but for metadata that nobody reads."""

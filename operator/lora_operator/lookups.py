@@ -26,8 +26,7 @@ class Lookups:
     async def is_current(self, key: Key, run: LoRAFineTune) -> bool:
         """Whether ``run`` is still as it was seen."""
         await self.fetch_run(key)
-        raw = self._cache.run(key)
-        return raw is not None and raw["metadata"]["resourceVersion"] == run.metadata.resource_version
+        return self._cache.is_current(run.metadata)
 
     async def find_job(self, key: Key, observed: Observed) -> bool:
         """Whether a Job that has to be there is: another operator may have made it."""

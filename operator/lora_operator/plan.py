@@ -57,3 +57,6 @@ class Plan:
 
 
 NOTHING = Plan()
+
+OUTDATED = Plan(requeue_after=0.0)
+"""Nothing, but a new decision at once."""

@@ -52,7 +52,7 @@ from lora_operator.observed import (
 )
 from lora_operator.obstacles import diagnose_refusal
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
-from lora_operator.plan import Plan
+from lora_operator.plan import OUTDATED, Plan
 from lora_operator.progress import (
     compute_progress,
     compute_stage,
@@ -199,10 +199,15 @@ class Reconciler:
         return reports if suspended or reports.queue_read_at is None else hear_queue(reports, None, None)
 
     async def _apply(self, observed: Observed, plan: Plan, settings: Settings) -> Plan:
-        """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken."""
+        """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken.
+
+        Calls may take long: nothing more is made of a run that has changed in the meantime, or is gone.
+        """
         run = observed.run
         try:
             for together in _build_children(run, plan, settings):
+                if not self._cache.is_current(run.metadata):
+                    return OUTDATED
                 calls = (self._kube.apply_child(child, run) for child in together)
                 for child, applied in zip(together, await gather(*calls, return_exceptions=True), strict=True):
                     if isinstance(applied, KubeError):

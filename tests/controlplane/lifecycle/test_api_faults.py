@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -114,6 +115,44 @@ def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, setti
         run.wait_phase("Starting")
     assert set(answered[:2]) == {"services", "configmaps"}
     assert answered[2] == "jobs"
+
+
+@pytest.mark.parametrize("change", ["deleted", "written to"])
+def test_nothing_more_is_made_of_a_run_that_changes_during_a_long_call(
+    run: Run, settings: Settings, cp: devcluster.ControlPlane, change: str
+) -> None:
+    """What to make was decided before. Of a run that is gone, a Job would run until the garbage collector sees it."""
+    seen = threading.Event()
+
+    def hold(client: KubeClient) -> None:
+        send = client._send
+
+        async def held(method: Any, path: str, *args: Any) -> Answer:
+            answer = await send(method, path, *args)
+            if (method, _kind(path)) == ("POST", "configmaps"):
+                await asyncio.to_thread(seen.wait, 30)
+            return answer
+
+        client._send = held  # type: ignore[method-assign]
+
+    with OperatorThread(settings, wrap=hold) as operator:
+        run.create()
+        eventually("its ConfigMap", run.configmaps)
+        cache, name, before = operator.operator.cache, f"{run.path}/{run.name}", run.raw["metadata"]["resourceVersion"]
+        if change == "deleted":
+            run.api.delete(name)
+        else:
+            run.api.patch(name, {"metadata": {"annotations": {"a": "b"}}})
+        key = (run.namespace, run.name)
+        eventually(
+            "the operator knows", lambda: (cache.run(key) or {}).get("metadata", {}).get("resourceVersion") != before
+        )
+        seen.set()
+        if change == "written to":
+            run.wait_phase("Starting")
+    posts = [call for call in operator.calls if call.startswith("POST") and call.endswith("/jobs")]
+    assert len(posts) == (0 if change == "deleted" else 1)
+    assert jobs_created(cp, run.namespace) == ["run-1"] * len(posts)
 
 
 def test_watches_begin_though_the_first_looks_hang(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lora_api.finetune import ObjectMeta
 from lora_operator.cache import Cache, Resource
 from lora_operator.views import parse_indexes, parse_job, parse_pod
 from tests.unit.operator.builders import NOW
@@ -41,6 +42,18 @@ def test_an_older_answer_does_not_replace_a_newer_one() -> None:
     assert run["status"] == {"phase": "Running"}
     assert "managedFields" not in run["metadata"]
     assert cache.runs_by_phase() == {"Running": 1}
+
+
+def test_a_run_is_current_until_the_watch_tells_of_another() -> None:
+    cache = Cache()
+    cache.put(Resource.RUNS, raw("tickets", 7))
+    seen = ObjectMeta(name="tickets", namespace="team", uid="tickets", resource_version="7")
+    assert cache.is_current(seen)
+    assert not cache.is_current(seen.model_copy(update={"uid": "another"}))
+    cache.put(Resource.RUNS, raw("tickets", 8))
+    assert not cache.is_current(seen)
+    cache.remove(Resource.RUNS, raw("tickets", 9))
+    assert not cache.is_current(seen)
 
 
 def test_the_same_version_in_another_form_is_news() -> None:
