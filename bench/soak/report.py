@@ -16,7 +16,8 @@ table. Faults come all the while, and no fault may change an end, nor may any ma
 
 _RIGHT = """**Everything is as it has to be:** each run is in the state in which its story ends, with its attempts,
 charged restarts and failures; no child is without its owner, no pod runs on, no Job was made twice or after the end of
-its run; nothing is left, in the cluster or in the operator, once the runs are deleted; the operator has not grown."""
+its run (but once, at most, of a run that was being deleted); nothing is left, in the cluster or in the operator, once
+the runs are deleted; the operator has not grown."""
 
 
 def to_markdown(result: Numbers) -> str:

@@ -79,7 +79,7 @@ class Operator:
                 await asyncio.wait_for(queue.caught_up(), FIRST_LOOKS_SECONDS)
             for resource in Resource:
                 for namespace in scopes(self.settings, resource):
-                    confirmations.begin(resource, namespace)
+                    confirmations.expect(resource, namespace)
             await run_watches(self.settings, self._on_event, stop)
         finally:
             self.ready = False

@@ -144,7 +144,8 @@ class Confirmations:
 
     A new LIST of kopf shows every object that exists, as events without a type. The first such event of a resource
     puts all other known objects of it on a list; each one that is shown leaves the list; what is left when no such
-    event has come for ``delay`` seconds is looked up by ``check``.
+    event has come for ``delay`` seconds is looked up by ``check``. Where a LIST is expected and shows nothing at all,
+    every object that is known by then is looked up.
     """
 
     def __init__(
@@ -159,28 +160,29 @@ class Confirmations:
         self._delay = delay
         self._check = check
         self._by_namespace = by_namespace
-        self._open: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
+        self._unseen: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
         self._timers: dict[tuple[Resource, str | None], asyncio.TimerHandle] = {}
         self._shown_at: dict[tuple[Resource, str | None], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def begin(self, resource: Resource, namespace: str | None) -> set[ObjectKey]:
-        """Puts every known object of ``resource`` on the list."""
+    def expect(self, resource: Resource, namespace: str | None) -> None:
+        """A LIST of ``resource`` is to come, or comes in."""
         scope = self._scope(resource, namespace)
         loop = asyncio.get_running_loop()
         self._shown_at[scope] = loop.time()
-        if scope not in self._open:
-            self._open[scope] = self._cache.object_keys(*scope)
+        if scope not in self._timers:
             # A timer, not a sleeping task: kopf waits for tasks when it stops.
             self._timers[scope] = loop.call_later(self._delay, self._finish, scope)
-        return self._open[scope]
 
     def see(self, resource: Resource, event_type: str | None, metadata: dict[str, Any]) -> None:
         """Takes an object off the list that an event shows."""
         namespace = metadata.get("namespace", "")
-        key, scope = (resource, namespace, metadata["name"]), self._scope(resource, namespace)
-        listed = self.begin(resource, namespace) if event_type is None else self._open.get(scope, set())
-        listed.discard(key)
+        scope = self._scope(resource, namespace)
+        if event_type is None:
+            self.expect(resource, namespace)
+            if scope not in self._unseen:
+                self._unseen[scope] = self._cache.object_keys(*scope)
+        self._unseen.get(scope, set()).discard((resource, namespace, metadata["name"]))
 
     def _scope(self, resource: Resource, namespace: str | None) -> tuple[Resource, str | None]:
         """What one LIST covers."""
@@ -189,7 +191,7 @@ class Confirmations:
     @property
     def pending(self) -> bool:
         """Whether objects are still waited for."""
-        return bool(self._open)
+        return bool(self._timers)
 
     async def stop(self) -> None:
         """Cancels what is under way."""
@@ -206,7 +208,9 @@ class Confirmations:
             self._timers[scope] = loop.call_at(due, self._finish, scope)
             return
         del self._timers[scope]
-        missing = self._open.pop(scope)
+        missing = self._unseen.pop(scope, None)
+        if missing is None:  # the LIST was empty
+            missing = self._cache.object_keys(*scope)
         if missing:
             task = loop.create_task(self._look_up(missing))
             self._tasks.add(task)

@@ -378,6 +378,10 @@ def test_jobs_and_events_too_many_are_found() -> None:
     assert find_wrong_jobs(told, [made("run-0-1"), made("run-0-1", 409), made("run-0-2")]) == []
     assert find_wrong_jobs(told, [made("run-0-1"), made("run-0-1")]) == ["Job run-0-1 was made 2 times"]
     assert len(find_wrong_jobs(told, [made("run-0-3")])) == 1
+    deleted = [tell("crashes", "run deleted")]
+    assert find_wrong_jobs(deleted, [made("run-0-1"), made("run-0-2"), made("run-0-2")]) == []
+    assert len(find_wrong_jobs(deleted, [made("run-0-1"), made("run-0-1"), made("run-0-2")])) == 1
+    assert len(find_wrong_jobs(deleted, [made("run-0-2")] * 3)) == 1
 
     def event(name: str, reason: str, action: str = "Launch") -> Raw:
         return {"metadata": {"name": name}, "regarding": {"name": "run-0"}, "reason": reason, "action": action}

@@ -55,7 +55,7 @@ def test_runtimes_are_confirmed_for_the_cluster_also_where_runs_are_by_namespace
             done.set()
 
         confirmations = Confirmations(cache, 0.01, check, by_namespace=True)
-        confirmations.begin(Resource.RUNTIMES, None)
+        confirmations.expect(Resource.RUNTIMES, None)
         confirmations.see(Resource.RUNTIMES, None, a_raw_runtime("shown", 1)["metadata"])
         await done.wait()
         await confirmations.stop()
@@ -98,6 +98,32 @@ def test_what_a_new_list_does_not_show_is_looked_up(*, by_namespace: bool, elsew
     assert set(looked_up) == (lost | {(Resource.RUNS, "elsewhere", "other")} if elsewhere else lost)
 
 
+@pytest.mark.parametrize("shown", [["shown"], []])
+def test_what_was_looked_up_and_went_before_the_first_list_is_looked_up_again(shown: list[str]) -> None:
+    """Pods are also fetched on their own: one that kopf's first LIST is too late for would be believed in for ever."""
+    cache, looked_up = Cache(), list[ObjectKey]()
+
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def check(key: ObjectKey) -> None:
+            looked_up.append(key)
+            done.set()
+
+        confirmations = Confirmations(cache, 0.01, check, by_namespace=False)
+        confirmations.expect(Resource.RUNS, None)
+        cache.put(Resource.RUNS, raw("fetched", 1))
+        for name in shown:
+            confirmations.see(Resource.RUNS, None, raw(name, 1)["metadata"])
+        async with asyncio.timeout(10):
+            await done.wait()
+        assert not confirmations.pending
+        await confirmations.stop()
+
+    asyncio.run(main())
+    assert looked_up == [(Resource.RUNS, "team", "fetched")]
+
+
 def test_a_list_that_still_comes_in_is_waited_for() -> None:
     async def main() -> None:
         async def check(key: ObjectKey) -> None:
@@ -124,7 +150,7 @@ def test_nothing_is_looked_up_after_the_stop() -> None:
         cache = Cache()
         cache.put(Resource.RUNS, raw("tickets", 1))
         confirmations = Confirmations(cache, 0.0, check, by_namespace=False)
-        confirmations.begin(Resource.RUNS, None)
+        confirmations.expect(Resource.RUNS, None)
         await confirmations.stop()
         await asyncio.sleep(0)
 
