@@ -79,6 +79,14 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
+def forgotten_pods(observed: Observed) -> list[PodView]:
+    """Pods that hold up the next attempt, and that nobody deletes though their Job is gone: they may be gone too."""
+    run = observed.run
+    if run.metadata.deletion_timestamp or is_finished(run.status):
+        return []
+    return [pod for pod in observed.leftovers() if pod.deleting_at is None]
+
+
 def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
     """The suspended Job of which Kueue is to be asked now: at once where it had pods, else when Kueue has had a moment.
 

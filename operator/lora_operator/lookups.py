@@ -1,12 +1,14 @@
 """What is looked up before it is acted upon: watches are late, and another operator may be at work."""
 
+from collections.abc import Sequence
+
 from lora_api import PLURAL, LoRAFineTune
 from lora_operator.cache import Cache, Resource
-from lora_operator.children.names import JOB_NAME_LABEL, child_name
+from lora_operator.children.names import JOB_NAME_LABEL, RUN_LABEL, child_name
 from lora_operator.follow import missing_attempt
 from lora_operator.kube import KubeClient, NotFoundError
 from lora_operator.observed import Observed
-from lora_operator.views import JobView, Key
+from lora_operator.views import JobView, Key, PodView
 
 
 class Lookups:
@@ -42,8 +44,15 @@ class Lookups:
 
     async def fetch_pods(self, key: Key, observed: Observed, job: JobView) -> None:
         """The pods of ``job``, where no watch has shown what became of some of them."""
-        missing = {pod.name for pod in observed.gang(job)}
-        async for pod in self._kube.fetch_list("pods", key[0], f"{JOB_NAME_LABEL}={job.name}"):
+        await self._fetch_pods(key, f"{JOB_NAME_LABEL}={job.name}", observed.gang(job))
+
+    async def fetch_leftovers(self, key: Key, leftovers: Sequence[PodView]) -> None:
+        """Pods that stay though their Job is gone: no watch may have told that they went."""
+        await self._fetch_pods(key, f"{RUN_LABEL}={key[1]}", leftovers)
+
+    async def _fetch_pods(self, key: Key, selector: str, known: Sequence[PodView]) -> None:
+        missing = {pod.name for pod in known}
+        async for pod in self._kube.fetch_list("pods", key[0], selector):
             self._cache.put(Resource.PODS, pod)
             missing.discard(pod["metadata"]["name"])
         for name in missing:

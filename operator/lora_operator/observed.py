@@ -44,6 +44,7 @@ class Reports:
     restored_at: datetime | None = None
     refusal: Refusal | None = None
     refusal_read_at: datetime | None = None
+    forgotten_since: datetime | None = None
     queue: QueueReport | None = None
     queue_read_at: datetime | None = None
     queue_changed_at: datetime | None = None

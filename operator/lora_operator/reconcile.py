@@ -17,7 +17,6 @@ from datetime import datetime
 from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
-from lora_api.run import CONTAINER_NAME
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
@@ -28,6 +27,7 @@ from lora_operator.events import build_event, compute_events
 from lora_operator.finished import list_children
 from lora_operator.follow import (
     compute_next_look,
+    forgotten_pods,
     lacks_preflight,
     unseen_ends,
     wants_log,
@@ -53,6 +53,7 @@ from lora_operator.observed import (
 from lora_operator.obstacles import diagnose_refusal
 from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
 from lora_operator.plan import OUTDATED, Plan
+from lora_operator.podlogs import PodLogs
 from lora_operator.progress import (
     compute_progress,
     compute_stage,
@@ -65,13 +66,11 @@ from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
 from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_obstructed, decide_wait
-from lora_operator.views import JobView, Key, PodView, Raw
+from lora_operator.views import JobView, Key, Raw
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_LINES = 200
-LAST_LINES = 40
-LAST_CHARACTERS = 4000
 CLEANUP_DELAY = 2.0
 INVALID_RETRY = 60.0
 """Seconds until a run that could not be read is looked up again."""
@@ -96,6 +95,7 @@ class Reconciler:
         self._clock = clock
         self._instance = instance
         self._lookups = Lookups(cache, kube)
+        self._logs = PodLogs(cache, kube)
         self._reports: dict[Key, Reports] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -120,6 +120,7 @@ class Reconciler:
         job = unseen_ends(observed)
         if job is not None:
             observed = await self._look_at_pods(key, observed, job)
+        observed = await self._confirm_leftovers(key, observed)
         if lacks_preflight(observed, settings) and not await self._lookups.is_current(key, run):
             return 0.0
         observed = await self._fetch_reports(key, observed)
@@ -163,7 +164,7 @@ class Reconciler:
         now, reports = self._clock(), observed.reports
         pod = wants_log(observed, now, self._settings)
         if pod is not None:
-            log = await self._fetch_log(pod, PROGRESS_LINES)
+            log = await self._logs.fetch(pod, PROGRESS_LINES)
             read_at = self._clock()  # much later than now, where the call hung or this process stood still
             lines = parse_progress(log or "")
             first_step = find_first_step(reports.first_step, lines)
@@ -283,7 +284,7 @@ class Reconciler:
         """Writes the status if it changed, and then tells what happened; returns when a held-back write is due."""
         now, old = self._clock(), observed.run.status
         if plan.failure is not None:
-            plan = replace(plan, failure=await self._fetch_last_lines(observed, plan.failure))
+            plan = replace(plan, failure=await self._logs.add_last_words(observed, plan.failure))
         reports = self._compute_reports(observed.reports, plan, now)
         self._reports[key] = reports
         new = compute_status(observed.run, plan, reports, now)
@@ -335,6 +336,16 @@ class Reconciler:
         await self._lookups.fetch_pods(key, observed, job)
         return self._observe(key, observed.run)
 
+    async def _confirm_leftovers(self, key: Key, observed: Observed) -> Observed:
+        """Looks up, once they have been waited for, pods that hold up the next attempt: no watch may have told."""
+        pods, now, since = forgotten_pods(observed), self._clock(), observed.reports.forgotten_since
+        if pods and since is not None and is_due(since, now, self._settings.failure_grace):
+            await self._lookups.fetch_leftovers(key, pods)
+            observed, since = replace(self._observe(key, observed.run), runtime=observed.runtime), now
+        reports = replace(observed.reports, forgotten_since=(since or now) if pods else None)
+        self._reports[key] = reports
+        return replace(observed, reports=reports)
+
     async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
         """Says which field of the specification this operator cannot read."""
         status = compute_invalid_status(error.status, error.metadata.generation, str(error), self._clock())
@@ -348,38 +359,6 @@ class Reconciler:
                 await self._kube.emit_event(build_event(metadata, event, self._clock(), self._instance))
             except KubeError as error:
                 logger.warning("%s/%s: event not posted: %s", metadata.namespace, metadata.name, error)
-
-    async def _fetch_last_lines(self, observed: Observed, failure: Failure) -> Failure:
-        """``failure`` with the last lines of the failing pod's log; of a gang that stalled, with those of every pod."""
-        if failure.failure_class is FailureClass.STALLED:
-            return failure.model_copy(update={"log_tail": await self._fetch_last_words(observed)})
-        pod = next((pod for pod in observed.pods if pod.name == failure.pod and not pod.gone), None)
-        if pod is None or not (pod.running or pod.ended):
-            return failure
-        log = await self._fetch_log(pod, LAST_LINES)
-        return failure.model_copy(update={"log_tail": log[-LAST_CHARACTERS:]}) if log else failure
-
-    async def _fetch_last_words(self, observed: Observed) -> str:
-        """The last lines of every pod that runs, an equal share of what there is room for."""
-        pods = [pod for pod in observed.pods if pod.running and not pod.gone]
-        share = LAST_CHARACTERS // max(1, len(pods))
-        words = []
-        for pod in pods:
-            log = await self._fetch_log(pod, LAST_LINES) or "no log"
-            head = f"{pod.name}: "
-            words.append(head + log.strip()[-max(0, share - len(head) - 1) :])
-        return "\n".join(words)
-
-    async def _fetch_log(self, pod: PodView, lines: int) -> str | None:
-        """The end of the pod's log, or ``None`` where it cannot be read: logs go with their pods and nodes."""
-        try:
-            return await self._kube.fetch_log(pod.namespace, pod.name, CONTAINER_NAME, lines)
-        except NotFoundError:
-            logger.info("%s/%s: the pod is gone, and no watch said so", pod.namespace, pod.name)
-            self._cache.discard((Resource.PODS, pod.namespace, pod.name))
-        except KubeError as error:
-            logger.info("%s/%s: log not read: %s", pod.namespace, pod.name, error)
-        return None
 
 
 def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[list[Raw]]:

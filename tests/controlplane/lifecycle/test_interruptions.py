@@ -205,6 +205,24 @@ def test_a_gang_that_succeeded_and_went_away_unseen_is_made_again(run: Run, sett
     assert (failure["class"], failure["reason"], status.get("chargedRestarts", 0)) == ("PodLost", "PodGone", 0)
 
 
+def test_a_pod_that_went_unseen_holds_nothing_up(run: Run, fast_settings: Callable[..., Settings]) -> None:
+    """No watch has told of its end, as after a list that shows no pod at all, and its Job is gone."""
+    with OperatorThread(fast_settings(run.namespace, confirm_after=600.0)) as operator:
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        pod = run.api.get(f"/api/v1/namespaces/{run.namespace}/pods/{run.gang(1)[0]['metadata']['name']}")
+        names = {"name": "run-1-0-unseen", "uid": "unseen", "creationTimestamp": "2026-01-01T00:00:00Z"}
+        unseen = {**pod, "metadata": {**pod["metadata"], **names}}
+        operator.loop.call_soon_threadsafe(operator.operator.cache.put, Resource.PODS, unseen)
+        run.set_failed(1, "StoreUnavailable", 74)
+        run.set_running(2)
+        run.set_succeeded(2)
+        run.wait_phase("Succeeded")
+    pods = f"GET /api/v1/namespaces/{run.namespace}/pods"
+    assert operator.calls.count(pods) == 2, "one of them at the start"
+
+
 def test_two_operators_at_once_make_one_run(run: Run, settings: Settings, cp: devcluster.ControlPlane) -> None:
     with OperatorThread(settings), OperatorThread(settings):
         run.create()

@@ -1,13 +1,15 @@
 """What is read on top of the watches, and when."""
 
+from typing import Any
+
 import pytest
 
-from lora_operator.follow import REFUSAL_DELAY, compute_next_look, unseen_ends, wants_refusal
+from lora_operator.follow import REFUSAL_DELAY, compute_next_look, forgotten_pods, unseen_ends, wants_refusal
 from lora_operator.observed import Refusal, Reports, hear_refusal
 from lora_operator.plan import NOTHING
 from lora_operator.settings import Settings
 from lora_operator.views import JobView, PodView
-from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, seen
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, condition, ended, seen
 
 STARTED = {"attempt": 1, "phase": "Starting"}
 
@@ -66,6 +68,22 @@ def test_pods_that_a_job_says_have_failed_are_looked_up_until_they_were_seen_to(
 def test_what_rank_0_says_of_its_success_is_looked_up(parts: list[PodView], unseen: bool) -> None:
     job = a_job(completed_indexes=frozenset({0, 1}))
     assert unseen_ends(seen(a_run(status=STARTED), job, *parts)) == (job if unseen else None)
+
+
+@pytest.mark.parametrize(
+    ("status", "parts", "names"),
+    [
+        pytest.param(STARTED, [a_pod(0)], ["tickets-1-0"], id="its Job is gone"),
+        pytest.param(STARTED, [a_job(), a_pod(0)], [], id="its Job is there"),
+        pytest.param(STARTED, [a_pod(0, deleting_at=ago(5))], [], id="it is being deleted"),
+        pytest.param(STARTED, [a_pod(0, gone=True)], [], id="it is known to be gone"),
+        pytest.param({"conditions": [condition("Failed")]}, [a_pod(0)], [], id="the run has ended"),
+    ],
+)
+def test_a_pod_is_forgotten_that_nobody_deletes_though_its_job_is_gone(
+    status: dict[str, Any], parts: list[JobView | PodView], names: list[str]
+) -> None:
+    assert [pod.name for pod in forgotten_pods(seen(a_run(status=status), *parts))] == names
 
 
 QUOTA, POLICY = 'pods "a" is forbidden: exceeded quota: few', 'pods "a" is forbidden: violates PodSecurity'
