@@ -306,10 +306,13 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def run_hub() -> Iterator[Hub]:
     """Starts an empty hub on a free port of loopback."""
-    handler = type("HubHandler", (Handler,), {})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+
+    class HubHandler(Handler):
+        """One connection to this hub."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
         server.daemon_threads = True
-        hub = handler.hub = Hub(server.server_address[1])  # type: ignore[attr-defined]
+        hub = HubHandler.hub = Hub(server.server_address[1])
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

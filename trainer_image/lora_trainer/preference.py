@@ -116,7 +116,8 @@ def answer_log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> 
         use_cache=False,
         fused_lm_head=True,
     )
-    return output.log_probs.sum(dim=1)  # type: ignore[no-any-return]
+    log_probs: torch.Tensor = output.log_probs
+    return log_probs.sum(dim=1)
 
 
 def fuse_head(model: PeftModel) -> None:

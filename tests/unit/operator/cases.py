@@ -6,6 +6,7 @@ from typing import Any
 from lora_api import ConditionType, FailureClass
 from lora_operator.lifecycle import decide
 from lora_operator.observed import Observed
+from lora_operator.plan import Plan
 from lora_operator.queueing import QueueReport
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import (
@@ -58,10 +59,11 @@ RUNTIME = a_runtime("h100", generation=3, image="trainer:7", limits={"maxNodes":
 REFERENCE = {"runtimeRef": {"name": "h100"}}
 
 
-def check(case: Case) -> None:
-    """Fails where ``decide`` does not say what ``case`` wants."""
-    plan = decide(case.observed, NOW, SETTINGS)
+def check(case: Case, settings: Settings = SETTINGS) -> Plan:
+    """Fails where ``decide`` does not say what ``case`` wants; returns what it says."""
+    plan = decide(case.observed, NOW, settings)
     assert {name: getattr(plan, name) for name in case.want} == case.want
     assert (plan.failure.failure_class if plan.failure else None) == case.failure
     found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
     assert found == case.marks
+    return plan

@@ -10,6 +10,7 @@ from lora_operator.lifecycle import decide
 from lora_operator.settings import Settings
 from tests.unit.operator import test_lifecycle, test_preflight
 from tests.unit.operator.builders import NOW
+from tests.unit.operator.cases import Case
 
 GUIDE = Path(__file__).parents[3] / "docs" / "troubleshooting.md"
 RUNBOOK = GUIDE.with_name("operations.md")
@@ -74,5 +75,5 @@ def _people(found: dict[str, str], rule: FailureRule) -> str:
     return hand + "\n\n"
 
 
-def _reasons(cases: Iterable[test_lifecycle.Case | test_preflight.Case], settings: Settings) -> set[str]:
+def _reasons(cases: Iterable[Case], settings: Settings) -> set[str]:
     return {mark.reason for case in cases for mark in decide(case.observed, NOW, settings).conditions.values()}

@@ -1,6 +1,6 @@
 """decide(): what happens before the first attempt, one row a rule."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -8,12 +8,13 @@ import pytest
 from lora_api import ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_operator.events import compute_events
 from lora_operator.lifecycle import decide
-from lora_operator.observed import Observed, Reports
+from lora_operator.observed import Reports
 from lora_operator.queueing import QueueReport
 from lora_operator.runtimes import build_snapshot
 from lora_operator.settings import Settings
 from lora_operator.status import compute_status
 from lora_operator.views import JobView, PodView
+from tests.unit.operator import cases
 from tests.unit.operator.builders import (
     NOW,
     a_job,
@@ -42,13 +43,9 @@ RUNTIME = a_runtime(limits={"maxNodes": 2})
 
 
 @dataclass(frozen=True)
-class Case:
-    """``want``: fields of the plan; ``mark``: the condition PreflightPassed."""
+class Case(cases.Case):
+    """``mark``: the condition PreflightPassed, or that nothing is said of it."""
 
-    name: str
-    observed: Observed
-    want: dict[str, Any] = field(default_factory=dict)
-    failure: FailureClass | None = None
     mark: tuple[bool, str] | None = None
 
 
@@ -86,7 +83,7 @@ CASES = [
         "a limit of the runtime is seen before any pod",
         seen(a_run(parallelism={"nodes": 4, "gpusPerNode": 0}), runtime=RUNTIME),
         {"launch_preflight": None, "phase": Phase.FAILED, "ended": True}, FailureClass.RUNTIME_REFUSED,
-        (False, "RuntimeRefused"),
+        mark=(False, "RuntimeRefused"),
     ),
     Case(
         "one that is under way without a runtime takes none",
@@ -115,7 +112,7 @@ CASES = [
     Case(
         "it does not end",
         seen(a_run(), JOB, of(JOB, running(started=ago(301)))), {"phase": Phase.PREFLIGHT, "charged": True},
-        FailureClass.STALLED, (False, "Stalled"),
+        FailureClass.STALLED, mark=(False, "Stalled"),
     ),
     Case(
         "waiting for a node does not count",
@@ -134,7 +131,7 @@ CASES = [
     Case(
         "its image has not been there for long",
         seen(a_run(), JOB, of(JOB, waiting(0, "ImagePullBackOff", created=ago(601)))),
-        {"phase": Phase.FAILED, "ended": True}, FailureClass.IMAGE_PULL_FAILED, (False, "ImagePullFailed"),
+        {"phase": Phase.FAILED, "ended": True}, FailureClass.IMAGE_PULL_FAILED, mark=(False, "ImagePullFailed"),
     ),
     Case(
         "it passed", seen(a_run(), JOB, of(JOB, ended(0, 0, settled()))),
@@ -148,13 +145,13 @@ CASES = [
         "a record is bad: the run ends, and no attempt was made",
         seen(a_run(), JOB, of(JOB, ended(0, 65, said("BadData", "record 7: no completion")))),
         {"phase": Phase.FAILED, "launch": None, "ended": True, "attempt": 0}, FailureClass.BAD_DATA,
-        (False, "BadData"),
+        mark=(False, "BadData"),
     ),
     Case(
         "the store does not answer: another one follows, and counts",
         seen(a_run(), JOB, of(JOB, ended(0, 74, said("StoreUnavailable")))),
         {"phase": Phase.PREFLIGHT, "charged": True, "ended": False, "backoff": 10.0}, FailureClass.STORE_UNAVAILABLE,
-        (False, "StoreUnavailable"),
+        mark=(False, "StoreUnavailable"),
     ),
     Case(
         "no restarts are left",
@@ -164,23 +161,23 @@ CASES = [
             ),
             a_preflight(2), of(a_preflight(2), ended(0, 74, said("StoreUnavailable"))),
         ),
-        {"phase": Phase.FAILED, "ended": True}, FailureClass.STORE_UNAVAILABLE, (False, "StoreUnavailable"),
+        {"phase": Phase.FAILED, "ended": True}, FailureClass.STORE_UNAVAILABLE, mark=(False, "StoreUnavailable"),
     ),
     Case(
         "evicted: another one follows, and does not count",
         seen(a_run(), JOB, of(JOB, ended(0, 137, disruption="EvictionByEvictionAPI"))),
-        {"phase": Phase.PREFLIGHT, "charged": False, "backoff": 0.0}, FailureClass.EVICTED, (False, "Evicted"),
+        {"phase": Phase.PREFLIGHT, "charged": False, "backoff": 0.0}, FailureClass.EVICTED, mark=(False, "Evicted"),
     ),
     Case(
         "evicted as often as may be",
         seen(failed_before(*["Evicted"] * 3), a_preflight(4), of(
             a_preflight(4), ended(0, 137, disruption="EvictionByEvictionAPI"))),
-        {"phase": Phase.FAILED, "ended": True}, FailureClass.EVICTED, (False, "Evicted"),
+        {"phase": Phase.FAILED, "ended": True}, FailureClass.EVICTED, mark=(False, "Evicted"),
     ),
     Case(
         "it ended well and settled nothing, as an older trainer would",
         seen(a_run(), JOB, of(JOB, ended(0, 0, "", reason="Completed"))),
-        {"phase": Phase.PREFLIGHT, "charged": True}, FailureClass.INTERNAL, (False, "Internal"),
+        {"phase": Phase.PREFLIGHT, "charged": True}, FailureClass.INTERNAL, mark=(False, "Internal"),
     ),
     Case(
         "the Job of one that failed goes first",
@@ -244,9 +241,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_decide(case: Case) -> None:
-    plan = decide(case.observed, NOW, SETTINGS)
-    assert {name: getattr(plan, name) for name in case.want} == case.want
-    assert (plan.failure.failure_class if plan.failure else None) == case.failure
+    plan = cases.check(case, SETTINGS)
     mark = plan.conditions.get(PASSED)
     assert (None if mark is None else (mark.value, mark.reason)) == case.mark
     assert plan.failure is None or plan.failure.attempt == case.want.get("attempt", plan.failure.attempt)

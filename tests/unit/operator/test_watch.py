@@ -1,6 +1,7 @@
 """Watch events fill the cache; objects that a new LIST does not show are looked up."""
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,86 +43,72 @@ def test_a_runtime_wakes_the_runs_that_wait_for_it(event_type: str | None) -> No
     assert apply_event(cache, Resource.RUNTIMES, event_type, a_raw_runtime("h100", 1)) == [KEY]
 
 
-def test_runtimes_are_confirmed_for_the_cluster_also_where_runs_are_by_namespace() -> None:
-    cache = Cache()
-    cache.put(Resource.RUNTIMES, a_raw_runtime("gone", 1))
-    looked_up = list[ObjectKey]()
+def looked_up(cache: Cache, happen: Callable[[Confirmations], None], *, by_namespace: bool = False) -> set[ObjectKey]:
+    """What is looked up, each object once, after ``happen``, which leaves something to be confirmed."""
+    keys = list[ObjectKey]()
 
     async def main() -> None:
-        done = asyncio.Event()
-
         async def check(key: ObjectKey) -> None:
-            looked_up.append(key)
-            done.set()
+            keys.append(key)
 
-        confirmations = Confirmations(cache, 0.01, check, by_namespace=True)
-        confirmations.expect(Resource.RUNTIMES, None)
-        confirmations.see(Resource.RUNTIMES, None, a_raw_runtime("shown", 1)["metadata"])
-        await done.wait()
+        confirmations = Confirmations(cache, 0.01, check, by_namespace=by_namespace)
+        happen(confirmations)
+        assert confirmations.pending
+        async with asyncio.timeout(10):
+            while confirmations.pending:  # noqa: ASYNC110  (it tells nobody)
+                await asyncio.sleep(0.001)
+            await asyncio.gather(*confirmations._tasks)
         await confirmations.stop()
 
     asyncio.run(main())
-    assert looked_up == [(Resource.RUNTIMES, "", "gone")]
+    assert len(keys) == len(set(keys))
+    return set(keys)
+
+
+def test_runtimes_are_confirmed_for_the_cluster_also_where_runs_are_by_namespace() -> None:
+    cache = Cache()
+    cache.put(Resource.RUNTIMES, a_raw_runtime("gone", 1))
+
+    def happen(confirmations: Confirmations) -> None:
+        confirmations.expect(Resource.RUNTIMES, None)
+        confirmations.see(Resource.RUNTIMES, None, a_raw_runtime("shown", 1)["metadata"])
+
+    assert looked_up(cache, happen, by_namespace=True) == {(Resource.RUNTIMES, "", "gone")}
 
 
 @pytest.mark.parametrize(("by_namespace", "elsewhere"), [(False, True), (True, False)])
 def test_what_a_new_list_does_not_show_is_looked_up(*, by_namespace: bool, elsewhere: bool) -> None:
     """The list of a namespace says nothing about the others; that of the cluster does."""
-    cache, looked_up = Cache(), list[ObjectKey]()
+    cache = Cache()
     for name in ("shown", "changed", "lost"):
         cache.put(Resource.RUNS, raw(name, 1))
     other = raw("other", 1)
     other["metadata"]["namespace"] = "elsewhere"
     cache.put(Resource.RUNS, other)
 
-    async def main() -> None:
-        done = asyncio.Event()
-        expected = 1 + elsewhere
-
-        async def check(key: ObjectKey) -> None:
-            looked_up.append(key)
-            if len(looked_up) == expected:
-                done.set()
-
-        confirmations = Confirmations(cache, 0.01, check, by_namespace=by_namespace)
+    def happen(confirmations: Confirmations) -> None:
         confirmations.see(Resource.RUNS, "MODIFIED", raw("lost", 2)["metadata"])
         assert not confirmations.pending, "a change alone says nothing"
         confirmations.see(Resource.RUNS, None, raw("shown", 1)["metadata"])
         confirmations.see(Resource.RUNS, "MODIFIED", raw("changed", 2)["metadata"])
-        assert confirmations.pending
-        await done.wait()
-        assert not confirmations.pending
-        await confirmations.stop()
 
-    asyncio.run(main())
     lost = {(Resource.RUNS, "team", "lost")}
-    assert set(looked_up) == (lost | {(Resource.RUNS, "elsewhere", "other")} if elsewhere else lost)
+    wanted = lost | {(Resource.RUNS, "elsewhere", "other")} if elsewhere else lost
+    assert looked_up(cache, happen, by_namespace=by_namespace) == wanted
 
 
 @pytest.mark.parametrize("shown", [["shown"], []])
 def test_what_was_looked_up_and_went_before_the_first_list_is_looked_up_again(shown: list[str]) -> None:
     """Pods are also fetched on their own: one that kopf's first LIST is too late for would be believed in for ever."""
-    cache, looked_up = Cache(), list[ObjectKey]()
+    cache = Cache()
 
-    async def main() -> None:
-        done = asyncio.Event()
-
-        async def check(key: ObjectKey) -> None:
-            looked_up.append(key)
-            done.set()
-
-        confirmations = Confirmations(cache, 0.01, check, by_namespace=False)
+    def happen(confirmations: Confirmations) -> None:
         confirmations.expect(Resource.RUNS, None)
         cache.put(Resource.RUNS, raw("fetched", 1))
         for name in shown:
             confirmations.see(Resource.RUNS, None, raw(name, 1)["metadata"])
-        async with asyncio.timeout(10):
-            await done.wait()
-        assert not confirmations.pending
-        await confirmations.stop()
 
-    asyncio.run(main())
-    assert looked_up == [(Resource.RUNS, "team", "fetched")]
+    assert looked_up(cache, happen) == {(Resource.RUNS, "team", "fetched")}
 
 
 def test_a_list_that_still_comes_in_is_waited_for() -> None:
