@@ -124,15 +124,14 @@ def run_case(machine: Machine, case: Case) -> Done:
     Raises:
         BenchError: it failed or took too long; the end of its output is in the message.
     """
-    command, env, directory = prepare_case(machine, case)
+    command, environments, directory = prepare_case(machine, case)
+    first, *rest = environments
     others = [
-        subprocess.Popen(
-            command, env={**os.environ, **env, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for rank in range(1, case.processes)
+        subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for env in rest
     ]
     try:
-        watched = watch(command, env, directory / "log", machine.limit(case.limit))
+        watched = watch(command, first, directory / "log", machine.limit(case.limit))
     finally:
         for other in others:
             other.kill()
@@ -142,8 +141,8 @@ def run_case(machine: Machine, case: Case) -> Done:
     return Done(watched, measured, torch.load(logits, weights_only=True) if logits.exists() else None)
 
 
-def prepare_case(machine: Machine, case: Case) -> tuple[list[str], dict[str, str], Path]:
-    """Writes what ``case`` needs. Returns the command of one process, its environment as rank 0, and the directory."""
+def prepare_case(machine: Machine, case: Case) -> tuple[list[str], list[dict[str, str]], Path]:
+    """Writes what ``case`` needs. Returns the command of a process, the environment of each rank, and the directory."""
     directory = machine.directory / case.name
     write_model(directory / "model", case.model)
     run = case.run(machine, directory)
@@ -158,19 +157,23 @@ def prepare_case(machine: Machine, case: Case) -> tuple[list[str], dict[str, str
     env = {
         SPEED_VARIABLE: case.speed,
         "PYTHONPATH": os.pathsep.join([*(str(ROOT / name) for name in ("crds", "trainer_image", "")), *sys.path[1:]]),
-        "LORA_STATE_DIR": f"{directory}/state",
-        "LORA_WORK": f"{directory}/work",
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
-    if case.processes > 1:
-        env |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if case.processes > 1:  # one process alone must not look distributed
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "LOCAL_RANK": "0"}
         env |= {"WORLD_SIZE": str(case.processes), "LOCAL_WORLD_SIZE": str(case.processes)}
     command = [sys.executable, "-m", "bench.gpu.worker", f"{directory}/run.json", f"{directory}/probe.json"]
-    return command, env, directory
+    return command, [env | _rank(case, directory, rank) for rank in range(case.processes)], directory
+
+
+def _rank(case: Case, directory: Path, rank: int) -> dict[str, str]:
+    """Every rank is the first of its pod: it takes GPU 0, and fetches its files itself into directories of its own."""
+    place = {"LORA_STATE_DIR": f"{directory}/state-{rank}", "LORA_WORK": f"{directory}/work-{rank}"}
+    return place | ({"RANK": str(rank)} if case.processes > 1 else {})
 
 
 def _free_port() -> int:
@@ -329,7 +332,7 @@ def out_of_memory(machine: Machine, report: Callable[[str, dict[str, Any]], None
         probe=probe,
         limit=RUN_SECONDS["outOfMemory"],
     )
-    command, env, directory = prepare_case(machine, case)
+    command, (env,), directory = prepare_case(machine, case)
     with (directory / "log").open("w") as log:
         limit = machine.limit(case.limit)
         try:

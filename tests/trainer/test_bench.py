@@ -64,6 +64,14 @@ def test_parity_that_does_not_hold_fails_the_benchmark_and_ends_no_part(
     assert result["speed"]["as trained"]["tokensPerSecondPerGpu"] > 0
 
 
+def test_ranks_that_share_a_gpu_share_no_directory(tmp_path: Path) -> None:
+    case = parts.Case("two", model="tiny", sequence=64, micro_batch=1, steps=1, processes=2, limit=60)
+    _, environments, _ = parts.prepare_case(Machine("cpu", tiny=True, directory=tmp_path, deadline=0), case)
+    assert [env["RANK"] for env in environments] == ["0", "1"]
+    for name in ("LORA_STATE_DIR", "LORA_WORK"):
+        assert len({env[name] for env in environments}) == 2
+
+
 def test_the_parts_of_the_gpu_benchmark_have_their_time() -> None:
     assert list(PARTS) == ["parity", "speed", "large", "outOfMemory", "levers"]
     runs = {"parity": 3, "speed": 1, "large": 1, "outOfMemory": 1}
