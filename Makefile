@@ -42,7 +42,7 @@ test-controlplane: venv binaries ## Tests against a real API server
 
 .PHONY: test-trainer
 test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
-	$(PYTEST) tests/trainer
+	$(PYTEST) tests/trainer -n 2 --dist loadfile
 
 .PHONY: test-cluster
 test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
