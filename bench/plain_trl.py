@@ -54,6 +54,10 @@ def main() -> None:
             bnb_4bit_compute_dtype=torch.float32,
         ),
     )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the answers before training would repack the weights, and training learn nothing.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     data = load_dataset("json", data_files={"train": job["train"], "eval": job["eval"]}, cache_dir=job["output"])
     trainer = SFTTrainer(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.trainer import FULL, OURS, OURS_TWO, PACKED, PLAIN_TWO, missed_aims, our_run, plain_job, turns
+from bench.trainer import FULL, OURS, OURS_TWO, PACKED, PLAIN_TWO, missed_aims, other_jobs, our_run, plain_job, turns
 from bench.watch import BenchError, Step, Watched, parse_step, watch
 from lora_api.run import RunSpec, plan_batch
 
@@ -121,3 +121,9 @@ def test_aims_that_are_missed_are_named(
 ) -> None:
     lines = missed_aims({"sides": [a_side("this trainer", *ours), a_side("this trainer, packing", *packed)]})
     assert [line[: len(start)] for line, start in zip(lines, missed, strict=True)] == missed
+
+
+def test_sides_that_learn_something_else_are_named() -> None:
+    losses = {"plain TRL": 2.317, "this trainer": 0.976, "this trainer, packing": 0.5, "plain TRL (DDP)": 2.3}
+    lines = other_jobs({"sides": [{"side": side, "lastLoss": loss} for side, loss in losses.items()]})
+    assert lines == ["this trainer ends with a loss of 0.976 and plain TRL with 2.317: that is not the same job"]
