@@ -163,7 +163,7 @@ def test_a_deadline_shortens_requests_and_retries(s3: Seaweed, monkeypatch: pyte
                 store.get("a")
             with pytest.raises(StoreUnavailableError):
                 store.put("a", b"")
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 5
         assert store._timeout == 60
 
 
@@ -215,6 +215,6 @@ def test_the_last_checkpoint_before_a_stop_takes_the_time_that_is_left(
     pod.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     assert pod.wait(30) in (74, 143), pod.log.read_text()[-5000:]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 9
     proxy.judge = lambda method, path: "pass"
     assert complete_steps(s3, "too-late")
