@@ -123,7 +123,22 @@ def test_aims_that_are_missed_are_named(
     assert [line[: len(start)] for line, start in zip(lines, missed, strict=True)] == missed
 
 
-def test_sides_that_learn_something_else_are_named() -> None:
-    losses = {"plain TRL": 2.317, "this trainer": 0.976, "this trainer, packing": 0.5, "plain TRL (DDP)": 2.3}
-    lines = other_jobs({"sides": [{"side": side, "lastLoss": loss} for side, loss in losses.items()]})
-    assert lines == ["this trainer ends with a loss of 0.976 and plain TRL with 2.317: that is not the same job"]
+@pytest.mark.parametrize(
+    ("plain", "ours", "lines"),
+    [
+        pytest.param(1.449, 1.36, [], id="the same job"),
+        pytest.param(
+            0.045, 1.36,
+            ["the loss falls by 1.36 in this trainer and by 0.045 in plain TRL: that is not the same job"],
+            id="one learns next to nothing",
+        ),
+        pytest.param(
+            0.067, 0.12,
+            ["the loss falls by 0.12 in this trainer and by 0.067 in plain TRL: that is not the same job"],
+            id="one learns half, of a loss that is nearly the same",
+        ),
+    ],
+)  # fmt: skip
+def test_sides_that_learn_something_else_are_named(plain: float, ours: float, lines: list[str]) -> None:
+    learned = {"plain TRL": plain, "this trainer": ours, "this trainer, packing": 9.0, "plain TRL (DDP)": plain}
+    assert other_jobs({"sides": [{"side": side, "learned": fall} for side, fall in learned.items()]}) == lines
