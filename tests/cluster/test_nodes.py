@@ -11,7 +11,6 @@ import devcluster
 from demo import stack
 from demo.stack import Store
 from devcluster import Cluster
-from devcluster.external import is_external
 from lora_api import FailureClass, LoRAFineTune, Phase
 from tests.cluster.conftest import upload_tiny_data
 from tests.cluster.runs import Runs, find_condition
@@ -20,7 +19,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.nodes,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(is_external(), reason="kills nodes, which are somebody else's on a cluster of $KUBECONFIG"),
 ]
 
 NAME = "lora-nodes"
@@ -33,10 +31,12 @@ Record = Callable[[str, object], None]
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Cluster]:
-    """A cluster of its own: the others' nodes stay what they are."""
-    devcluster.down(NAME)
-    yield devcluster.up(NAME, nodes=2)
-    devcluster.down(NAME)
+    """A cluster of its own, also where $KUBECONFIG names one: nodes are killed, and those are somebody else's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("KUBECONFIG", raising=False)
+        devcluster.down(NAME)
+        yield devcluster.up(NAME, nodes=2)
+        devcluster.down(NAME)
 
 
 @pytest.fixture(scope="module")
