@@ -6,7 +6,7 @@ This package depends on pydantic only. The operator, the trainer and later the l
 from lora_api.failures import CLASS_BY_EXIT_CODE, FAILURE_RULES, RULES, FailureClass, FailureRule
 from lora_api.finetune import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneSpec
 from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
-from lora_api.run import BatchPlan, RunSpec, build_run_spec, plan_batch
+from lora_api.run import RUN_VERSION, BatchPlan, RunSpec, build_run_spec, plan_batch
 from lora_api.runtime import ClusterLoRARuntime, ClusterLoRARuntimeSpec
 from lora_api.status import (
     AdapterStatus,
@@ -17,6 +17,7 @@ from lora_api.status import (
     Phase,
     Progress,
     RuntimeSnapshot,
+    TrainerPin,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "KIND",
     "PLURAL",
     "RULES",
+    "RUN_VERSION",
     "VERSION",
     "AdapterStatus",
     "BatchPlan",
@@ -46,6 +48,7 @@ __all__ = [
     "RunSpec",
     "RuntimeSnapshot",
     "Termination",
+    "TrainerPin",
     "build_run_spec",
     "parse_progress_line",
     "parse_termination",

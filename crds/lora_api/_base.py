@@ -1,4 +1,4 @@
-"""What every model of the API shares: camelCase on the wire, snake_case in Python, nothing unknown accepted."""
+"""What every model of the API shares: camelCase on the wire, snake_case in Python. ``reading`` has the rest."""
 
 import math
 from datetime import UTC, datetime
@@ -33,9 +33,13 @@ class ApiModel(BaseModel):
 
 
 class RecordModel(ApiModel):
-    """A value that our own programs write and read back. Unknown fields are dropped, so that versions can be mixed."""
+    """A value that our own programs write and read back.
 
-    model_config = ConfigDict(extra="ignore", strict=False)
+    Fields that another version has written are kept, and are written back: server-side apply takes away what its
+    manager no longer sends.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=False)
 
 
 def format_time(value: datetime) -> str:

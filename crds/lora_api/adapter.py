@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
@@ -46,7 +46,7 @@ class AdapterManifest(RecordModel):
     ``files`` are the adapter's own, ``extras`` are for people (model card, report, metrics).
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: int = Field(1, ge=1)
     digest: Digest
     name: str
     namespace: str
@@ -64,7 +64,7 @@ class AdapterManifest(RecordModel):
 class MergedManifest(RecordModel):
     """``manifest.json`` of a whole model with an adapter merged into it, written last and create-only."""
 
-    schema_version: Literal[1] = 1
+    schema_version: int = Field(1, ge=1)
     adapter_digest: Digest
     name: str
     namespace: str
@@ -77,7 +77,7 @@ class MergedManifest(RecordModel):
 class VersionPointer(RecordModel):
     """``versions/v<N>.json``, create-only: version N of an adapter's name is the directory with this digest."""
 
-    schema_version: Literal[1] = 1
+    schema_version: int = Field(1, ge=1)
     version: int = Field(ge=1)
     digest: Digest
     run_uid: str
@@ -87,7 +87,7 @@ class VersionPointer(RecordModel):
 class CompleteMarker(RecordModel):
     """``COMPLETE.json`` of a checkpoint, written last. A checkpoint without it does not exist."""
 
-    schema_version: Literal[1] = 1
+    schema_version: int = Field(1, ge=1)
     step: int = Field(ge=0)
     world_size: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)

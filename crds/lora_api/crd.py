@@ -182,6 +182,9 @@ def _auto_or_number(options: list[Schema]) -> Schema | None:
 
 def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:
     """Adds to ``schema``, in place, what JSON Schema cannot say: CEL rules, and the default of a section."""
+    if issubclass(model, RecordModel):
+        # An operator that is newer than the CRD writes fields which would be refused, or taken away, without this.
+        schema["x-kubernetes-preserve-unknown-fields"] = True
     if issubclass(model, ApiModel) and model.cel_rules:
         schema["x-kubernetes-validations"] = [rule.to_wire() for rule in model.cel_rules]
     for name, field in model.model_fields.items():

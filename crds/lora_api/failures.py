@@ -5,11 +5,12 @@ failure class, add a member and a row.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
+
+from lora_api.reading import OpenEnum
 
 
-class FailureClass(StrEnum):
-    """Kinds of failure, as ``status.failures[].class`` shows them."""
+class FailureClass(OpenEnum):
+    """Kinds of failure, as ``status.failures[].class`` shows them. A later version may know more."""
 
     BAD_SPEC = "BadSpec"
     BAD_DATA = "BadData"
@@ -288,7 +289,23 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
     ),
 )
 
-RULES: dict[FailureClass, FailureRule] = {rule.failure_class: rule for rule in FAILURE_RULES}
+
+class _Rules(dict[FailureClass, FailureRule]):
+    """The table by class. There is a rule for every class, also for one of a later version."""
+
+    def __missing__(self, failure_class: FailureClass) -> FailureRule:
+        """Neither charged nor retried: nothing is trained again for a reason that nobody here understands."""
+        return FailureRule(
+            failure_class=failure_class,
+            exit_code=None,
+            charged=False,
+            retried=False,
+            meaning="A kind of failure that this version does not know.",
+            remedy="Look it up in the documentation of the newer version that reported it.",
+        )
+
+
+RULES: dict[FailureClass, FailureRule] = _Rules({rule.failure_class: rule for rule in FAILURE_RULES})
 CLASS_BY_EXIT_CODE: dict[int, FailureClass] = {
     rule.exit_code: rule.failure_class for rule in FAILURE_RULES if rule.exit_code is not None
 }

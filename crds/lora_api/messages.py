@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from lora_api._base import Measure, RecordModel, Time, clean_text, cut_middle
 from lora_api.failures import FailureClass
 from lora_api.preflight import PreflightOutcome
+from lora_api.reading import MAX_WORD
 from lora_api.status import AdapterStatus
 
 TERMINATION_LIMIT = 4096
@@ -16,21 +17,24 @@ TERMINATION_LIMIT = 4096
 PROGRESS_KEY = "lora"
 
 Text = Annotated[str, BeforeValidator(clean_text)]
+Word = Annotated[str, Field(max_length=MAX_WORD)]
+"""One of a list that a later version may have more of."""
 
 
 class ProgressLine(RecordModel):
     """One line of rank 0's standard output: ``{"lora": {"event": ...}}``.
 
-    stage: what the trainer is doing now, in ``stage``. step: after an optimizer step. eval: after an evaluation.
+    stage: what the trainer is doing now, in ``stage`` (loading, evaluating, training, checkpointing, publishing, done).
+    step: after an optimizer step. eval: after an evaluation.
     memory: the micro-batch that was settled on and the planned peak, and after training the measured one, of the
     process that needed most (GiB; ``host_gib`` is its resident memory).
     Rewards are those of preference pairs (objective dpo): the mean margin between chosen and rejected, and the share of
     pairs (0 to 1) whose chosen answer has the larger one.
     """
 
-    event: Literal["stage", "step", "eval", "memory"]
+    event: Word
     at: Time
-    stage: Literal["loading", "evaluating", "training", "checkpointing", "publishing", "done"] | None = None
+    stage: Word | None = None
     step: int | None = Field(None, ge=0)
     total_steps: int | None = Field(None, ge=0)
     epoch: Measure = None
@@ -76,7 +80,7 @@ class Termination(RecordModel):
     After success rank 0 says which ``adapter`` it published, and a preflight what it settled.
     """
 
-    version: Literal[1] = 1
+    version: int = Field(1, ge=1)
     outcome: Literal["succeeded", "failed"]
     failure_class: FailureClass | None = Field(None, alias="class")
     message: Text = ""

@@ -74,8 +74,13 @@ class RunPlan(RecordModel):
 
 
 class PreflightOutcome(RecordModel):
-    """What a preflight that passed has settled: the part of its result that the operator keeps."""
+    """What a preflight that passed has settled: the part of its result that the operator keeps.
 
+    ``run_version`` is the newest version of the run document that this trainer reads; those before 2 do not say it.
+    """
+
+    version: int = Field(1, ge=1)
+    run_version: int = Field(1, ge=1)
     pins: Pins = Field(default_factory=Pins)
     plan: RunPlan | None = None
 
@@ -90,7 +95,7 @@ class Problem(RecordModel):
 class PreflightResult(RecordModel):
     """The one JSON document that ``lora_trainer preflight`` prints."""
 
-    version: Literal[1] = 1
+    version: int = Field(1, ge=1)
     outcome: Literal["passed", "failed"]
     pins: Pins = Field(default_factory=Pins)
     model: ModelFacts | None = None
@@ -103,6 +108,6 @@ class PreflightResult(RecordModel):
     @property
     def failure_class(self) -> FailureClass | None:
         """The class that the whole counts as: one that trying again cannot help, where there is one."""
-        order = [rule.failure_class for rule in FAILURE_RULES]
+        order = {rule.failure_class: number for number, rule in enumerate(FAILURE_RULES)}
         found = {problem.failure_class for problem in self.problems}
-        return min(found, key=lambda one: (RULES[one].retried, order.index(one)), default=None)
+        return min(found, key=lambda one: (RULES[one].retried, order.get(one, len(order))), default=None)

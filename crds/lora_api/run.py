@@ -1,7 +1,7 @@
 """RunSpec: the one document that the operator hands to the trainer's pods (a ConfigMap, mounted as run.json)."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
@@ -28,6 +28,9 @@ CONTAINER_NAME = "trainer"
 
 MASTER_PORT = 29500
 
+RUN_VERSION = 2
+"""Of the documents that this version makes: 2 has controlKey (``runversions``)."""
+
 
 class Device(ApiModel):
     """The kind of GPU that a run is meant for: what its memory is planned with before there is one."""
@@ -39,7 +42,7 @@ class Device(ApiModel):
 class RunSpec(ApiModel):
     """Everything that one attempt of a run needs to know, defaults filled in."""
 
-    version: Literal[1] = 1
+    version: int = Field(RUN_VERSION, ge=1)
     namespace: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)]
     uid: Annotated[str, Field(min_length=1)]
@@ -55,6 +58,7 @@ class RunSpec(ApiModel):
     tracking: Tracking = Field(default_factory=Tracking)
     device: Device | None = None
     pins: Pins | None = None
+    control_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     @property
     def adapter_name(self) -> str:
@@ -74,8 +78,10 @@ class RunSpec(ApiModel):
 Source = TypeVar("Source", BaseModelSource, DataSource)
 
 
-def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
+def build_run_spec(run: LoRAFineTune, attempt: int, control_key: str | None = None) -> RunSpec:
     """The document for ``attempt`` of ``run``: what it asks for, as far as the preflight settled it more exactly.
+
+    ``control_key`` is what the ranks of the attempt sign their control messages with, 32 random bytes in hex.
 
     Raises:
         pydantic.ValidationError: publish.store is not set.
@@ -103,6 +109,7 @@ def build_run_spec(run: LoRAFineTune, attempt: int) -> RunSpec:
         tracking=spec.tracking,
         device=_planned_device(run),
         pins=run.status.pins,
+        control_key=control_key,
     )
     settled = run.status.micro_batch_size or (plan.micro_batch_size if plan else None)
     return document if settled is None else document.with_micro_batch(settled)

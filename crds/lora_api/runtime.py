@@ -12,6 +12,7 @@ from lora_api._base import ApiModel
 from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
 from lora_api.pods import LabelMap, PodTemplate, qualified_names
 from lora_api.publishing import StoreUri, store_rules
+from lora_api.reading import Reading, read
 from lora_api.training import Checkpoint
 
 KIND: Literal["ClusterLoRARuntime"] = "ClusterLoRARuntime"
@@ -138,11 +139,16 @@ class ClusterLoRARuntime(ApiModel):
     spec: ClusterLoRARuntimeSpec = Field(description="What runs get, and what they may ask for.")
 
 
-def taken_runtime(run: LoRAFineTune) -> ClusterLoRARuntimeSpec:
+def read_taken_runtime(run: LoRAFineTune) -> Reading[ClusterLoRARuntimeSpec]:
     """What the runtime said when ``run`` took it, limits aside; of a run without one, nothing.
 
     Raises:
-        pydantic.ValidationError: the snapshot was written by another version, or by hand.
+        pydantic.ValidationError: the snapshot has a value that this version cannot understand.
     """
     snapshot = run.status.runtime
-    return ClusterLoRARuntimeSpec.model_validate(snapshot.spec if snapshot is not None else {})
+    return read(ClusterLoRARuntimeSpec, snapshot.spec if snapshot is not None else {})
+
+
+def taken_runtime(run: LoRAFineTune) -> ClusterLoRARuntimeSpec:
+    """The same, as far as it is understood."""
+    return read_taken_runtime(run).value

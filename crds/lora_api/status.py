@@ -1,6 +1,5 @@
 """The status of a LoRAFineTune: what the operator has seen. Written by the operator only."""
 
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -8,10 +7,12 @@ from pydantic import Field
 from lora_api._base import LongMessage, Measure, RecordModel, ShortMessage, Time, format_time
 from lora_api.failures import FailureClass
 from lora_api.preflight import Pins, RunPlan
+from lora_api.reading import OpenEnum
 
 __all__ = [
     "MAX_FAILURES",
     "MAX_HISTORY",
+    "STATUS_VERSION",
     "AdapterStatus",
     "Condition",
     "ConditionType",
@@ -21,15 +22,24 @@ __all__ = [
     "Progress",
     "RuntimeSnapshot",
     "Time",
+    "TrainerPin",
     "format_time",
 ]
+
+STATUS_VERSION = 2
+"""Of the statuses that this version writes: 2 has version and trainer."""
 
 MAX_FAILURES = 10
 MAX_HISTORY = 100
 
 
-class Phase(StrEnum):
-    """Where a run is, in one word, for people. The operator never reads it back."""
+def _up_to(entries: int) -> dict[str, Any]:
+    """Room in the CRD alone: a later version may keep more than this one, and this one has to read it."""
+    return {"maxItems": entries}
+
+
+class Phase(OpenEnum):
+    """Where a run is, in one word, for people. The operator never decides by it."""
 
     PENDING = "Pending"
     PREFLIGHT = "Preflight"
@@ -43,7 +53,7 @@ class Phase(StrEnum):
     SUSPENDED = "Suspended"
 
 
-class ConditionType(StrEnum):
+class ConditionType(OpenEnum):
     """Types of conditions. Ready, Reconciling and Stalled follow kstatus (sigs.k8s.io/cli-utils)."""
 
     READY = "Ready"
@@ -85,12 +95,10 @@ class Progress(RecordModel):
     eta_seconds: int | None = Field(None, ge=0, description="Seconds until the last step, as it looks now.")
     eta: str | None = Field(None, description="The same for people, such as 1m20s.")
     at: Time | None = Field(None, description="When the trainer reported this.")
-    history: Annotated[
-        list[Annotated[list[float], Field(min_length=2, max_length=2)]], Field(max_length=MAX_HISTORY)
-    ] = Field(
+    history: list[Annotated[list[float], Field(min_length=2, json_schema_extra=_up_to(8))]] = Field(
         [],
         description="Pairs of step and training loss, thinned evenly.",
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        json_schema_extra={"x-kubernetes-list-type": "atomic", **_up_to(10 * MAX_HISTORY)},
     )
 
 
@@ -98,7 +106,9 @@ class Failure(RecordModel):
     """Why an attempt ended."""
 
     attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is what comes before the first.")
-    failure_class: FailureClass = Field(alias="class", description="Kind of failure.")
+    failure_class: FailureClass = Field(
+        alias="class", description="Kind of failure (the table below; a later version may know more)."
+    )
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")
     remedy: ShortMessage = Field("", description="What to do about it.")
@@ -140,26 +150,39 @@ class RuntimeSnapshot(RecordModel):
     )
 
 
+class TrainerPin(RecordModel):
+    """The trainer of a run: every attempt has the same."""
+
+    image: str = Field(description="Image of the training pods, as the first attempt (or preflight) had it.")
+    run_version: int = Field(1, ge=1, description="Newest version of the run document that this image reads.")
+
+
 class LoRAFineTuneStatus(RecordModel):
     """What the operator has seen."""
 
+    version: int = Field(1, ge=1, description="Version of this status document.")
     observed_generation: int = Field(0, ge=0, description="Generation of the resource that this status is about.")
-    phase: Phase | None = Field(None, description="Where the run is, in one word, for people.")
+    phase: Phase | None = Field(
+        None,
+        description="Where the run is, in one word, for people: Pending, Preflight, Queued, Starting, Running, "
+        "Restarting, Publishing, Succeeded, Failed, Suspended. A later version may know more.",
+    )
     reason: str | None = Field(None, description="Why the run is in this phase, in one word.")
     attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
     runtime: RuntimeSnapshot | None = Field(None, description="The runtime that the run took when it started.")
+    trainer: TrainerPin | None = Field(None, description="The trainer that the run began with, and keeps.")
     start_time: Time | None = Field(None, description="When the first attempt was created.")
     completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
-    conditions: Annotated[list[Condition], Field(max_length=16)] = Field(
+    conditions: list[Condition] = Field(
         [],
         description="Conditions. Ready, Reconciling and Stalled follow kstatus.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"], **_up_to(64)},
     )
     progress: Progress | None = Field(None, description="How far training is.")
-    failures: Annotated[list[Failure], Field(max_length=MAX_FAILURES)] = Field(
+    failures: list[Failure] = Field(
         [],
         description="Why attempts ended, the last 10.",
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        json_schema_extra={"x-kubernetes-list-type": "atomic", **_up_to(10 * MAX_FAILURES)},
     )
     failed_preflights: int = Field(0, ge=0, description="Preflights that failed so far.")
     pins: Pins | None = Field(None, description="What the sources held at the preflight. Each attempt reads the same.")

@@ -168,6 +168,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     if termination is not None and said is not None:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
+        if not said.known:  # of a newer trainer: what is known of it is that the trainer failed
+            said, message = FailureClass.INTERNAL, f"{said}: {message}"
         return Symptom(
             said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
             termination.micro_batch_size, termination.at,

@@ -31,6 +31,7 @@ from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator import applied
 from lora_operator.children.names import MANAGER, RUN_LABEL
 from lora_operator.ratelimit import RateLimit
+from lora_operator.undeclared import Undeclared
 from lora_operator.views import Raw, controller_of
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class KubeClient:
         self._limit = limit
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._on_call = on_call
+        self._undeclared = Undeclared()
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -189,6 +191,7 @@ class KubeClient:
         """Writes the whole status by server-side apply, if it is still that of ``metadata.resource_version``.
 
         So an operator that looks at something old, while another one is at work, cannot overwrite what it did not see.
+        Fields that the CRD of the cluster does not have are left out.
 
         Raises:
             NotFoundError: the run is gone.
@@ -203,9 +206,24 @@ class KubeClient:
                 "uid": metadata.uid,
                 "resourceVersion": metadata.resource_version,
             },
-            "status": status.to_wire(),
         }
-        return await self._apply(PLURAL, metadata.namespace, metadata.name, body, "status")
+        while True:
+            try:
+                whole = {**body, "status": self.to_declared(status)}
+                return await self._apply(PLURAL, metadata.namespace, metadata.name, whole, "status")
+            except KubeError as error:
+                fields = self._undeclared.learn(error.message)
+                if not fields:
+                    raise
+                logger.warning(
+                    "the CRD of this cluster is older than the operator and has no status.%s: left out until the CRD "
+                    "is upgraded (helm upgrade)",
+                    ", status.".join(fields),
+                )
+
+    def to_declared(self, status: LoRAFineTuneStatus) -> Raw:
+        """``status`` as JSON values, as far as the CRD of the cluster is known to take it."""
+        return self._undeclared.leave_out(status.to_wire())
 
     async def delete_child(self, resource: str, namespace: str, name: str, owner_uid: str) -> None:
         """Deletes an object if it belongs to the run ``owner_uid``; another one of its name is left alone."""

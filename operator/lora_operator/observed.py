@@ -110,8 +110,7 @@ class Observed:
     def has_begun(self) -> bool:
         """Whether the run has taken its runtime, or something was created for it without one."""
         status = self.run.status
-        tried = status.attempt or status.failed_preflights or has_passed(status)
-        return bool(status.runtime or tried or self.all_jobs())
+        return bool(status.runtime or has_started(status) or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
         """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
@@ -190,6 +189,11 @@ def is_finished(status: LoRAFineTuneStatus) -> bool:
 def has_passed(status: LoRAFineTuneStatus) -> bool:
     """Whether a preflight passed."""
     return holds(status, ConditionType.PREFLIGHT_PASSED)
+
+
+def has_started(status: LoRAFineTuneStatus) -> bool:
+    """Whether pods were made for the run, as far as its status tells."""
+    return bool(status.attempt or status.failed_preflights or has_passed(status))
 
 
 def holds(status: LoRAFineTuneStatus, kind: ConditionType) -> bool:

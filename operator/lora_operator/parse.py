@@ -1,17 +1,23 @@
-"""From a document of the API server to a typed run, or to an error that names the field."""
+"""From a document of the API server to a typed run, or to an error that names the field.
+
+The CRD may be of another version than the operator. Fields that are not known are left out. A value that is not
+understood is an error, and the run is left as it is.
+"""
 
 from pydantic import ValidationError
 
 from lora_api import ClusterLoRARuntime, ClusterLoRARuntimeSpec, LoRAFineTune, plan_batch
 from lora_api.finetune import ObjectMeta
 from lora_api.mistakes import describe_mistakes
+from lora_api.reading import Reading, read
+from lora_api.runtime import read_taken_runtime
 from lora_api.status import LoRAFineTuneStatus
 from lora_operator.runtimes import fill_in
 from lora_operator.views import Raw
 
 
 class InvalidRunError(Exception):
-    """The specification cannot be read. Metadata, and status as far as it can be read, come along.
+    """The run cannot be understood. Its metadata come along, and its status where that can be read.
 
     This happens where the CRD is of another version than the operator; what a user can get wrong, the API server
     refuses already.
@@ -20,39 +26,43 @@ class InvalidRunError(Exception):
     def __init__(self, message: str, raw: Raw) -> None:
         super().__init__(message)
         self.metadata = ObjectMeta.model_validate(raw["metadata"])
+        self.status: LoRAFineTuneStatus | None
         try:
-            self.status = LoRAFineTuneStatus.model_validate(raw["status"])
+            self.status = LoRAFineTuneStatus.model_validate(raw.get("status") or {})
         except ValidationError:
-            self.status = LoRAFineTuneStatus()
+            self.status = None
 
 
-def parse_run(raw: Raw) -> LoRAFineTune:
+def parse_run(raw: Raw) -> Reading[LoRAFineTune]:
     """The run, with what it leaves to its runtime filled in once it has taken one.
 
     Raises:
-        InvalidRunError: a field is wrong; the message names it.
+        InvalidRunError: a field has a value that is not understood; the message names it.
     """
     try:
-        run = LoRAFineTune.model_validate(raw)
+        reading = read(LoRAFineTune, raw)
+        run = reading.value
         plan_batch(run.spec.training, run.spec.parallelism)
     except ValidationError as error:
         raise InvalidRunError(describe_mistakes(error, LoRAFineTune), raw) from error
     except ValueError as error:
         raise InvalidRunError(f"spec.{error}", raw) from error
     try:
-        return fill_in(run)
+        of_runtime = tuple(f"status.runtime.spec.{path}" for path in read_taken_runtime(run).left_out)
+        return Reading(fill_in(run), reading.left_out + of_runtime)
     except ValidationError as error:
         raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntimeSpec, "status.runtime.spec."), raw) from error
 
 
-def parse_runtime(raw: Raw, run: Raw) -> ClusterLoRARuntime:
+def parse_runtime(raw: Raw, run: Raw) -> Reading[ClusterLoRARuntime]:
     """The runtime that ``run`` is about to take.
 
     Raises:
-        InvalidRunError: a field is wrong; the message names it and the runtime.
+        InvalidRunError: a field has a value that is not understood; the message names it and the runtime.
     """
+    where = f"ClusterLoRARuntime {raw['metadata']['name']}: "
     try:
-        return ClusterLoRARuntime.model_validate({"metadata": raw["metadata"], "spec": raw["spec"]})
+        reading = read(ClusterLoRARuntime, {"metadata": raw["metadata"], "spec": raw["spec"]})
     except ValidationError as error:
-        where = f"ClusterLoRARuntime {raw['metadata']['name']}: "
         raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntime, where), run) from error
+    return Reading(reading.value, tuple(f"{where}{path}" for path in reading.left_out))

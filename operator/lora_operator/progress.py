@@ -54,21 +54,23 @@ def compute_progress(
     step, total = last.step or 0, last.total_steps or old.total_steps
     percent = min(100, 100 * step // total) if total else 0
     eta = _estimate_seconds(first or steps[0], last, total)
-    return Progress(
-        step=step,
-        total_steps=total,
-        percent=percent,
-        summary=f"{percent}%",
-        epoch=shorten(last.epoch),
-        loss=shorten(last.loss),
-        eval_loss=shorten(losses[-1]) if losses else old.eval_loss,
-        learning_rate=shorten(last.learning_rate),
-        grad_norm=shorten(last.grad_norm),
-        tokens_per_second=last.tokens_per_second,
-        eta_seconds=eta,
-        eta=None if eta is None else format_duration(eta),
-        at=last.at,
-        history=merge_history(old.history, steps, logging_steps),
+    return old.model_copy(
+        update={
+            "step": step,
+            "total_steps": total,
+            "percent": percent,
+            "summary": f"{percent}%",
+            "epoch": shorten(last.epoch),
+            "loss": shorten(last.loss),
+            "eval_loss": shorten(losses[-1]) if losses else old.eval_loss,
+            "learning_rate": shorten(last.learning_rate),
+            "grad_norm": shorten(last.grad_norm),
+            "tokens_per_second": last.tokens_per_second,
+            "eta_seconds": eta,
+            "eta": None if eta is None else format_duration(eta),
+            "at": last.at,
+            "history": merge_history(old.history, steps, logging_steps),
+        }
     )
 
 

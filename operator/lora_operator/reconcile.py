@@ -14,14 +14,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
+from lora_api import (
+    PLURAL,
+    ClusterLoRARuntime,
+    Failure,
+    FailureClass,
+    LoRAFineTune,
+    LoRAFineTuneStatus,
+    Phase,
+    TrainerPin,
+)
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
+from lora_api.reading import Reading
 from lora_operator.cache import Cache, Resource
-from lora_operator.children.configmap import build_configmap, build_preflight_configmap
-from lora_operator.children.job import build_gang, build_preflight_job
+from lora_operator.children.assembly import build_children
 from lora_operator.children.names import child_name
-from lora_operator.children.service import build_service
+from lora_operator.controlkeys import ControlKeys
 from lora_operator.diagnose import PEER_SILENT
 from lora_operator.events import build_event, compute_events
 from lora_operator.finished import list_children
@@ -45,6 +54,7 @@ from lora_operator.observed import (
     Observed,
     Reports,
     forget_pods,
+    has_started,
     hear,
     hear_queue,
     hear_refusal,
@@ -62,9 +72,11 @@ from lora_operator.progress import (
     is_due,
     parse_progress,
 )
+from lora_operator.remarks import Remarks
 from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
+from lora_operator.trainers import choose_trainer, keep_trainer
 from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_obstructed, decide_wait
 from lora_operator.views import JobView, Key, Raw
 
@@ -73,7 +85,8 @@ logger = logging.getLogger(__name__)
 PROGRESS_LINES = 200
 CLEANUP_DELAY = 2.0
 INVALID_RETRY = 60.0
-"""Seconds until a run that could not be read is looked up again."""
+FINISHED_RETRY = 600.0
+"""Seconds until a run that could not be read is looked up again; the second, one that has ended."""
 
 
 class Reconciler:
@@ -96,6 +109,8 @@ class Reconciler:
         self._instance = instance
         self._lookups = Lookups(cache, kube)
         self._logs = PodLogs(cache, kube)
+        self._remarks = Remarks(kube, clock, instance)
+        self._keys = ControlKeys()
         self._reports: dict[Key, Reports] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -103,17 +118,19 @@ class Reconciler:
         current_run.set("/".join(key))
         raw = self._cache.run(key)
         if raw is None:
+            for memory in (self._keys, self._remarks):
+                memory.forget(key)
             self._reports.pop(key, None)
             return None
         try:
-            run = parse_run(raw)
+            reading = parse_run(raw)
+            run, left_out = reading.value, reading.left_out
             observed = self._observe(key, run)
-            if not observed.has_begun():
-                observed = replace(observed, runtime=self._find_runtime(raw))
+            if not observed.has_begun() and (of_runtime := self._find_runtime(raw)) is not None:
+                observed, left_out = replace(observed, runtime=of_runtime.value), left_out + of_runtime.left_out
         except InvalidRunError as error:
-            await self._patch_invalid(key, error)
-            await self._lookups.fetch_run(key)  # another version of the CRD may be back, and no event tells
-            return INVALID_RETRY
+            return await self._leave_alone(key, error)
+        await self._remarks.say_left_out(run.metadata, left_out, finished=is_finished(run.status))
         settings = resolve(run, self._settings)
         if await self._lookups.find_job(key, observed):
             observed = self._observe(key, run)
@@ -129,9 +146,12 @@ class Reconciler:
         if job is not None and plan.failure is not None and plan.failure.reason == PEER_SILENT:
             observed = await self._look_at_pods(key, observed, job)  # the watch may be late
             plan = decide(observed, now, settings)
-        plan = await self._apply(observed, plan, settings)
-        wait = await self._patch_status(key, observed, plan)
+        trainer = choose_trainer(observed, settings, self._settings.trainer_image)
+        await self._remarks.say_trainer(observed, plan, trainer)
+        plan = await self._apply(observed, plan, settings, trainer)
+        wait = await self._patch_status(key, observed, plan, keep_trainer(observed, plan, trainer))
         if is_finished(run.status):
+            self._keys.forget(key)
             self._reports.pop(key, None)
         waits = [wait, compute_next_look(observed, plan, self._settings)]
         return min((seconds for seconds in waits if seconds is not None), default=None)
@@ -150,7 +170,7 @@ class Reconciler:
             reports=reports if reports and reports.run_uid == uid else Reports(run_uid=uid),
         )
 
-    def _find_runtime(self, run: Raw) -> ClusterLoRARuntime | None:
+    def _find_runtime(self, run: Raw) -> Reading[ClusterLoRARuntime] | None:
         """The runtime that ``run`` names, or the default one.
 
         Raises:
@@ -199,14 +219,15 @@ class Reconciler:
         suspended = live is not None and live.suspended
         return reports if suspended or reports.queue_read_at is None else hear_queue(reports, None, None)
 
-    async def _apply(self, observed: Observed, plan: Plan, settings: Settings) -> Plan:
+    async def _apply(self, observed: Observed, plan: Plan, settings: Settings, trainer: TrainerPin) -> Plan:
         """Makes the children what ``plan`` says; returns the plan, or what to do instead where a name is taken.
 
         Calls may take long: nothing more is made of a run that has changed in the meantime, or is gone.
         """
         run = observed.run
         try:
-            for together in _build_children(run, plan, settings):
+            key = self._keys.of(run, plan.launch or (plan.restore.attempt if plan.restore else PREFLIGHT))
+            for together in build_children(run, plan, settings, trainer, key):
                 if not self._cache.is_current(run.metadata):
                     return OUTDATED
                 calls = (self._kube.apply_child(child, run) for child in together)
@@ -280,15 +301,15 @@ class Reconciler:
         )
         return decide_failure(observed, attempt, failure, self._settings)
 
-    async def _patch_status(self, key: Key, observed: Observed, plan: Plan) -> float | None:
+    async def _patch_status(self, key: Key, observed: Observed, plan: Plan, trainer: TrainerPin | None) -> float | None:
         """Writes the status if it changed, and then tells what happened; returns when a held-back write is due."""
         now, old = self._clock(), observed.run.status
         if plan.failure is not None:
             plan = replace(plan, failure=await self._logs.add_last_words(observed, plan.failure))
         reports = self._compute_reports(observed.reports, plan, now)
         self._reports[key] = reports
-        new = compute_status(observed.run, plan, reports, now)
-        if new == old or new.to_wire() == old.to_wire():
+        new = compute_status(observed.run, plan, reports, now, trainer)
+        if new == old or self._kube.to_declared(new) == old.to_wire():
             return None
         interval = self._settings.progress_interval
         if is_progress_only(old, new) and not is_due(reports.status_written_at, now, interval):
@@ -346,11 +367,23 @@ class Reconciler:
         self._reports[key] = reports
         return replace(observed, reports=reports)
 
-    async def _patch_invalid(self, key: Key, error: InvalidRunError) -> None:
-        """Says which field of the specification this operator cannot read."""
-        status = compute_invalid_status(error.status, error.metadata.generation, str(error), self._clock())
-        if status.to_wire() != error.status.to_wire() and await self._write(key, error.metadata, status):
-            await self._emit_events(error.metadata, error.status, status)
+    async def _leave_alone(self, key: Key, error: InvalidRunError) -> float:
+        """Ends nothing and writes over nothing of a run that is not understood; returns when to look again.
+
+        One that has not begun does not, and its status says why. What there is of another one stays as it is.
+        """
+        await self._lookups.fetch_run(key)  # another version of the CRD may be back, and no event tells
+        status, metadata = error.status, error.metadata
+        if status is not None and is_finished(status):
+            self._remarks.log(key, f"{error}. The run has ended and stays as it is")
+            return FINISHED_RETRY
+        if status is None or has_started(status) or any(job.owner_uid == metadata.uid for job in self._cache.jobs(key)):
+            await self._remarks.say_not_understood(metadata, str(error))
+            return INVALID_RETRY
+        new = compute_invalid_status(status, metadata.generation, str(error), self._clock())
+        if self._kube.to_declared(new) != status.to_wire() and await self._write(key, metadata, new):
+            await self._emit_events(metadata, status, new)
+        return INVALID_RETRY
 
     async def _emit_events(self, metadata: ObjectMeta, old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> None:
         """Posts Events. They are for people, so a refused one (a namespace that is going) holds nothing up."""
@@ -359,21 +392,3 @@ class Reconciler:
                 await self._kube.emit_event(build_event(metadata, event, self._clock(), self._instance))
             except KubeError as error:
                 logger.warning("%s/%s: event not posted: %s", metadata.namespace, metadata.name, error)
-
-
-def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[list[Raw]]:
-    """What ``plan`` launches: first, at once, what the Job's pods need, and then the Job.
-
-    Or, to restore what somebody deleted, the former alone.
-    """
-    if plan.restore is not None and plan.restore.preflight:
-        return [[build_preflight_configmap(run, plan.restore.preflight)]]
-    if plan.restore is not None:
-        return [[build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]]
-    if plan.launch_preflight is not None:
-        number = plan.launch_preflight
-        return [[build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings)]]
-    if plan.launch is not None:
-        *podgroup, job = build_gang(run, plan.launch, settings)
-        return [[build_service(run, plan.launch), build_configmap(run, plan.launch), *podgroup], [job]]
-    return []

@@ -36,7 +36,7 @@ def fill_in(run: LoRAFineTune) -> LoRAFineTune:
     """``run`` with the words of the runtime that it took, wherever it has none of its own.
 
     Raises:
-        pydantic.ValidationError: the snapshot was written by another version of the operator, or by hand.
+        pydantic.ValidationError: the snapshot has a value that this operator cannot understand.
     """
     if run.status.runtime is None:
         return run

@@ -3,12 +3,20 @@
 The parse functions are pure and total: a field that is missing reads as empty.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL
+from lora_api.run import CONTAINER_NAME
+from lora_operator.children.names import (
+    ATTEMPT_LABEL,
+    INDEX_LABEL,
+    PREFLIGHT_LABEL,
+    RUN_LABEL,
+    RUN_VERSION_ANNOTATION,
+)
 
 _TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
 
@@ -97,6 +105,10 @@ class JobView:
     """It is suspended, or was before."""
     started: datetime | None = None
     """When the Job controller came to it and might make its pods; ``None`` while it is suspended."""
+    image: str = ""
+    """That of the trainer."""
+    run_version: int = 1
+    """Newest run document that its trainer reads, as far as the operator that made the Job knew."""
 
     @property
     def key(self) -> Key:
@@ -187,7 +199,15 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         was_suspended=bool(spec.get("suspend"))
         or any(item.get("type") == "Suspended" for item in status.get("conditions") or ()),
         started=parse_time(status.get("startTime")),
+        image=_trainer_image(spec),
+        run_version=_number((metadata.get("annotations") or {}).get(RUN_VERSION_ANNOTATION)) or 1,
     )
+
+
+def _trainer_image(spec: Mapping[str, Any]) -> str:
+    containers = ((spec.get("template") or {}).get("spec") or {}).get("containers") or ()
+    images = (item.get("image") or "" for item in containers if item.get("name") == CONTAINER_NAME)
+    return sys.intern(next(images, ""))  # many Jobs have the same
 
 
 def parse_indexes(text: str) -> frozenset[int]:

@@ -13,6 +13,7 @@ from lora_api.pods import PodTemplate
 from lora_api.run import MASTER_PORT, RUN_FILE
 from lora_operator.children.names import (
     INDEX_LABEL,
+    RUN_VERSION_ANNOTATION,
     build_metadata,
     child_labels,
     child_name,
@@ -36,9 +37,12 @@ PREFLIGHT_RESOURCES = {"requests": {"cpu": "500m", "memory": "1Gi"}}
 """Little, so that a preflight finds room on a node whose GPUs are all in use. It may take more where there is more."""
 
 
-def build_gang(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[str, Any]]:
-    """The Job of ``attempt``, behind its PodGroup where there is a gang scheduler."""
-    job = build_job(run, attempt, settings)
+def build_gang(run: LoRAFineTune, attempt: int, settings: Settings, run_version: int = 1) -> list[dict[str, Any]]:
+    """The Job of ``attempt``, behind its PodGroup where there is a gang scheduler.
+
+    ``run_version`` is the newest run document that the trainer reads.
+    """
+    job = _annotate(build_job(run, attempt, settings), run_version)
     if settings.gang_scheduler == "none":
         return [job]
     return [build_podgroup(run, attempt, job["spec"]["template"], settings), job]
@@ -64,14 +68,21 @@ def build_job(run: LoRAFineTune, attempt: int, settings: Settings) -> dict[str, 
     return job
 
 
-def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings) -> dict[str, Any]:
+def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings, run_version: int = 1) -> dict[str, Any]:
     """The Job of a preflight: one pod without a GPU, on the nodes and with the credentials that the run would have."""
     name, labels = preflight_name(run.metadata.name, number), preflight_labels(run.metadata.name, number)
     template = build_pod_template(
         run, settings, name=name, labels=labels, args=["preflight", RUN_FILE],
         env=to_env(library_env(run) | user_env(run)), resources=PREFLIGHT_RESOURCES,
     )  # fmt: skip
-    return _build(run, name, labels, 1, template)
+    return _annotate(_build(run, name, labels, 1, template), run_version)
+
+
+def _annotate(job: dict[str, Any], run_version: int) -> dict[str, Any]:
+    """Puts on ``job`` what its trainer reads: an operator that is cut off before it writes that down finds it here."""
+    if run_version > 1:
+        job["metadata"]["annotations"] = {RUN_VERSION_ANNOTATION: str(run_version)}
+    return job
 
 
 def _build(

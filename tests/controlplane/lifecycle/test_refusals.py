@@ -193,7 +193,7 @@ def test_a_configmap_that_is_too_large_ends_the_run(
         configmap = build_configmap(*args)
         return {**configmap, "data": {**configmap["data"], "large": "x" * 1_100_000}}
 
-    monkeypatch.setattr("lora_operator.reconcile.build_configmap", build_too_large)
+    monkeypatch.setattr("lora_operator.children.assembly.build_configmap", build_too_large)
     with OperatorThread(settings):
         run.create()
         status = run.wait_phase("Failed")

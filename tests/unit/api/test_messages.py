@@ -42,9 +42,20 @@ def test_a_loss_that_json_cannot_carry_is_left_out() -> None:
     assert parsed.loss is None
 
 
-def test_a_field_of_a_newer_trainer_is_ignored() -> None:
+def test_a_newer_trainer_may_say_more() -> None:
     parsed = parse_progress_line('{"lora":{"event":"eval","at":"2026-11-23T18:00:00Z","colour":"blue"}}')
-    assert parsed == ProgressLine(event="eval", at=AT)
+    assert parsed is not None
+    assert parsed.event == "eval"
+    parsed = parse_progress_line('{"lora":{"event":"dance","stage":"tango","at":"2026-11-23T18:00:00Z"}}')
+    assert parsed == ProgressLine(event="dance", stage="tango", at=AT)
+
+
+def test_the_last_words_of_a_newer_trainer_are_understood() -> None:
+    words = {"version": 9, "outcome": "failed", "class": "FabricDegraded", "message": "m", "at": "2026-11-23T18:00:00Z"}
+    parsed = parse_termination(json.dumps({**words, "fabric": "ib0"}))
+    assert parsed is not None
+    assert parsed.failure_class is not None
+    assert (parsed.failure_class, parsed.failure_class.known) == ("FabricDegraded", False)
 
 
 NO_PROGRESS = {
@@ -53,7 +64,7 @@ NO_PROGRESS = {
     "another program's json": '{"level": "info"}',
     "cut off": '{"lora":{"event":"step","at":"2026-11-',
     "no event": '{"lora":{"at":"2026-11-23T18:00:00Z"}}',
-    "an unknown event": '{"lora":{"event":"dance","at":"2026-11-23T18:00:00Z"}}',
+    "an event that is no word": '{"lora":{"event":"%s","at":"2026-11-23T18:00:00Z"}}' % ("d" * 65),
     "a number where an object belongs": '{"lora":1}',
     "a negative step": '{"lora":{"event":"step","at":"2026-11-23T18:00:00Z","step":-1}}',
     "a number of 5000 digits": '{"lora":{"event":"step","at":"2026-11-23T18:00:00Z","step":%s}}' % ("9" * 5000),

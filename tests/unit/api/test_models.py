@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lora_api import Condition, Failure, LoRAFineTune, LoRAFineTuneSpec, LoRAFineTuneStatus, Progress
+from lora_api import Condition, Failure, LoRAFineTune, LoRAFineTuneSpec, LoRAFineTuneStatus
 from lora_api._base import cut_middle
 
 SPEC: dict[str, Any] = {
@@ -68,13 +68,18 @@ def test_an_object_of_the_api_server_is_read_with_all_its_metadata() -> None:
     assert run.status == LoRAFineTuneStatus()
 
 
-def test_a_status_of_another_version_is_read_without_what_is_unknown() -> None:
-    status = LoRAFineTuneStatus.model_validate({"phase": "Running", "weather": "fine", "progress": {"step": 1, "x": 2}})
-    assert status.progress == Progress(step=1)
+def test_what_another_version_wrote_into_a_status_is_there_when_it_is_written_back() -> None:
+    foreign = {"phase": "Running", "weather": "fine", "progress": {"step": 1, "x": {"y": [2]}}}
+    status = LoRAFineTuneStatus.model_validate(foreign)
+    assert status.progress is not None
+    assert status.progress.step == 1
+    written = status.model_copy(update={"attempt": 2}).to_wire()
+    assert (written["weather"], written["progress"]["x"], written["attempt"]) == ("fine", {"y": [2]}, 2)
 
 
 def test_an_unset_field_is_not_written() -> None:
     assert LoRAFineTuneStatus().to_wire() == {
+        "version": 1,
         "observedGeneration": 0,
         "attempt": 0,
         "conditions": [],

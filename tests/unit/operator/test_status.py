@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 
-from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress
-from lora_api.status import MAX_FAILURES, AdapterStatus
+from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress, ProgressLine
+from lora_api.status import MAX_FAILURES, STATUS_VERSION, AdapterStatus
 from lora_operator.events import build_event, compute_events
 from lora_operator.lifecycle import decide_success
 from lora_operator.observed import Reports
 from lora_operator.plan import NOTHING, Mark, Plan
+from lora_operator.progress import compute_progress
 from lora_operator.status import compute_conditions, compute_invalid_status, compute_status, is_progress_only
 from tests.unit.operator.builders import ADAPTER, NOW, a_run, ago, condition, failure, stamp
 
@@ -61,13 +62,71 @@ def test_kstatus_reads_the_conditions(plan: Plan, want: dict[str, str]) -> None:
 
 
 def test_the_status_of_a_run_that_has_ended_follows_its_specification_and_nothing_else() -> None:
-    status = {"attempt": 1, "phase": "Failed", "observedGeneration": 1, "conditions": [condition("Failed")]}
+    status = ended_status(ConditionType.FAILED)
     old = a_run(status=status).status
     assert compute_status(a_run(status=status), NOTHING, Reports(progress=Progress(step=4)), NOW) == old
     changed = a_run(status=status, metadata={"generation": 2})
-    assert compute_status(changed, NOTHING, Reports(), NOW) == old.model_copy(update={"observed_generation": 2})
+    new = compute_status(changed, NOTHING, Reports(), NOW)
+    assert (new.observed_generation, new.version) == (2, STATUS_VERSION)
+    assert {**new.to_wire(), "conditions": []} == {
+        **old.to_wire(), "conditions": [], "observedGeneration": 2, "version": STATUS_VERSION,
+    }  # fmt: skip
+    assert values(new) == values(old)
     going = a_run(status=status, metadata={"generation": 2, "deletionTimestamp": stamp(NOW)})
     assert compute_status(going, NOTHING, Reports(), NOW) == old
+
+
+def ended_status(kind: ConditionType) -> dict[str, Any]:
+    """The status of a run that has ended as ``kind`` says, as version 1 of the status has it."""
+    succeeded = kind == ConditionType.COMPLETE
+    ended = {"reason": "Because", "observedGeneration": 1}
+    conditions = [
+        condition("Ready", str(succeeded)) | ended,
+        condition("Reconciling", "False") | ended,
+        condition("Stalled", str(not succeeded)) | ended | ({"reason": "AsExpected"} if succeeded else {}),
+        condition(str(kind)) | ended,
+    ]
+    phase = "Succeeded" if succeeded else "Failed"
+    return {"attempt": 1, "phase": phase, "reason": "Because", "observedGeneration": 1, "conditions": conditions}
+
+
+@pytest.mark.parametrize("kind", [ConditionType.COMPLETE, ConditionType.FAILED])
+def test_a_run_that_has_ended_heals_of_what_an_operator_said_that_could_not_read_it(kind: ConditionType) -> None:
+    healthy = ended_status(kind)
+    marked = {"Ready": "False", "Reconciling": "False", "Stalled": "True"}
+    spoilt = [
+        {**item, "status": marked[item["type"]], "reason": "InvalidSpec", "message": "spec.later: no such field"}
+        if item["type"] in marked
+        else item
+        for item in healthy["conditions"]
+    ]
+    status = {**healthy, "reason": "InvalidSpec", "conditions": spoilt}
+    new = compute_status(a_run(status=status), NOTHING, Reports(), NOW)
+    assert values(new) == values(a_run(status=healthy).status)
+    assert {item.reason for item in new.conditions} <= {"Because", "AsExpected"}
+    assert (new.phase, new.reason, new.attempt) == (healthy["phase"], "Because", 1)
+
+
+def test_a_phase_of_a_newer_operator_stays_on_a_run_that_has_ended() -> None:
+    status = {**ended_status(ConditionType.COMPLETE), "phase": "Archived", "reason": "Cold", "version": 9}
+    run = a_run(status=status)
+    assert compute_status(run, NOTHING, Reports(), NOW) == run.status
+
+
+def test_what_a_newer_operator_wrote_outlives_every_status_that_is_computed() -> None:
+    later = {"later": {"a": 1}, "version": 9, "trainer": {"image": "t:1", "runVersion": 9, "signature": "s"}}
+    progress = {"step": 1, "gpuTemperature": 60}
+    running = {**condition("Running", at=ago(30)), "severity": "Info"}
+    status = {"attempt": 1, **later, "progress": progress, "conditions": [running, condition("FabricHealthy")]}
+    line = ProgressLine(event="step", at=NOW, step=4, total_steps=18, loss=0.5)
+    run = a_run(status=status)
+    reports = Reports(progress=compute_progress(run.status.progress, [line], logging_steps=1))
+    new = compute_status(run, RUNNING, reports, NOW).to_wire()
+    assert {name: new[name] for name in later} == later
+    assert (new["progress"]["step"], new["progress"]["gpuTemperature"]) == (4, 60)
+    kept = {item["type"]: item for item in new["conditions"]}
+    assert kept["Running"]["severity"] == "Info"
+    assert "FabricHealthy" in kept
 
 
 def test_a_condition_that_this_operator_does_not_know_stays_and_comes_last() -> None:
