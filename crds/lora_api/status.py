@@ -107,7 +107,9 @@ class Failure(RecordModel):
 
     attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is what comes before the first.")
     failure_class: FailureClass = Field(
-        alias="class", description="Kind of failure (the table below; a later version may know more)."
+        alias="class",
+        description="Kind of failure.",
+        json_schema_extra={"enum": [str(known) for known in FailureClass]},  # kubectl explain shows them
     )
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")

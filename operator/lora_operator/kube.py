@@ -191,7 +191,7 @@ class KubeClient:
         """Writes the whole status by server-side apply, if it is still that of ``metadata.resource_version``.
 
         So an operator that looks at something old, while another one is at work, cannot overwrite what it did not see.
-        Fields that the CRD of the cluster does not have are left out.
+        What the CRD of the cluster is too old for is left out.
 
         Raises:
             NotFoundError: the run is gone.
@@ -212,13 +212,13 @@ class KubeClient:
                 whole = {**body, "status": self.to_declared(status)}
                 return await self._apply(PLURAL, metadata.namespace, metadata.name, whole, "status")
             except KubeError as error:
-                fields = self._undeclared.learn(error.message)
-                if not fields:
+                unknown = self._undeclared.learn(error.message)
+                if not unknown:
                     raise
                 logger.warning(
-                    "the CRD of this cluster is older than the operator and has no status.%s: left out until the CRD "
+                    "the CRD of this cluster is older than the operator and does not take %s: left out until the CRD "
                     "is upgraded (helm upgrade)",
-                    ", status.".join(fields),
+                    ", ".join(unknown),
                 )
 
     def to_declared(self, status: LoRAFineTuneStatus) -> Raw:

@@ -1,7 +1,8 @@
-"""Fields of the status that the CRD of this cluster does not have, because it is older than the operator.
+"""What the CRD of this cluster does not take of a status, because it is older than the operator.
 
-Server-side apply refuses a body with such a field as a whole ("field not declared in schema"), and with it all that the
-older CRD could take. A CRD that is upgraded later may have the field, so what was learned is forgotten after a while.
+The API server refuses a status as a whole for one field that the schema does not have, or for one word that it does not
+list, and with it all that the older CRD could take. A CRD that is upgraded later takes more, so what was learned is
+forgotten after a while.
 """
 
 import re
@@ -9,8 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_REFUSED = re.compile(r"\.status((?:\.\w+|\[[^]]*\])+): field not declared in schema")
+from lora_api import FailureClass
+from lora_api._base import cut_middle
+
+_NO_FIELD = re.compile(r"\.status((?:\.\w+|\[[^]]*\])+): field not declared in schema")
+_NO_WORD = re.compile(r'status\.(phase|failures\[\d+\]\.class): Unsupported value: "(\w+)"')
 _FORGET_AFTER = 600.0
+_MAX_MESSAGE = 4096
 
 Path = tuple[str, ...]
 
@@ -20,23 +26,35 @@ class Undeclared:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._paths: frozenset[Path] = frozenset()
+        self._fields: frozenset[Path] = frozenset()
+        self._words: frozenset[str] = frozenset()
         self._since = 0.0
 
     def learn(self, message: str) -> tuple[str, ...]:
-        """The fields that the API server's ``message`` names and that were not known, as paths below the status."""
-        found = {tuple(re.findall(r"\.(\w+)", path)) for path in _REFUSED.findall(message)} - self._paths
-        if found:
-            self._paths, self._since = self._paths | found, self._clock()
-        return tuple(sorted(".".join(path) for path in found))
+        """The fields and words that the API server's ``message`` names and that were not known before."""
+        fields = {tuple(re.findall(r"\.(\w+)", path)) for path in _NO_FIELD.findall(message)} - self._fields
+        words = {word for _, word in _NO_WORD.findall(message)} - self._words
+        if fields or words:
+            self._fields, self._words, self._since = self._fields | fields, self._words | words, self._clock()
+        return tuple(sorted([f"status.{'.'.join(path)}" for path in fields] + [f"the word {word}" for word in words]))
 
     def leave_out(self, status: dict[str, Any]) -> dict[str, Any]:
-        """``status`` without them."""
-        if self._paths and self._clock() - self._since > _FORGET_AFTER:
-            self._paths = frozenset()
-        for path in self._paths:
+        """``status`` without them. A failure of a class that is not taken is an Internal one, with the class's name."""
+        if self._clock() - self._since > _FORGET_AFTER:
+            self._fields, self._words = frozenset(), frozenset()
+        for path in self._fields:
             status = _without(status, path)
+        if status.get("phase") in self._words:
+            status = _without(status, ("phase",))
+        if any(failure["class"] in self._words for failure in status.get("failures", ())):
+            status = {**status, "failures": [self._reword(failure) for failure in status["failures"]]}
         return status
+
+    def _reword(self, failure: dict[str, Any]) -> dict[str, Any]:
+        if failure["class"] not in self._words:
+            return failure
+        message = cut_middle(f"{failure['class']}: {failure.get('message', '')}", _MAX_MESSAGE)
+        return {**failure, "class": str(FailureClass.INTERNAL), "message": message}
 
 
 def _without(node: Any, path: Path) -> Any:

@@ -20,14 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
-from pydantic import ValidationError
-
 from lora_api.failures import CLASS_BY_EXIT_CODE, RULES, FailureClass
 from lora_api.messages import Termination
 from lora_api.run import MASTER_PORT, RunSpec
 from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, TrainerError
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
+from lora_trainer.rundocument import read_run
 from lora_trainer.settings import (
     STATE_DIRECTORY,
     peer_grace_seconds,
@@ -232,22 +231,6 @@ def launch(run_file: Path) -> int:
             shutil.rmtree(fallback_directory(state), ignore_errors=True)
     say(words)
     return code
-
-
-def read_run(run_file: Path) -> RunSpec:
-    """The run document.
-
-    Raises:
-        BadSpecError: it is not there or not valid.
-    """
-    try:
-        return RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadSpecError(f"there is no run document at {run_file}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadSpecError(f"{run_file}: {where}: {first['msg']} ({error.error_count()} in all)") from error
 
 
 def make_state_directory() -> Path:

@@ -38,6 +38,7 @@ from lora_trainer.memory import plan_memory
 from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers, read_json_object
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
 from lora_trainer.rules import RULES
+from lora_trainer.rundocument import describe_left_out, parse_run
 
 Result = TypeVar("Result")
 
@@ -126,15 +127,19 @@ def preflight(document: str, where: str, directory: Path, device_gib: float | No
 def read_leniently(document: str, where: str, findings: Findings) -> tuple[RunSpec | None, set[str]]:
     """The run, with defaults for the sections that are wrong, and the names of those; ``None`` where nothing is left.
 
-    Every wrong field becomes a problem.
+    Every wrong field becomes a problem. What a newer version has, and this one leaves out, becomes a warning.
     """
     try:
-        return RunSpec.model_validate_json(document), set()
+        reading = parse_run(document)
     except ValidationError as error:
         for item in error.errors(include_url=False, include_context=False):
             path = ".".join(map(str, item["loc"]))
             findings.add(FailureClass.BAD_SPEC, f"{where}: {path + ': ' if path else ''}{item['msg']}")
         broken = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
+    else:
+        if reading.left_out:
+            findings.warnings.append(f"{where}: {describe_left_out(reading.left_out)}")
+        return reading.value, set()
     try:
         sections = json.loads(document)
     except (ValueError, RecursionError):
@@ -144,7 +149,7 @@ def read_leniently(document: str, where: str, findings: Findings) -> tuple[RunSp
     kept = {name: value for name, value in sections.items() if name not in broken}
     fillers = dict.fromkeys(HEAD_KEYS, "unknown") | NEEDED | _unreachable()
     try:
-        return RunSpec.model_validate_json(json.dumps(fillers | kept)), broken
+        return parse_run(json.dumps(fillers | kept)).value, broken
     except ValidationError:
         return None, broken
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_api.failures import RULES, FailureClass
 from lora_api.messages import Termination
 from lora_api.preflight import PreflightOutcome, PreflightResult, Problem
-from lora_api.run import WORK_DIRECTORY
+from lora_api.run import RUN_VERSION, WORK_DIRECTORY
 from lora_trainer.errors import classify, describe
 
 UNCLASSED = 70
@@ -81,7 +81,7 @@ def last_words(result: PreflightResult) -> Termination:
 def settled_by(result: PreflightResult) -> PreflightOutcome:
     """What the operator is to keep. A run that passed needs no suggestions, and there is room for 4096 bytes."""
     plan = None if result.plan is None else result.plan.model_copy(update={"suggestions": []})
-    return PreflightOutcome(pins=result.pins, plan=plan)
+    return PreflightOutcome(pins=result.pins, plan=plan, run_version=RUN_VERSION)
 
 
 def _summarize(result: PreflightResult) -> str:

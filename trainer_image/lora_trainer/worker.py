@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_api.failures import RULES, FailureClass
-from lora_api.run import RunSpec
 from lora_trainer.errors import classify, describe
 from lora_trainer.outcome import WorkerError, write_error, write_result
 from lora_trainer.progress import Progress
+from lora_trainer.rundocument import read_run
 from lora_trainer.settings import read_place, state_directory
 from lora_trainer.stop import StopRequest
 from lora_trainer.tracking import start_trackers
@@ -64,7 +64,7 @@ def run_worker(run_file: Path) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         stop.install(ending.leave)
-        run = RunSpec.model_validate_json(run_file.read_text(encoding="utf-8"))
+        run = read_run(run_file, say=False)  # the launcher has said it
         progress.trackers = start_trackers(run, place, directory)
         quiet_libraries()
         from lora_trainer.line import Line

@@ -19,7 +19,7 @@ STATUS = {
 def test_what_is_refused_is_left_out_from_then_on() -> None:
     undeclared = Undeclared(clock=lambda: 0.0)
     assert undeclared.leave_out(STATUS) == STATUS
-    assert undeclared.learn(MESSAGE) == ("conditions.severity", "failures.fabric", "trainer")
+    assert undeclared.learn(MESSAGE) == ("status.conditions.severity", "status.failures.fabric", "status.trainer")
     assert undeclared.leave_out(STATUS) == {
         "attempt": 1,
         "failures": [{"class": "Internal"}, {"class": "Internal"}],
@@ -29,7 +29,23 @@ def test_what_is_refused_is_left_out_from_then_on() -> None:
 
 
 def test_another_refusal_teaches_nothing() -> None:
-    assert Undeclared().learn('LoRAFineTune "run" is invalid: status.phase: Unsupported value: "Archived"') == ()
+    for text in ("Operation cannot be fulfilled", 'spec.podTemplate: Unsupported value: "x"', ""):
+        assert Undeclared().learn(text) == ()
+
+
+def test_a_word_that_is_refused_is_said_in_words_that_the_crd_knows() -> None:
+    undeclared = Undeclared(clock=lambda: 0.0)
+    refusal = 'is invalid: [status.phase: Unsupported value: "Archived": supported values: "Pending", status.failures['
+    refusal += '0].class: Unsupported value: "FabricDegraded": supported values: "Internal"]'
+    assert undeclared.learn(refusal) == ("the word Archived", "the word FabricDegraded")
+    failures = [{"class": "FabricDegraded", "message": "m" * 4096}, {"class": "Diverged"}]
+    said = undeclared.leave_out({"attempt": 1, "phase": "Archived", "failures": failures})
+    assert said["failures"][1] == {"class": "Diverged"}
+    assert said["failures"][0]["class"] == "Internal"
+    assert said["failures"][0]["message"].startswith("FabricDegraded: mmm")
+    assert len(said["failures"][0]["message"]) == 4096
+    assert said["attempt"] == 1
+    assert "phase" not in said
 
 
 def test_it_is_forgotten_after_a_while_since_the_crd_may_be_upgraded() -> None:
