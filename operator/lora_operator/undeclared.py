@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lora_api import FailureClass
-from lora_api._base import cut_middle
 
 _NO_FIELD = re.compile(r"\.status((?:\.\w+|\[[^]]*\])+): field not declared in schema")
 _NO_WORD = re.compile(r'status\.(phase|failures\[\d+\]\.class): Unsupported value: "(\w+)"')
@@ -53,7 +52,7 @@ class Undeclared:
     def _reword(self, failure: dict[str, Any]) -> dict[str, Any]:
         if failure["class"] not in self._words:
             return failure
-        message = cut_middle(f"{failure['class']}: {failure.get('message', '')}", _MAX_MESSAGE)
+        message = f"{failure['class']}: {failure.get('message', '')}"[:_MAX_MESSAGE]
         return {**failure, "class": str(FailureClass.INTERNAL), "message": message}
 
 

@@ -326,23 +326,27 @@ def test_a_namespace_goes_with_all_that_is_in_it(
 def test_the_crd_is_upgraded_under_a_run(
     run: Run, fast_settings: Callable[..., Settings], cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later version knows a field more. What runs goes on, and the run is looked at again once it can be read.
+    """A later version knows a field more, and then a value. What runs goes on, and is followed once it is understood.
 
-    No watch tells of the field until the run is written to, and one that began before the upgrade not even then: what
-    is said of the run may change with who told of it last.
+    No watch tells of a changed CRD until the run is written to, and one that began before not even then: what is said
+    of the run may change with who told of it last.
     """
 
-    def is_said() -> bool:
+    def is_said(reason: str, words: str) -> bool:
         run.api.patch(f"{run.path}/{run.name}", {"metadata": {"annotations": {"written": str(time.monotonic())}}})
-        status = run.status
-        (stalled,) = (item for item in status["conditions"] if item["type"] == "Stalled")
-        return status["reason"] == stalled["reason"] == "InvalidSpec" and "later" in stalled["message"]
+        return any(event["reason"] == reason and words in event["note"] for event in run.events())
+
+    def set_policy(value: str) -> None:
+        run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"onOutOfMemory": value}}})
 
     monkeypatch.setattr("lora_operator.reconcile.INVALID_RETRY", 0.5)
     text = (CRDS / "lorafinetunes.lorafinetune.io.yaml").read_text()
     later = yaml.safe_load(text)
-    schema = later["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    schema["spec"]["properties"]["later"] = {"type": "string", "default": "yes"}
+    whole = later["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    del whole["x-kubernetes-validations"]  # so that the test can change the specification
+    schema = whole["properties"]["spec"]["properties"]
+    schema["later"] = {"type": "string", "default": "yes"}
+    schema["runPolicy"]["properties"]["onOutOfMemory"]["enum"].append("offload")
     with OperatorThread(fast_settings(run.namespace, failure_grace=60.0, node_grace=60.0)):
         run.create()
         run.set_running(1)
@@ -350,17 +354,23 @@ def test_the_crd_is_upgraded_under_a_run(
         try:
             apply_crd(cp, json.dumps(later))
             eventually("the default shows", lambda: run.raw["spec"].get("later") == "yes")
+            eventually("the new field is said", lambda: is_said("FieldsLeftOut", "spec.later"))
+            eventually("the new value is taken", lambda: set_policy("offload") is None)
+            eventually("the new value is said", lambda: is_said("NotUnderstood", "spec.runPolicy.onOutOfMemory"))
+            before = run.status
             run.set_ended(1, 1, 74, termination("StoreUnavailable", "503 Slow Down", rank=1))
-            eventually("what it cannot read is said", is_said)
-            assert (run.status["phase"], len(run.pods(1))) == ("Running", 2), "what runs is left alone"
+            eventually("it is looked at again", lambda: is_said("NotUnderstood", "spec.runPolicy.onOutOfMemory"))
+            assert (before["phase"], before["reason"]) == ("Running", "Running")
+            assert (run.status, len(run.pods(1))) == (before, 2), "what runs is left alone"
+            set_policy("fail")
         finally:
             apply_crd(cp, text)
         run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
         run.set_running(2)
         run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
-        eventually("it can be read again", lambda: run.condition("Stalled")["status"] == "False")
         run.set_succeeded(2)
         run.wait_phase("Succeeded", 60)
+    assert run.condition("Stalled")["status"] == "False"
     assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
 
 
