@@ -1,3 +1,19 @@
+{{/*
+Gives each value that is missing its default. `helm upgrade --reuse-values` puts the values of the earlier release in the
+place of values.yaml, so all that is new since then would be empty: a number 0, a switch off. Every template begins with it.
+*/}}
+{{- define "lora-operator.defaults" -}}
+{{- range $path, $default := .Files.Get "files/defaults.yaml" | fromYaml -}}
+{{- $at := $.Values -}}
+{{- $names := splitList "." $path -}}
+{{- range $name := initial $names -}}
+{{- if not (kindIs "map" (index $at $name)) -}}{{- $_ := set $at $name dict -}}{{- end -}}
+{{- $at = index $at $name -}}
+{{- end -}}
+{{- if kindIs "invalid" (index $at (last $names)) -}}{{- $_ := set $at (last $names) $default -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Beginning of every name, short enough for the longest ending. */}}
 {{- define "lora-operator.fullname" -}}
 {{- .Values.fullnameOverride | default .Release.Name | trunc 40 | trimSuffix "-" -}}
