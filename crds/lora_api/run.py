@@ -55,6 +55,7 @@ class RunSpec(ApiModel):
     tracking: Tracking = Field(default_factory=Tracking)
     device: Device | None = None
     pins: Pins | None = None
+    control_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     @property
     def adapter_name(self) -> str:
