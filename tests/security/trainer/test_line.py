@@ -68,7 +68,7 @@ def forge(store: dist.TCPStore, run: RunSpec) -> None:
 
 
 def test_a_stranger_can_neither_stop_a_gang_nor_fill_its_ranks(make_run: Make, fork: Launch) -> None:
-    """Attack: A POD THAT REACHES RANK 0'S PORT writes `stop`, a failure, long values and many keys into the TCPStore."""
+    """Attack: A POD THAT REACHES RANK 0'S PORT writes `stop`, a failure, long values and many keys into the store."""
     run = make_gang_run(make_run)
     pods, port = start_gang(fork, run)
     pods[0].wait_step(2)
