@@ -42,11 +42,11 @@ test-controlplane: venv binaries ## Tests against a real API server
 
 .PHONY: test-trainer
 test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
-	$(PYTEST) tests/trainer -n 2 --dist loadfile
+	$(PYTEST) tests/trainer tests/security/trainer -n 2 --dist loadfile
 
 .PHONY: test-cluster
 test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
-	$(PYTEST) tests/devcluster tests/cluster -m "cluster and not kueue and not nodes"
+	$(PYTEST) tests/devcluster tests/cluster tests/security/cluster -m "cluster and not kueue and not nodes"
 
 .PHONY: test-nodes
 test-nodes: venv binaries ## Nodes that are drained, die and are out of service, on a cluster of two with the real trainer

@@ -30,7 +30,6 @@ PACKAGES = (
     "liger-kernel",
     "triton",
     "flash-attn",
-    "kernels",
 )
 
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 import lora_trainer.train
 from lora_api.run import RunSpec
 from lora_api.training import Quantization
+from lora_trainer import exchange
+from lora_trainer.errors import InternalError
 from lora_trainer.loading import part_to_load
 from lora_trainer.model import load_base_model
 from lora_trainer.parallel import full_tensor, start_process_group
@@ -86,6 +88,25 @@ def layout(model: nn.Module, *, requires_grad: bool) -> list[str]:
             if parameter.requires_grad == requires_grad
         }
     )
+
+
+def exchange_json(values: list[Any], *, strays: dict[str, str] | None = None, longest: int = 1000) -> list[Any]:
+    """What each rank gathers from ``values``, and is told by rank 0. A rank in ``strays`` sends those bytes (hex)."""
+    place = read_place()
+    start_process_group(place, CPU, 600)
+    exchange.MAX_BYTES = longest
+    stray = (strays or {}).get(str(place.rank))
+    found: list[Any] = []
+    for usual, raw in (
+        (exchange.gather_json, exchange.gather_bytes),
+        (exchange.broadcast_json, exchange.broadcast_bytes),
+    ):
+        try:
+            said = usual(values[place.rank]) if stray is None else raw(bytes.fromhex(stray))
+        except InternalError as error:
+            said = str(error)
+        found.append(said if stray is None else None)
+    return found
 
 
 def load_both_ways(model: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_a_model_that_mixes_documents_is_refused() -> None:
 def test_the_layout_follows_the_attention() -> None:
     cases: list[tuple[str, bool, Layout]] = [
         ("sdpa", False, "padded"), ("sdpa", True, "packed"), ("eager", True, "packed"),
-        ("flash_attention_2", False, "flat"), ("kernels-community/vllm-flash-attn3", True, "flat"),
+        ("flash_attention_2", False, "flat"), ("flash_attention_3", True, "flat"),
     ]  # fmt: skip
     for attention, packed, layout in cases:
         assert choose_layout(attention, packed=packed) == layout

@@ -7,7 +7,6 @@ before the weights are loaded.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -207,22 +206,15 @@ def attention_implementation(model: PreTrainedModel, device: torch.device, dtype
 
 
 def installed_flash_attention() -> list[str]:
-    """FlashAttention versions that can be used: from their packages, or from kernels that are in the hub's cache.
+    """FlashAttention versions whose packages are in the image.
 
-    A kernel that is not in the cache is not fetched: it is machine code of others, so it comes with the image.
+    Kernels of the hub, which transformers can use in their place, are machine code of others: none is fetched, and none
+    is taken from the hub's cache, which a run can fill.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    found = [name for name, check in checks.items() if check()]
-    if is_kernels_available():
-        for name in set(checks) - set(found):
-            directory = FLASH_ATTN_KERNEL_FALLBACK[name].replace("/", "--")
-            if any((Path(HF_HUB_CACHE) / f"{kind}--{directory}").is_dir() for kind in ("kernels", "models")):
-                found.append(name)
-    return found
+    return [name for name, check in checks.items() if check()]
 
 
 def check_supported(config: Mapping[str, Any]) -> None:

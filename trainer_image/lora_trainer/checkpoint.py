@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from lora_api.adapter import CompleteMarker, StoredFile
@@ -25,6 +24,7 @@ from lora_api.run import RunSpec
 from lora_trainer.catalog import Catalog
 from lora_trainer.errors import InternalError, StoreUnavailableError
 from lora_trainer.evaluate import Evaluation
+from lora_trainer.exchange import broadcast_json, gather_json
 from lora_trainer.optim import collect_state, restore_state
 from lora_trainer.parallel import assign_full, full_tensor
 from lora_trainer.progress import Progress
@@ -164,7 +164,8 @@ class Checkpoints:
             problem = self._agree(self._attempt(lambda: self.catalog.begin(step)) if main else None)
             if problem is None:
                 problem = self._attempt(lambda: files.extend(self.catalog.upload(step, local / name) for name in names))
-            everyone = [file for part in self._gather(files) for file in part]
+            listed = gather_json([file.to_wire() for file in files])
+            everyone = [StoredFile.model_validate(file) for part in listed for file in part]
             problem = self._agree(problem)
             if problem is None:
                 marker = self._marker(step, everyone)
@@ -196,17 +197,9 @@ class Checkpoints:
             return str(error)
         return None
 
-    def _gather(self, value: Any) -> list[Any]:
-        """``value`` of every rank, on every rank."""
-        if self._place.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self._place.world_size
-        dist.all_gather_object(values, value)
-        return values
-
     def _agree(self, problem: str | None) -> str | None:
         """The first rank's problem, on every rank. Also a barrier, and a vote on whether any was asked to stop."""
-        gathered = self._gather((problem, self._stop.requested))
+        gathered = gather_json([problem, self._stop.requested])
         self._stopping = any(stopping for _, stopping in gathered)
         return next((found for found, _ in gathered if found is not None), None)
 
@@ -242,8 +235,8 @@ class Checkpoints:
             BadSpecError: the checkpoint is of a run with another batch size or seed.
         """
         found = self.catalog.complete_ones() if self._place.is_main else []
-        choices: list[CompleteMarker] = self._gather(found)[0]
-        for marker in choices:
+        for choice in broadcast_json([marker.to_wire() for marker in found]):
+            marker = CompleteMarker.model_validate(choice)
             self.catalog.check_same_run(marker)
             directory = self._directory / f"resume-rank-{self._place.rank}-step-{marker.step}"
             problem = self._agree(

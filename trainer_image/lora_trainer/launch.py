@@ -24,6 +24,7 @@ from lora_api.failures import CLASS_BY_EXIT_CODE, RULES, FailureClass
 from lora_api.messages import Termination
 from lora_api.run import MASTER_PORT, RunSpec
 from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, TrainerError
+from lora_trainer.interpreter import CODE_CACHES, OWN_CODE_ONLY, python_command
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
 from lora_trainer.rundocument import read_run
@@ -87,7 +88,7 @@ def read_topology(run: RunSpec, env: Mapping[str, str] = os.environ) -> Topology
 
 def worker_command(run_file: Path) -> list[str]:
     """Command line of one training process."""
-    return [sys.executable, "-m", "lora_trainer", "train", str(run_file)]
+    return python_command("lora_trainer", "train", str(run_file))
 
 
 def free_port() -> int:
@@ -99,7 +100,10 @@ def free_port() -> int:
 
 
 def worker_environment(run: RunSpec, topology: Topology, local_rank: int, state: Path) -> dict[str, str]:
-    """Environment of one training process. What the pod sets itself wins where it is a setting."""
+    """Environment of one training process. What the pod sets itself wins where it is a setting.
+
+    Not where code comes from: that is loaded from the image, or from what this start of the trainer has compiled.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     work = work_directory()
     uris = [run.base_model.uri, run.dataset.train.uri, run.dataset.eval.uri if run.dataset.eval else ""]
@@ -113,7 +117,8 @@ def worker_environment(run: RunSpec, topology: Topology, local_rank: int, state:
         "OMP_NUM_THREADS": str(max(1, cores // topology.processes)),
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
-    own = {STATE_DIRECTORY: str(state), "PYTHONUNBUFFERED": "1"}
+    caches = {name: str(state / "code" / directory) for name, directory in CODE_CACHES.items()}
+    own = {STATE_DIRECTORY: str(state), "PYTHONUNBUFFERED": "1", **OWN_CODE_ONLY, **caches}
     if topology.world_size > 1:  # one process alone must not look distributed: it would be wrapped in DDP
         own |= {
             "RANK": str(topology.node_rank * topology.processes + local_rank),

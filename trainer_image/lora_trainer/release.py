@@ -25,6 +25,7 @@ from lora_trainer.newtokens import tokenizer_files
 from lora_trainer.progress import Progress
 from lora_trainer.publish import adapter_directory, publish_adapter, publish_version, upload_adapter
 from lora_trainer.report import RunResult, build_report
+from lora_trainer.seal import make_seal
 from lora_trainer.settings import Place
 from lora_trainer.store import Store, join
 from lora_trainer.verify import fetch_files, verify_published
@@ -66,7 +67,8 @@ def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result
         files.extend(upload_adapter(store, run, release.directory))
         return fetch_files(store, adapter_directory(run, compute_digest(files)), files, release.directory / "read-back")
 
-    proof = verify_published(model, upload_and_fetch, evaluator.loss, result.after.loss, place, evaluator.device)
+    loss, device, seal = result.after.loss, evaluator.device, make_seal(run)
+    proof = verify_published(model, upload_and_fetch, evaluator.loss, loss, place, device, seal)
     if not place.is_main:
         return None
     extras = write_extras(release, replace(result, verification=proof))

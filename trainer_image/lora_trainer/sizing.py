@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from lora_api.adapter import CompleteMarker
 from lora_api.run import RunSpec
 from lora_trainer.errors import BadSpecError
+from lora_trainer.exchange import broadcast_json
 from lora_trainer.fitting import build_job, settle
 from lora_trainer.hostmemory import available_bytes
 from lora_trainer.job import Job
@@ -117,9 +117,6 @@ def least_available(place: Place, device: torch.device) -> float | None:
 
 
 def _broadcast(found: Decision) -> Decision:
-    if not dist.is_initialized():
-        return found
-    box: list[Any] = [asdict(found)]
-    dist.broadcast_object_list(box, src=0)
-    plan = box[0]["plan"]
-    return replace(Decision(**box[0]), plan=None if plan is None else MemoryPlan(**plan))
+    said = broadcast_json(asdict(found))
+    plan = said["plan"]
+    return replace(Decision(**said), plan=None if plan is None else MemoryPlan(**plan))

@@ -23,6 +23,7 @@ from lora_api.failures import FailureClass
 from lora_api.messages import ProgressLine
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus, format_time
+from lora_trainer.interpreter import python_command
 from lora_trainer.settings import Place, tracking_seconds
 
 QUEUE_LIMIT = 10_000
@@ -174,7 +175,7 @@ def start_trackers(run: RunSpec, place: Place, work: Path, env: Mapping[str, str
         scratch = work / "tracking" / name
         try:
             scratch.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "lora_trainer.tracker", name]
+            command = python_command("lora_trainer.tracker", name)
             process = TrackerProcess(TITLES[name], command, client_environment(scratch, env), scratch / "log")
         except OSError as error:
             sys.stderr.write(f"tracking: {TITLES[name]}: {error}; the run goes on without it\n")

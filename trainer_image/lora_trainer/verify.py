@@ -22,6 +22,7 @@ from lora_trainer.adapter import ADAPTER
 from lora_trainer.errors import InternalError
 from lora_trainer.parallel import assign_full
 from lora_trainer.rows import find_rows, read_rows
+from lora_trainer.seal import Seal
 from lora_trainer.settings import Place, publish_seconds
 from lora_trainer.store import Store, describe_file, join
 
@@ -45,6 +46,7 @@ def verify_published(
     in_memory: float | None,
     place: Place,
     device: torch.device,
+    seal: Seal,
 ) -> Verification:
     """Loads what ``fetch`` brings from the store into ``model``, and evaluates it. All ranks call it.
 
@@ -56,7 +58,7 @@ def verify_published(
         torch.distributed.DistStoreError: rank 0 did not appear within LORA_PUBLISH_SECONDS.
     """
     directory = fetch() if place.is_main else None
-    wait_for_main("adapter in the store", place, publish_seconds())
+    wait_for_main("adapter in the store", place, publish_seconds(), seal)
     load_published(model, directory, place, device)
     return compare(in_memory, evaluate())
 
@@ -96,8 +98,10 @@ def fetch_files(store: Store, prefix: str, files: Iterable[StoredFile], director
     return directory
 
 
-def wait_for_main(what: str, place: Place, seconds: float) -> None:
+def wait_for_main(what: str, place: Place, seconds: float, seal: Seal) -> None:
     """Returns on all ranks once rank 0 has come here, without a collective operation.
+
+    Rank 0 says so under a name that only the run's processes can make.
 
     Raises:
         torch.distributed.DistStoreError: not within ``seconds``.
@@ -106,11 +110,11 @@ def wait_for_main(what: str, place: Place, seconds: float) -> None:
     if place.world_size == 1:
         return
     board = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public call for it
-    key = f"lora/{what}"
+    name = seal.name("done", 0, what)
     if place.is_main:
-        board.set(key, "done")
+        board.set(name, "")
     else:
-        board.wait([key], timedelta(seconds=seconds))
+        board.wait([name], timedelta(seconds=seconds))
 
 
 def load_published(model: PeftModel, directory: Path | None, place: Place, device: torch.device) -> None:

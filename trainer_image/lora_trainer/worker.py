@@ -17,6 +17,7 @@ from lora_trainer.errors import classify, describe
 from lora_trainer.outcome import WorkerError, write_error, write_result
 from lora_trainer.progress import Progress
 from lora_trainer.rundocument import read_run
+from lora_trainer.seal import make_seal
 from lora_trainer.settings import read_place, state_directory
 from lora_trainer.stop import StopRequest
 from lora_trainer.tracking import start_trackers
@@ -70,7 +71,7 @@ def run_worker(run_file: Path) -> int:
         from lora_trainer.line import Line
         from lora_trainer.train import train
 
-        line = Line(place, stop)
+        line = Line(place, stop, make_seal(run))
         ending.farewell = line.leave
         line.open()
         adapter = train(run, place, stop, progress, line)

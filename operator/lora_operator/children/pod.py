@@ -9,7 +9,9 @@ from lora_api import LoRAFineTune
 from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
 from lora_operator.settings import Settings
 
-COMMAND = ["/opt/lora/bin/python", "-m", "lora_trainer"]
+COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]
+"""-P and -s: no code from the current directory, which is scratch, or below $HOME, whatever the environment says."""
+
 USER_ID = 65532
 
 

@@ -19,7 +19,7 @@ from lora_api.failures import RULES, FailureClass
 from lora_api.messages import Termination, parse_termination
 from lora_api.run import RunSpec
 from lora_trainer.errors import BadSpecError
-from lora_trainer.launch import _explain_exit, launch, read_topology, worker_environment
+from lora_trainer.launch import _explain_exit, launch, read_topology, worker_command, worker_environment
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -239,6 +239,20 @@ def test_the_gang_as_the_pod_says_it() -> None:
     assert (own["RANK"], own["LOCAL_RANK"], own["WORLD_SIZE"], own["MASTER_ADDR"]) == ("1", "0", "2", "x-0.x")
     with pytest.raises(BadSpecError, match="asks for 2 processes"):
         read_topology(run, env | {"PET_NNODES": "3"})
+
+
+def test_code_is_loaded_from_what_this_start_compiled_whatever_the_pod_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (
+        "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "HF_MODULES_CACHE", "CUDA_CACHE_PATH",
+    )  # fmt: skip
+    for name in names:
+        monkeypatch.setenv(name, "/mnt/pvc/models/cache")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    run = RunSpec.model_validate(document(nodes=1))
+    own = worker_environment(run, read_topology(run, {}), 0, Path("/state"))
+    assert [Path(own[name]).parent for name in names] == [Path("/state/code")] * len(names)
+    assert (own["PYTHONSAFEPATH"], own["PYTHONNOUSERSITE"]) == ("1", "1")
+    assert worker_command(Path("/run.json"))[1:3] == ["-P", "-s"]
 
 
 def test_one_process_alone_does_not_look_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
