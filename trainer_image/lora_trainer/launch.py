@@ -28,6 +28,7 @@ from lora_api.run import MASTER_PORT, RunSpec
 from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, TrainerError
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
+from lora_trainer.relay import Relay
 from lora_trainer.settings import (
     STATE_DIRECTORY,
     peer_grace_seconds,
@@ -134,6 +135,7 @@ class Gang:
     """The training processes of this pod."""
 
     def __init__(self) -> None:
+        self.relay = Relay()
         self.running: dict[int, int] = {}
         self.exits: dict[int, int] = {}
         self.killed: set[int] = set()
@@ -148,7 +150,15 @@ class Gang:
     def start(self, command: list[str], environments: list[dict[str, str]]) -> None:
         """Starts ``command`` once for each environment, each in a session of its own."""
         for local_rank, environment in enumerate(environments):
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            with self.relay.channels() as channels:
+                process = subprocess.Popen(
+                    command,
+                    env=environment | channels.environment,
+                    stdout=channels.output,
+                    stderr=channels.output,
+                    pass_fds=[channels.progress],
+                    start_new_session=True,
+                )
             process.returncode = 0  # reaped below, for all children at once; Popen must not wait for it too
             self.running[process.pid] = local_rank
         if self.stop_asked_at is not None:  # in between
@@ -163,7 +173,7 @@ class Gang:
                 self._signal_all(signal.SIGKILL)
             if self.stop_asked_at is not None and now - self.stop_asked_at > stop_grace_seconds():
                 self._signal_all(signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
+            self.relay.pump(POLL_SECONDS)
 
     def kill(self) -> None:
         """Ends what is left."""
@@ -227,6 +237,7 @@ def launch(run_file: Path) -> int:
         code, words = _failure(found, f"launcher: {error}")
     finally:
         gang.kill()
+        gang.relay.drain()
         if state is not None:
             shutil.rmtree(state, ignore_errors=True)
             shutil.rmtree(fallback_directory(state), ignore_errors=True)
