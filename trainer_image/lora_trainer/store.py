@@ -64,6 +64,11 @@ def join(*parts: str) -> str:
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` can be joined to a directory as that of a file in it, and leads nowhere else."""
+    return bool(name) and "/" not in name and "\0" not in name and name not in (".", "..")
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of the file at ``path``, in hexadecimal digits."""
     with path.open("rb") as file:
@@ -212,12 +217,17 @@ class Store:
         """Copies the objects below ``prefix`` whose relative name is ``wanted`` to ``target``. Returns the files.
 
         Objects directly at ``prefix`` count too, so that ``prefix`` may name one object.
+
+        Raises:
+            BadSpecError: the name of an object leads out of ``target``.
         """
         inside = prefix.strip("/") + "/" if prefix.strip("/") else ""
         files = []
         for path, size in self.sizes(prefix).items():
             name = path.removeprefix(inside)
             if wanted(name):
+                if not all(map(is_plain_name, name.split("/"))):
+                    raise BadSpecError(f"{self.url(path)}: the name of this object cannot be that of a file; rename it")
                 self.download(path, target / name, size)
                 files.append(target / name)
         return files
