@@ -37,6 +37,7 @@ FIRST_PIECE = 256 * 1024
 """Bytes that are asked for first: the whole header of most files."""
 
 CONNECTIONS = 8
+MAX_TENSORS = 1_000_000
 WHOLE_DIGEST = 64 * 1024 * 1024
 """Files up to this size are read for their digest; of larger ones the first and the last piece, and the size."""
 
@@ -117,12 +118,29 @@ def read_headers(files: ModelFiles) -> dict[str, Header]:
     index = read_description(files.pin.uri, path) if path.exists() else None
     try:
         shards = choose_shards(index, files.sizes)
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            headers = dict(zip(shards, pool.map(lambda name: _read_header(files, name), shards), strict=True))
+        headers = _read_all(files, shards)
         if index is not None and len(shards) > 1:
             check_index(index, headers)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{files.pin.uri}: {error}") from error
+    return headers
+
+
+def _read_all(files: ModelFiles, shards: list[str]) -> dict[str, Header]:
+    """The headers of all files, some at a time.
+
+    Raises:
+        ModelNotFoundError: together they have more than MAX_TENSORS tensors.
+    """
+    headers: dict[str, Header] = {}
+    tensors = 0
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for start in range(0, len(shards), CONNECTIONS):
+            some = shards[start : start + CONNECTIONS]
+            headers |= zip(some, pool.map(lambda name: _read_header(files, name), some), strict=True)
+            tensors += sum(len(headers[name]) for name in some)
+            if tensors > MAX_TENSORS:
+                raise ModelNotFoundError(f"its first {len(headers)} files have {tensors} tensors: no model has")
     return headers
 
 
