@@ -25,6 +25,7 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     GenericError,
+    InvalidPathError,
     NotFoundError,
     PermissionDeniedError,
     UnauthenticatedError,
@@ -246,6 +247,8 @@ class Store:
                 raise AuthDeniedError(f"{self.url(path)}: {_first_line(error)}") from error
             except (NotFoundError, FileNotFoundError) as error:
                 raise ObjectNotFoundError(f"{self.url(path)}: there is no such object or bucket") from error
+            except InvalidPathError as error:  # also of an object that a listing comes by
+                raise BadSpecError(f"{self.url(path)}: {_first_line(error)}; rename or delete that object") from error
             except (GenericError, TimeoutError, ConnectionError) as error:
                 self._raise_permanent(path, error)
                 resume_at = time.monotonic() + pause
