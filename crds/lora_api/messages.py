@@ -1,7 +1,8 @@
 """What the trainer tells the operator: progress lines on standard output and the termination message."""
 
 import json
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -15,6 +16,13 @@ TERMINATION_LIMIT = 4096
 """Bytes that the kubelet keeps of a termination message."""
 
 PROGRESS_KEY = "lora"
+PROGRESS_START = f'{{"{PROGRESS_KEY}"'
+"""What a progress line begins with, and no other line of the log: the launcher sees to that."""
+
+_TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,18}(Z|[+-][0-9]{2}:[0-9]{2}) ")
+"""What the kubelet puts in front of a line that is read with timestamps."""
+
+_MAX_INTEGER = 2**63 - 1
 
 Text = Annotated[str, BeforeValidator(clean_text)]
 Word = Annotated[str, Field(max_length=MAX_WORD)]
@@ -62,16 +70,29 @@ class ProgressLine(RecordModel):
 def parse_progress_line(line: str) -> ProgressLine | None:
     """The progress in ``line``, or ``None`` if it is any other output. Never raises: the line comes from a log.
 
-    A log line read with timestamps may carry one in front, which is ignored.
+    It has to stand at the beginning, or behind the timestamp of a log that is read with timestamps: what quotes a
+    progress line is none.
     """
-    start = line.find('{"' + PROGRESS_KEY + '"')
-    if start < 0:
+    stamp = _TIMESTAMP.match(line)
+    text = line[stamp.end() :] if stamp else line
+    if not text.startswith(PROGRESS_START):
         return None
     try:
-        value = json.loads(line[start:])
-        return ProgressLine.model_validate(value[PROGRESS_KEY])
+        return ProgressLine.model_validate(_load(text)[PROGRESS_KEY])
     except (ValueError, ValidationError, RecursionError):
         return None
+
+
+def _load(text: str) -> Any:
+    """JSON whose integers an object of the API server can hold: a status with a larger one is refused for ever."""
+    return json.loads(text, parse_int=_parse_integer)
+
+
+def _parse_integer(text: str) -> int:
+    value = int(text)
+    if abs(value) > _MAX_INTEGER:
+        raise ValueError(f"{text[:40]} needs more than 64 bits")
+    return value
 
 
 class Termination(RecordModel):
@@ -115,6 +136,6 @@ def parse_termination(message: str | None) -> Termination | None:
     if not message:
         return None
     try:
-        return Termination.model_validate_json(message)
-    except ValidationError:
+        return Termination.model_validate(_load(message))
+    except (ValueError, ValidationError, RecursionError):
         return None

@@ -65,6 +65,8 @@ _OWNED = {"fieldManager": MANAGER}
 _TRIES = 5
 _MAX_RETRY_AFTER = 60.0
 _PAGE = 100
+_MAX_LOG = 4 * 1024 * 1024
+"""Bytes of a log that are held in memory: more than 200 lines of those that the trainer's launcher lets through."""
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
 
@@ -273,7 +275,7 @@ class KubeClient:
 
     async def fetch_log(self, namespace: str, pod: str, container: str, lines: int) -> str:
         """The last ``lines`` of a container's log."""
-        query = {"container": container, "tailLines": str(lines)}
+        query = {"container": container, "tailLines": str(lines), "limitBytes": str(_MAX_LOG)}
         data = await self._call("GET", "get", "pods", namespace, pod, "log", query=query, accept="*/*")
         return data.decode(errors="replace")
 

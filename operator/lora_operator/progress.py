@@ -7,10 +7,32 @@ from datetime import datetime
 from lora_api import Progress, ProgressLine, parse_progress_line
 from lora_api.status import MAX_HISTORY
 
+MAX_STEPS = 2**31 - 1
+"""More optimizer steps than any run has, and more seconds than anybody waits for."""
+
 
 def parse_progress(log: str) -> list[ProgressLine]:
-    """The progress lines in ``log``, oldest first."""
-    return [line for text in log.splitlines() if (line := parse_progress_line(text)) is not None]
+    """The progress lines in ``log``, oldest first. Only a line feed ends a line, as in the log itself."""
+    return [line for text in log.split("\n") if (line := parse_progress_line(text)) is not None]
+
+
+def keep_believable(lines: Sequence[ProgressLine], first: ProgressLine | None = None) -> list[ProgressLine]:
+    """``lines`` without steps that cannot be: beyond the last one, or of another number of steps than the ``first``.
+
+    ``first`` is the first step of the attempt that is known. The image may be anybody's, and what it says goes into a
+    status that the API server has to take.
+    """
+    known, kept = first, list[ProgressLine]()
+    for line in lines:
+        if line.event == "step" and line.step is not None:
+            total = line.total_steps
+            if total is not None and not line.step <= total <= MAX_STEPS:
+                continue
+            if known is not None and total != known.total_steps:
+                continue
+            known = known or line
+        kept.append(line)
+    return kept
 
 
 def compute_stage(lines: Sequence[ProgressLine], previous: str = "") -> str:
@@ -34,16 +56,29 @@ def find_first_step(known: ProgressLine | None, lines: Sequence[ProgressLine]) -
 
 
 def _steps_of(lines: Sequence[ProgressLine]) -> list[ProgressLine]:
-    return [line for line in lines if line.event == "step" and line.step is not None]
+    """The steps in their order: one that is told again, or goes back, takes the place of those from it on."""
+    steps: list[ProgressLine] = []
+    for line in lines:
+        if line.event == "step" and line.step is not None:
+            while steps and (steps[-1].step or 0) >= line.step:
+                steps.pop()
+            steps.append(line)
+    return steps
 
 
 def compute_progress(
-    previous: Progress | None, lines: Sequence[ProgressLine], *, logging_steps: int, first: ProgressLine | None = None
+    previous: Progress | None,
+    lines: Sequence[ProgressLine],
+    *,
+    logging_steps: int,
+    first: ProgressLine | None = None,
+    read_at: datetime | None = None,
 ) -> Progress:
     """``previous`` brought up to ``lines``, which are the end of one pod's log.
 
     ``first`` is the first step of the attempt that is known. The time that is left is estimated by the pace since then,
     with all evaluations and checkpoints: how many of these the last few steps had says little of how many are to come.
+    ``read_at`` is when the log was read: the clock of a node may be ahead, and nothing was said later than that.
     """
     old = previous or Progress()
     steps = _steps_of(lines)
@@ -68,7 +103,7 @@ def compute_progress(
             "tokens_per_second": last.tokens_per_second,
             "eta_seconds": eta,
             "eta": None if eta is None else format_duration(eta),
-            "at": last.at,
+            "at": last.at if read_at is None else min(last.at, read_at),
             "history": merge_history(old.history, steps, logging_steps),
         }
     )
@@ -110,7 +145,8 @@ def _estimate_seconds(first: ProgressLine, last: ProgressLine, total: int) -> in
     done = step - (first.step or 0)
     if total <= 0 or done <= 0:
         return 0 if total and step >= total else None
-    return max(0, round((last.at - first.at).total_seconds() / done * (total - step)))
+    seconds = (last.at - first.at).total_seconds() / done * (total - step)
+    return round(min(max(0.0, seconds), MAX_STEPS))
 
 
 def shorten(value: float | None) -> float | None:

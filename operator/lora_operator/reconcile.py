@@ -70,6 +70,7 @@ from lora_operator.progress import (
     describe_last,
     find_first_step,
     is_due,
+    keep_believable,
     parse_progress,
 )
 from lora_operator.remarks import Remarks
@@ -186,7 +187,10 @@ class Reconciler:
         if pod is not None:
             log = await self._logs.fetch(pod, PROGRESS_LINES)
             read_at = self._clock()  # much later than now, where the call hung or this process stood still
-            lines = parse_progress(log or "")
+            said = parse_progress(log or "")
+            lines = keep_believable(said, reports.first_step)
+            if len(lines) < len(said):
+                logger.warning("pod %s tells of %d steps that cannot be", pod.name, len(said) - len(lines))
             first_step = find_first_step(reports.first_step, lines)
             reports = replace(
                 hear(reports, None if log is None else describe_last(lines), read_at),
@@ -196,6 +200,7 @@ class Reconciler:
                     lines,
                     logging_steps=observed.run.spec.training.logging_steps,
                     first=first_step,
+                    read_at=read_at,
                 ) if lines else reports.progress,
                 first_step=first_step,
                 log_read_at=now,

@@ -177,9 +177,12 @@ def _become_pod(request: dict[str, Any]) -> None:
 def _forking_start(entry: str) -> Callable[..., None]:
     def start(gang: Any, command: list[str], environments: list[dict[str, str]]) -> None:
         for local_rank, environment in enumerate(environments):
-            pid = os.fork()
-            if pid == 0:
-                _become_worker(Path(command[-1]), environment, entry)
+            with gang.relay.channels() as channels:
+                pid = os.fork()
+                if pid == 0:
+                    os.dup2(channels.output, 1)
+                    os.dup2(channels.output, 2)
+                    _become_worker(Path(command[-1]), environment | channels.environment, entry)
             gang.running[pid] = local_rank
         if gang.stop_asked_at is not None:
             gang._signal_all(signal.SIGTERM)

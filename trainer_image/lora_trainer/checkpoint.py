@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
 from lora_trainer.catalog import Catalog
+from lora_trainer.damage import find_damage
 from lora_trainer.errors import InternalError, StoreUnavailableError
 from lora_trainer.evaluate import Evaluation
 from lora_trainer.exchange import broadcast_json, gather_json
@@ -229,19 +230,22 @@ class Checkpoints:
         """Fetches the newest complete checkpoint and loads its adapter into ``model``; ``None`` where there is none.
 
         Rank 0 chooses, so that all ranks go on from the same step. One with a file that is not as its COMPLETE.json
-        says on any rank is passed over for the next older one, and no longer counts as complete.
+        says, or cannot be of this run, on any rank is passed over for the next older one, and no longer counts as
+        complete.
 
         Raises:
             BadSpecError: the checkpoint is of a run with another batch size or seed.
         """
         found = self.catalog.complete_ones() if self._place.is_main else []
-        for choice in broadcast_json([marker.to_wire() for marker in found]):
+        choices = broadcast_json([marker.to_wire() for marker in found])
+        shapes = {name: tuple(parameter.shape) for name, parameter in _trainable(model)}
+        for choice in choices:
             marker = CompleteMarker.model_validate(choice)
             self.catalog.check_same_run(marker)
             directory = self._directory / f"resume-rank-{self._place.rank}-step-{marker.step}"
-            problem = self._agree(
-                self.catalog.fetch(marker, [*SHARED, OBJECTIVE_STATE, rng_file(self._place.rank)], directory)
-            )
+            names = [*SHARED, OBJECTIVE_STATE, rng_file(self._place.rank)]
+            problem = self.catalog.fetch(marker, names, directory)
+            problem = self._agree(problem or find_damage(directory, ADAPTER_STATE, shapes))
             if problem is None:
                 return self._load(marker, directory, model)
             if self._place.is_main:

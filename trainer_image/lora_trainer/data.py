@@ -11,6 +11,7 @@ from lora_api.sources import DataFormat, Dataset
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import FIELDS, Format, Problem, Record, check, convert, detect_format, is_conversation, rename
 from lora_trainer.readers import BadRecord, read_file
+from lora_trainer.rehearse import rehearse
 from lora_trainer.sources import Sources
 
 MAX_REPORTED = 20
@@ -93,6 +94,7 @@ class Reading:
             BadDataError: a file as a whole is not what its name says.
             BadSpecError: ``columns``, ``system_prompt`` or ``preferences`` does not fit the records.
         """
+        rehearse(self._files)
         for file in self._files:
             for number, read in read_file(file):
                 if isinstance(read, BadRecord):

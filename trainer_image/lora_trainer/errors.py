@@ -120,6 +120,7 @@ PEER_PHRASES = (
 _PEER_TYPES = {"DistNetworkError", "DistBackendError", "DistStoreError", "DistQueueEmptyError"}
 _OUT_OF_MEMORY_TYPES = {"OutOfMemoryError"}
 _NOT_FOUND_TYPES = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "DatasetNotFoundError"}
+_BROKEN_TYPES = {"SafetensorError"}
 _AUTH_TYPES = {"GatedRepoError", "PermissionDeniedError", "UnauthenticatedError"}
 
 
@@ -150,7 +151,7 @@ def _classify_one(error: BaseException) -> FailureClass | None:
         return FailureClass.GPU_OUT_OF_MEMORY
     if names & _AUTH_TYPES:
         return FailureClass.AUTH_DENIED
-    if names & _NOT_FOUND_TYPES or (module.startswith("obstore") and "NotFoundError" in names):
+    if names & (_NOT_FOUND_TYPES | _BROKEN_TYPES) or (module.startswith("obstore") and "NotFoundError" in names):
         return FailureClass.MODEL_NOT_FOUND
     if module.startswith("obstore"):
         return FailureClass.STORE_UNAVAILABLE

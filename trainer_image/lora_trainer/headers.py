@@ -9,13 +9,21 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lora_trainer.errors import ModelNotFoundError
 from lora_trainer.modelshape import ModelShape, Weights
 
 LENGTH_BYTES = 8
-MAX_HEADER = 100_000_000
+MAX_FORMAT_HEADER = 100_000_000
 """Bytes of the longest header that the format allows."""
+
+MAX_HEADER = 16 * 1024 * 1024
+"""Bytes of the longest header that is read: one of 100,000 tensors. Longer ones take gigabytes of memory."""
+
+MAX_DIMENSIONS = 16
+MAX_SIZE = 2**48
+"""More values than a dimension of a tensor, and more bytes than a file, has."""
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -46,10 +54,14 @@ def header_length(start: bytes, name: str, size: int) -> int:
         ModelNotFoundError: it is no safetensors file, or one that was cut.
     """
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
-    if len(start) < LENGTH_BYTES or length > MAX_HEADER:
+    if len(start) < LENGTH_BYTES or length > MAX_FORMAT_HEADER:
         raise ModelNotFoundError(f"{name}: is no safetensors file")
     if LENGTH_BYTES + length > size:
         raise ModelNotFoundError(f"{name}: was cut: it has {size} bytes, and its header alone takes more")
+    if length > MAX_HEADER:
+        raise ModelNotFoundError(
+            f"{name}: has a header of {length} bytes, and at most {MAX_HEADER} are read; save the model in more files"
+        )
     return length
 
 
@@ -60,22 +72,47 @@ def parse_header(text: bytes, name: str, size: int) -> Header:
         ModelNotFoundError: the header is broken, or values that it promises are not in the file.
     """
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_refuse_twins)
         entries.pop("__metadata__", None)
-        header = {
-            key: TensorInfo(str(value["dtype"]), tuple(map(int, value["shape"]))) for key, value in entries.items()
-        }
-        spans = {key: (int(value["data_offsets"][0]), int(value["data_offsets"][1])) for key, value in entries.items()}
+        header = {key: TensorInfo(str(value["dtype"]), _read_shape(value["shape"])) for key, value in entries.items()}
+        spans = {key: _read_span(value["data_offsets"]) for key, value in entries.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise ModelNotFoundError(f"{name}: its safetensors header is broken: {error}") from error
     for key, tensor in header.items():
         start, end = spans[key]
         if tensor.dtype in _BYTES and end - start != tensor.weights * _BYTES[tensor.dtype]:
             raise ModelNotFoundError(f"{name}: {key}: {end - start} bytes are not {tensor.dtype} {list(tensor.shape)}")
-    promised = LENGTH_BYTES + len(text) + max((end for _, end in spans.values()), default=0)
+    last = 0
+    for key, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != last:
+            where = "overlap those of another tensor" if start < last else "do not follow those of another tensor"
+            raise ModelNotFoundError(f"{name}: {key}: its bytes {start} to {end} {where}")
+        last = end
+    promised = LENGTH_BYTES + len(text) + last
     if promised != size:
         raise ModelNotFoundError(f"{name}: has {size} bytes, and its header describes {promised}; upload it again")
     return header
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two readers may choose differently between two entries of one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has two entries of one name")
+    return found
+
+
+def _read_shape(value: list[Any]) -> tuple[int, ...]:
+    if len(value) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in value):
+        raise ValueError(f"{str(value)[:80]} is no shape")
+    return tuple(value)
+
+
+def _read_span(value: list[Any]) -> tuple[int, int]:
+    start, end = value
+    if not (type(start) is int and type(end) is int and 0 <= start <= end <= MAX_SIZE):
+        raise ValueError(f"data_offsets {str(value)[:80]} are not where a tensor begins and ends")
+    return start, end
 
 
 def choose_shards(index: object, present: Iterable[str]) -> list[str]:
@@ -91,7 +128,7 @@ def choose_shards(index: object, present: Iterable[str]) -> list[str]:
         return [SINGLE_FILE]
     if index is None:
         raise ModelNotFoundError(f"there is neither {SINGLE_FILE} nor {INDEX_FILE}")
-    shards = sorted(set(_weight_map(index).values()))
+    shards = sorted(set(read_weight_map(index).values()))
     missing = [shard for shard in shards if shard not in names]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
@@ -105,12 +142,17 @@ def check_index(index: object, headers: Mapping[str, Header]) -> None:
     Raises:
         ModelNotFoundError: some are missing.
     """
-    missing = [key for key, shard in _weight_map(index).items() if key not in headers.get(shard, {})]
+    missing = [key for key, shard in read_weight_map(index).items() if key not in headers.get(shard, {})]
     if missing:
         raise ModelNotFoundError(f"{INDEX_FILE}: {len(missing)} tensors are not in their files, such as {missing[0]}")
 
 
-def _weight_map(index: object) -> dict[str, str]:
+def read_weight_map(index: object) -> dict[str, str]:
+    """The file of each tensor, from the content of ``model.safetensors.index.json``.
+
+    Raises:
+        ModelNotFoundError: it has none.
+    """
     found = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, str) for value in found.values()):
         raise ModelNotFoundError(f"{INDEX_FILE}: weight_map must be an object that names a file for each tensor")

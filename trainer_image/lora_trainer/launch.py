@@ -27,6 +27,7 @@ from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, Train
 from lora_trainer.interpreter import CODE_CACHES, OWN_CODE_ONLY, python_command
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
+from lora_trainer.relay import Relay
 from lora_trainer.rundocument import read_run
 from lora_trainer.settings import (
     STATE_DIRECTORY,
@@ -138,6 +139,7 @@ class Gang:
     """The training processes of this pod."""
 
     def __init__(self) -> None:
+        self.relay = Relay()
         self.running: dict[int, int] = {}
         self.exits: dict[int, int] = {}
         self.killed: set[int] = set()
@@ -152,7 +154,15 @@ class Gang:
     def start(self, command: list[str], environments: list[dict[str, str]]) -> None:
         """Starts ``command`` once for each environment, each in a session of its own."""
         for local_rank, environment in enumerate(environments):
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            with self.relay.channels() as channels:
+                process = subprocess.Popen(
+                    command,
+                    env=environment | channels.environment,
+                    stdout=channels.output,
+                    stderr=channels.output,
+                    pass_fds=[channels.progress],
+                    start_new_session=True,
+                )
             process.returncode = 0  # reaped below, for all children at once; Popen must not wait for it too
             self.running[process.pid] = local_rank
         if self.stop_asked_at is not None:  # in between
@@ -167,7 +177,7 @@ class Gang:
                 self._signal_all(signal.SIGKILL)
             if self.stop_asked_at is not None and now - self.stop_asked_at > stop_grace_seconds():
                 self._signal_all(signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
+            self.relay.pump(POLL_SECONDS)
 
     def kill(self) -> None:
         """Ends what is left."""
@@ -231,6 +241,7 @@ def launch(run_file: Path) -> int:
         code, words = _failure(found, f"launcher: {error}")
     finally:
         gang.kill()
+        gang.relay.drain()
         if state is not None:
             shutil.rmtree(state, ignore_errors=True)
             shutil.rmtree(fallback_directory(state), ignore_errors=True)

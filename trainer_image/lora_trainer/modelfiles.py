@@ -21,17 +21,26 @@ from lora_trainer.headers import (
     header_length,
     parse_header,
 )
-from lora_trainer.sources import DATA_SUFFIXES, MODEL_SUFFIXES, local_path
+from lora_trainer.sources import (
+    DATA_SUFFIXES,
+    MAX_DESCRIPTION,
+    MAX_SMALL_FILE,
+    MODEL_SUFFIXES,
+    WEIGHTS,
+    find_model_files,
+    local_path,
+    read_description,
+)
 from lora_trainer.store import Store, split_uri
 
 FIRST_PIECE = 256 * 1024
 """Bytes that are asked for first: the whole header of most files."""
 
 CONNECTIONS = 8
+MAX_TENSORS = 1_000_000
 WHOLE_DIGEST = 64 * 1024 * 1024
 """Files up to this size are read for their digest; of larger ones the first and the last piece, and the size."""
 
-WEIGHTS = ".safetensors"
 SMALL_SUFFIXES = tuple(suffix for suffix in MODEL_SUFFIXES if suffix != WEIGHTS)
 
 ReadRange = Callable[[str, int, int], bytes]
@@ -75,6 +84,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         BadSpecError: it is not one JSON object.
     """
+    size = file.stat().st_size
+    if size > MAX_DESCRIPTION:
+        raise BadSpecError(f"baseModel: {file.name}: has {size} bytes, and may have {MAX_DESCRIPTION}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -93,7 +105,7 @@ def pin_model(source: BaseModelSource, directory: Path) -> SourcePin:
     """
     if split_uri(source.uri)[0] == "s3":
         return _pin_objects(source.uri, _model_entries(Store(source.uri)))
-    return _pin_files(source.uri, _find_model_files(directory))
+    return _pin_files(source.uri, find_model_files(source.uri, directory))
 
 
 def read_headers(files: ModelFiles) -> dict[str, Header]:
@@ -103,20 +115,32 @@ def read_headers(files: ModelFiles) -> dict[str, Header]:
         ModelNotFoundError: a file that is needed is not there, is cut, or is no safetensors file.
     """
     path = files.directory / INDEX_FILE
-    index = None
-    if path.exists():
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ModelNotFoundError(f"{files.pin.uri}: {INDEX_FILE}: is not JSON: {error}") from error
+    index = read_description(files.pin.uri, path) if path.exists() else None
     try:
         shards = choose_shards(index, files.sizes)
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            headers = dict(zip(shards, pool.map(lambda name: _read_header(files, name), shards), strict=True))
+        headers = _read_all(files, shards)
         if index is not None and len(shards) > 1:
             check_index(index, headers)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{files.pin.uri}: {error}") from error
+    return headers
+
+
+def _read_all(files: ModelFiles, shards: list[str]) -> dict[str, Header]:
+    """The headers of all files, some at a time.
+
+    Raises:
+        ModelNotFoundError: together they have more than MAX_TENSORS tensors.
+    """
+    headers: dict[str, Header] = {}
+    tensors = 0
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        for start in range(0, len(shards), CONNECTIONS):
+            some = shards[start : start + CONNECTIONS]
+            headers |= zip(some, pool.map(lambda name: _read_header(files, name), some), strict=True)
+            tensors += sum(len(headers[name]) for name in some)
+            if tensors > MAX_TENSORS:
+                raise ModelNotFoundError(f"its first {len(headers)} files have {tensors} tensors: no model has")
     return headers
 
 
@@ -154,7 +178,7 @@ def pin_data(source: DataSource, files: Iterable[Path]) -> SourcePin:
 
 
 def _open_directory(uri: str, directory: Path, revision: str | None) -> ModelFiles:
-    found = _find_model_files(directory)
+    found = find_model_files(uri, directory)
     sizes = {file.name: file.stat().st_size for file in found if file.name.endswith(WEIGHTS)}
 
     def read(name: str, start: int, end: int) -> bytes:
@@ -174,13 +198,13 @@ def _open_store(uri: str, target: Path) -> ModelFiles:
     target.mkdir(parents=True, exist_ok=True)
     for name, (size, _) in entries.items():
         if name.endswith(SMALL_SUFFIXES):
+            if size > MAX_SMALL_FILE:
+                raise ModelNotFoundError(
+                    f"{uri}: {name}: has {size} bytes, and a file beside the weights may have {MAX_SMALL_FILE}"
+                )
             store.download(name, target / name, size)
     sizes = {name: size for name, (size, _) in entries.items() if name.endswith(WEIGHTS)}
     return ModelFiles(target, _pin_objects(uri, entries), sizes, store.get_range)
-
-
-def _find_model_files(directory: Path) -> list[Path]:
-    return [file for file in sorted(directory.glob("*")) if file.name.endswith(MODEL_SUFFIXES) and file.is_file()]
 
 
 def _model_entries(store: Store) -> dict[str, tuple[int, str]]:

@@ -1,10 +1,15 @@
-"""Progress: lines on rank 0's standard output, which the operator reads from the pod's log, and to the trackers."""
+"""Progress: lines for the operator, which reads them from the pod's log, and to the trackers.
 
+They go to the launcher through a pipe of their own (``relay``), since what else is printed may look like one.
+"""
+
+import os
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lora_api.messages import ProgressLine
+from lora_trainer.settings import progress_descriptor
 from lora_trainer.tracking import Trackers
 
 Stage = Literal["loading", "evaluating", "training", "checkpointing", "publishing", "done"]
@@ -16,6 +21,7 @@ class Progress:
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
         self.trackers = Trackers()
+        self._descriptor = progress_descriptor()
         self.step = 0
         """Last optimizer step that was reported."""
         self.micro_batch_size: int | None = None
@@ -48,6 +54,10 @@ class Progress:
     def _write(self, event: Literal["stage", "step", "eval", "memory"], **fields: Any) -> None:
         if self.enabled:
             line = ProgressLine(event=event, at=datetime.now(UTC), **fields)
-            sys.stdout.write(line.to_line() + "\n")
-            sys.stdout.flush()
+            text = line.to_line() + "\n"
+            if self._descriptor is None:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            else:
+                os.write(self._descriptor, text.encode())
             self.trackers.tell(line)

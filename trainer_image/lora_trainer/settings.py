@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_api.run import MASTER_PORT, TERMINATION_LOG, WORK_DIRECTORY
 
 STATE_DIRECTORY = "LORA_STATE_DIR"
+PROGRESS_DESCRIPTOR = "LORA_PROGRESS_FD"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,12 @@ def work_directory(env: Mapping[str, str] = os.environ) -> Path:
 def state_directory(env: Mapping[str, str] = os.environ) -> Path:
     """Directory of this start of the trainer, below the scratch directory. The launcher makes it (LORA_STATE_DIR)."""
     return Path(env.get(STATE_DIRECTORY, str(work_directory(env) / "run")))
+
+
+def progress_descriptor(env: Mapping[str, str] = os.environ) -> int | None:
+    """The open file that progress lines go to (LORA_PROGRESS_FD, set by the launcher); ``None``: standard output."""
+    text = env.get(PROGRESS_DESCRIPTOR)
+    return None if text is None else int(text)
 
 
 def termination_log(env: Mapping[str, str] = os.environ) -> Path:

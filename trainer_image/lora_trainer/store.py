@@ -25,6 +25,7 @@ import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     GenericError,
+    InvalidPathError,
     NotFoundError,
     PermissionDeniedError,
     UnauthenticatedError,
@@ -62,6 +63,11 @@ def split_uri(uri: str) -> tuple[str, str]:
 def join(*parts: str) -> str:
     """Path of the non-empty ``parts``, with one ``/`` between them."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` can be joined to a directory as that of a file in it, and leads nowhere else."""
+    return bool(name) and "/" not in name and "\0" not in name and name not in (".", "..")
 
 
 def file_digest(path: Path) -> str:
@@ -212,12 +218,17 @@ class Store:
         """Copies the objects below ``prefix`` whose relative name is ``wanted`` to ``target``. Returns the files.
 
         Objects directly at ``prefix`` count too, so that ``prefix`` may name one object.
+
+        Raises:
+            BadSpecError: the name of an object leads out of ``target``.
         """
         inside = prefix.strip("/") + "/" if prefix.strip("/") else ""
         files = []
         for path, size in self.sizes(prefix).items():
             name = path.removeprefix(inside)
             if wanted(name):
+                if not all(map(is_plain_name, name.split("/"))):
+                    raise BadSpecError(f"{self.url(path)}: the name of this object cannot be that of a file; rename it")
                 self.download(path, target / name, size)
                 files.append(target / name)
         return files
@@ -236,6 +247,8 @@ class Store:
                 raise AuthDeniedError(f"{self.url(path)}: {_first_line(error)}") from error
             except (NotFoundError, FileNotFoundError) as error:
                 raise ObjectNotFoundError(f"{self.url(path)}: there is no such object or bucket") from error
+            except InvalidPathError as error:  # also of an object that a listing comes by
+                raise BadSpecError(f"{self.url(path)}: {_first_line(error)}; rename or delete that object") from error
             except (GenericError, TimeoutError, ConnectionError) as error:
                 self._raise_permanent(path, error)
                 resume_at = time.monotonic() + pause

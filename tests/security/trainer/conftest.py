@@ -12,6 +12,8 @@ from tests.trainer.conftest import (  # noqa: F401 - fixtures
     launch,
     make_run,
     model,
+    s3,
+    seaweed,
     zygote,
 )
 

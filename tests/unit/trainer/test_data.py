@@ -201,7 +201,7 @@ def test_one_array_and_csv_are_read_like_lines(tmp_path: Path) -> None:
         read_records([table], "auto")
     for words in ("record 2: completion: is missing", "record 3: row: has more cells", "record 4: row: is not CSV"):
         assert words in str(caught.value)
-    for text, words in (("{}", "must be one array"), ('{"text": "a"}\n{"text": "b"}', "is not JSON")):
+    for text, words in (("{}", "must be one array"), ('{"text": "a"}\n{"text": "b"}', "is a .jsonl")):
         array.write_text(text)
         with pytest.raises(BadDataError, match=words):
             read_records([array], "auto")
