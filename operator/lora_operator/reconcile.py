@@ -21,6 +21,7 @@ from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.names import child_name
+from lora_operator.children.networkpolicy import build_network_policy
 from lora_operator.children.service import build_service
 from lora_operator.diagnose import PEER_SILENT
 from lora_operator.events import build_event, compute_events
@@ -209,7 +210,7 @@ class Reconciler:
             for together in _build_children(run, plan, settings):
                 if not self._cache.is_current(run.metadata):
                     return OUTDATED
-                calls = (self._kube.apply_child(child, run) for child in together)
+                calls = (self._kube.apply_child(child, run, expected=_is_kept(child, observed)) for child in together)
                 for child, applied in zip(together, await gather(*calls, return_exceptions=True), strict=True):
                     if isinstance(applied, KubeError):
                         return self._decide_refused(observed, plan, child, applied, settings)
@@ -362,7 +363,7 @@ class Reconciler:
 
 
 def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[list[Raw]]:
-    """What ``plan`` launches: first, at once, what the Job's pods need, and then the Job.
+    """What ``plan`` launches: first, at once, what the Job's pods need and what guards them, and then the Job.
 
     Or, to restore what somebody deleted, the former alone.
     """
@@ -370,10 +371,16 @@ def _build_children(run: LoRAFineTune, plan: Plan, settings: Settings) -> list[l
         return [[build_preflight_configmap(run, plan.restore.preflight)]]
     if plan.restore is not None:
         return [[build_service(run, plan.restore.attempt), build_configmap(run, plan.restore.attempt)]]
+    policy = [build_network_policy(run)] if settings.network_policy == "on" else []
     if plan.launch_preflight is not None:
         number = plan.launch_preflight
-        return [[build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings)]]
+        return [[*policy, build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings)]]
     if plan.launch is not None:
         *podgroup, job = build_gang(run, plan.launch, settings)
-        return [[build_service(run, plan.launch), build_configmap(run, plan.launch), *podgroup], [job]]
+        return [[*policy, build_service(run, plan.launch), build_configmap(run, plan.launch), *podgroup], [job]]
     return []
+
+
+def _is_kept(child: Raw, observed: Observed) -> bool:
+    """Whether ``child`` is there already, unless somebody has deleted it: it is the run's and not an attempt's."""
+    return child["kind"] == "NetworkPolicy" and observed.has_launched()
