@@ -38,7 +38,7 @@ test-unit: venv binaries ## Fast tests of the pure parts
 
 .PHONY: test-controlplane
 test-controlplane: venv binaries ## Tests against a real API server
-	$(PYTEST) tests/controlplane tests/devcluster -m "not cluster" -n 2 --dist loadscope
+	$(PYTEST) tests/controlplane tests/security/controlplane tests/devcluster -m "not cluster" -n 2 --dist loadscope
 
 .PHONY: test-trainer
 test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
@@ -46,7 +46,7 @@ test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 
 .PHONY: test-cluster
 test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster
-	$(PYTEST) tests/devcluster tests/cluster -m "cluster and not kueue and not nodes"
+	$(PYTEST) tests/devcluster tests/cluster tests/security/cluster -m "cluster and not kueue and not nodes"
 
 .PHONY: test-nodes
 test-nodes: venv binaries ## Nodes that are drained, die and are out of service, on a cluster of two with the real trainer
