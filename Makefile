@@ -38,7 +38,7 @@ test-unit: venv binaries ## Fast tests of the pure parts
 
 .PHONY: test-controlplane
 test-controlplane: venv binaries ## Tests against a real API server
-	$(PYTEST) tests/controlplane tests/devcluster -m "not cluster" -n 2 --dist loadscope
+	$(PYTEST) tests/controlplane tests/security/controlplane tests/devcluster -m "not cluster" -n 2 --dist loadscope
 
 .PHONY: test-trainer
 test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing

@@ -66,7 +66,7 @@ class OperatorProcess:
         self._log = log.open("a")
         program = ["-m", "lora_operator"] if samples is None else ["-m", "bench.scale.sampled", str(samples)]
         arguments = [f"--kubeconfig={kubeconfig}", f"--http-port={self._lease.port}", "--http-host=127.0.0.1"]
-        arguments += flags
+        arguments += ["--metrics-auth=none", *flags]
         if namespaces:
             arguments.append(f"--namespaces={','.join(namespaces)}")
         self.started = time.monotonic()

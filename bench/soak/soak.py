@@ -212,6 +212,7 @@ async def fetch_found(client: PatientClient, told: Sequence[Story]) -> Found:
     """All that there is of the runs."""
     kinds = {"LoRAFineTune": RUNS, "Job": JOBS, "Pod": PODS}
     kinds |= {"Service": "/api/v1/namespaces/{}/services", "ConfigMap": "/api/v1/namespaces/{}/configmaps"}
+    kinds["NetworkPolicy"] = "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies"
     lists: dict[str, list[Raw]] = {}
     for kind, path in kinds.items():
         selector = "" if kind == "LoRAFineTune" else f"?labelSelector={RUN_LABEL}"

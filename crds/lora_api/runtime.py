@@ -10,6 +10,7 @@ from pydantic import Field, StringConstraints
 
 from lora_api._base import ApiModel
 from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
+from lora_api.network import EgressRules, Identity
 from lora_api.pods import LabelMap, PodTemplate, qualified_names
 from lora_api.publishing import StoreUri, store_rules
 from lora_api.reading import Reading, read
@@ -115,6 +116,17 @@ class ClusterLoRARuntimeSpec(ApiModel):
         le=MAX_TTL_SECONDS,
         description="For runs without runPolicy.ttlSecondsAfterFinished: seconds after their end until their pods are "
         "deleted. Default: never.",
+    )
+    egress: EgressRules | None = Field(
+        None,
+        description="What the pods may reach besides DNS and each other. Empty: nothing. Default: every address and "
+        "every pod, but not 169.254.0.0/16 and what else clouds have their metadata at (docs/network.md).",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    identity: Identity | None = Field(
+        None,
+        description="Where the pods get keys of their cloud: gke (Workload Identity) or eksPodIdentity. Opens that "
+        "address to them, and no other one of 169.254.0.0/16. Default: nowhere.",
     )
     limits: Limits = Field(default_factory=Limits, description="What a run may ask for at most.")
 

@@ -59,7 +59,7 @@ class Operator:
         """Works until ``stop`` is set, or a signal comes, or the watches fail for good."""
         configuration = await load_configuration(self.settings.kubeconfig)
         limit = RateLimit(self.settings.api_qps, self.settings.api_burst)
-        kube = self._make_client(configuration, limit, self.settings.api_timeout, self._count_call)
+        kube = self._make_client(configuration, limit, self.settings.api_timeout, self.count_call)
         reconciler = Reconciler(self.cache, kube, self.settings, self.metrics, self._clock, socket.gethostname())
         self._queue = queue = WorkQueue(self._timed(reconciler), self.settings.concurrency)
         self._confirmations = confirmations = Confirmations(
@@ -130,7 +130,8 @@ class Operator:
 
         return handle
 
-    def _count_call(self, verb: str, resource: str, code: int) -> None:
+    def count_call(self, verb: str, resource: str, code: int) -> None:
+        """Counts a call to the API server."""
         self.metrics.calls.labels(verb, resource, str(code)).inc()
 
     def _queue_depth(self) -> int:

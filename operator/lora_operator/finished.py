@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from lora_api import ConditionType
 from lora_operator.children.names import child_name, preflight_name
-from lora_operator.observed import Observed, has_passed, holds
+from lora_operator.observed import Observed, has_passed, holds, seconds_to_leaving
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.settings import Settings
 
@@ -14,7 +14,7 @@ def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Pl
     """What to do about a run that has ended for good. Of its status only CleanedUp is still decided."""
     left = seconds_to_cleanup(observed, now)
     if left is not None and left <= 0:
-        return _decide_cleanup(observed)
+        return _decide_ending(observed, now, settings) or _decide_cleanup(observed)
     plan = _decide_running_on(observed, now, settings)
     return plan if left is None else replace(plan, requeue_after=min(left, plan.requeue_after or left))
 
@@ -28,7 +28,10 @@ def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:
 
 
 def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str]]:
-    """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched."""
+    """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched.
+
+    The NetworkPolicy comes last, and also where none is made any more: one may be left from before.
+    """
     run, status = observed.run.metadata.name, observed.run.status
     passed = 1 if has_passed(status) else 0
     numbers = {*range(1, status.failed_preflights + passed + 1), *observed.preflights}
@@ -37,11 +40,21 @@ def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str
     kinds = ["configmaps", "services"]
     if settings.gang_scheduler != "none":
         kinds.append(f"podgroups.{settings.gang_scheduler}")
-    return [("configmaps", name) for name in preflights] + [(kind, name) for kind in kinds for name in attempts]
+    made = [("configmaps", name) for name in preflights] + [(kind, name) for kind in kinds for name in attempts]
+    return [*made, ("networkpolicies", run)] if made else []
+
+
+def _decide_ending(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+    """Ends pods that still run before the rest goes: without the NetworkPolicy they could speak to anybody."""
+    alive, job = [pod for pod in observed.pods if not pod.has_ended], observed.current_job()
+    if alive and job is not None and not job.deleting:
+        return Plan(delete=job)
+    wait = seconds_to_leaving(alive, now, settings.failure_grace)
+    return None if wait is None else Plan(requeue_after=wait)
 
 
 def _decide_cleanup(observed: Observed) -> Plan:
-    """Deletes what is left, and puts on record that it did: Services and ConfigMaps are not watched.
+    """Deletes what is left, and puts on record that it did: nothing of it but Jobs and pods is watched.
 
     Some may be left where no Job is: one that has no log worth keeping goes at the end, and people delete Jobs too.
     """
@@ -52,7 +65,7 @@ def _decide_cleanup(observed: Observed) -> Plan:
         return NOTHING
     message = (
         f"ttlSecondsAfterFinished ({policy.ttl_seconds_after_finished} s) is over: "
-        "pods and their logs, Jobs, Services and ConfigMaps were deleted"
+        "pods and their logs, Jobs, Services, ConfigMaps and the NetworkPolicy were deleted"
     )
     mark = Mark(value=True, reason="TimeToLiveOver", message=message)
     return Plan(clean_up=True, conditions={ConditionType.CLEANED_UP: mark})

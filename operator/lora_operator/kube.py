@@ -43,8 +43,11 @@ PATHS = {
     "jobs": "/apis/batch/v1",
     "services": "/api/v1",
     "configmaps": "/api/v1",
+    "networkpolicies": "/apis/networking.k8s.io/v1",
     "pods": "/api/v1",
     "events": "/apis/events.k8s.io/v1",
+    "tokenreviews": "/apis/authentication.k8s.io/v1",
+    "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
     "workloads.v1beta2": "/apis/kueue.x-k8s.io/v1beta2",
     "workloads.v1beta1": "/apis/kueue.x-k8s.io/v1beta1",
     "localqueues.v1beta2": "/apis/visibility.kueue.x-k8s.io/v1beta2",
@@ -56,6 +59,7 @@ PATHS = {
 _RESOURCES = {
     ("v1", "Service"): "services",
     ("v1", "ConfigMap"): "configmaps",
+    ("networking.k8s.io/v1", "NetworkPolicy"): "networkpolicies",
     ("batch/v1", "Job"): "jobs",
     ("scheduling.volcano.sh/v1beta1", "PodGroup"): "podgroups.volcano",
     ("scheduling.x-k8s.io/v1alpha1", "PodGroup"): "podgroups.coscheduling",
@@ -171,23 +175,31 @@ class KubeClient:
         """
         return await self._call_json("GET", "get", resource, namespace, name, subresource)
 
-    async def apply_child(self, child: Raw, run: LoRAFineTune) -> Raw:
+    async def apply_child(self, child: Raw, run: LoRAFineTune, *, expected: bool = False) -> Raw:
         """Creates ``child``, or returns the one that is there, if it is this run's.
 
         Where one exists, whoever made it, the API server answers 409: an apply would merge our fields into somebody
-        else's object, and costs the API server half as much again.
+        else's object, and costs the API server half as much again. One that is ``expected`` is looked for first.
 
         Raises:
             NameConflictError: it belongs to something else.
         """
         resource, metadata = _RESOURCES[child["apiVersion"], child["kind"]], child["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
-        try:
-            return await self._call_json("POST", "create", resource, namespace, query=_OWNED, body=child)
-        except ConflictError:
-            found = await self.fetch_object(resource, namespace, name)
+        found = await self._find(resource, namespace, name) if expected else None
+        if found is None:
+            try:
+                return await self._call_json("POST", "create", resource, namespace, query=_OWNED, body=child)
+            except ConflictError:
+                found = await self.fetch_object(resource, namespace, name)
         _check_owner(child["kind"], found, run)
         return found
+
+    async def _find(self, resource: str, namespace: str, name: str) -> Raw | None:
+        try:
+            return await self.fetch_object(resource, namespace, name)
+        except NotFoundError:
+            return None
 
     async def patch_status(self, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> Raw:
         """Writes the whole status by server-side apply, if it is still that of ``metadata.resource_version``.
@@ -229,11 +241,8 @@ class KubeClient:
 
     async def delete_child(self, resource: str, namespace: str, name: str, owner_uid: str) -> None:
         """Deletes an object if it belongs to the run ``owner_uid``; another one of its name is left alone."""
-        try:
-            found = await self.fetch_object(resource, namespace, name)
-        except NotFoundError:
-            return
-        if controller_of(found["metadata"]).get("uid") == owner_uid:
+        found = await self._find(resource, namespace, name)
+        if found is not None and controller_of(found["metadata"]).get("uid") == owner_uid:
             await self.delete_object(resource, namespace, name, found["metadata"]["uid"])
 
     async def delete_object(self, resource: str, namespace: str, name: str, uid: str) -> None:
@@ -253,11 +262,8 @@ class KubeClient:
                 raise
 
     async def _is_there(self, resource: str, namespace: str, name: str, uid: str) -> bool:
-        try:
-            found = await self.fetch_object(resource, namespace, name)
-        except NotFoundError:
-            return False
-        return bool(found["metadata"]["uid"] == uid)
+        found = await self._find(resource, namespace, name)
+        return found is not None and bool(found["metadata"]["uid"] == uid)
 
     async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
         """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""
@@ -292,6 +298,14 @@ class KubeClient:
             await self._call_json("POST", "create", "events", event["metadata"]["namespace"], body=event)
         except ConflictError:
             logger.debug("event %s was posted before", event["metadata"]["name"])
+
+    async def create_review(self, resource: str, spec: Raw) -> Raw:
+        """The status of a TokenReview or a SubjectAccessReview: what the API server says of somebody."""
+        kind = {"tokenreviews": "TokenReview", "subjectaccessreviews": "SubjectAccessReview"}[resource]
+        body = {"apiVersion": PATHS[resource].removeprefix("/apis/"), "kind": kind, "spec": spec}
+        answer = await self._call_json("POST", "create", resource, None, body=body)
+        status: Raw = answer["status"]
+        return status
 
     async def _apply(self, resource: str, namespace: str | None, name: str, body: Raw, subresource: str = "") -> Raw:
         return await self._call_json(

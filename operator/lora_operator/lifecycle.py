@@ -13,7 +13,7 @@ condition, which is sticky.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from lora_api import AdapterStatus, ConditionType, Phase
 from lora_operator.admission import decide_runtime
@@ -27,7 +27,7 @@ from lora_operator.diagnose import (
     termination_of,
 )
 from lora_operator.finished import decide_finished
-from lora_operator.observed import Observed, is_finished, is_over
+from lora_operator.observed import Observed, is_finished, is_over, seconds_to_leaving
 from lora_operator.obstacles import diagnose_obstacle
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
@@ -126,16 +126,12 @@ def _decide_replacement(observed: Observed, attempt: int, now: datetime, setting
 
 def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
     """Waits for the pods of Jobs that are gone, but not for one that the kubelet had to have ended long ago."""
-    waits = []
-    for pod in observed.leftovers():
-        until = (pod.deleting_at or now) + timedelta(seconds=settings.failure_grace)
-        if until > now:
-            waits.append((until - now).total_seconds())
-    if not waits:
+    wait = seconds_to_leaving(observed.leftovers(), now, settings.failure_grace)
+    if wait is None:
         return None
     if observed.run.status.attempt > 0:
-        return Plan(requeue_after=max(waits))  # the status says why the run restarts, which is worth more
-    return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", max(waits))
+        return Plan(requeue_after=wait)  # the status says why the run restarts, which is worth more
+    return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", wait)
 
 
 def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:

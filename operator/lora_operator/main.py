@@ -13,6 +13,7 @@ import uvloop
 from lora_operator.app import Operator
 from lora_operator.endpoints import serve
 from lora_operator.fill import StartError
+from lora_operator.gate import open_gate
 from lora_operator.logs import configure_logging
 from lora_operator.settings import Settings
 
@@ -41,7 +42,10 @@ def main() -> None:
 async def _run(settings: Settings) -> None:
     _end_on_signals()
     operator = Operator(settings)
-    async with serve(operator, settings.http_host, settings.http_port) as port:
+    async with (
+        open_gate(settings, operator.count_call) as gate,
+        serve(operator, gate, settings.http_host, settings.http_port) as port,
+    ):
         logger.info("listening on port %d", port)
         await operator.run(asyncio.Event())
 

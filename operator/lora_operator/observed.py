@@ -1,6 +1,6 @@
 """Observed: all that a decision about one run may look at."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -109,8 +109,12 @@ class Observed:
 
     def has_begun(self) -> bool:
         """Whether the run has taken its runtime, or something was created for it without one."""
+        return self.run.status.runtime is not None or self.has_launched()
+
+    def has_launched(self) -> bool:
+        """Whether a Job was created for the run."""
         status = self.run.status
-        return bool(status.runtime or has_started(status) or self.all_jobs())
+        return bool(has_started(status) or self.all_jobs())
 
     def gang(self, job: JobView) -> list[PodView]:
         """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
@@ -175,6 +179,12 @@ def is_taken_back(pod: PodView, job: JobView) -> bool:
     let_go = (pod.gone or pod.deleting_at is not None) and not pod.tracked
     counted = pod.index in job.failed_indexes | job.completed_indexes
     return job.was_suspended and let_go and not counted
+
+
+def seconds_to_leaving(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+    """Seconds until the last of ``pods`` is given up on, which the kubelet had to have ended ``grace`` before."""
+    waits = [((pod.deleting_at or now) + timedelta(seconds=grace) - now).total_seconds() for pod in pods]
+    return max((wait for wait in waits if wait > 0), default=None)
 
 
 def _stays(pod: PodView) -> bool:

@@ -235,7 +235,7 @@ class Reconciler:
             for together in build_children(run, plan, settings, trainer, key):
                 if not self._cache.is_current(run.metadata):
                     return OUTDATED
-                calls = (self._kube.apply_child(child, run) for child in together)
+                calls = (self._kube.apply_child(child, run, expected=_is_kept(child, observed)) for child in together)
                 for child, applied in zip(together, await gather(*calls, return_exceptions=True), strict=True):
                     if isinstance(applied, KubeError):
                         return self._decide_refused(observed, plan, child, applied, settings)
@@ -397,3 +397,8 @@ class Reconciler:
                 await self._kube.emit_event(build_event(metadata, event, self._clock(), self._instance))
             except KubeError as error:
                 logger.warning("%s/%s: event not posted: %s", metadata.namespace, metadata.name, error)
+
+
+def _is_kept(child: Raw, observed: Observed) -> bool:
+    """Whether ``child`` is there already, unless somebody has deleted it: it is the run's and not an attempt's."""
+    return child["kind"] == "NetworkPolicy" and observed.has_launched()

@@ -37,6 +37,12 @@ RBAC: tuple[Rule, ...] = (
         ("create", "delete", "get"),
         "name and input of the gang",
     ),
+    Rule(
+        "networking.k8s.io",
+        ("networkpolicies",),
+        ("create", "delete", "get"),
+        "who may speak to the pods of a run, and to whom they may",
+    ),
     Rule("", ("pods",), ("get", "list", "watch"), "how the pods of the gang fare"),
     Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),
@@ -59,3 +65,9 @@ GANG_RBAC: dict[str, Rule] = {
     "coscheduling": Rule("scheduling.x-k8s.io", ("podgroups",), _PODGROUP_VERBS, "what coscheduling starts together"),
 }
 """The rule on top of RBAC where the operator works with a gang scheduler."""
+
+REVIEW_RBAC: tuple[Rule, ...] = (
+    Rule("authentication.k8s.io", ("tokenreviews",), ("create",), "who asks for /metrics", cluster=True),
+    Rule("authorization.k8s.io", ("subjectaccessreviews",), ("create",), "whether they may have it", cluster=True),
+)
+"""The rules on top of RBAC where /metrics is for those whom the API server lets get it (--metrics-auth=token)."""

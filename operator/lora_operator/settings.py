@@ -83,6 +83,19 @@ class Settings:
     preflight_timeout: float = _setting(
         3600.0, "LORA_PREFLIGHT_TIMEOUT", "Time after which a preflight that does not end has failed."
     )
+    network_policy: Literal["on", "off"] = _setting(
+        "on",
+        "LORA_NETWORK_POLICY",
+        "Make a NetworkPolicy for each run, by which only its own pods reach its pods (docs/network.md).",
+        ("on", "off"),
+    )
+    metrics_auth: Literal["token", "networkPolicy", "none"] = _setting(
+        "token",
+        "LORA_METRICS_AUTH",
+        "Who may read /metrics. token: those whom the API server lets get it (TokenReview, SubjectAccessReview). "
+        "networkPolicy: those whom a NetworkPolicy lets through. none: everybody.",
+        ("token", "networkPolicy", "none"),
+    )
     termination_grace: int = _setting(
         120, "LORA_TERMINATION_GRACE", "Time that a pod has between SIGTERM and SIGKILL, to save a checkpoint."
     )

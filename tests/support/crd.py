@@ -232,12 +232,27 @@ MAXIMAL_RUNTIME: Spec = {
     "preflight": False,
     "queueName": "team-a",
     "ttlSecondsAfterFinished": 86400,
+    "egress": [
+        {
+            "cidr": "10.0.0.0/8",
+            "except": ["10.1.0.0/16"],
+            "ports": [{"port": 8000, "endPort": 8080, "protocol": "TCP"}],
+        }
+    ],
+    "identity": "eksPodIdentity",
     "limits": {
         "maxNodes": 4,
         "maxGPUs": 32,
         "modelUriPrefixes": ["hf://meta-llama", "s3://models/"],
         "dataUriPrefixes": ["s3://datasets"],
     },
+}
+
+# Those that exclude others.
+OTHER_RUNTIME: Spec = {
+    "egress": [
+        {"namespaceSelector": {"matchLabels": {"team": "ml"}}, "podSelector": {"matchLabels": {"app": "mlflow"}}}
+    ]
 }
 RUNTIME_PATHS = dict(paths(schema_of(RUNTIME)["properties"]["spec"], ""))
 

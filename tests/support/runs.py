@@ -107,6 +107,9 @@ class Run:
     def configmaps(self) -> list[Raw]:
         return self._owned(f"/api/v1/namespaces/{self.namespace}/configmaps")
 
+    def policies(self) -> list[Raw]:
+        return self._owned(f"/apis/networking.k8s.io/v1/namespaces/{self.namespace}/networkpolicies")
+
     def events(self) -> list[Raw]:
         path = f"/apis/events.k8s.io/v1/namespaces/{self.namespace}/events?fieldSelector=regarding.name={self.name}"
         return sorted(self.api.items(path), key=lambda event: event["eventTime"] or "")

@@ -81,7 +81,7 @@ subjects:
 {{- end -}}
 
 {{/*
-What the operator may do, by purpose. The same table is lora_operator.kube.RBAC; a test compares the two.
+What the operator may do, by purpose. The same table is lora_operator.rights.RBAC; a test compares the two.
 */}}
 {{- define "lora-operator.rules.runs" -}}
 # What is asked for.
@@ -102,6 +102,10 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 # Name and input of the gang.
 - apiGroups: [""]
   resources: [services, configmaps]
+  verbs: [create, delete, get]
+# Who may speak to the pods of a run, and to whom they may.
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
   verbs: [create, delete, get]
 # How the pods of the gang fare.
 - apiGroups: [""]
@@ -145,4 +149,14 @@ What the operator may do, by purpose. The same table is lora_operator.kube.RBAC;
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, list]
+{{- end -}}
+
+{{- define "lora-operator.rules.reviews" -}}
+# Who asks for /metrics, and whether they may have it.
+- apiGroups: [authentication.k8s.io]
+  resources: [tokenreviews]
+  verbs: [create]
+- apiGroups: [authorization.k8s.io]
+  resources: [subjectaccessreviews]
+  verbs: [create]
 {{- end -}}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from lora_api import LoRAFineTune, TrainerPin
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
+from lora_operator.children.networkpolicy import build_network_policy
 from lora_operator.children.service import build_service
 from lora_operator.plan import Plan
 from lora_operator.settings import Settings
@@ -14,7 +15,7 @@ from lora_operator.views import Raw
 def build_children(
     run: LoRAFineTune, plan: Plan, settings: Settings, trainer: TrainerPin, control_key: str
 ) -> list[list[Raw]]:
-    """What ``plan`` launches: first, at once, what the Job's pods need, and then the Job.
+    """What ``plan`` launches: first, at once, what the Job's pods need and what guards them, and then the Job.
 
     Or, to restore what somebody deleted, the former alone.
     """
@@ -24,11 +25,12 @@ def build_children(
     if plan.restore is not None:
         attempt = plan.restore.attempt
         return [[build_service(run, attempt), build_configmap(run, attempt, reads, control_key)]]
+    policy = [build_network_policy(run)] if settings.network_policy == "on" else []
     if plan.launch_preflight is not None:
         number = plan.launch_preflight
-        return [[build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings, reads)]]
+        return [[*policy, build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings, reads)]]
     if plan.launch is not None:
         *podgroup, job = build_gang(run, plan.launch, settings, reads)
         configmap = build_configmap(run, plan.launch, reads, control_key)
-        return [[build_service(run, plan.launch), configmap, *podgroup], [job]]
+        return [[*policy, build_service(run, plan.launch), configmap, *podgroup], [job]]
     return []

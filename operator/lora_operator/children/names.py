@@ -8,6 +8,9 @@ MANAGER = "lora-operator"
 """Field manager of every write, and value of the managed-by label."""
 
 RUN_LABEL = f"{GROUP}/name"
+UID_LABEL = f"{GROUP}/uid"
+"""On pods alone: a name may be that of an earlier run, and a NetworkPolicy selects by this one."""
+
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 PREFLIGHT_LABEL = f"{GROUP}/preflight"
 RUN_VERSION_ANNOTATION = f"{GROUP}/run-version"

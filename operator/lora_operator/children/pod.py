@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from lora_api import LoRAFineTune
 from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
+from lora_operator.children.names import UID_LABEL
 from lora_operator.settings import Settings
 
 COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]
@@ -32,7 +33,10 @@ def build_pod_template(
     template = run.spec.pod_template
     claims = claims_of(run)
     return {
-        "metadata": {"labels": template.labels | labels, "annotations": template.annotations},
+        "metadata": {
+            "labels": template.labels | labels | {UID_LABEL: run.metadata.uid},
+            "annotations": template.annotations,
+        },
         "spec": {
             "restartPolicy": "Never",
             "subdomain": name,

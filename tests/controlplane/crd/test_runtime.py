@@ -9,16 +9,16 @@ import yaml
 
 import devcluster
 from lora_api import ClusterLoRARuntime, ClusterLoRARuntimeSpec
-from tests.support.crd import MAXIMAL_RUNTIME, ROOT, RUNTIME_PATHS, DryRun, has, manifest, place
+from tests.support.crd import MAXIMAL_RUNTIME, OTHER_RUNTIME, ROOT, RUNTIME_PATHS, DryRun, has, manifest, place
 
 pytestmark = pytest.mark.controlplane
 
 
-def test_the_maximal_runtime_has_every_field() -> None:
-    assert [path for path in RUNTIME_PATHS if not has(MAXIMAL_RUNTIME, path)] == []
+def test_the_good_runtimes_have_every_field() -> None:
+    assert [path for path in RUNTIME_PATHS if not (has(MAXIMAL_RUNTIME, path) or has(OTHER_RUNTIME, path))] == []
 
 
-@pytest.mark.parametrize("spec", [{}, MAXIMAL_RUNTIME], ids=["empty", "maximal"])
+@pytest.mark.parametrize("spec", [{}, MAXIMAL_RUNTIME, OTHER_RUNTIME], ids=["empty", "maximal", "other"])
 def test_a_good_runtime_comes_back_as_pydantic_reads_it(cp: devcluster.ControlPlane, spec: dict[str, Any]) -> None:
     cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(spec, "kept", "ClusterLoRARuntime")))
     stored = json.loads(cp.kubectl("get", "clr", "kept", "--output=json"))
@@ -26,7 +26,8 @@ def test_a_good_runtime_comes_back_as_pydantic_reads_it(cp: devcluster.ControlPl
     assert stored["spec"] == ClusterLoRARuntimeSpec.model_validate(spec).to_wire()
     read = ClusterLoRARuntime.model_validate(stored)
     assert (read.metadata.name, read.metadata.generation) == ("kept", 1)
-    if spec:
+    assert stored["spec"].items() >= spec.items()
+    if spec is MAXIMAL_RUNTIME:
         assert stored["spec"] == spec
 
 
@@ -56,6 +57,28 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
         "spec.podTemplate.env[0].name",
         "HF_TOKEN is a secret",
     ),
+    "a network without a prefix": ("egress[0].cidr", "10.0.0.1", "spec.egress[0].cidr", "should match"),
+    "addresses and pods in one rule": ("egress[0].podSelector", {}, "spec.egress[0]", "must have either cidr, or"),
+    "a rule for nothing": ("egress", [{"ports": [{"port": 443}]}], "spec.egress[0]", "must have either cidr, or"),
+    "an exception of pods": (
+        "egress",
+        [{"podSelector": {}, "except": ["10.0.0.0/8"]}],
+        "spec.egress[0].except",
+        "needs cidr",
+    ),
+    "ports that end before they begin": (
+        "egress[0].ports[0].endPort",
+        80,
+        "spec.egress[0].ports[0].endPort",
+        "may not be below port",
+    ),
+    "a label that no pod can have": (
+        "egress",
+        [{"podSelector": {"matchLabels": {"a b": "c"}}}],
+        "spec.egress[0].podSelector.matchLabels",
+        "NAME or DOMAIN/NAME",
+    ),
+    "an unknown cloud": ("identity", "aks", "spec.identity", "supported values"),
     "an unknown field": ("limits.maxGpus", 8, "spec.limits.maxGpus", "unknown field"),
 }
 

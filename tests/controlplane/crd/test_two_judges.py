@@ -14,6 +14,7 @@ from tests.support.crd import (
     MAXIMAL,
     MAXIMAL_RUNTIME,
     MINIMAL,
+    OTHER_RUNTIME,
     OTHERWISE,
     PATHS,
     RUNTIME_PATHS,
@@ -133,7 +134,7 @@ OF_A_RUNTIME_ALONE = {
     for path, node in RUNTIME_PATHS.items()
     if not path.startswith(("podTemplate.", "podTemplate:", "checkpoint."))
 }
-RUNTIME_CANDIDATES = candidates(OF_A_RUNTIME_ALONE, MAXIMAL_RUNTIME, {})
+RUNTIME_CANDIDATES = candidates(OF_A_RUNTIME_ALONE, MAXIMAL_RUNTIME, OTHER_RUNTIME)
 
 
 def compare(create: Create, model: type[BaseModel], cases: list[Candidate]) -> tuple[int, list[str]]:

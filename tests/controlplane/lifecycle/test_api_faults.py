@@ -83,15 +83,16 @@ def test_each_kind_of_call_may_fail(
         live(run)
         check_end(run)
     assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
-    writes = {"POST services", "POST configmaps", "POST jobs", "PATCH lorafinetunes/status", "DELETE jobs"}
-    assert writes <= set(faulty.hit)
+    writes = {"POST services", "POST configmaps", "POST networkpolicies", "POST jobs", "PATCH lorafinetunes/status"}
+    assert writes | {"DELETE jobs"} <= set(faulty.hit)
     assert "POST events" in faulty.hit
-    reads = {"GET pods/log", "GET pods", "GET jobs", "GET lorafinetunes"}
+    reads = {"GET pods/log", "GET pods", "GET jobs", "GET lorafinetunes", "GET networkpolicies"}
     assert fault == "conflict" or reads <= set(faulty.hit)
 
 
 def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, settings: Settings) -> None:
-    """Either of the two is answered only once the other is asked for."""
+    """Each of the three is answered only once the others are asked for."""
+    together = {"networkpolicies", "services", "configmaps"}
     asked, answered = set[str](), list[str]()
 
     def hold(client: KubeClient) -> None:
@@ -99,10 +100,10 @@ def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, setti
 
         async def held(method: Any, path: str, *args: Any) -> Answer:
             kind = _kind(path)
-            if method == "POST" and kind in ("services", "configmaps"):
+            if method == "POST" and kind in together:
                 asked.add(kind)
                 async with asyncio.timeout(20):
-                    while len(asked) < 2:  # noqa: ASYNC110  (two calls of one launch)
+                    while len(asked) < 3:  # noqa: ASYNC110  (three calls of one launch)
                         await asyncio.sleep(0.01)
             answer = await send(method, path, *args)
             answered.extend([kind] if method == "POST" else [])
@@ -113,8 +114,8 @@ def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, setti
     with OperatorThread(settings, wrap=hold):
         run.create()
         run.wait_phase("Starting")
-    assert set(answered[:2]) == {"services", "configmaps"}
-    assert answered[2] == "jobs"
+    assert set(answered[:3]) == together
+    assert answered[3] == "jobs"
 
 
 @pytest.mark.parametrize("change", ["deleted", "written to"])

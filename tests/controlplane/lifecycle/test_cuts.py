@@ -95,7 +95,7 @@ def is_at_end(run: Run, life: Life, status: Raw) -> bool:
     if not life.cleared:
         return True
     marked = any(item["type"] == "CleanedUp" for item in status["conditions"])
-    return marked and not (run.jobs() or run.services() or run.configmaps())
+    return marked and not (run.jobs() or run.services() or run.configmaps() or run.policies())
 
 
 def play(run: Run, life: Life, is_over: Callable[[], bool]) -> None:

@@ -320,6 +320,7 @@ def process(settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
         f"--namespaces={','.join(settings.namespaces)}",
         f"--http-port={port}",
         "--http-host=127.0.0.1",
+        "--metrics-auth=none",
         "--failure-grace=1",
         "--preflight=off",
         "--log-format=json",

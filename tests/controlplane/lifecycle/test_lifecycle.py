@@ -26,7 +26,7 @@ def own_calls(operator: OperatorThread) -> list[str]:
 def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
     run.create()
     assert run.wait_phase("Starting")["attempt"] == 1
-    assert len(own_calls(operator)) == 4, "Service, ConfigMap, Job, status"
+    assert len(own_calls(operator)) == 5, "NetworkPolicy, Service, ConfigMap, Job, status"
     run.set_running(1)
     run.wait_phase("Running")
     assert run.condition("Scheduled")["status"] == "True"
@@ -297,8 +297,8 @@ def test_deleting_the_run_takes_everything_along(run: Run, operator: OperatorThr
     run.set_running(1)
     run.wait_phase("Running")
     run.delete()
-    for what, look in {"Jobs": run.jobs, "Services": run.services, "ConfigMaps": run.configmaps}.items():
-        eventually(f"no {what}", lambda look=look: look() == [])
+    for look in (run.jobs, run.services, run.configmaps, run.policies):
+        eventually(f"no {look.__name__}", lambda look=look: look() == [])
     eventually("no pods", lambda: run.pods(1) == [])
     with pytest.raises(ApiError):
         _ = run.raw

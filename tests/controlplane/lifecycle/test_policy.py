@@ -175,8 +175,8 @@ def test_children_are_deleted_after_a_while_and_the_run_stays_ended(
         foreign = {"metadata": {"name": "run-1", "labels": {"lorafinetune.io/name": "run"}}, "data": {"a": "b"}}
         run.api.create(configmaps, foreign)
         set_policy(run, ttlSecondsAfterFinished=0)
-        for what, look in {"Jobs": run.jobs, "Services": run.services}.items():
-            eventually(f"no {what}", lambda look=look: look() == [])
+        for look in (run.jobs, run.services, run.policies):
+            eventually(f"no {look.__name__}", lambda look=look: look() == [])
         eventually("no pods", lambda: run.pods(2) == [])
         (left,) = run.configmaps()
         assert (left["metadata"]["name"], left["data"]) == ("run-1", {"a": "b"}), "what is not the run's stays"
@@ -193,7 +193,7 @@ def test_what_is_left_of_a_job_that_ended_with_its_run_is_cleared_up_too(run: Ru
     run.create(lambda spec: spec.update(runPolicy=policy)).set_running(1)
     assert run.wait_phase("Failed")["reason"] == "DeadlineExceeded"
     eventually("no Job", lambda: run.jobs() == [])
-    eventually("nothing else", lambda: (run.services(), run.configmaps()) == ([], []))
+    eventually("nothing else", lambda: (run.services(), run.configmaps(), run.policies()) == ([], [], []))
     message = run.wait("CleanedUp", lambda status: run.condition("CleanedUp")) and run.condition("CleanedUp")["message"]
     assert message.startswith("ttlSecondsAfterFinished (1 s) is over")
 

@@ -38,7 +38,7 @@ def test_what_it_settled_is_what_every_attempt_gets(run: Run, operator: Operator
     assert container["args"][0] == "preflight"
     assert "nvidia.com/gpu" not in json.dumps(container["resources"])
     kinds = [call.split("/")[-1] for call in operator.calls if not call.startswith("GET ")]
-    assert kinds[:3] == ["configmaps", "jobs", "status"]
+    assert kinds[:4] == ["networkpolicies", "configmaps", "jobs", "status"]
     run.set_preflight(1, running())
     assert run.condition("PreflightPassed")["status"] == "False"
     run.set_preflight(1, ended(0, settled(), "Completed"))

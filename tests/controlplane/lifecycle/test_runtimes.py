@@ -90,7 +90,7 @@ def test_a_run_gets_what_its_runtime_says(run: Run, operator: OperatorThread, pu
     status = run.wait_phase("Starting")
     assert (status["runtime"]["name"], status["runtime"]["generation"]) == (name, 1)
     kinds = [call.split("/")[-1] for call in operator.calls if not call.startswith("GET ")]
-    assert kinds[:LAUNCH] == ["status", "services", "configmaps", "jobs", "status"]
+    assert kinds[:LAUNCH] == ["status", "networkpolicies", "services", "configmaps", "jobs", "status"]
 
 
 def test_an_edit_concerns_no_run_that_has_begun(
@@ -126,7 +126,7 @@ def test_a_run_that_asks_for_too_much_is_refused_by_the_rule(
     assert "(limits.maxGPUs)" in message
     assert "spec.dataset.train.uri is s3://models/train.jsonl, but " in message
     assert "(limits.dataUriPrefixes). Remedy: Stay within the limits" in message
-    assert (run.jobs(), run.services(), run.configmaps()) == ([], [], [])
+    assert (run.jobs(), run.services(), run.configmaps(), run.policies()) == ([], [], [], [])
     eventually("an Event", lambda: [event["reason"] for event in run.events()] == ["RuntimeRefused"])
     put_runtime(name, limits={"maxGPUs": 64, "dataUriPrefixes": None})
     other = Run(run.api, run.namespace, "other").create(naming(name))
@@ -209,8 +209,8 @@ def test_a_runtime_turns_the_preflight_on_or_off(
 
 
 LISTS = len(Resource)
-LAUNCH = 5
-"""Calls of a launch: the snapshot, Service, ConfigMap, Job, status."""
+LAUNCH = 6
+"""Calls of a launch: the snapshot, NetworkPolicy, Service, ConfigMap, Job, status."""
 
 
 def test_an_operator_cut_after_any_call_of_a_launch_leaves_one_runtime_for_all_attempts(

@@ -15,7 +15,7 @@ import yaml
 
 from lora_api import ClusterLoRARuntimeSpec
 from lora_api.crd import RESOURCES, build_crd
-from lora_operator.rights import GANG_RBAC, RBAC, Rule
+from lora_operator.rights import GANG_RBAC, RBAC, REVIEW_RBAC, Rule
 from lora_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,6 +59,7 @@ CASES: dict[str, list[str]] = {
         "operator.restartBackoffSeconds=2.5",
         "operator.preflight=false",
         "operator.preflightTimeoutSeconds=7200",
+        "operator.networkPolicy=false",
         "operator.terminationGraceSeconds=3000000",
         "operator.maxUnchargedRestarts=0",
         "operator.logIntervalSeconds=2",
@@ -69,6 +70,11 @@ CASES: dict[str, list[str]] = {
         'operator.schedulerName="batch"',
     ],
     "coscheduling": ['operator.gangScheduler="coscheduling"'],
+    "metrics-network-policy": [
+        'metrics.auth="networkPolicy"',
+        'metrics.from=[{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]',
+    ],
+    "metrics-open": ['metrics.auth="none"'],
     "metrics-none": ["metrics.service.enabled=false"],
     "metrics-annotations": ['metrics.service.annotations={"prometheus.io/scrape": "true"}'],
     "resources": ['resources.requests={"cpu": "1"}', 'resources.limits={"memory": "1Gi"}'],
@@ -163,6 +169,8 @@ REFUSED = {
     "an unknown pull policy": ('image.pullPolicy="Sometimes"', "pullPolicy"),
     "a namespace twice": ('namespaces=["a", "a"]', "namespaces"),
     "namespaces in one string": ('namespaces="a,b"', "namespaces"),
+    "an unknown way to guard the metrics": ('metrics.auth="password"', "auth"),
+    "a peer of another form": ('metrics.from=[{"cidr": "10.0.0.0/8"}]', "from"),
     "no concurrency": ("operator.concurrency=0", "concurrency"),
     "an unknown gang scheduler": ('operator.gangScheduler="slurm"', "gangScheduler"),
     "an unknown log level": ('operator.logLevel="loud"', "logLevel"),
@@ -226,8 +234,8 @@ def rights(rules: Iterable[Rule]) -> set[tuple[str, str, str]]:
 
 
 def declared(*scopes: bool) -> set[tuple[str, str, str]]:
-    """What the operator says it does: for objects of namespaces (False), of the cluster (True)."""
-    return rights(rule for rule in RBAC if rule.cluster in scopes)
+    """What the operator says it does by default: for objects of namespaces (False), of the cluster (True)."""
+    return rights(rule for rule in (*RBAC, *REVIEW_RBAC) if rule.cluster in scopes)
 
 
 def test_the_operator_may_do_exactly_what_it_declares(default: str) -> None:
@@ -249,6 +257,28 @@ def test_of_runtimes_it_may_write_the_default_one_alone(default: str) -> None:
 def test_it_may_make_podgroups_only_of_the_gang_scheduler_that_is_set(render: Render, scheduler: str) -> None:
     manifests = render(f'operator.gangScheduler="{scheduler}"')
     assert granted(manifests, "ClusterRole") == declared(False, True) | rights([GANG_RBAC[scheduler]])
+
+
+@pytest.mark.parametrize("case", ["metrics-open", "metrics-network-policy"])
+def test_it_may_ask_who_somebody_is_only_where_metrics_need_a_token(render: Render, case: str) -> None:
+    manifests = render(*CASES[case])
+    assert granted(manifests, "ClusterRole") == declared(False, True) - rights(REVIEW_RBAC)
+    assert not [item for item in objects(manifests) if item["metadata"]["name"].endswith("-metrics-reader")]
+
+
+def test_a_policy_for_metrics_that_names_nobody_lets_nobody_through(render: Render) -> None:
+    """An empty list of peers would let everybody through."""
+    (policy,) = (item for item in objects(render('metrics.auth="networkPolicy"')) if item["kind"] == "NetworkPolicy")
+    assert policy["spec"]["ingress"] == []
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= (
+        deployment(render())["template"]["metadata"]["labels"].items()
+    )
+
+
+def test_peers_are_not_ignored_where_no_policy_is_made_of_them(render: Render) -> None:
+    with pytest.raises(ValueError, match=r"metrics.from is for metrics.auth=networkPolicy, and metrics.auth is token"):
+        render('metrics.from=[{"podSelector": {}}]')
 
 
 def test_with_namespaces_it_may_do_the_same_in_each_and_nothing_elsewhere(render: Render) -> None:
@@ -282,7 +312,7 @@ def test_the_default_values_are_the_operators_defaults(default: str) -> None:
 
 
 def test_every_setting_arrives(render: Render) -> None:
-    cases = ("operator", "trainer-image", "namespaces", "default-runtime-none")
+    cases = ("operator", "metrics-open", "trainer-image", "namespaces", "default-runtime-none")
     assert settings_of(render(*(value for case in cases for value in CASES[case]))) == Settings(
         trainer_image="registry.example.org:5000/trainer:v3",
         trainer_image_pull_policy="Never",
@@ -298,6 +328,8 @@ def test_every_setting_arrives(render: Render) -> None:
         preflight="off",
         preflight_timeout=7200.0,
         max_uncharged_restarts=0,
+        network_policy="off",
+        metrics_auth="none",
         gang_scheduler="volcano",
         scheduler_name="batch",
         log_interval=2.0,

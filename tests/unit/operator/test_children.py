@@ -53,7 +53,10 @@ RUNS: dict[str, tuple[LoRAFineTune, int]] = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such, so that a difference can be read."""
+    """Writes texts of several lines as such, and nothing as a reference, so that a difference can be read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)

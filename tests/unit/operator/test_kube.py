@@ -12,7 +12,7 @@ from kubernetes.aio.client import Configuration
 from lora_operator.children.service import build_service
 from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
 from lora_operator.ratelimit import RateLimit
-from lora_operator.rights import RBAC
+from lora_operator.rights import RBAC, REVIEW_RBAC
 from tests.unit.operator.builders import a_run
 
 ROOT = Path(__file__).parents[3]
@@ -150,11 +150,14 @@ def test_the_chart_grants_what_the_operator_needs_and_no_more() -> None:
     granted = {
         (group, resource, verb)
         for role in roles
-        if not any(word in json.dumps(role["metadata"]) for word in ("aggregate-to", "-view", "-edit"))
+        if not any(
+            word in json.dumps(role["metadata"]) for word in ("aggregate-to", "-view", "-edit", "-metrics-reader")
+        )
         for rule in role["rules"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    needed = {(rule.group, resource, verb) for rule in RBAC for resource in rule.resources for verb in rule.verbs}
+    rules = (*RBAC, *REVIEW_RBAC)
+    needed = {(rule.group, resource, verb) for rule in rules for resource in rule.resources for verb in rule.verbs}
     assert granted == needed

@@ -255,6 +255,35 @@ CASES = [
         {"clean_up": True},
     ),
     Case(
+        "but the pods are ended first: the NetworkPolicy goes with the rest",
+        seen(
+            a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60}),
+            JOB, running(0), ended(1),
+        ),
+        {"clean_up": False, "delete": JOB},
+    ),
+    Case(
+        "also where the run itself is to go",
+        seen(
+            a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60, "ttlDeletes": "run"}),
+            JOB, running(0), ended(1),
+        ),
+        {"delete_run": False, "delete": JOB},
+    ),
+    Case(
+        "and nothing else goes while they end",
+        seen(
+            a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60}),
+            running(0, deleting_at=ago(-5)), ended(1, gone=True),
+        ),
+        {"clean_up": False, "delete": None, "requeue_after": 25.0},
+    ),
+    Case(
+        "but no longer than the kubelet has to end them",
+        seen(a_run(status=LONG_GONE, runPolicy={"ttlSecondsAfterFinished": 60}), running(0, deleting_at=ago(30))),
+        {"clean_up": True},
+    ),
+    Case(
         "and that is it",
         seen(a_run(status=CLEANED_UP, runPolicy={"ttlSecondsAfterFinished": 60})),
         {**NOTHING, "clean_up": False},
