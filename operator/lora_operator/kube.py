@@ -43,6 +43,7 @@ PATHS = {
     "services": "/api/v1",
     "configmaps": "/api/v1",
     "pods": "/api/v1",
+    "namespaces": "/api/v1",
     "events": "/apis/events.k8s.io/v1",
     "workloads.v1beta2": "/apis/kueue.x-k8s.io/v1beta2",
     "workloads.v1beta1": "/apis/kueue.x-k8s.io/v1beta1",
@@ -159,7 +160,7 @@ class KubeClient:
         body = {"apiVersion": API_VERSION, "kind": RUNTIME_KIND, "metadata": {"name": name}, "spec": spec.to_wire()}
         return await self._apply(RUNTIMES, None, name, body)
 
-    async def fetch_object(self, resource: str, namespace: str, name: str, subresource: str = "") -> Raw:
+    async def fetch_object(self, resource: str, namespace: str | None, name: str, subresource: str = "") -> Raw:
         """One object, or a part of it.
 
         Raises:

@@ -10,20 +10,21 @@ goes on.
 
 import logging
 from asyncio import gather
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
 
 from lora_api import PLURAL, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
+from lora_operator.admission import asks_for_namespace
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.names import child_name
 from lora_operator.children.service import build_service
 from lora_operator.diagnose import PEER_SILENT
-from lora_operator.events import build_event, compute_events
+from lora_operator.events import EventSpec, build_event, compute_events, describe_left_out
 from lora_operator.finished import list_children
 from lora_operator.follow import (
     compute_next_look,
@@ -109,7 +110,7 @@ class Reconciler:
             run = parse_run(raw)
             observed = self._observe(key, run)
             if not observed.has_begun():
-                observed = replace(observed, runtime=self._find_runtime(raw))
+                observed = await self._look_at_runtime(key, raw, observed)
         except InvalidRunError as error:
             await self._patch_invalid(key, error)
             await self._lookups.fetch_run(key)  # another version of the CRD may be back, and no event tells
@@ -149,6 +150,16 @@ class Reconciler:
             job_uids=frozenset(job.uid for job in jobs),
             reports=reports if reports and reports.run_uid == uid else Reports(run_uid=uid),
         )
+
+    async def _look_at_runtime(self, key: Key, raw: Raw, observed: Observed) -> Observed:
+        """With the runtime that the run is about to take, and what that asks about its namespace.
+
+        Raises:
+            InvalidRunError: the runtime cannot be read.
+        """
+        runtime = self._find_runtime(raw)
+        labels = await self._lookups.fetch_labels(key[0]) if asks_for_namespace(runtime) else None
+        return replace(observed, runtime=runtime, namespace_labels=labels)
 
     def _find_runtime(self, run: Raw) -> ClusterLoRARuntime | None:
         """The runtime that ``run`` names, or the default one.
@@ -298,7 +309,9 @@ class Reconciler:
             return 0.0
         self._reports[key] = replace(reports, status_written_at=now)
         self._metrics.count_change(key[0], old, new, now)
-        await self._emit_events(observed.run.metadata, old, new)
+        launched = plan.launch is not None or plan.launch_preflight is not None
+        left_out = describe_left_out(observed.run) if launched else []
+        await self._emit_events(observed.run.metadata, [*left_out, *compute_events(old, new)])
         # A verdict calls for the next step, and no event will.
         verdict = plan.failure or plan.passed or plan.ended or plan.suspended is not None
         return 0.0 if verdict else None
@@ -341,7 +354,9 @@ class Reconciler:
         pods, now, since = forgotten_pods(observed), self._clock(), observed.reports.forgotten_since
         if pods and since is not None and is_due(since, now, self._settings.failure_grace):
             await self._lookups.fetch_leftovers(key, pods)
-            observed, since = replace(self._observe(key, observed.run), runtime=observed.runtime), now
+            seen = self._observe(key, observed.run)
+            seen = replace(seen, runtime=observed.runtime, namespace_labels=observed.namespace_labels)
+            observed, since = seen, now
         reports = replace(observed.reports, forgotten_since=(since or now) if pods else None)
         self._reports[key] = reports
         return replace(observed, reports=reports)
@@ -350,11 +365,11 @@ class Reconciler:
         """Says which field of the specification this operator cannot read."""
         status = compute_invalid_status(error.status, error.metadata.generation, str(error), self._clock())
         if status.to_wire() != error.status.to_wire() and await self._write(key, error.metadata, status):
-            await self._emit_events(error.metadata, error.status, status)
+            await self._emit_events(error.metadata, compute_events(error.status, status))
 
-    async def _emit_events(self, metadata: ObjectMeta, old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> None:
+    async def _emit_events(self, metadata: ObjectMeta, events: Iterable[EventSpec]) -> None:
         """Posts Events. They are for people, so a refused one (a namespace that is going) holds nothing up."""
-        for event in compute_events(old, new):
+        for event in events:
             try:
                 await self._kube.emit_event(build_event(metadata, event, self._clock(), self._instance))
             except KubeError as error:
