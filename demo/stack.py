@@ -51,13 +51,16 @@ def load_images(cluster: Cluster) -> dict[str, Any]:
 def install_operator(cluster: Cluster, values: Mapping[str, Any], timeout: int = 120) -> None:
     """Installs or upgrades the chart with the demo's values, ``values`` over them, and waits until it is ready.
 
+    Its default runtime names the cluster's object store.
+
     Raises:
         DevclusterError: helm failed; the message is helm's own.
     """
     helm = binaries.ensure(["tools"])["helm"]
     command = [helm, "upgrade", "--install", RELEASE, CHART, "--namespace", SYSTEM_NAMESPACE, "--create-namespace"]
     command += ["--kubeconfig", cluster.kubeconfig, "--values", REPOSITORY / "demo" / "values.yaml"]
-    for key, value in values.items():
+    endpoints = {"defaultRuntime.spec.endpoints": {"store": cluster.s3_endpoint}}
+    for key, value in (endpoints | dict(values)).items():
         command += ["--set-json", f"{key}={json.dumps(value)}"]
     done = subprocess.run([*command, "--wait", "--timeout", f"{timeout}s"], capture_output=True, text=True)
     if done.returncode:
@@ -80,7 +83,6 @@ def make_namespace(cluster: Cluster, name: str) -> None:
     secret = {
         "AWS_ACCESS_KEY_ID": cluster.s3_access_key,
         "AWS_SECRET_ACCESS_KEY": cluster.s3_secret_key,
-        "AWS_ENDPOINT_URL": cluster.s3_endpoint,
         "AWS_REGION": REGION,
     }
     apply(cluster, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})

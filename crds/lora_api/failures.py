@@ -89,8 +89,9 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The store or the model hub refused the credentials.",
         remedy=(
-            "Check the Secret in spec.credentials.secretRef: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-            "AWS_ENDPOINT_URL, HF_TOKEN, and that they may read the model and the data and write to publish.store."
+            "Check the Secret in spec.credentials.secretRef: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, and "
+            "that they may read the model and the data and write to publish.store. Which servers were asked is decided "
+            "by endpoints of the run's ClusterLoRARuntime."
         ),
     ),
     FailureRule(
@@ -141,8 +142,9 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         meaning="The object store or the model hub did not answer, or kept failing.",
         remedy=(
-            "Check that the store in publish.store is up and that AWS_ENDPOINT_URL is right as seen from the pods. "
-            "Where the message names a model hub: that the pods reach it (podTemplate.env may set HF_ENDPOINT)."
+            "Check that the store in publish.store is up, and that endpoints.store of the run's ClusterLoRARuntime "
+            "(kubectl get clr) is right as seen from the pods. Where the message names a model hub: that the pods "
+            "reach it (endpoints.hub, endpoints.proxy)."
         ),
     ),
     FailureRule(
@@ -259,10 +261,10 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=None,
         charged=False,
         retried=False,
-        meaning="The run asks for more than its ClusterLoRARuntime allows.",
+        meaning="The run asks for more than its ClusterLoRARuntime allows, or for what only one can allow.",
         remedy=(
-            "Stay within the limits that the message names, or name another runtime in runtimeRef (kubectl get clr); "
-            "then delete this LoRAFineTune and create it again."
+            "Stay within the limits that the message names, or name another runtime in runtimeRef (kubectl get clr), "
+            "or have the runtime allow it; then delete this LoRAFineTune and create it again."
         ),
     ),
     FailureRule(
@@ -284,7 +286,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The gang has run for runPolicy.activeDeadlineSeconds, over all attempts.",
         remedy=(
             "Create the run again with a larger runPolicy.activeDeadlineSeconds, fewer steps or more GPUs. While a run "
-            "lives, its deadline can be raised."
+            "lives, its deadline can be raised, up to limits.maxActiveDeadlineSeconds of its runtime."
         ),
     ),
 )

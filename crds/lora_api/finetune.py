@@ -80,7 +80,8 @@ class RunPolicy(ApiModel):
         ge=1,
         le=315_360_000,
         description="Seconds that all pods of the gang may run, over all attempts; then the run ends with "
-        "DeadlineExceeded. Waiting for nodes does not count. It can be changed at any time. Default: no limit.",
+        "DeadlineExceeded. Waiting for nodes does not count. It can be changed at any time. Default and most: "
+        "limits.maxActiveDeadlineSeconds of the runtime, else no limit.",
     )
     stall_timeout_seconds: int = Field(
         3600,

@@ -1,10 +1,13 @@
 """What the pods of a run get: resources, placement, environment, Secrets."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
+from pydantic.config import JsonDict
 
 from lora_api._base import ApiModel, CelRule
+from lora_api.environment import HARMLESS, SECRETS
 
 ObjectName = Annotated[
     str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
@@ -92,25 +95,49 @@ class Toleration(ApiModel):
     )
 
 
-ENV_ALLOWED = r"^(NCCL|GLOO|UCX|FI|RDMAV|OMP|MKL|TORCH|PYTORCH|CUDA|HF|TOKENIZERS|LORA)_[A-Z0-9_]+$"
+_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+VariableName = Annotated[str, StringConstraints(pattern=_NAME, max_length=128)]
+VariableValue = Annotated[str, StringConstraints(max_length=1024)]
+
+
+def _cel_list(names: Iterable[str]) -> str:
+    return f"[{', '.join(repr(name) for name in names)}]"
+
+
+_NO_SECRET = CelRule(
+    rule=f"!(self.name in {_cel_list(SECRETS)})",
+    message="this is a secret, which everybody could read here: put it into the Secret of credentials.secretRef",
+    field_path=".name",
+)
 
 
 class EnvVar(ApiModel):
     """One environment variable of the trainer."""
 
-    name: Annotated[str, StringConstraints(pattern=ENV_ALLOWED, max_length=128)] = Field(
-        description="Name: one that starts with NCCL_, GLOO_, UCX_, FI_, RDMAV_, OMP_, MKL_, TORCH_, PYTORCH_, "
-        "CUDA_, HF_, TOKENIZERS_ or LORA_."
+    name: VariableName = Field(
+        description="Name: one of those in docs/reference.md, such as NCCL_SOCKET_IFNAME or OMP_NUM_THREADS. Any other "
+        "can be set by a ClusterLoRARuntime only."
     )
-    value: Annotated[str, StringConstraints(max_length=1024)] = Field(description="Value.")
+    value: VariableValue = Field(description="Value.")
 
     cel_rules = (
+        _NO_SECRET,
         CelRule(
-            rule="self.name != 'HF_TOKEN'",
-            message="HF_TOKEN is a secret: put it into the Secret of credentials.secretRef",
+            rule=f"self.name in {_cel_list((*HARMLESS, *SECRETS))}",
+            message="a run may set only the variables that are listed in docs/reference.md; any other can be set by "
+            "podTemplate.env of a ClusterLoRARuntime",
             field_path=".name",
         ),
     )
+
+
+class RuntimeEnvVar(ApiModel):
+    """One environment variable of the trainer, set by an administrator."""
+
+    name: VariableName = Field(description="Name. Any but those of secrets.")
+    value: VariableValue = Field(description="Value.")
+
+    cel_rules = (_NO_SECRET,)
 
 
 LabelMap = Annotated[dict[str, LabelValue], Field(max_length=32)]
@@ -127,8 +154,8 @@ def qualified_names(field: str) -> CelRule:
     )
 
 
-class PodTemplate(ApiModel):
-    """What the pods of the gang get. Security settings, volumes and the image are not the user's to choose."""
+class PodPlumbing(ApiModel):
+    """What a run and a runtime say of pods in the same way."""
 
     resources: ResourceRequirements = Field(
         default_factory=ResourceRequirements, description="CPU, memory and other resources of each pod."
@@ -137,18 +164,21 @@ class PodTemplate(ApiModel):
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(
         [], description="Taints that the pods accept.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
     )
-    env: Annotated[list[EnvVar], Field(max_length=64)] = Field(
-        [],
-        description="Settings of the libraries, such as NCCL_SOCKET_IFNAME. Secrets belong into credentials.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
-    )
     image_pull_secrets: Annotated[list[SecretRef], Field(max_length=8)] = Field(
         [],
         description="Secrets for the registry of the trainer's image.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
-    labels: LabelMap = Field({}, description="Labels added to the pods. Keys of this operator cannot be set.")
-    annotations: AnnotationMap = Field({}, description="Annotations added to the pods.")
+    labels: LabelMap = Field(
+        {},
+        description="Labels added to the pods. Keys of this operator cannot be set, and others by a run only where "
+        "limits.labelNames of its runtime lists them.",
+    )
+    annotations: AnnotationMap = Field(
+        {},
+        description="Annotations added to the pods. A run may set those that limits.annotationNames of its runtime "
+        "lists.",
+    )
 
     cel_rules = (
         qualified_names("nodeSelector"),
@@ -159,4 +189,27 @@ class PodTemplate(ApiModel):
             message="labels with lorafinetune.io/ or batch.kubernetes.io/ belong to the operator",
             field_path=".labels",
         ),
+    )
+
+
+_BY_NAME: JsonDict = {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+
+
+class PodTemplate(PodPlumbing):
+    """What the pods of the gang get. Security settings, volumes and the image are not the user's to choose."""
+
+    env: Annotated[list[EnvVar], Field(max_length=64)] = Field(
+        [],
+        description="Settings of the libraries, such as NCCL_SOCKET_IFNAME. Secrets belong into credentials.",
+        json_schema_extra=_BY_NAME,
+    )
+
+
+class RuntimePodTemplate(PodPlumbing):
+    """What the pods of every run under this runtime get."""
+
+    env: Annotated[list[RuntimeEnvVar], Field(max_length=64)] = Field(
+        [],
+        description="Any variables of the pods but secrets. The endpoints of this runtime win over them.",
+        json_schema_extra=_BY_NAME,
     )

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from lora_api._base import ApiModel, CelRule
+from lora_api.environment import SECRET_KEYS
 from lora_api.pods import SecretRef
 
 StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[!-~]+$", max_length=512)]
@@ -89,8 +90,8 @@ class Credentials(ApiModel):
     """How the pods reach the store and the model hub. The operator itself never reads the Secret."""
 
     secret_ref: SecretRef = Field(
-        description="Secret whose keys become environment variables of the pods: AWS_ACCESS_KEY_ID, "
-        "AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_REGION, HF_TOKEN, WANDB_API_KEY, MLFLOW_TRACKING_TOKEN."
+        description=f"Secret of which these keys become environment variables of the pods: {', '.join(SECRET_KEYS)}. "
+        "Others in it are left alone."
     )
 
 
@@ -99,13 +100,17 @@ class WandB(ApiModel):
 
     project: TrackingName = Field(description="Project to log to.")
     entity: TrackingName | None = Field(None, description="User or team of the project. Default: that of the key.")
-    base_url: WebUri | None = Field(None, description="Address of a server of your own.")
+    base_url: WebUri | None = Field(
+        None, description="Address of a server of your own. endpoints.tracking of the runtime has to list it."
+    )
 
 
 class MLflow(ApiModel):
     """MLflow. MLFLOW_TRACKING_TOKEN, or USERNAME and PASSWORD, come from the Secret of credentials."""
 
-    tracking_uri: WebUri = Field(description="Address of the tracking server.")
+    tracking_uri: WebUri = Field(
+        description="Address of the tracking server. endpoints.tracking of the runtime has to list it."
+    )
     experiment: TrackingName = Field(description="Experiment to log to. It is created if it is not there.")
 
 

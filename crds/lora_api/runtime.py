@@ -7,11 +7,13 @@ snapshot when it starts (``status.runtime``), so that later edits change no run 
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
+from pydantic.config import JsonDict
 
-from lora_api._base import ApiModel
+from lora_api._base import ApiModel, CelRule
+from lora_api.endpoints import Endpoints
 from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
 from lora_api.network import EgressRules, Identity
-from lora_api.pods import LabelMap, PodTemplate, qualified_names
+from lora_api.pods import QUALIFIED_NAME, LabelMap, LabelValue, ObjectName, RuntimePodTemplate, qualified_names
 from lora_api.publishing import StoreUri, store_rules
 from lora_api.reading import Reading, read
 from lora_api.training import Checkpoint
@@ -25,6 +27,17 @@ DEFAULT_RUNTIME = "default"
 ImageName = Annotated[str, StringConstraints(pattern=r"^[!-~]+$", min_length=1, max_length=512)]
 UriPrefix = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc)://[!-~]*$", max_length=512)]
 UriPrefixes = Annotated[list[UriPrefix], Field(min_length=1, max_length=64)]
+StorePrefix = Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[!-~]*)?$", max_length=512)]
+StorePrefixes = Annotated[list[StorePrefix], Field(min_length=1, max_length=64)]
+MetadataName = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?|[*])$",
+        max_length=316,
+    ),
+]
+MetadataNames = Annotated[list[MetadataName], Field(max_length=64)]
+_SET: JsonDict = {"x-kubernetes-list-type": "set"}
 
 
 class Gpu(ApiModel):
@@ -49,6 +62,35 @@ class Gpu(ApiModel):
     cel_rules = (qualified_names("nodeSelector"),)
 
 
+class LabelRequirement(ApiModel):
+    """A condition on one label (the same as in Kubernetes' own selectors)."""
+
+    key: Annotated[str, StringConstraints(pattern=QUALIFIED_NAME, max_length=316)] = Field(description="The label.")
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
+        description="What must hold of it. NotIn holds of a label that is not there, too."
+    )
+    values: Annotated[list[LabelValue], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="The values that In and NotIn are about.", json_schema_extra=_SET
+    )
+
+    cel_rules = (
+        CelRule(
+            rule="has(self.values) == (self.operator in ['In', 'NotIn'])",
+            message="operators In and NotIn need values, and the others take none",
+            field_path=".values",
+        ),
+    )
+
+
+class LabelSelector(ApiModel):
+    """Which objects, by their labels (the same as Kubernetes' own). All of it must hold; empty: all objects."""
+
+    match_labels: LabelMap | None = Field(None, description="Labels that must be there with these values.")
+    match_expressions: Annotated[list[LabelRequirement], Field(max_length=16)] | None = Field(
+        None, description="Further conditions.", json_schema_extra={"x-kubernetes-list-type": "atomic"}
+    )
+
+
 class Limits(ApiModel):
     """What a run may ask for at most. One that asks for more fails with RuntimeRefused."""
 
@@ -58,7 +100,9 @@ class Limits(ApiModel):
         alias="maxGPUs",
         ge=0,
         le=512,
-        description="Most GPUs of a run, over all its nodes. 0 allows training on CPUs only. Default: no limit.",
+        description="Most GPUs of a run, over all its nodes. What podTemplate.resources asks for of "
+        "nvidia.com/mig-PROFILE, VENDOR/gpu and their like counts too, each part as one. 0 allows training on CPUs "
+        "only. Default: no limit.",
     )
     model_uri_prefixes: UriPrefixes | None = Field(
         None,
@@ -70,6 +114,39 @@ class Limits(ApiModel):
         None,
         description="Where records may come from, in the same way. Default: anywhere.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
+    )
+    store_prefixes: StorePrefixes | None = Field(
+        None,
+        description="Where runs may publish, apart from store, in the same way. Below one of these and below store a "
+        "run may publish to PREFIX itself and below PREFIX/NAMESPACE only, where NAMESPACE is its own. Default: "
+        "anywhere.",
+        json_schema_extra=_SET,
+    )
+    max_active_deadline_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=315_360_000,
+        description="Longest runPolicy.activeDeadlineSeconds of a run, and that of a run without one. A deadline that "
+        "is raised later has no effect beyond it. Default: no limit.",
+    )
+    annotation_names: MetadataNames | None = Field(
+        None,
+        description="Annotations that runs may set in podTemplate: NAME, DOMAIN/NAME, DOMAIN/* or *. Default: none.",
+        json_schema_extra=_SET,
+    )
+    label_names: MetadataNames | None = Field(
+        None,
+        description="Labels that runs may set in podTemplate, in the same way. Default: none.",
+        json_schema_extra=_SET,
+    )
+    priority_class_names: Annotated[list[ObjectName], Field(max_length=64)] | None = Field(
+        None,
+        description="What runs may name in runPolicy.priorityClassName and workloadPriorityClassName. Default: "
+        "anything but system-*.",
+        json_schema_extra=_SET,
+    )
+    queue_required: bool | None = Field(
+        None, description="Whether a run needs a queue: its own or that of the runtime. Default: it does not."
     )
 
 
@@ -83,10 +160,13 @@ class ClusterLoRARuntimeSpec(ApiModel):
         None, description="When nodes pull it. Default: the operator's --trainer-image-pull-policy."
     )
     gpu: Gpu | None = Field(None, description="The kind of GPU. Default: not known before the pods run.")
-    pod_template: PodTemplate = Field(
-        default_factory=PodTemplate,
+    pod_template: RuntimePodTemplate = Field(
+        default_factory=RuntimePodTemplate,
         description="What the pods of the gang get. A run's own podTemplate wins: resource by resource, label by "
         "label, variable by variable; tolerations and imagePullSecrets are added up.",
+    )
+    endpoints: Endpoints | None = Field(
+        None, description="The servers that runs talk to. Default: AWS, huggingface.co, and no tracker but W&B's own."
     )
     store: StoreUri | None = Field(
         None, description="Where runs without publish.store publish: s3://BUCKET/PREFIX. Default: each run has to say."
@@ -129,6 +209,10 @@ class ClusterLoRARuntimeSpec(ApiModel):
         "address to them, and no other one of 169.254.0.0/16. Default: nowhere.",
     )
     limits: Limits = Field(default_factory=Limits, description="What a run may ask for at most.")
+    allowed_namespaces: LabelSelector | None = Field(
+        None,
+        description="Namespaces, by their labels, whose runs may take this runtime. Default: all.",
+    )
 
     cel_rules = store_rules("store")
 

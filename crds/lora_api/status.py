@@ -147,7 +147,8 @@ class RuntimeSnapshot(RecordModel):
     generation: int = Field(0, ge=0, description="Its generation.")
     spec: dict[str, Any] = Field(
         {},
-        description="Its spec, but for the limits, which are looked at once.",
+        description="Its spec, but for what is looked at once: allowedNamespaces, and the limits but "
+        "maxActiveDeadlineSeconds.",
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
 
@@ -173,6 +174,11 @@ class LoRAFineTuneStatus(RecordModel):
     attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
     runtime: RuntimeSnapshot | None = Field(None, description="The runtime that the run took when it started.")
     trainer: TrainerPin | None = Field(None, description="The trainer that the run began with, and keeps.")
+    listed_keys: Literal[True] | None = Field(
+        None,
+        description="The pods get the listed keys of their Secret only. Absent in a run that began under an older "
+        "version: its pods get AWS_ENDPOINT_URL from there too.",
+    )
     start_time: Time | None = Field(None, description="When the first attempt was created.")
     completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
     conditions: list[Condition] = Field(

@@ -5,11 +5,13 @@ effect. From then on the runtime itself is not looked at any more. So an operato
 edited, between this and any later step changes nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune
 from lora_operator.diagnose import with_remedy
+from lora_operator.limits import check_limits, describe_selector, selects
 from lora_operator.observed import Observed
 from lora_operator.plan import Plan
 from lora_operator.runtimes import build_snapshot
@@ -22,6 +24,18 @@ _NOT_FOUND_REMEDY = (
 )
 
 
+_FORBIDDEN = with_remedy(
+    "The runtime has allowedNamespaces, and the operator may not read the labels of this namespace",
+    "Bring the operator's role to its version (helm upgrade). The run starts by itself then.",
+)
+_FORBIDDEN_SECONDS = 30.0
+
+
+def asks_for_namespace(runtime: ClusterLoRARuntime | None) -> bool:
+    """Whether the labels of a run's namespace decide if it may take ``runtime``."""
+    return runtime is not None and runtime.spec.allowed_namespaces is not None
+
+
 def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
     """What to do next about the runtime of a run; ``None`` once that is settled."""
     run, runtime = observed.run, observed.runtime
@@ -32,8 +46,10 @@ def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Pla
     if runtime is None and run.spec.runtime_ref is not None:
         message = f"spec.runtimeRef.name: there is no ClusterLoRARuntime {run.spec.runtime_ref.name}"
         return decide_wait("RuntimeNotFound", with_remedy(message, _NOT_FOUND_REMEDY), None)
+    if observed.namespace_labels is None and asks_for_namespace(runtime):
+        return decide_wait("OperatorForbidden", _FORBIDDEN, _FORBIDDEN_SECONDS)
     snapshot = build_snapshot(runtime) if runtime is not None else None
-    refusal = find_refusal(run, runtime)
+    refusal = find_refusal(run, runtime, observed.namespace_labels)
     if refusal is not None:
         return replace(decide_failure(observed, PREFLIGHT, _failure(*refusal, now), settings), runtime=snapshot)
     if snapshot is None:
@@ -60,9 +76,12 @@ def _failure(failure_class: FailureClass, message: str, now: datetime) -> Failur
     )
 
 
-def find_refusal(run: LoRAFineTune, runtime: ClusterLoRARuntime | None) -> tuple[FailureClass, str] | None:
+def find_refusal(
+    run: LoRAFineTune, runtime: ClusterLoRARuntime | None, namespace_labels: Mapping[str, str] | None = None
+) -> tuple[FailureClass, str] | None:
     """Why ``run`` cannot begin with ``runtime``, or ``None``."""
-    violations = check_limits(run, runtime) if runtime is not None else []
+    foreign = _find_foreign(run, runtime, namespace_labels or {})
+    violations = [foreign] if foreign else check_limits(run, runtime)
     if violations:
         return FailureClass.RUNTIME_REFUSED, "; ".join(violations)
     if run.spec.publish.store or (runtime is not None and runtime.spec.store):
@@ -71,34 +90,18 @@ def find_refusal(run: LoRAFineTune, runtime: ClusterLoRARuntime | None) -> tuple
     return FailureClass.BAD_SPEC, f"spec.publish.store is not set, and {why}"
 
 
-def check_limits(run: LoRAFineTune, runtime: ClusterLoRARuntime) -> list[str]:
-    """What ``run`` asks for and ``runtime`` does not allow, a sentence each, with the field and the rule."""
-    spec, limits = run.spec, runtime.spec.limits
-    parallelism, dataset = spec.parallelism, spec.dataset
-    gpus = parallelism.nodes * parallelism.gpus_per_node
-    whose = f"ClusterLoRARuntime {runtime.metadata.name}"
-    found = []
-    if limits.max_nodes is not None and parallelism.nodes > limits.max_nodes:
-        found.append(
-            f"spec.parallelism.nodes is {parallelism.nodes}, but {whose} allows at most {limits.max_nodes} "
-            "(limits.maxNodes)"
-        )
-    if limits.max_gpus is not None and gpus > limits.max_gpus:
-        found.append(
-            f"spec.parallelism asks for {gpus} GPUs (nodes * gpusPerNode), but {whose} allows at most "
-            f"{limits.max_gpus} (limits.maxGPUs)"
-        )
-    uris = [
-        ("baseModel.uri", spec.base_model.uri, limits.model_uri_prefixes, "modelUriPrefixes"),
-        ("dataset.train.uri", dataset.train.uri, limits.data_uri_prefixes, "dataUriPrefixes"),
-        ("dataset.eval.uri", dataset.eval and dataset.eval.uri, limits.data_uri_prefixes, "dataUriPrefixes"),
-    ]
-    for field, uri, prefixes, rule in uris:
-        if uri and prefixes is not None and not any(_is_below(uri, prefix) for prefix in prefixes):
-            found.append(f"spec.{field} is {uri}, but {whose} allows only {', '.join(prefixes)} (limits.{rule})")
-    return found
-
-
-def _is_below(uri: str, prefix: str) -> bool:
-    """Whether ``prefix`` is ``uri`` or a directory above it: s3://bucket/a is not above s3://bucket/ab."""
-    return uri == prefix or uri.startswith(prefix if prefix.endswith("/") else f"{prefix}/")
+def _find_foreign(
+    run: LoRAFineTune, runtime: ClusterLoRARuntime | None, namespace_labels: Mapping[str, str]
+) -> str | None:
+    """Why the namespace of ``run`` may not take ``runtime``. Of its other rules it is not told then."""
+    selector = runtime.spec.allowed_namespaces if runtime is not None else None
+    if runtime is None or selector is None or selects(selector, namespace_labels):
+        return None
+    name = runtime.metadata.name
+    field = (
+        f"spec.runtimeRef.name is {name}" if run.spec.runtime_ref else f"spec.runtimeRef is not set, so it is {name}"
+    )
+    return (
+        f"{field}, but ClusterLoRARuntime {name} is for namespaces with the labels {describe_selector(selector)} only "
+        f"(allowedNamespaces), and namespace {run.metadata.namespace} does not have them"
+    )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lora_api import API_VERSION, KIND, ConditionType, LoRAFineTuneStatus, Phase
+from lora_api import API_VERSION, KIND, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.finetune import ObjectMeta
+from lora_operator.children.environment import find_left_out
 from lora_operator.children.names import MANAGER
 
 _MAX_NOTE = 1024
@@ -66,6 +67,19 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
         note = _message(new, ConditionType.READY)
         events.append(EventSpec("Warning", new.reason or "Failed", "Fail", note, about))
     return events
+
+
+def describe_left_out(run: LoRAFineTune) -> list[EventSpec]:
+    """What of podTemplate.env its pods do not get: told once a run, however many attempts it has."""
+    names = find_left_out(run)
+    if not names:
+        return []
+    note = (
+        f"podTemplate.env: {', '.join(names)} {'is' if len(names) == 1 else 'are'} left out: a run may set only the "
+        "variables that are listed in docs/reference.md. Any other can be set by podTemplate.env of a "
+        "ClusterLoRARuntime, and servers by its endpoints"
+    )
+    return [EventSpec("Warning", "EnvironmentLeftOut", "Launch", note, "env")]
 
 
 def _about(status: LoRAFineTuneStatus) -> str:

@@ -45,6 +45,7 @@ PATHS = {
     "configmaps": "/api/v1",
     "networkpolicies": "/apis/networking.k8s.io/v1",
     "pods": "/api/v1",
+    "namespaces": "/api/v1",
     "events": "/apis/events.k8s.io/v1",
     "tokenreviews": "/apis/authentication.k8s.io/v1",
     "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
@@ -167,7 +168,7 @@ class KubeClient:
         body = {"apiVersion": API_VERSION, "kind": RUNTIME_KIND, "metadata": {"name": name}, "spec": spec.to_wire()}
         return await self._apply(RUNTIMES, None, name, body)
 
-    async def fetch_object(self, resource: str, namespace: str, name: str, subresource: str = "") -> Raw:
+    async def fetch_object(self, resource: str, namespace: str | None, name: str, subresource: str = "") -> Raw:
         """One object, or a part of it.
 
         Raises:

@@ -1,14 +1,16 @@
 """What is looked up before it is acted upon: watches are late, and another operator may be at work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lora_api import PLURAL, LoRAFineTune
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.names import JOB_NAME_LABEL, RUN_LABEL, child_name
 from lora_operator.follow import missing_attempt
-from lora_operator.kube import KubeClient, NotFoundError
+from lora_operator.kube import KubeClient, KubeError, NotFoundError
 from lora_operator.observed import Observed
 from lora_operator.views import JobView, Key, PodView
+
+FORBIDDEN = 403
 
 
 class Lookups:
@@ -24,6 +26,16 @@ class Lookups:
             self._cache.put(Resource.RUNS, await self._kube.fetch_object(PLURAL, *key))
         except NotFoundError:
             self._cache.forget_run(key)
+
+    async def fetch_labels(self, namespace: str) -> Mapping[str, str] | None:
+        """The labels of ``namespace``; ``None`` where the operator's role does not allow to read them."""
+        try:
+            found = await self._kube.fetch_object("namespaces", None, namespace)
+        except KubeError as error:
+            if error.status != FORBIDDEN:
+                raise
+            return None
+        return dict(found["metadata"].get("labels") or {})
 
     async def is_current(self, key: Key, run: LoRAFineTune) -> bool:
         """Whether ``run`` is still as it was seen."""

@@ -96,7 +96,8 @@ def forget_pods(reports: Reports) -> Reports:
 class Observed:
     """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name.
 
-    ``runtime`` is looked up for a run that has not begun.
+    ``runtime`` is looked up for a run that has not begun, and the labels of its namespace where the runtime asks for
+    them; ``None``: they could not be read.
     """
 
     run: LoRAFineTune
@@ -106,6 +107,7 @@ class Observed:
     job_uids: frozenset[str] = frozenset()
     reports: Reports = Reports()
     runtime: ClusterLoRARuntime | None = None
+    namespace_labels: Mapping[str, str] | None = None
 
     def has_begun(self) -> bool:
         """Whether the run has taken its runtime, or something was created for it without one."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
+from lora_api.runtime import taken_runtime
 from lora_operator.observed import Reports
 from lora_operator.progress import format_duration
 
@@ -75,8 +76,16 @@ def find_overrun(run: LoRAFineTune, attempt: int, now: datetime) -> Failure | No
     if limit is None or compute_active_seconds(run.status, now) < limit:
         return None
     message = f"The pods have run for {format_duration(compute_active_seconds(run.status, now))}, and "
-    message += f"runPolicy.activeDeadlineSeconds is {limit}"
+    message += f"runPolicy.activeDeadlineSeconds is {limit}{_whose_limit(run, limit)}"
     return _failure(FailureClass.DEADLINE_EXCEEDED, attempt, message, now)
+
+
+def _whose_limit(run: LoRAFineTune, limit: int) -> str:
+    """Says so where the deadline is that of the runtime, which a change of the run cannot raise."""
+    taken = run.status.runtime
+    if taken is None or taken_runtime(run).limits.max_active_deadline_seconds != limit:
+        return ""
+    return f", the most that ClusterLoRARuntime {taken.name} allows (limits.maxActiveDeadlineSeconds)"
 
 
 def seconds_to_deadline(run: LoRAFineTune, now: datetime) -> float | None:

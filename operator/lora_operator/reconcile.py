@@ -10,7 +10,7 @@ goes on.
 
 import logging
 from asyncio import gather
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime
 
@@ -27,12 +27,13 @@ from lora_api import (
 from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.reading import Reading
+from lora_operator.admission import asks_for_namespace
 from lora_operator.cache import Cache, Resource
 from lora_operator.children.assembly import build_children
 from lora_operator.children.names import child_name
 from lora_operator.controlkeys import ControlKeys
 from lora_operator.diagnose import PEER_SILENT
-from lora_operator.events import build_event, compute_events
+from lora_operator.events import EventSpec, build_event, compute_events, describe_left_out
 from lora_operator.finished import list_children
 from lora_operator.follow import (
     compute_next_look,
@@ -127,8 +128,9 @@ class Reconciler:
             reading = parse_run(raw)
             run, left_out = reading.value, reading.left_out
             observed = self._observe(key, run)
-            if not observed.has_begun() and (of_runtime := self._find_runtime(raw)) is not None:
-                observed, left_out = replace(observed, runtime=of_runtime.value), left_out + of_runtime.left_out
+            if not observed.has_begun():
+                observed, of_runtime = await self._look_at_runtime(key, raw, observed)
+                left_out += of_runtime
         except InvalidRunError as error:
             return await self._leave_alone(key, error)
         await self._remarks.say_left_out(run.metadata, left_out, finished=is_finished(run.status))
@@ -170,6 +172,20 @@ class Reconciler:
             job_uids=frozenset(job.uid for job in jobs),
             reports=reports if reports and reports.run_uid == uid else Reports(run_uid=uid),
         )
+
+    async def _look_at_runtime(self, key: Key, raw: Raw, observed: Observed) -> tuple[Observed, tuple[str, ...]]:
+        """With the runtime that the run is about to take, and what that asks about its namespace.
+
+        Also returns the paths of what nobody here knows of the runtime.
+
+        Raises:
+            InvalidRunError: the runtime cannot be read.
+        """
+        reading = self._find_runtime(raw)
+        if reading is None:
+            return observed, ()
+        labels = await self._lookups.fetch_labels(key[0]) if asks_for_namespace(reading.value) else None
+        return replace(observed, runtime=reading.value, namespace_labels=labels), reading.left_out
 
     def _find_runtime(self, run: Raw) -> Reading[ClusterLoRARuntime] | None:
         """The runtime that ``run`` names, or the default one.
@@ -324,7 +340,9 @@ class Reconciler:
             return 0.0
         self._reports[key] = replace(reports, status_written_at=now)
         self._metrics.count_change(key[0], old, new, now)
-        await self._emit_events(observed.run.metadata, old, new)
+        launched = plan.launch is not None or plan.launch_preflight is not None
+        left_out = describe_left_out(observed.run) if launched else []
+        await self._emit_events(observed.run.metadata, [*left_out, *compute_events(old, new)])
         # A verdict calls for the next step, and no event will.
         verdict = plan.failure or plan.passed or plan.ended or plan.suspended is not None
         return 0.0 if verdict else None
@@ -367,7 +385,9 @@ class Reconciler:
         pods, now, since = forgotten_pods(observed), self._clock(), observed.reports.forgotten_since
         if pods and since is not None and is_due(since, now, self._settings.failure_grace):
             await self._lookups.fetch_leftovers(key, pods)
-            observed, since = replace(self._observe(key, observed.run), runtime=observed.runtime), now
+            seen = self._observe(key, observed.run)
+            seen = replace(seen, runtime=observed.runtime, namespace_labels=observed.namespace_labels)
+            observed, since = seen, now
         reports = replace(observed.reports, forgotten_since=(since or now) if pods else None)
         self._reports[key] = reports
         return replace(observed, reports=reports)
@@ -387,12 +407,12 @@ class Reconciler:
             return INVALID_RETRY
         new = compute_invalid_status(status, metadata.generation, str(error), self._clock())
         if self._kube.to_declared(new) != status.to_wire() and await self._write(key, metadata, new):
-            await self._emit_events(metadata, status, new)
+            await self._emit_events(metadata, compute_events(status, new))
         return INVALID_RETRY
 
-    async def _emit_events(self, metadata: ObjectMeta, old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> None:
+    async def _emit_events(self, metadata: ObjectMeta, events: Iterable[EventSpec]) -> None:
         """Posts Events. They are for people, so a refused one (a namespace that is going) holds nothing up."""
-        for event in compute_events(old, new):
+        for event in events:
             try:
                 await self._kube.emit_event(build_event(metadata, event, self._clock(), self._instance))
             except KubeError as error:

@@ -43,6 +43,7 @@ RBAC: tuple[Rule, ...] = (
         ("create", "delete", "get"),
         "who may speak to the pods of a run, and to whom they may",
     ),
+    Rule("", ("namespaces",), ("get",), "labels of a run's namespace: who may take a runtime"),
     Rule("", ("pods",), ("get", "list", "watch"), "how the pods of the gang fare"),
     Rule("", ("pods/log",), ("get",), "progress, and the last lines of a failed pod"),
     Rule("events.k8s.io", ("events",), ("create", "list"), "tell changes of state; why a Job's pods are not made"),

@@ -19,6 +19,9 @@ from lora_api.training import Checkpoint
 from lora_operator.settings import Settings
 from lora_operator.views import Raw
 
+KEPT_LIMITS = ("maxActiveDeadlineSeconds",)
+"""Limits that hold as long as the run lives. The others are looked at once: what they are about cannot change."""
+
 
 def runtime_name(spec: Raw) -> str:
     """Name of the runtime of a run with the specification ``spec``."""
@@ -28,7 +31,10 @@ def runtime_name(spec: Raw) -> str:
 def build_snapshot(runtime: ClusterLoRARuntime) -> RuntimeSnapshot:
     """What of ``runtime`` a run keeps."""
     spec = runtime.spec.to_wire()
-    del spec["limits"]
+    kept = {name: limit for name, limit in spec.pop("limits").items() if name in KEPT_LIMITS}
+    spec.pop("allowedNamespaces", None)
+    if kept:
+        spec["limits"] = kept
     return RuntimeSnapshot(name=runtime.metadata.name, generation=runtime.metadata.generation, spec=spec)
 
 
@@ -50,6 +56,9 @@ def fill_in(run: LoRAFineTune) -> LoRAFineTune:
         "run_policy": policy.model_copy(
             update={
                 "queue_name": policy.queue_name or runtime.queue_name,
+                "active_deadline_seconds": _shorter(
+                    policy.active_deadline_seconds, runtime.limits.max_active_deadline_seconds
+                ),
                 "ttl_seconds_after_finished": runtime.ttl_seconds_after_finished if ttl is None else ttl,
             }
         ),
@@ -57,22 +66,26 @@ def fill_in(run: LoRAFineTune) -> LoRAFineTune:
     return run.model_copy(update={"spec": spec.model_copy(update=changes)})
 
 
+def _shorter(own: int | None, limit: int | None) -> int | None:
+    return min((seconds for seconds in (own, limit) if seconds is not None), default=None)
+
+
 def _merge_pods(spec: LoRAFineTuneSpec, runtime: ClusterLoRARuntimeSpec) -> PodTemplate:
     own, base = spec.pod_template, runtime.pod_template
     secrets = {one.name: one for one in (*base.image_pull_secrets, *own.image_pull_secrets)}
     gpu_nodes = runtime.gpu.node_selector if runtime.gpu and spec.parallelism.gpus_per_node else {}
     return PodTemplate.model_construct(
-        resources=_merge_resources(own.resources, base.resources),
+        resources=merge_resources(own.resources, base.resources),
         node_selector=base.node_selector | gpu_nodes | own.node_selector,
         tolerations=[*base.tolerations, *(one for one in own.tolerations if one not in base.tolerations)],
-        env=list({one.name: one for one in (*base.env, *own.env)}.values()),
+        env=own.env,  # the runtime's may have other names, and children.environment joins the two
         image_pull_secrets=list(secrets.values()),
         labels=base.labels | own.labels,
         annotations=base.annotations | own.annotations,
     )
 
 
-def _merge_resources(own: ResourceRequirements, base: ResourceRequirements) -> ResourceRequirements:
+def merge_resources(own: ResourceRequirements, base: ResourceRequirements) -> ResourceRequirements:
     """Of a resource that the run names, request and limit are both the run's: halves of two need not fit."""
     named = own.requests.keys() | own.limits.keys()
     return ResourceRequirements.model_construct(

@@ -10,6 +10,7 @@ from lora_operator.observed import Reports, is_finished
 from lora_operator.plan import Mark, Plan
 from lora_operator.policy import compute_active_seconds, running_since
 from lora_operator.progress import compute_stopped_progress
+from lora_operator.upgrades import began_before_endpoints
 
 _ORDER = [str(kind) for kind in ConditionType]
 _WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
@@ -40,6 +41,7 @@ def compute_status(
             "attempt": plan.attempt,
             "runtime": plan.runtime or old.runtime,
             "trainer": trainer or old.trainer,
+            "listed_keys": None if began_before_endpoints(old) else True,
             "start_time": old.start_time or (now if plan.attempt else None),
             "completion_time": now if plan.ended else None,
             "conditions": compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),

@@ -129,9 +129,9 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
     scheduled = conditions.get("PodScheduled") or {}
     disruption = conditions.get("DisruptionTarget") or {}
     disrupted = disruption.get("status") == "True"
-    containers = status.get("containerStatuses") or [{}]
-    state = containers[0].get("state") or {}
-    waiting = state.get("waiting") or {}
+    state, first = _state(status, "containerStatuses"), _state(status, "initContainerStatuses")
+    # While the init container waits for an image or a Secret, the trainer only says PodInitializing.
+    waiting = first.get("waiting") or state.get("waiting") or {}
     return PodView(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -159,6 +159,12 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         ended=_parse_ended(state.get("terminated")),
         tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
+
+
+def _state(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """The state of the one container of ``kind`` that a pod of ours has."""
+    containers = status.get(kind) or [{}]
+    return containers[0].get("state") or {}
 
 
 def _parse_ended(terminated: Mapping[str, Any] | None) -> Ended | None:

@@ -74,6 +74,7 @@ def writer(runs: Runs, image: str) -> dict[str, Any]:
         "imagePullPolicy": "IfNotPresent",
         "command": ["/opt/lora/bin/python", "-c", FILL, *sources],
         "envFrom": [{"secretRef": {"name": stack.SECRET}}],
+        "env": [{"name": "AWS_ENDPOINT_URL", "value": runs.cluster.s3_endpoint}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "volumeMounts": [{"name": "claim", "mountPath": "/claim"}],
     }

@@ -178,3 +178,41 @@ def test_in_namespaced_mode_the_operator_can_do_nothing_elsewhere(cp: devcluster
     assert not may(cp, "narrow", "get", "secrets", "team-a")
     helm("uninstall", "narrow")
     assert not may(cp, "narrow", "create", "jobs", "team-a")
+
+
+def test_in_namespaced_mode_the_operator_reads_the_labels_of_its_namespaces_only(
+    cp: devcluster.ControlPlane, helm: Helm
+) -> None:
+    """They decide who may take a runtime; a Role covers the namespace that it is in."""
+    helm("install", "narrow", str(CHART), "--set=crds.enabled=false", '--set-json=namespaces=["team-a"]')
+    user = f"--as=system:serviceaccount:{SPACE}:narrow"
+    assert cp.kubectl("get", "namespace", "team-a", user, "--output=name") == "namespace/team-a\n"
+    with pytest.raises(devcluster.DevclusterError, match="forbidden"):
+        cp.kubectl("get", "namespace", "team-b", user)
+    helm("uninstall", "narrow")
+
+
+VIEWER = ("--as=ann", "--as-group=system:authenticated", "--as-group=team-a")
+
+
+def can_i(cp: devcluster.ControlPlane, *request: str) -> bool:
+    """What kubectl auth can-i says to somebody who may only view one namespace. It fails where it says no."""
+    try:
+        return cp.kubectl("auth", "can-i", *request, *VIEWER).strip() == "yes"
+    except devcluster.DevclusterError:
+        return False
+
+
+def test_who_may_view_a_namespace_can_read_the_runtimes(cp: devcluster.ControlPlane, helm: Helm) -> None:
+    """As remedies tell people to; a RoleBinding to the role view does not cover objects of the cluster."""
+    cp.kubectl("apply", f"--filename={ROOT / 'crds'}")
+    wait_for_crds(cp)
+    cp.kubectl("create", "rolebinding", "ann", "--namespace=team-a", "--clusterrole=view", "--user=ann")
+    helm("install", "readers", str(CHART), "--set=crds.enabled=false")
+    assert can_i(cp, "list", "clusterloraruntimes.lorafinetune.io")
+    assert cp.kubectl("get", "clr", *VIEWER) == ""
+    assert not can_i(cp, "update", "clusterloraruntimes.lorafinetune.io")
+    assert not can_i(cp, "list", "namespaces")
+    helm("upgrade", "readers", str(CHART), "--set=crds.enabled=false", "--set=rbac.runtimeReaders=false")
+    assert not can_i(cp, "list", "clusterloraruntimes.lorafinetune.io")
+    helm("uninstall", "readers")

@@ -225,7 +225,14 @@ MAXIMAL_RUNTIME: Spec = {
     "image": "registry.example.org:5000/lora-trainer@sha256:" + "0" * 64,
     "imagePullPolicy": "Always",
     "gpu": {"name": "NVIDIA H100 80GB", "memoryGiB": 79.6, "nodeSelector": {"nvidia.com/gpu.product": "H100"}},
-    "podTemplate": MAXIMAL["podTemplate"],
+    "podTemplate": {**MAXIMAL["podTemplate"], "env": [{"name": "NCCL_TOPO_FILE", "value": "/etc/nccl/topo.xml"}]},
+    "endpoints": {
+        "store": "https://s3.example.org:9000",
+        "hub": "https://hub.example.org/mirror",
+        "proxy": "http://proxy.example.org:3128",
+        "noProxy": ".svc,10.0.0.0/8",
+        "tracking": ["https://mlflow.example.org/team"],
+    },
     "store": "s3://models/adapters",
     "checkpoint": MAXIMAL["checkpoint"],
     "terminationGracePeriodSeconds": 300,
@@ -245,6 +252,16 @@ MAXIMAL_RUNTIME: Spec = {
         "maxGPUs": 32,
         "modelUriPrefixes": ["hf://meta-llama", "s3://models/"],
         "dataUriPrefixes": ["s3://datasets"],
+        "storePrefixes": ["s3://models"],
+        "maxActiveDeadlineSeconds": 86400,
+        "annotationNames": ["kueue.x-k8s.io/*"],
+        "labelNames": ["team"],
+        "priorityClassNames": ["batch.low"],
+        "queueRequired": True,
+    },
+    "allowedNamespaces": {
+        "matchLabels": {"tier": "gold"},
+        "matchExpressions": [{"key": "example.org/team", "operator": "In", "values": ["a", "b"]}],
     },
 }
 

@@ -14,7 +14,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -81,6 +81,21 @@ def describe_file(path: Path, name: str) -> StoredFile:
     return StoredFile(path=name, size=path.stat().st_size, sha256=file_digest(path))
 
 
+def read_region(env: Mapping[str, str] = os.environ) -> str:
+    """The region in AWS_REGION.
+
+    It is a part of the host name that AWS is reached by, and comes from the Secret of a run. One such as
+    ``x@example.org/#`` would have another server asked, which is not the Secret's to say.
+
+    Raises:
+        BadSpecError: it is no region.
+    """
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or "us-east-1"
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", region):
+        raise BadSpecError("AWS_REGION (spec.credentials) is no region: it may have letters, digits and - only")
+    return region
+
+
 class Store:
     """Objects below one URI. Paths are relative to it."""
 
@@ -121,11 +136,10 @@ class Store:
         if scheme != "s3":
             raise BadSpecError(f"{self.uri}: the store must start with s3:// or file://")
         bucket, _, prefix = rest.partition("/")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         return S3Store(
             bucket,
             prefix=prefix or None,
-            region=region,
+            region=read_region(),
             client_options={"allow_http": True, "connect_timeout": "5s", "timeout": timedelta(seconds=timeout)},
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
         )

@@ -92,6 +92,10 @@ What the operator may do, by purpose. The same table is lora_operator.rights.RBA
 - apiGroups: [lorafinetune.io]
   resources: [lorafinetunes/status]
   verbs: [patch]
+# Labels of the run's namespace: who may take a runtime.
+- apiGroups: [""]
+  resources: [namespaces]
+  verbs: [get]
 {{- end -}}
 
 {{- define "lora-operator.rules.gangs" -}}

@@ -11,6 +11,7 @@ from typing import Any
 from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
 from lora_api.run import MASTER_PORT, RUN_FILE
+from lora_operator.children.environment import build_env
 from lora_operator.children.names import (
     INDEX_LABEL,
     RUN_VERSION_ANNOTATION,
@@ -20,7 +21,7 @@ from lora_operator.children.names import (
     preflight_labels,
     preflight_name,
 )
-from lora_operator.children.pod import build_pod_template, library_env, to_env, user_env
+from lora_operator.children.pod import build_pod_template
 from lora_operator.children.podgroup import build_podgroup, join_gang
 from lora_operator.queueing import uses_kueue
 from lora_operator.settings import Settings
@@ -73,7 +74,7 @@ def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings, run_
     name, labels = preflight_name(run.metadata.name, number), preflight_labels(run.metadata.name, number)
     template = build_pod_template(
         run, settings, name=name, labels=labels, args=["preflight", RUN_FILE],
-        env=to_env(library_env(run) | user_env(run)), resources=PREFLIGHT_RESOURCES,
+        env=build_env(run, {}), resources=PREFLIGHT_RESOURCES,
     )  # fmt: skip
     return _annotate(_build(run, name, labels, 1, template), run_version)
 
@@ -104,7 +105,7 @@ def _build(
 
 
 def _gang_env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[str, Any]]:
-    """Rendezvous and library settings; what the user sets in podTemplate.env wins over the library settings."""
+    """Rendezvous and library settings."""
     parallelism = run.spec.parallelism
     name = child_name(run.metadata.name, attempt)
     own = {
@@ -113,16 +114,15 @@ def _gang_env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[
         "PET_MASTER_ADDR": f"{name}-0.{name}",
         "PET_MASTER_PORT": str(MASTER_PORT),
         "PET_NNODES": str(parallelism.nodes),
+        "PET_NODE_RANK": {"valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_LABEL}']"}}},
         "PET_NPROC_PER_NODE": str(parallelism.processes_per_node),
         "PET_RDZV_BACKEND": "static",
     }
-    libraries = library_env(run)
-    libraries["LORA_STOP_GRACE_SECONDS"] = str(max(settings.termination_grace - STOP_MARGIN_SECONDS, 1))
+    libraries = {"LORA_STOP_GRACE_SECONDS": str(max(settings.termination_grace - STOP_MARGIN_SECONDS, 1))}
     threads = omp_threads(run.spec.pod_template, parallelism.processes_per_node, on_cpu=parallelism.gpus_per_node == 0)
     if threads is not None:
         libraries["OMP_NUM_THREADS"] = str(threads)
-    rank = {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_LABEL}']"}}}
-    return [rank, *to_env(libraries | user_env(run) | own)]
+    return build_env(run, own, libraries)
 
 
 def _gang_resources(run: LoRAFineTune) -> dict[str, dict[str, str]]:

@@ -6,7 +6,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lora_api import LoRAFineTune
+from lora_api.pods import SecretRef
 from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
+from lora_operator.children.environment import source_uris
 from lora_operator.children.names import UID_LABEL
 from lora_operator.settings import Settings
 
@@ -14,6 +16,8 @@ COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]
 """-P and -s: no code from the current directory, which is scratch, or below $HOME, whatever the environment says."""
 
 USER_ID = 65532
+_OF_EVERY_CONTAINER = ("cpu", "memory", "ephemeral-storage")
+"""Resources that a quota may ask for of every container; devices are the trainer's alone."""
 
 
 def build_pod_template(
@@ -31,7 +35,7 @@ def build_pod_template(
     They hold no credentials of the cluster.
     """
     template = run.spec.pod_template
-    claims = claims_of(run)
+    claims, credentials = claims_of(run), run.spec.credentials
     return {
         "metadata": {
             "labels": template.labels | labels | {UID_LABEL: run.metadata.uid},
@@ -53,7 +57,8 @@ def build_pod_template(
             "nodeSelector": template.node_selector,
             "tolerations": [toleration.to_wire() for toleration in template.tolerations],
             "imagePullSecrets": [secret.to_wire() for secret in template.image_pull_secrets],
-            "containers": [_container(run, settings, args, env, resources, claims)],
+            **({"initContainers": [_build_gate(credentials.secret_ref, settings, resources)]} if credentials else {}),
+            "containers": [_container(settings, args, env, resources, claims)],
             "volumes": [
                 {"name": "run", "configMap": {"name": name}},
                 {"name": "work", "emptyDir": {}},
@@ -69,14 +74,12 @@ def build_pod_template(
 
 
 def _container(
-    run: LoRAFineTune,
     settings: Settings,
     args: Sequence[str],
     env: Sequence[Mapping[str, Any]],
     resources: Mapping[str, Mapping[str, str]],
     claims: Mapping[str, str],
 ) -> dict[str, Any]:
-    credentials = run.spec.credentials
     return {
         "name": CONTAINER_NAME,
         "image": settings.trainer_image,
@@ -84,13 +87,8 @@ def _container(
         "command": COMMAND,
         "args": list(args),
         "env": list(env),
-        "envFrom": [{"secretRef": credentials.secret_ref.to_wire()}] if credentials else [],
         "resources": resources,
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": _restricted(),
         "terminationMessagePath": TERMINATION_LOG,
         # Not FallbackToLogsOnError: a killed trainer has no last words, and a piece of its log is no termination
         # message. The operator reads the log itself.
@@ -108,40 +106,35 @@ def _container(
     }
 
 
-def library_env(run: LoRAFineTune) -> dict[str, str]:
-    """Settings of the libraries; what the user sets in podTemplate.env wins over them."""
-    libraries = {
-        "HF_HOME": f"{WORK_DIRECTORY}/hf",
-        "HOME": WORK_DIRECTORY,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-    }
-    return libraries if uses_hub(run) else libraries | {"HF_HUB_OFFLINE": "1"}
-
-
-def user_env(run: LoRAFineTune) -> dict[str, str]:
-    """What the user sets in podTemplate.env."""
-    return {variable.name: variable.value for variable in run.spec.pod_template.env}
-
-
-def to_env(values: Mapping[str, str]) -> list[dict[str, Any]]:
-    """``values`` as a container's env, in a fixed order."""
-    return [{"name": key, "value": value} for key, value in sorted(values.items())]
-
-
-def uses_hub(run: LoRAFineTune) -> bool:
-    """Whether anything comes from a model hub."""
-    return any(uri.startswith("hf://") for uri in _uris(run))
-
-
 def claims_of(run: LoRAFineTune) -> dict[str, str]:
     """Claims of pvc:// URIs, with the names of their volumes, each once and in a fixed order."""
-    claims = sorted({urlsplit(uri).netloc for uri in _uris(run) if uri.startswith("pvc://")})
+    claims = sorted({urlsplit(uri).netloc for uri in source_uris(run) if uri.startswith("pvc://")})
     return {claim: f"claim-{number}" for number, claim in enumerate(claims)}
 
 
-def _uris(run: LoRAFineTune) -> list[str]:
-    dataset = run.spec.dataset
-    return [run.spec.base_model.uri, dataset.train.uri, *([dataset.eval.uri] if dataset.eval else [])]
+def _build_gate(secret: SecretRef, settings: Settings, resources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """An init container that does nothing, and cannot start while the run's Secret is missing.
+
+    Keys may be missing one by one, and a container whose keys are all optional starts without the Secret, too. So this
+    one takes the whole Secret, under names that no program knows, and is gone before the trainer starts.
+    """
+    own = {kind: {name: value for name, value in values.items() if name in _OF_EVERY_CONTAINER}
+           for kind, values in resources.items()}  # fmt: skip
+    return {
+        "name": "credentials",
+        "image": settings.trainer_image,
+        "imagePullPolicy": settings.trainer_image_pull_policy,
+        "command": [COMMAND[0], "-I", "-S", "-c", ""],
+        "envFrom": [{"prefix": "UNUSED_", "secretRef": secret.to_wire()}],
+        "resources": own,
+        "securityContext": _restricted(),
+    }
+
+
+def _restricted() -> dict[str, Any]:
+    """What Pod Security ``restricted`` asks of a container, and a root that cannot be written to."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }

@@ -326,7 +326,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a variable that is the operator's": (
         {"podTemplate.env": [{"name": "MASTER_ADDR", "value": "x"}]},
         "spec.podTemplate.env[0].name",
-        "should match '^(NCCL|",
+        "any other can be set by podTemplate.env of a ClusterLoRARuntime",
+    ),
+    "a variable that no shell can have": (
+        {"podTemplate.env": [{"name": "NCCL-DEBUG", "value": "x"}]},
+        "spec.podTemplate.env[0].name",
+        "should match '^[A-Za-z_]",
     ),
     "one variable twice": (
         {"podTemplate.env": [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "OMP_NUM_THREADS", "value": "2"}]},

@@ -132,7 +132,7 @@ CANDIDATES = candidates(PATHS, MAXIMAL, OTHERWISE)
 OF_A_RUNTIME_ALONE = {
     path: node
     for path, node in RUNTIME_PATHS.items()
-    if not path.startswith(("podTemplate.", "podTemplate:", "checkpoint."))
+    if path.startswith("podTemplate.env") or not path.startswith(("podTemplate.", "podTemplate:", "checkpoint."))
 }
 RUNTIME_CANDIDATES = candidates(OF_A_RUNTIME_ALONE, MAXIMAL_RUNTIME, OTHER_RUNTIME)
 

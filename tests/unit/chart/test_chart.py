@@ -46,7 +46,8 @@ CASES: dict[str, list[str]] = {
     ],
     "default-runtime-none": ["defaultRuntime.enabled=false"],
     "namespaces": ['namespaces=["team-a", "team-b"]'],
-    "rbac-none": ["rbac.create=false", "rbac.aggregate=false"],
+    "rbac-none": ["rbac.create=false", "rbac.aggregate=false", "rbac.runtimeReaders=false"],
+    "rbac-runtime-readers-none": ["rbac.runtimeReaders=false"],
     "service-account": ['serviceAccount.name="tuner"', 'serviceAccount.annotations={"example.org/role": "x"}'],
     "service-account-of-others": ["serviceAccount.create=false", 'serviceAccount.name="given"'],
     "operator": [

@@ -6,8 +6,9 @@ import pytest
 
 from lora_api import ClusterLoRARuntime, FailureClass, LoRAFineTune, build_run_spec
 from lora_api.run import Device
-from lora_operator.admission import check_limits, find_refusal
+from lora_operator.admission import find_refusal
 from lora_operator.children.job import build_job
+from lora_operator.limits import check_limits
 from lora_operator.runtimes import build_snapshot, fill_in, resolve, runtime_name
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import a_run, a_runtime
@@ -104,11 +105,23 @@ MERGED: dict[str, tuple[dict[str, Any], dict[str, Any], str, Any]] = {
         "podTemplate.tolerations",
         [POOL, {"key": "own", "operator": "Exists"}],
     ),
-    "a variable of the run wins": (
-        {"podTemplate": {"env": [{"name": "NCCL_DEBUG", "value": "WARN"}, {"name": "NCCL_IB_HCA", "value": "mlx5"}]}},
-        {"podTemplate": {"env": [{"name": "NCCL_DEBUG", "value": "INFO"}]}},
-        "podTemplate.env",
-        [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "NCCL_IB_HCA", "value": "mlx5"}],
+    "the runtime's longest deadline is that of a run without one": (
+        {"limits": {"maxActiveDeadlineSeconds": 600}},
+        {},
+        "runPolicy.activeDeadlineSeconds",
+        600,
+    ),
+    "a shorter deadline of the run is its own": (
+        {"limits": {"maxActiveDeadlineSeconds": 600}},
+        {"runPolicy": {"activeDeadlineSeconds": 60}},
+        "runPolicy.activeDeadlineSeconds",
+        60,
+    ),
+    "a deadline that was raised later ends at the runtime's longest": (
+        {"limits": {"maxActiveDeadlineSeconds": 600}},
+        {"runPolicy": {"activeDeadlineSeconds": 6000}},
+        "runPolicy.activeDeadlineSeconds",
+        600,
     ),
     "secrets of registries are those of both, each once": (
         {"podTemplate": {"imagePullSecrets": [{"name": "a"}]}},
@@ -314,12 +327,19 @@ def test_a_run_needs_a_store(runtime: ClusterLoRARuntime | None, store: str | No
 # -- Snapshot ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_is_the_spec_without_its_limits() -> None:
-    runtime = a_runtime("h100", generation=7, image="trainer:7", gpu=H100, limits={"maxNodes": 1})
+def test_a_snapshot_is_the_spec_without_what_is_looked_at_once() -> None:
+    looked_at = {"limits": {"maxNodes": 1}, "allowedNamespaces": {"matchLabels": {"team": "a"}}}
+    runtime = a_runtime("h100", generation=7, image="trainer:7", gpu=H100, endpoints={"store": "http://s"}, **looked_at)
     snapshot = build_snapshot(runtime)
     assert (snapshot.name, snapshot.generation) == ("h100", 7)
-    assert snapshot.spec | {"limits": {"maxNodes": 1}} == runtime.spec.to_wire()
-    assert "limits" not in snapshot.spec
+    assert snapshot.spec | looked_at == runtime.spec.to_wire()
+    assert not snapshot.spec.keys() & looked_at.keys()
+    assert snapshot.spec["endpoints"] == {"store": "http://s"}, "each attempt needs it"
+
+
+def test_a_snapshot_has_the_limit_that_holds_as_long_as_the_run_lives() -> None:
+    limits = {"maxNodes": 1, "maxActiveDeadlineSeconds": 600}
+    assert build_snapshot(a_runtime(limits=limits)).spec["limits"] == {"maxActiveDeadlineSeconds": 600}
 
 
 @pytest.mark.parametrize(("spec", "want"), [({}, "default"), ({"runtimeRef": {"name": "h100"}}, "h100")])

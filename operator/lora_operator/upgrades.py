@@ -1,0 +1,20 @@
+"""What runs keep that began under an older version of the operator. Pure."""
+
+from lora_api import LoRAFineTuneStatus, Phase
+from lora_operator.observed import has_passed
+
+_NOT_BEGUN = (None, Phase.PENDING, Phase.SUSPENDED)
+
+
+def has_begun_before(status: LoRAFineTuneStatus) -> bool:
+    """Whether ``status`` says that something was taken or created for the run."""
+    tried = status.attempt or status.failed_preflights or has_passed(status) or status.runtime
+    return bool(tried) or status.phase not in _NOT_BEGUN
+
+
+def began_before_endpoints(status: LoRAFineTuneStatus) -> bool:
+    """Whether the run began when endpoints came from its Secret: it goes on to get AWS_ENDPOINT_URL from there.
+
+    A run that begins now has the mark ``status.listedKeys`` from its first status on.
+    """
+    return has_begun_before(status) and not status.listed_keys
