@@ -83,8 +83,8 @@ def test_it_is_said_where_an_attempt_may_get_another_trainer_than_those_before()
 
 def test_the_pods_have_the_runs_trainer_and_the_document_that_it_reads() -> None:
     for trainer, version, annotations in ((OLD, 1, None), (NEW, 2, {RUN_VERSION_ANNOTATION: "2"})):
-        (service, configmap), (job,) = build_children(a_run(), Plan(launch=3), SETTINGS, trainer, KEY)
-        assert service["kind"] == "Service"
+        (policy, service, configmap), (job,) = build_children(a_run(), Plan(launch=3), SETTINGS, trainer, KEY)
+        assert (policy["kind"], service["kind"]) == ("NetworkPolicy", "Service")
         assert job["spec"]["template"]["spec"]["containers"][0]["image"] == trainer.image
         assert job["metadata"].get("annotations") == annotations
         document = configmap["data"]["run.json"]
@@ -93,7 +93,7 @@ def test_the_pods_have_the_runs_trainer_and_the_document_that_it_reads() -> None
 
 
 def test_a_preflight_has_no_key() -> None:
-    (configmap,), (job,) = build_children(a_run(), Plan(launch_preflight=1), SETTINGS, NEW, KEY)
+    (_, configmap), (job,) = build_children(a_run(), Plan(launch_preflight=1), SETTINGS, NEW, KEY)
     assert KEY not in configmap["data"]["run.json"]
     assert '"version": 1' in configmap["data"]["run.json"], "there is nothing new in it: any trainer may check it"
     assert job["metadata"]["annotations"] == {RUN_VERSION_ANNOTATION: "2"}

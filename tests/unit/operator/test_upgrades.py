@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lora_api import LoRAFineTuneStatus
+from lora_api import LoRAFineTuneStatus, Phase
 from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.observed import Reports
 from lora_operator.plan import Plan
@@ -51,6 +51,6 @@ def test_it_stays_so_to_the_end_of_the_run(case: str) -> None:
     status, want = CASES[case]
     run = a_run(status=status)
     for attempt in (1, 2, 3):
-        new = compute_status(run, Plan(phase="Running", reason="Running", attempt=attempt), Reports(), NOW)
+        new = compute_status(run, Plan(phase=Phase.RUNNING, reason="Running", attempt=attempt), Reports(), NOW)
         assert began_before_endpoints(new) is want
         run = a_run(status={**new.to_wire(), "failures": [failure(attempt)]})
