@@ -55,6 +55,12 @@ def test_operators_and_crds_of_any_two_releases_leave_every_run_as_it_is(
                 assert Facts.of(run) == facts[name], pair
                 assert run.status["reason"] != "InvalidSpec", pair
             check_versions(runs["running"], operator, crds, process)
+    spoil(runs, before, after, cp.kubeconfig, namespace, log_of("spoil"), install)
+    with running(today, cp.kubeconfig, namespace, log_of("heal")) as process:
+        look_at_all(runs, process)
+        for name, run in runs.items():
+            run.wait("it is healed", lambda status: status["reason"] != "InvalidSpec", 20)
+            assert Facts.of(run) == facts[name], "healed"
     finish(runs, today, cp.kubeconfig, namespace, log_of("end"))
     made = [f"{name}-{attempt}" for name in runs for attempt in (1, 2) if (name, attempt) in TRAINED]
     assert jobs_created(cp, namespace) == sorted(made)
@@ -82,6 +88,18 @@ def check_versions(run: Run, operator: str, crds: str, process: Operator) -> Non
     if operator == "today" and crds == "after":
         assert (status["fabric"], status["version"]) == ("healthy", 3), "what a newer operator wrote is kept"
         assert f"spec.training.{NEW_FIELD}" in process.log, "what is left out is said"
+
+
+def spoil(
+    runs: dict[str, Run], before: Release, after: Release, kubeconfig: Path, namespace: str, log: Path, install: Install
+) -> None:
+    """What the release before did where the CRDs were a field ahead: it marked every run, those that had ended too."""
+    install(after)
+    with running(before, kubeconfig, namespace, log):
+        for run in runs.values():
+            run.wait("it is marked", lambda status: status["reason"] == "InvalidSpec", 60)
+        assert runs["finished"].condition("Stalled")["status"] == "True"
+        assert runs["finished"].condition("Complete")["status"] == "True"
 
 
 def finish(runs: dict[str, Run], release: Release, kubeconfig: Path, namespace: str, log: Path) -> None:
