@@ -37,8 +37,12 @@ test-unit: venv binaries ## Fast tests of the pure parts
 	$(PYTEST) tests/unit -n 2
 
 .PHONY: test-controlplane
-test-controlplane: venv binaries ## Tests against a real API server
-	$(PYTEST) tests/controlplane tests/security/controlplane tests/devcluster -m "not cluster" -n 2 --dist loadscope
+test-controlplane: venv binaries skew ## Tests against a real API server
+	$(PYTEST) tests/controlplane tests/security/controlplane tests/devcluster tests/skew -m "not cluster" -n 2 --dist loadscope
+
+.PHONY: skew
+skew: venv ## Build the release before this one from git's history, for the tests of versions side by side
+	@$(RUN) tools/skew.py
 
 .PHONY: test-trainer
 test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing

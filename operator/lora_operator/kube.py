@@ -223,18 +223,15 @@ class KubeClient:
             },
         }
         while True:
+            sent = self.to_declared(status)
             try:
-                whole = {**body, "status": self.to_declared(status)}
-                return await self._apply(PLURAL, metadata.namespace, metadata.name, whole, "status")
+                return await self._apply(PLURAL, metadata.namespace, metadata.name, {**body, "status": sent}, "status")
             except KubeError as error:
-                unknown = self._undeclared.learn(error.message)
-                if not unknown:
+                for word in self._undeclared.learn(error.message):
+                    logger.warning("the CRD of this cluster is older than the operator and does not take %s: left out "
+                                   "until the CRD is upgraded (helm upgrade)", word)  # fmt: skip
+                if self.to_declared(status) == sent:
                     raise
-                logger.warning(
-                    "the CRD of this cluster is older than the operator and does not take %s: left out until the CRD "
-                    "is upgraded (helm upgrade)",
-                    ", ".join(unknown),
-                )
 
     def to_declared(self, status: LoRAFineTuneStatus) -> Raw:
         """``status`` as JSON values, as far as the CRD of the cluster is known to take it."""

@@ -330,7 +330,7 @@ class Reconciler:
         reports = self._compute_reports(observed.reports, plan, now)
         self._reports[key] = reports
         new = compute_status(observed.run, plan, reports, now, trainer)
-        if new == old or self._kube.to_declared(new) == old.to_wire():
+        if new == old or self._kube.to_declared(new) == self._kube.to_declared(old):
             return None
         interval = self._settings.progress_interval
         if is_progress_only(old, new) and not is_due(reports.status_written_at, now, interval):
@@ -406,7 +406,7 @@ class Reconciler:
             await self._remarks.say_not_understood(metadata, str(error))
             return INVALID_RETRY
         new = compute_invalid_status(status, metadata.generation, str(error), self._clock())
-        if self._kube.to_declared(new) != status.to_wire() and await self._write(key, metadata, new):
+        if self._kube.to_declared(new) != self._kube.to_declared(status) and await self._write(key, metadata, new):
             await self._emit_events(metadata, compute_events(status, new))
         return INVALID_RETRY
 
