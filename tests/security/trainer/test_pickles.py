@@ -3,10 +3,12 @@
 import json
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lora_api.run import RunSpec
 from lora_trainer.launch import free_port
+from tests.support.tiny import make_rows, write_rows
 from tests.trainer.runs import Launched
 
 Make = Callable[..., RunSpec]
@@ -44,3 +46,20 @@ def test_a_gang_unpickles_nothing_from_its_first_step_to_its_published_adapter(m
     assert codes == [0, 0]
     for found in (*stopped, *resumed):
         assert found == {"classes": [], "objects": []}
+
+
+def test_preference_pairs_need_no_pickle_either(make_run: Make, fork: Launch, tmp_path: Path) -> None:
+    """Attack: A PEER sends a pickle where TRL would share a fingerprint of the reference model's answers."""
+    rows = make_rows(16)
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in rows]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    source = {"uri": f"file://{tmp_path}/pairs.jsonl"}
+    run = make_run(
+        parallelism={"nodes": 2, "gpusPerNode": 0},
+        dataset={"train": source, "eval": source},
+        training={"objective": "dpo", "maxSteps": 2, "evalEverySteps": 1},
+        checkpoint={"everySteps": 1},
+    )
+    codes, ranks = run_gang(fork, run)
+    assert codes == [0, 0]
+    assert ranks == [{"classes": [], "objects": []}] * 2
