@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from bench.scale.client import JOBS, PODS, Client, Raw, RefusedError
-from lora_operator.children.names import INDEX_LABEL, JOB_NAME_LABEL, RUN_LABEL
-from tests.support.runs import ended, now, running, termination, unschedulable
+from lora_operator.children.names import CONTROLLER_LABEL, INDEX_LABEL, JOB_NAME_LABEL, RUN_LABEL
+from tests.support.runs import adapter_of, ended, now, running, termination, unschedulable
 
 WAITING = "0/8 nodes are available: 8 Insufficient nvidia.com/gpu."
 _ALL_JOBS = "/apis/batch/v1/jobs"
@@ -20,7 +20,8 @@ def build_pod(job: Raw, index: int) -> Raw:
     """The pod that the Job controller makes for an index."""
     metadata, template = job["metadata"], job["spec"]["template"]
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": metadata["uid"]}
-    labels = {**template["metadata"]["labels"], INDEX_LABEL: str(index), JOB_NAME_LABEL: metadata["name"]}
+    own = {INDEX_LABEL: str(index), JOB_NAME_LABEL: metadata["name"], CONTROLLER_LABEL: metadata["uid"]}
+    labels = {**template["metadata"]["labels"], **own}
     return {
         "metadata": {
             "name": f"{metadata['name']}-{index}-abcde",
@@ -32,11 +33,13 @@ def build_pod(job: Raw, index: int) -> Raw:
     }
 
 
-def build_pod_status(index: int, phase: str) -> Raw:
+def build_pod_status(index: int, phase: str, job: Raw) -> Raw:
     """Status of a pod that waits for a node, runs, or has succeeded. Rank 0 tells of the adapter."""
     if phase == "Pending":
         return unschedulable(WAITING)
-    return running() if phase == "Running" else ended(0, "" if index else termination(), "Completed")
+    metadata = job["metadata"]
+    adapter = adapter_of(metadata["namespace"], metadata["labels"][RUN_LABEL])
+    return running() if phase == "Running" else ended(0, "" if index else termination(adapter=adapter), "Completed")
 
 
 def build_job_status(job: Raw, phase: str) -> Raw:
@@ -130,7 +133,7 @@ async def set_phase(client: Client, job: Raw, phase: str) -> None:
     metadata = job["metadata"]
     for index in range(size(job)):
         name = build_pod(job, index)["metadata"]["name"]
-        await client.set_status(f"{PODS.format(metadata['namespace'])}/{name}", build_pod_status(index, phase))
+        await client.set_status(f"{PODS.format(metadata['namespace'])}/{name}", build_pod_status(index, phase, job))
     path = f"{JOBS.format(metadata['namespace'])}/{metadata['name']}"
     await client.set_status(path, build_job_status(job, phase))
 

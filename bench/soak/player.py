@@ -13,9 +13,16 @@ from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
 from bench.soak import stories
 from bench.soak.stories import Story
 from lora_api import RULES, FailureClass, Phase, ProgressLine
-from lora_operator.children.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, child_name, preflight_name
+from lora_operator.children.names import (
+    ATTEMPT_LABEL,
+    INDEX_LABEL,
+    PREFLIGHT_LABEL,
+    RUN_LABEL,
+    child_name,
+    preflight_name,
+)
 from lora_operator.views import parse_time
-from tests.support.runs import ended, running, settled, termination, waiting
+from tests.support.runs import adapter_of, ended, running, settled, termination, waiting
 
 GANG = 2
 NODES = ("node-0", "node-1")
@@ -210,7 +217,9 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     if ending == stories.PASSES:
         return ended(0, settled(), "Completed")
     if ending in (stories.SUCCEEDS, stories.TOLD):
-        return ended(0, "" if index else termination(), "Completed")
+        metadata = gang.pods[0]["metadata"]
+        adapter = adapter_of(metadata["namespace"], metadata["labels"][RUN_LABEL])
+        return ended(0, "" if index else termination(adapter=adapter), "Completed")
     lead = 0 if ending == stories.NODE_LOST else gang.size - 1
     if index != lead and not any(map(has_ended, gang.pods)):
         return None

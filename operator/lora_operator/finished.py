@@ -5,18 +5,36 @@ from datetime import datetime, timedelta
 
 from lora_api import ConditionType
 from lora_operator.children.names import child_name, preflight_name
+from lora_operator.claims import FOREIGN_ADAPTER, find_foreign
 from lora_operator.observed import Observed, has_passed, holds, seconds_to_leaving
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.settings import Settings
 
 
 def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Plan:
-    """What to do about a run that has ended for good. Of its status only CleanedUp is still decided."""
+    """What to do about a run that has ended for good.
+
+    Of its status only two things are still decided: CleanedUp, and whose the adapter is, since a status may have been
+    restored, or written by hand, with that of another run.
+    """
     left = seconds_to_cleanup(observed, now)
     if left is not None and left <= 0:
-        return _decide_ending(observed, now, settings) or _decide_cleanup(observed)
-    plan = _decide_running_on(observed, now, settings)
+        return _decide_ending(observed, now, settings) or _disown(observed, _decide_cleanup(observed))
+    plan = _disown(observed, _decide_running_on(observed, now, settings))
     return plan if left is None else replace(plan, requeue_after=min(left, plan.requeue_after or left))
+
+
+def _disown(observed: Observed, plan: Plan) -> Plan:
+    """``plan``, which also says so where the adapter in the status is another run's.
+
+    The adapter itself stays in the status: a field that somebody else has applied is not the operator's to take away.
+    """
+    adapter = observed.run.status.adapter
+    foreign = find_foreign(observed.run, adapter) if adapter is not None else None
+    if foreign is None:
+        return plan
+    mark = Mark(value=False, reason=FOREIGN_ADAPTER, message=f"status.adapter is not this run's: {foreign}")
+    return replace(plan, conditions={**plan.conditions, ConditionType.PUBLISHED: mark, ConditionType.READY: mark})
 
 
 def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:

@@ -146,8 +146,8 @@ class Observed:
         return max(0.0, (due - now).total_seconds())
 
     def leftovers(self) -> list[PodView]:
-        """Pods that are still there though their Job is not."""
-        return [pod for pod in self.pods if not pod.gone and pod.job_uid not in self.job_uids]
+        """Pods of Jobs that are still there though their Job is not."""
+        return [pod for pod in self.pods if pod.job_uid and not pod.gone and pod.job_uid not in self.job_uids]
 
     def all_jobs(self) -> list[JobView]:
         """Every Job of the run, in the order in which they were made."""

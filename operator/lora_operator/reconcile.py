@@ -160,9 +160,9 @@ class Reconciler:
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _observe(self, key: Key, run: LoRAFineTune) -> Observed:
-        """What is there. Jobs of an earlier run of the same name are none of this run's."""
+        """What is there. Jobs of an earlier run of the same name, or with another name, are none of this run's."""
         jobs, uid = self._cache.jobs(key), run.metadata.uid
-        own = [job for job in jobs if job.owner_uid == uid]
+        own = [job for job in jobs if job.owner_uid == uid and job.has_own_name]
         reports = self._reports.get(key)
         return Observed(
             run=run,

@@ -12,10 +12,13 @@ from typing import Any
 from lora_api.run import CONTAINER_NAME
 from lora_operator.children.names import (
     ATTEMPT_LABEL,
+    CONTROLLER_LABEL,
     INDEX_LABEL,
     PREFLIGHT_LABEL,
     RUN_LABEL,
     RUN_VERSION_ANNOTATION,
+    child_name,
+    preflight_name,
 )
 
 _TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
@@ -115,6 +118,12 @@ class JobView:
         """The run that the Job belongs to."""
         return self.namespace, self.run
 
+    @property
+    def has_own_name(self) -> bool:
+        """Whether its name is that of what its labels say that it is. Of these there is only one."""
+        named = preflight_name(self.run, self.preflight) if self.preflight else child_name(self.run, self.attempt)
+        return self.name == named
+
 
 def parse_time(text: str | None) -> datetime | None:
     """An RFC 3339 time, or ``None`` if there is none."""
@@ -140,7 +149,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         run=labels.get(RUN_LABEL, ""),
         attempt=_number(labels.get(ATTEMPT_LABEL)),
         index=_number(labels.get(INDEX_LABEL)),
-        job_uid=_controller_uid(metadata),
+        job_uid=_job_uid(metadata),
         created=_created(metadata),
         deleting_at=parse_time(metadata.get("deletionTimestamp")),
         phase=status.get("phase") or "Pending",
@@ -233,6 +242,15 @@ def controller_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _controller_uid(metadata: Mapping[str, Any]) -> str:
     return str(controller_of(metadata).get("uid", ""))
+
+
+def _job_uid(metadata: Mapping[str, Any]) -> str:
+    """Uid of the Job whose controller counts the pod: it goes by this label, and leaves alone what others own.
+
+    A pod that is only made to look like one of the gang, by labels of ours or by an owner reference, has none.
+    """
+    uid = (metadata.get("labels") or {}).get(CONTROLLER_LABEL, "")
+    return str(uid) if controller_of(metadata).get("uid", uid) == uid else ""
 
 
 def _created(metadata: Mapping[str, Any]) -> datetime:

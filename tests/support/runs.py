@@ -9,17 +9,21 @@ from typing import Any
 from tests.support.api import Api, ApiError, Raw
 from tests.support.wait import eventually
 
-ADAPTER = {
-    "uri": "s3://models/adapters/ns/run/sha256-" + "a" * 64,
-    "digest": "sha256:" + "a" * 64,
-    "version": 1,
-    "servedName": "run-v1",
-    "rank": 8,
-    "servingMaxLoraRank": 8,
-    "sizeBytes": 1000,
-    "evalLossBefore": 3.0,
-    "evalLossAfter": 0.1,
-}
+
+def adapter_of(namespace: str, name: str = "run", digest: str = "a" * 64) -> dict[str, Any]:
+    """What a run publishes."""
+    return {
+        "uri": f"s3://models/adapters/{namespace}/{name}/sha256-{digest}",
+        "digest": f"sha256:{digest}",
+        "version": 1,
+        "servedName": f"{name}-v1",
+        "rank": 8,
+        "servingMaxLoraRank": 8,
+        "sizeBytes": 1000,
+        "evalLossBefore": 3.0,
+        "evalLossAfter": 0.1,
+    }
+
 
 SETTLED = {
     "pins": {
@@ -43,12 +47,10 @@ def now() -> str:
 
 
 def termination(failure_class: str | None = None, message: str = "", **more: Any) -> str:
-    """The trainer's last words."""
+    """The trainer's last words; after success with the ``adapter``."""
     words = {"version": 1, "outcome": "failed" if failure_class else "succeeded", "at": now(), **more}
     if failure_class:
         words |= {"class": failure_class, "message": message}
-    else:
-        words["adapter"] = ADAPTER
     return json.dumps(words)
 
 
@@ -76,6 +78,11 @@ class Run:
     @property
     def raw(self) -> Raw:
         return self.api.get(f"{self.path}/{self.name}")
+
+    @property
+    def adapter(self) -> Raw:
+        """What it publishes."""
+        return adapter_of(self.namespace, self.name)
 
     @property
     def status(self) -> Raw:
@@ -161,7 +168,7 @@ class Run:
 
     def set_succeeded(self, attempt: int) -> None:
         self.set_ended(attempt, 1, 0, reason="Completed")
-        self.set_ended(attempt, 0, 0, termination(), "Completed")
+        self.set_ended(attempt, 0, 0, termination(adapter=self.adapter), "Completed")
 
     def _owned(self, path: str) -> list[Raw]:
         items = self.api.items(f"{path}?labelSelector=lorafinetune.io/name={self.name}")
@@ -203,10 +210,10 @@ def _container(state: Raw, *, ready: bool = False) -> Raw:
 
 
 __all__ = [
-    "ADAPTER",
     "SETTLED",
     "ApiError",
     "Run",
+    "adapter_of",
     "ended",
     "running",
     "settled",

@@ -6,6 +6,7 @@ from typing import Any
 from lora_api.adapter import serving_max_lora_rank
 from lora_api.run import RunSpec
 from lora_trainer.adapter import model_name
+from lora_trainer.markdown import code, inline, one_line, shell_word
 from lora_trainer.report import RunResult, show_loss
 
 
@@ -18,16 +19,14 @@ def build_card(run: RunSpec, result: RunResult) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora"] if run.quantization.type == "nf4" else ["lora"],
     }
-    # A JSON document is a YAML document, and needs no escaping of its own.
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
     losses = f"{show_loss(result.before.loss)} | {show_loss(result.after.loss)}"
     return f"""---
-{front}
+{_front(meta)}
 ---
 
-# {run.adapter_name}
+# {inline(run.adapter_name)}
 
-A LoRA adapter of `{base}`, trained by the LoRAFineTune `{run.namespace}/{run.name}`.
+A LoRA adapter of {code(base)}, trained by the LoRAFineTune {_name(run)}.
 
 | | before | after |
 |---|---|---|
@@ -56,8 +55,8 @@ model = PeftModel.from_pretrained(base, "DIRECTORY_OF_THIS_FILE")
 With vLLM:
 
 ```sh
-vllm serve {base} --enable-lora --max-lora-rank {serving_max_lora_rank(run.lora.published_rank)} \\
-  --lora-modules {run.adapter_name}=DIRECTORY_OF_THIS_FILE
+vllm serve {shell_word(base)} --enable-lora --max-lora-rank {serving_max_lora_rank(run.lora.published_rank)} \\
+  --lora-modules {shell_word(f"{run.adapter_name}=DIRECTORY_OF_THIS_FILE")}
 ```
 {_merged(run)}"""
 
@@ -66,14 +65,13 @@ def build_merged_card(run: RunSpec, result: RunResult) -> str:
     """The card of the whole model with the adapter merged into it."""
     base = model_name(run.base_model.uri)
     meta = {"base_model": base, "library_name": "transformers", "pipeline_tag": "text-generation"}
-    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
     return f"""---
-{front}
+{_front(meta)}
 ---
 
-# {run.adapter_name}, merged
+# {inline(run.adapter_name)}, merged
 
-`{base}` with the LoRA adapter of the LoRAFineTune `{run.namespace}/{run.name}` merged into its original, unquantized
+{code(base)} with the LoRA adapter of the LoRAFineTune {_name(run)} merged into its original, unquantized
 weights. The adapter's own directory has the whole model card, the report and the metrics.
 
 {_training(run, result)}
@@ -88,9 +86,23 @@ model = AutoModelForCausalLM.from_pretrained("DIRECTORY_OF_THIS_FILE")
 """
 
 
+def _front(meta: dict[str, Any]) -> str:
+    """A JSON document is a YAML document, and needs no escaping of its own."""
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in meta.items())
+
+
+def _name(run: RunSpec) -> str:
+    return code(f"{run.namespace}/{run.name}")
+
+
 def _arguments(run: RunSpec, base: str) -> str:
     revision = run.base_model.revision
-    return json.dumps(base) + (f", revision={json.dumps(revision)}" if revision else "")
+    return _literal(base) + (f", revision={_literal(revision)}" if revision else "")
+
+
+def _literal(text: str) -> str:
+    """A string of Python on one line."""
+    return json.dumps(one_line(text), ensure_ascii=False)
 
 
 def _training(run: RunSpec, result: RunResult) -> str:
@@ -129,7 +141,7 @@ def _limits(run: RunSpec, result: RunResult) -> str:
             f"{result.data.truncated_records} training records were cut at {run.dataset.max_seq_length} tokens."
         )
     if run.lora.new_tokens:
-        tokens = ", ".join(f"`{token}`" for token in run.lora.new_tokens)
+        tokens = ", ".join(map(code, run.lora.new_tokens))
         limits.append(
             f"It has learned the tokens {tokens}, as LoRA of embedding and output head, which the server must load. If "
             "`tokenizer.json` is beside this file, it takes the place of the base model's."

@@ -12,6 +12,12 @@ from lora_trainer.evaluate import Evaluation, Sample
 from lora_trainer.metrics import Metric, pick
 from lora_trainer.verify import Verification
 
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+)
+"""Tells a browser to run and to fetch nothing, should a text of others ever come through unescaped."""
+
 PARAMETER_SECTIONS = ("baseModel", "dataset", "lora", "quantization", "training", "parallelism", "publish")
 
 STYLE = """
@@ -86,7 +92,7 @@ def build_report(run: RunSpec, result: RunResult) -> str:
     ]
     body = "".join(f"<h2>{name}</h2>\n{content}\n" for name, content in sections if content)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="en"><head>{POLICY}<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n"
         f'<h1>{title}</h1><p class="muted">LoRA adapter of {escape(run.base_model.uri)}, trained by '

@@ -108,10 +108,13 @@ def _gang_env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[
     """Rendezvous and library settings."""
     parallelism = run.spec.parallelism
     name = child_name(run.metadata.name, attempt)
+    # With the namespace: while rank 0 has no address yet, the resolver goes on with the next search domain, and there
+    # NAME-0.NAME is the Service NAME-0 of a namespace that somebody has called NAME.
+    address = f"{name}-0.{name}.{run.metadata.namespace}.svc"
     own = {
-        "MASTER_ADDR": f"{name}-0.{name}",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(MASTER_PORT),
-        "PET_MASTER_ADDR": f"{name}-0.{name}",
+        "PET_MASTER_ADDR": address,
         "PET_MASTER_PORT": str(MASTER_PORT),
         "PET_NNODES": str(parallelism.nodes),
         "PET_NODE_RANK": {"valueFrom": {"fieldRef": {"fieldPath": f"metadata.labels['{INDEX_LABEL}']"}}},

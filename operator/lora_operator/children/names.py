@@ -18,6 +18,7 @@ RUN_VERSION_ANNOTATION = f"{GROUP}/run-version"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+CONTROLLER_LABEL = "batch.kubernetes.io/controller-uid"
 
 
 def child_name(run_name: str, attempt: int) -> str:

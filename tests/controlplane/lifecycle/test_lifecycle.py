@@ -10,7 +10,7 @@ from lora_api import FAILURE_RULES, RULES, FailureClass, FailureRule
 from lora_operator.settings import Settings
 from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
-from tests.support.runs import ADAPTER, Run, ended, now, running, termination, unschedulable, waiting
+from tests.support.runs import Run, ended, now, running, termination, unschedulable, waiting
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -32,7 +32,7 @@ def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
     assert run.condition("Scheduled")["status"] == "True"
     run.set_succeeded(1)
     status = run.wait_phase("Succeeded")
-    assert status["adapter"] == ADAPTER
+    assert status["adapter"] == run.adapter
     values = {item["type"]: item["status"] for item in status["conditions"]}
     assert values == {
         "Ready": "True",

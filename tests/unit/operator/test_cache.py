@@ -14,7 +14,11 @@ KEY = ("team", "tickets")
 
 
 def raw(name: str, version: int, *, uid: str = "", owner: str = "run-uid", **more: Any) -> dict[str, Any]:
-    labels = {"lorafinetune.io/name": "tickets", "lorafinetune.io/attempt": "1"}
+    labels = {
+        "lorafinetune.io/name": "tickets",
+        "lorafinetune.io/attempt": "1",
+        "batch.kubernetes.io/controller-uid": owner,
+    }
     metadata = {
         "name": name,
         "namespace": "team",
