@@ -43,6 +43,7 @@ BINARIES: tuple[Binary, ...] = (
     _kubernetes("kubelet", "node"),
     _kubernetes("kube-proxy", "node"),
     Binary("coredns", "coredns", ".", "node"),
+    Binary("kube-router", "kube-router", "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router", "node"),
     Binary("helm", "helm", "helm.sh/helm/v4/cmd/helm", "tools"),
     Binary("kueue", "kueue", "sigs.k8s.io/kueue/cmd/kueue", "kueue"),
 )

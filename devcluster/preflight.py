@@ -24,6 +24,7 @@ CLUSTER_PROGRAMS: dict[str, str] = {
     "ctr": "containerd",
     "runc": "runc",
     "iptables": "iptables",
+    "ipset": "ipset",
     "conntrack": "conntrack",
     "busybox": "busybox-static",
     "ip": "iproute2",

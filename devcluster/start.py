@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from devcluster import binaries, components, dns, namespaces, preflight, store
+from devcluster import binaries, components, dns, namespaces, policies, preflight, store
 from devcluster import node as nodes_module
 from devcluster.apiclient import ApiClient
 from devcluster.busybox import image_archive
@@ -71,8 +71,12 @@ def down(name: str = DEFAULT_NAME) -> None:
 def _healthy(cluster: Cluster) -> bool:
     try:
         # The processes first: an API server without etcd answers late.
-        return all(word == "running" for word in cluster.parts().values()) and all(
-            word == "Ready" for word in cluster.readiness().values()
+        parts = cluster.parts()
+        # Of an older checkout, a cluster that enforces no NetworkPolicy is of no use.
+        return (
+            policies.NAME in parts
+            and all(word == "running" for word in parts.values())
+            and all(word == "Ready" for word in cluster.readiness().values())
         )
     except DevclusterError:
         return False
@@ -206,7 +210,7 @@ class _Start:
         proxy = self.issue("kube-proxy", "system:kube-proxy")
         first = self.nodes[0]
         self.start(nodes_module.proxy_service(self.programs["kube-proxy"], self.directory, proxy, first, self.ip))
-        items = dns.manifests(self.ip)
+        items = [*dns.manifests(self.ip), *policies.manifests()]
         self.client.kubectl(
             "create", "--filename=-", input=json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
         )
@@ -225,8 +229,19 @@ class _Start:
                 node.kubelet, functools.partial(self.node_ready, node), _READY_SECONDS, restart=True
             )
             say(f"{node.name} Ready")
+        self.start_policies()
         account = "/api/v1/namespaces/default/serviceaccounts/default"
         self.processes.wait_until_up("kube-controller-manager", lambda: self.client.answers(account), _READY_SECONDS)
+
+    def start_policies(self) -> None:
+        # Not earlier: it ends where its node is not registered yet.
+        reader = self.issue(policies.NAME, policies.USER)
+        self.start(policies.policy_service(self.programs[policies.NAME], reader, self.nodes[0]))
+        url = f"http://127.0.0.1:{policies.HEALTH_PORT}/healthz"
+        probe = namespaces.inside(self.init, ["busybox", "wget", "-q", "-O", "-", url])
+        self.processes.wait_until_up(
+            policies.NAME, lambda: subprocess.run(probe, capture_output=True).returncode == 0, _READY_SECONDS
+        )
 
     def node_ready(self, node: Node) -> bool:
         path = '--output=jsonpath={.status.conditions[?(@.type=="Ready")].status} {.spec.taints}'

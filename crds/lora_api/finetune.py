@@ -99,8 +99,8 @@ class RunPolicy(ApiModel):
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
-        description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, Services and ConfigMaps. run: this "
-        "LoRAFineTune too. The adapter in the store stays.",
+        description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, Services, ConfigMaps and the "
+        "NetworkPolicy. run: this LoRAFineTune too. The adapter in the store stays.",
     )
 
     cel_rules = (

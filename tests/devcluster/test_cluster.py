@@ -292,6 +292,40 @@ def test_pods_of_two_nodes_reach_each_other(pair: Cluster) -> None:
         pair.kubectl("exec", f"on-{source}", "--", "ping", "-c", "1", "-w", "5", address)
 
 
+def connects(cluster: Cluster, source: str, address: str) -> bool:
+    try:
+        cluster.kubectl("exec", source, "--", "nc", "-w", "3", address, "8000", "-e", "true")
+    except DevclusterError as error:
+        if "can't connect" not in str(error):
+            raise
+        return False
+    return True
+
+
+def test_a_network_policy_holds_on_either_node(pair: Cluster) -> None:
+    """One kube-router guards the pods of both: they have one address, by which it knows its own."""
+    addresses = {}
+    for name in pair.nodes:
+        guarded, stranger = pod(f"guarded-{name}", "httpd", "-f", "-p", "8000"), pod(f"stranger-{name}")
+        for manifest in (guarded, stranger):
+            manifest["spec"]["nodeName"] = name
+        guarded["metadata"]["labels"] = {"gang": "one"}
+        apply(pair, guarded, stranger)
+        for which in ("guarded", "stranger"):
+            wait(pair, f"pod/{which}-{name}", ".status.phase", "Running")
+        addresses[name] = pair.kubectl("get", "pod", f"guarded-{name}", "--output=jsonpath={.status.podIP}")
+    pairs = [(source, addresses[target]) for source in pair.nodes for target in pair.nodes]
+    for source, address in pairs:
+        wait_for("the server", lambda s=source, a=address: connects(pair, f"stranger-{s}", a), 10)
+    own = {"podSelector": {"matchLabels": {"gang": "one"}}}
+    spec = {**own, "policyTypes": ["Ingress"], "ingress": [{"from": [own]}]}
+    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "one"}, "spec": spec}
+    apply(pair, policy)
+    for source, address in pairs:
+        wait_for("the policy", lambda s=source, a=address: not connects(pair, f"stranger-{s}", a), 10)
+        assert connects(pair, f"guarded-{source}", address)
+
+
 def test_parts_can_be_killed_and_started_again(pair: Cluster) -> None:
     pair.kill_api_server()
     with pytest.raises(DevclusterError, match="refused"):
