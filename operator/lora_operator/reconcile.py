@@ -342,6 +342,8 @@ class Reconciler:
         self._metrics.count_change(key[0], old, new, now)
         launched = plan.launch is not None or plan.launch_preflight is not None
         left_out = describe_left_out(observed.run) if launched else []
+        for event in left_out:
+            logger.warning("%s/%s: %s", *key, event.note)
         await self._emit_events(observed.run.metadata, [*left_out, *compute_events(old, new)])
         # A verdict calls for the next step, and no event will.
         verdict = plan.failure or plan.passed or plan.ended or plan.suspended is not None

@@ -139,8 +139,9 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
     disruption = conditions.get("DisruptionTarget") or {}
     disrupted = disruption.get("status") == "True"
     state, first = _state(status, "containerStatuses"), _state(status, "initContainerStatuses")
-    # While the init container waits for an image or a Secret, the trainer only says PodInitializing.
+    # While the init container waits for an image or a Secret, or where it fails, the trainer says PodInitializing.
     waiting = first.get("waiting") or state.get("waiting") or {}
+    refused = first.get("terminated") if (first.get("terminated") or {}).get("exitCode") else None
     return PodView(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -165,7 +166,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         running="running" in state,
         unready=(conditions.get("Ready") or {}).get("status") == "False",
         started=parse_time((state.get("running") or {}).get("startedAt")),
-        ended=_parse_ended(state.get("terminated")),
+        ended=_parse_ended(state.get("terminated") or refused),
         tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
 

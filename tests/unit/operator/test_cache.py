@@ -168,6 +168,30 @@ def test_a_bare_object_is_read_as_empty() -> None:
     assert (job.failed_indexes, job.finished, job.stopping, job.failure) == (frozenset(), False, False, "")
 
 
+SAYS = {"waiting": {"reason": "PodInitializing"}}
+NO_SECRET = {"reason": "CreateContainerConfigError", "message": 'secret "store" not found'}
+TOO_LARGE = {"exitCode": 128, "reason": "StartError", "message": "argument list too long"}
+
+# A sentence that says the case: the states of init container and trainer, and what is seen of the pod.
+STATES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, str, bool]]] = {
+    "the Secret is missing": ({"waiting": NO_SECRET}, SAYS, ("CreateContainerConfigError", "", False)),
+    "the Secret is too large": ({"terminated": TOO_LARGE}, SAYS, ("PodInitializing", "StartError", False)),
+    "the init container runs": ({"running": {}}, SAYS, ("PodInitializing", "", False)),
+    "the trainer runs": ({"terminated": {"exitCode": 0}}, {"running": {}}, ("", "", True)),
+    "the trainer's image is missing": (
+        {"terminated": {"exitCode": 0}}, {"waiting": {"reason": "ErrImagePull"}}, ("ErrImagePull", "", False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_parse_pod_sees_what_the_init_container_waits_for(case: str) -> None:
+    first, trainer, want = STATES[case]
+    status = {"initContainerStatuses": [{"state": first}], "containerStatuses": [{"state": trainer}]}
+    pod = parse_pod(raw("tickets-1-0", 1, status=status))
+    assert (pod.waiting_reason, pod.ended.reason if pod.ended else "", pod.running) == want
+
+
 def test_parse_job_reads_what_the_controller_writes() -> None:
     failed = {"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "message": "too long"}
     status = {"failedIndexes": "0,2", "completedIndexes": "1", "conditions": [failed]}
