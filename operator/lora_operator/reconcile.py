@@ -247,8 +247,9 @@ class Reconciler:
         """
         run = observed.run
         try:
-            key = self._keys.of(run, plan.launch or (plan.restore.attempt if plan.restore else PREFLIGHT))
-            for together in build_children(run, plan, settings, trainer, key):
+            attempt = plan.launch or (plan.restore.attempt if plan.restore else PREFLIGHT)
+            control_key = None if attempt == PREFLIGHT else self._keys.of(run, attempt)
+            for together in build_children(run, plan, settings, trainer, control_key):
                 if not self._cache.is_current(run.metadata):
                     return OUTDATED
                 calls = (self._kube.apply_child(child, run, expected=_is_kept(child, observed)) for child in together)

@@ -13,7 +13,7 @@ from lora_operator.views import Raw
 
 
 def build_children(
-    run: LoRAFineTune, plan: Plan, settings: Settings, trainer: TrainerPin, control_key: str
+    run: LoRAFineTune, plan: Plan, settings: Settings, trainer: TrainerPin, control_key: str | None
 ) -> list[list[Raw]]:
     """What ``plan`` launches: first, at once, what the Job's pods need and what guards them, and then the Job.
 

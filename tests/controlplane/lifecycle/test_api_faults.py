@@ -294,10 +294,12 @@ def test_what_pods_need_to_start_is_put_back(
         for pod in run.gang(1):
             run.set_pod(pod, waiting("ContainerCreating", ""))
         path = f"/api/v1/namespaces/{run.namespace}/{resource}"
-        old = run.api.get(f"{path}/run-1")["metadata"]["uid"]
+        before = run.api.get(f"{path}/run-1")
         run.api.delete(f"{path}/run-1")
         eventually("it is back", lambda: [item for item in run.api.items(path) if item["metadata"]["name"] == "run-1"])
-        assert run.api.get(f"{path}/run-1")["metadata"]["uid"] != old
+        after = run.api.get(f"{path}/run-1")
+        assert after["metadata"]["uid"] != before["metadata"]["uid"]
+        assert after.get("data") == before.get("data"), "the key is the one that pods may know already"
         run.set_running(1)
         run.wait_phase("Running")
         calls = len([call for call in operator.calls if resource in call])
