@@ -123,11 +123,9 @@ class Line:
             return f"rank 0 does not answer. {problem}"
         missing = self._missing("lost", ROLL_CALL_SECONDS, self._others)
         words = [self._last_seen(rank) for rank in missing]
+        self._say("said")
         if self._place.rank == 0:  # it holds the line: the others need a moment to read it too
-            self._say("said")
             self._missing("said", FAREWELL_SECONDS, [rank for rank in self._others if rank not in missing])
-        else:
-            self._say("said")
         return "; ".join(words) + f". {problem}" if words else problem
 
     def _last_seen(self, rank: int) -> str:

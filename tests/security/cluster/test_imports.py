@@ -16,7 +16,7 @@ from lora_operator.children.pod import to_env
 from lora_operator.settings import Settings
 from tests.security import imports_probe
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 NAMESPACE, POD, CLAIM = "lora-security", "planted", "models"
 LOG = "/scratch/planted.log"
@@ -71,7 +71,7 @@ def log(cluster: Cluster, images: dict[str, Any]) -> Iterator[str]:
     cluster.kubectl(*delete)
     stack.apply(cluster, build_pod(f"{images['trainer.image.repository']}:{images['trainer.image.tag']}"))
     ended = "--for=jsonpath={.status.containerStatuses[0].state.terminated.exitCode}"
-    cluster.kubectl("wait", ended, f"pod/{POD}", f"--namespace={NAMESPACE}", "--timeout=300s", timeout=320)
+    cluster.kubectl("wait", ended, f"pod/{POD}", f"--namespace={NAMESPACE}", "--timeout=400s", timeout=420)
     yield cluster.kubectl("logs", POD, f"--namespace={NAMESPACE}")
     cluster.kubectl(*delete)
 
