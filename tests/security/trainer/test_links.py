@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from lora_trainer.errors import BadDataError, BadSpecError, ModelNotFoundError, 
 from lora_trainer.modelfiles import open_model
 from lora_trainer.sources import fetch_data, fetch_model
 from lora_trainer.store import Store
+from tests.support.hub import run_hub
+from tests.trainer.runs import SOURCES
 
 SECRET = "AWS_SECRET_ACCESS_KEY=topsecret"
 ROW = '{"text": "a"}\n'
@@ -267,3 +271,35 @@ def test_no_split_of_a_saved_dataset_leads_out(claim: Path) -> None:
     (claim / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../../../secret.csv"}]}))
     with pytest.raises(ModelNotFoundError, match=r"secret\.csv is missing"):
         fetch_data(DataSource(uri="pvc://claim", split="train"), Path("/nowhere"))
+
+
+HUB_PROGRAM = """
+import json, sys
+from pathlib import Path
+from lora_api.sources import BaseModelSource
+from lora_trainer.errors import classify, describe
+from lora_trainer.sources import fetch_model
+try:
+    fetch_model(BaseModelSource(uri="hf://team/tiny"), Path(sys.argv[1]))
+except Exception as error:
+    print(json.dumps([classify(error).value, describe(error)]))
+"""
+
+
+@pytest.mark.parametrize("name", ["a/../../../../escaped.json", "/tmp/escaped.json"])
+def test_no_name_in_a_hubs_listing_leads_out(name: str, model: Path, tmp_path: Path) -> None:
+    """Attack: a hub, or who answers in its name, lists a file whose copy would land outside of the cache."""
+    with run_hub() as hub:
+        hub.add("models", "team/tiny", {"main": model})
+        snapshot = hub.repositories["models", "team/tiny"].revisions["main"]
+        snapshot.files[name] = b"{}"
+        environment = {
+            **os.environ, **hub.environment, "PYTHONPATH": os.pathsep.join(map(str, SOURCES)), "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "scratch" / "hf"), "LORA_STORE_RETRY_SECONDS": "0",
+        }  # fmt: skip
+        command = [sys.executable, "-c", HUB_PROGRAM, str(tmp_path / "scratch" / "model")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert not Path("/tmp/escaped.json").exists()
+    assert not [file for file in tmp_path.rglob("escaped.json") if not file.is_relative_to(tmp_path / "scratch" / "hf")]
+    failure_class, message = json.loads(done.stdout)
+    assert failure_class == FailureClass.MODEL_NOT_FOUND, message
