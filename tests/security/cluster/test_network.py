@@ -158,9 +158,10 @@ def test_an_identity_opens_its_own_address_and_no_other(
     stack.apply(cluster, {**head, "metadata": {"name": "pod-identity"}, "spec": runtime})
     name = runs.submit("known", training=ENDLESS, parallelism={"nodes": 1}, runtimeRef={"name": "pod-identity"})
     runs.wait_step(name, 1)
-    pod, served = member(runs, name, 0), make_pod("served", ELSEWHERE, "httpd", "-f", "-p", "8000")
+    pod, free = member(runs, name, 0), make_pod("free")
+    served = make_pod("served", ELSEWHERE, "httpd", "-f", "-p", "8000")
     assert pod.reaches(POD_IDENTITY, 80)
-    eventually("others reach it", lambda: make_pod("free").reaches(served.address, 8000))
+    eventually("others reach it", lambda: free.reaches(served.address, 8000))
     assert [pod.reaches(METADATA, 80), pod.reaches(served.address, 8000)] == [False, False]
 
 
