@@ -27,7 +27,6 @@ PAIRS = (
     ("after", "today"),
     ("after", "after"),
     ("today", "after"),
-    ("today", "today"),
     ("before", "today"),
     ("today", "today"),
 )
