@@ -26,6 +26,7 @@ RUN = {
         "baseModel": {"uri": f"pvc://{CLAIM}/model"},
         "dataset": {"train": {"uri": f"pvc://{CLAIM}/data.jsonl"}},
         "training": {"maxSteps": 1},
+        "parallelism": {"nodes": 1, "gpusPerNode": 0},
         "publish": {"store": "s3://adapters"},
     },
 }
