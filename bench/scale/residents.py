@@ -60,7 +60,8 @@ class Template:
     def copies(self, name: str, namespace: str) -> Iterator[tuple[str, str]]:
         """Keys and values for etcd of a copy, with names and uids of its own."""
         # The name of the run is the first part of the names of all that belongs to it.
-        changes = {f'"{self.namespace}"': f'"{namespace}"', self.name: name}
+        quoted = {f'"{self.namespace}"': f'"{namespace}"', f"/{self.namespace}/": f"/{namespace}/"}
+        changes = {**quoted, self.name: name}
         changes |= {item["metadata"]["uid"]: str(uuid.uuid4()) for item in self.objects}
         for item, text in zip(self.objects, self._texts, strict=True):
             key = f"{_PREFIXES[item['kind']]}/{namespace}/{item['metadata']['name'].replace(self.name, name)}"

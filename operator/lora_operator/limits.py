@@ -22,6 +22,8 @@ _SUFFIXES = {
     **{suffix: Decimal(1024) ** power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), start=1)},
 }
 _SYSTEM = "system-"
+_TOPOLOGY = tuple(f"kueue.x-k8s.io/podset-{kind}-topology" for kind in ("required", "preferred", "unconstrained"))
+"""Annotations by which Kueue places pods close together. They give a run nothing but a place, so every run has them."""
 
 
 def check_limits(run: LoRAFineTune, runtime: ClusterLoRARuntime | None) -> list[str]:
@@ -148,7 +150,7 @@ def _check_policy(run: LoRAFineTune, runtime: ClusterLoRARuntime | None, limits:
 def _check_metadata(run: LoRAFineTune, limits: Limits, whose: str) -> Iterator[str]:
     template = run.spec.pod_template
     for field, values, names in (
-        ("annotations", template.annotations, limits.annotation_names),
+        ("annotations", template.annotations, [*_TOPOLOGY, *(limits.annotation_names or ())]),
         ("labels", template.labels, limits.label_names),
     ):
         rule = f"limits.{field.removesuffix('s')}Names"

@@ -15,6 +15,9 @@ from lora_api.status import LoRAFineTuneStatus
 from lora_operator.runtimes import fill_in
 from lora_operator.views import Raw
 
+_RULES = ("spec.limits.", "spec.allowedNamespaces.", "spec.egress.")
+"""Fields of a runtime that forbid something."""
+
 
 class InvalidRunError(Exception):
     """The run cannot be understood. Its metadata come along, and its status where that can be read.
@@ -57,12 +60,19 @@ def parse_run(raw: Raw) -> Reading[LoRAFineTune]:
 def parse_runtime(raw: Raw, run: Raw) -> Reading[ClusterLoRARuntime]:
     """The runtime that ``run`` is about to take.
 
+    What is not known is left out, but for what forbids something: a run does not begin beside a rule of a newer version.
+
     Raises:
-        InvalidRunError: a field has a value that is not understood; the message names it and the runtime.
+        InvalidRunError: a field has a value that is not understood, or is a rule that is not; the message names it and
+            the runtime.
     """
     where = f"ClusterLoRARuntime {raw['metadata']['name']}: "
     try:
         reading = read(ClusterLoRARuntime, {"metadata": raw["metadata"], "spec": raw["spec"]})
     except ValidationError as error:
         raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntime, where), run) from error
+    rules = [path for path in reading.left_out if path.startswith(_RULES)]
+    if rules:
+        what = f"{', '.join(rules)}: this version of the operator does not know that rule, and starts no run beside it"
+        raise InvalidRunError(f"{where}{what}", run)
     return Reading(reading.value, tuple(f"{where}{path}" for path in reading.left_out))

@@ -43,7 +43,7 @@ def running(release: Release, kubeconfig: Path, namespace: str, log: Path, *flag
     """The operator of ``release``, from when it knows all there is until the end of the block."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LORA_")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, release.code))
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "LORA_METRICS_AUTH": "none"}
     command = [sys.executable, "-m", "lora_operator", f"--kubeconfig={kubeconfig}", f"--namespaces={namespace}"]
     command += [f"--trainer-image={release.image}", *FLAGS, *flags]
     with log.open("w") as output:

@@ -10,10 +10,12 @@ from tests.support.api import Api, ApiError, Raw
 from tests.support.wait import eventually
 
 
-def adapter_of(namespace: str, name: str = "run", digest: str = "a" * 64) -> dict[str, Any]:
+def adapter_of(
+    namespace: str, name: str = "run", digest: str = "a" * 64, store: str = "s3://models/adapters"
+) -> dict[str, Any]:
     """What a run publishes."""
     return {
-        "uri": f"s3://models/adapters/{namespace}/{name}/sha256-{digest}",
+        "uri": f"{store}/{namespace}/{name}/sha256-{digest}",
         "digest": f"sha256:{digest}",
         "version": 1,
         "servedName": f"{name}-v1",
@@ -166,9 +168,10 @@ class Run:
         self.set_ended(attempt, 1, exit_code, termination(failure_class, message, rank=1))
         self.set_ended(attempt, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
 
-    def set_succeeded(self, attempt: int) -> None:
+    def set_succeeded(self, attempt: int, **published: str) -> None:
+        adapter = adapter_of(self.namespace, self.name, **published)
         self.set_ended(attempt, 1, 0, reason="Completed")
-        self.set_ended(attempt, 0, 0, termination(adapter=self.adapter), "Completed")
+        self.set_ended(attempt, 0, 0, termination(adapter=adapter), "Completed")
 
     def _owned(self, path: str) -> list[Raw]:
         items = self.api.items(f"{path}?labelSelector=lorafinetune.io/name={self.name}")

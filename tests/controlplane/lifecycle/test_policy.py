@@ -31,7 +31,7 @@ def started(run: Run, **policy: Any) -> None:
 
 def line(step: int) -> str:
     """A progress line of now."""
-    return json.dumps({"lora": {"event": "step", "at": now(), "step": step, "totalSteps": 18, "loss": 1.0}}) + "\n"
+    return json.dumps({"lora": {"event": "step", "at": now(), "step": step, "totalSteps": 1800, "loss": 1.0}}) + "\n"
 
 
 def test_suspend_frees_the_pods_and_resume_goes_on(run: Run, operator: OperatorThread) -> None:
@@ -155,7 +155,7 @@ def test_a_gang_that_says_nothing_more_is_restarted_with_its_last_words(run: Run
     status = run.wait("attempt 2", lambda status: status["attempt"] == 2, 60)
     failure = status["failures"][0]
     assert (failure["class"], failure["step"], status["chargedRestarts"]) == ("Stalled", 4, 1)
-    assert "the last it said is step 4 of 18" in failure["message"]
+    assert "the last it said is step 4 of 1800" in failure["message"]
     assert "waiting for the others" in failure["logTail"]
     assert '"step": 4' in failure["logTail"]
 

@@ -109,7 +109,7 @@ def test_an_edit_concerns_no_run_that_has_begun(
     run.wait("attempt 3", lambda status: status.get("attempt") == 3)
     assert words(run, 3) == old
     assert run.status["runtime"]["generation"] == 1
-    run.set_succeeded(3)
+    run.set_succeeded(3, store=old[1])
     run.wait_phase("Succeeded")
     api.create(PATH, {**HEAD, "metadata": {"name": name}, "spec": {}})
 

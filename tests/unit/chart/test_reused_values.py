@@ -63,7 +63,7 @@ def test_a_null_is_no_value(render: Callable[..., str]) -> None:
 def test_what_is_off_or_empty_by_wish_stays_so(render: Callable[..., str]) -> None:
     text = render(
         "operator.preflight=false", "operator.maxUnchargedRestarts=0", "resources.limits.memory=null",
-        "defaultRuntime.spec.podTemplate=null", "defaultRuntime.spec.limits=null", "rbac.create=false",
+        "defaultRuntime.spec.podTemplate=null", "rbac.create=false",
     )  # fmt: skip
     assert "--preflight=off" in text
     assert "--max-uncharged-restarts=0" in text

@@ -162,6 +162,11 @@ CASES: dict[str, Row] = {
             "limits.annotationNames of a ClusterLoRARuntime"
         ],
     ),
+    "a place by Kueue's topology": (
+        None,
+        {"podTemplate": {"annotations": {"kueue.x-k8s.io/podset-required-topology": "example.com/rack"}}},
+        [],
+    ),
     "names that are listed": (
         {"limits": {"annotationNames": ["kueue.x-k8s.io/*", "cost"], "labelNames": ["team"]}},
         {"podTemplate": {"annotations": {"kueue.x-k8s.io/a": "1", "cost": "2"}, "labels": {"team": "x"}}},

@@ -83,9 +83,22 @@ def test_a_runtime_is_read_with_what_the_api_server_adds() -> None:
 
 
 def test_a_runtime_is_read_without_what_a_newer_crd_fills_in() -> None:
-    reading = parse_runtime({"metadata": {"name": "h100"}, "spec": {"limits": {"maxPods": 1, "maxNodes": 2}}}, raw())
+    reading = parse_runtime({"metadata": {"name": "h100"}, "spec": {"rack": "a", "limits": {"maxNodes": 2}}}, raw())
     assert reading.value.spec.limits.max_nodes == 2
-    assert reading.left_out == ("ClusterLoRARuntime h100: spec.limits.maxPods",)
+    assert reading.left_out == ("ClusterLoRARuntime h100: spec.rack",)
+
+
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ({"limits": {"maxPods": 1}}, "limits.maxPods"),
+        ({"allowedNamespaces": {"matchFields": []}}, "allowedNamespaces.matchFields"),
+        ({"egress": [{"cidr": "10.0.0.0/8", "hosts": ["a"]}]}, "egress.0.hosts"),
+    ],
+)
+def test_no_run_begins_beside_a_rule_of_a_newer_version(spec: dict[str, object], path: str) -> None:
+    with pytest.raises(InvalidRunError, match=f"ClusterLoRARuntime h100: spec.{path}: .* does not know that rule"):
+        parse_runtime({"metadata": {"name": "h100"}, "spec": spec}, raw())
 
 
 def test_a_runtime_that_is_not_understood_is_named() -> None:
