@@ -29,7 +29,8 @@ from lora_api.finetune import ObjectMeta
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator import applied
-from lora_operator.children.names import ATTEMPT_LABEL, MANAGER, PREFLIGHT_LABEL, RUN_LABEL
+from lora_operator.children.names import MANAGER, RUN_LABEL
+from lora_operator.ownership import find_conflict
 from lora_operator.ratelimit import RateLimit
 from lora_operator.undeclared import Undeclared
 from lora_operator.views import Raw, controller_of
@@ -193,7 +194,9 @@ class KubeClient:
                 return await self._call_json("POST", "create", resource, namespace, query=_OWNED, body=child)
             except ConflictError:
                 found = await self.fetch_object(resource, namespace, name)
-        _check_owner(child, found, run)
+        conflict = find_conflict(child, found, run)
+        if conflict is not None:
+            raise NameConflictError(conflict.message, passing=conflict.passing)
         return found
 
     async def _find(self, resource: str, namespace: str, name: str) -> Raw | None:
@@ -393,30 +396,3 @@ def _error(status: int, data: bytes) -> KubeError:
         message = data.decode(errors="replace")[:1000]
     kinds = {404: NotFoundError, 409: ConflictError}
     return kinds.get(status, KubeError)(status, message)
-
-
-def _check_owner(child: Raw, found: Raw, run: LoRAFineTune) -> None:
-    """Raises NameConflictError unless ``found`` belongs to ``run`` and says of itself to be ``child``."""
-    kind, metadata = child["kind"], found["metadata"]
-    owner = controller_of(metadata)
-    deleting = "deletionTimestamp" in metadata
-    if owner.get("uid") == run.metadata.uid and not deleting:
-        if kind == "Job":
-            _check_labels(child, metadata)
-        return
-    belongs = f"belongs to {owner['kind']} {owner['name']}" if owner else "belongs to no LoRAFineTune"
-    earlier = owner.get("kind") == KIND and owner.get("name") == run.metadata.name
-    message = f"{kind} {metadata['name']} exists already and {belongs}"
-    raise NameConflictError(message, passing=deleting or earlier)
-
-
-def _check_labels(child: Raw, found: Raw) -> None:
-    """Without our labels no watch tells of a Job: it was made by somebody else, in the name of the run."""
-    wanted, labels = child["metadata"]["labels"], found.get("labels") or {}
-    for name in (RUN_LABEL, ATTEMPT_LABEL, PREFLIGHT_LABEL):
-        if wanted.get(name) != labels.get(name):
-            raise NameConflictError(
-                f"{child['kind']} {found['name']} exists already and was not made by the operator, though it names the "
-                f"run as its owner: its label {name} is {labels.get(name, 'not there')}",
-                passing=False,
-            )

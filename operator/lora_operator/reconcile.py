@@ -17,14 +17,11 @@ from datetime import datetime
 from lora_api import (
     PLURAL,
     ClusterLoRARuntime,
-    Failure,
-    FailureClass,
     LoRAFineTune,
     LoRAFineTuneStatus,
     Phase,
     TrainerPin,
 )
-from lora_api.failures import RULES
 from lora_api.finetune import ObjectMeta
 from lora_api.reading import Reading
 from lora_operator.admission import asks_for_namespace
@@ -79,13 +76,12 @@ from lora_operator.runtimes import resolve, runtime_name
 from lora_operator.settings import Settings
 from lora_operator.status import compute_invalid_status, compute_status, is_progress_only
 from lora_operator.trainers import choose_trainer, keep_trainer
-from lora_operator.verdicts import PREFLIGHT, decide_failure, decide_no_podgroups, decide_obstructed, decide_wait
+from lora_operator.verdicts import PREFLIGHT, decide_conflict, decide_no_podgroups, decide_obstructed
 from lora_operator.views import JobView, Key, Raw
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_LINES = 200
-CLEANUP_DELAY = 2.0
 INVALID_RETRY = 60.0
 FINISHED_RETRY = 600.0
 """Seconds until a run that could not be read is looked up again; the second, one that has ended."""
@@ -262,7 +258,8 @@ class Reconciler:
                         self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
             restored = plan.restore.attempt if plan.restore else PREFLIGHT
-            return self._decide_conflict(observed, plan.launch or restored, conflict)
+            attempt, now = plan.launch or restored, self._clock()
+            return decide_conflict(observed, attempt, str(conflict), now, settings, passing=conflict.passing)
         if plan.delete is not None:
             await self._delete_podgroup(run, plan.delete.attempt)
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
@@ -309,19 +306,6 @@ class Reconciler:
             logger.warning("%s/%s: %s", observed.run.metadata.namespace, observed.run.metadata.name, obstacle.message)
             return replace(plan, requeue_after=RESTORE_INTERVAL)
         return decide_obstructed(observed, plan.launch or PREFLIGHT, obstacle, now, settings)
-
-    def _decide_conflict(self, observed: Observed, attempt: int, conflict: NameConflictError) -> Plan:
-        if conflict.passing:
-            return decide_wait("WaitingForCleanup", f"{conflict} and is on its way out", CLEANUP_DELAY)
-        failure = Failure(
-            attempt=attempt,
-            failure_class=FailureClass.NAME_CONFLICT,
-            reason="NameConflict",
-            message=str(conflict),
-            remedy=RULES[FailureClass.NAME_CONFLICT].remedy,
-            at=self._clock(),
-        )
-        return decide_failure(observed, attempt, failure, self._settings)
 
     async def _patch_status(self, key: Key, observed: Observed, plan: Plan, trainer: TrainerPin | None) -> float | None:
         """Writes the status if it changed, and then tells what happened; returns when a held-back write is due."""

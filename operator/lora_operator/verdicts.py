@@ -19,6 +19,9 @@ from lora_operator.settings import Settings
 PREFLIGHT = 0
 """The attempt that failures of a preflight belong to."""
 
+CLEANUP_DELAY = 2.0
+"""Seconds until what is on its way out is looked at again."""
+
 _RETRY_SECONDS = 30.0
 """Until something that was refused is asked for again: no event tells when a quota or a policy changes."""
 
@@ -146,3 +149,20 @@ def scheduled_mark(*, value: bool) -> Mark:
     if value:
         return Mark(value=True, reason="PodsScheduled", message="Every pod has a node")
     return Mark(value=False, reason="PodsPending", message="Waiting for the pods")
+
+
+def decide_conflict(
+    observed: Observed, attempt: int, message: str, now: datetime, settings: Settings, *, passing: bool
+) -> Plan:
+    """A child's name is taken, as ``message`` says. ``passing``: by something that is about to go."""
+    if passing:
+        return decide_wait("WaitingForCleanup", f"{message} and is on its way out", CLEANUP_DELAY)
+    failure = Failure(
+        attempt=attempt,
+        failure_class=FailureClass.NAME_CONFLICT,
+        reason="NameConflict",
+        message=message,
+        remedy=RULES[FailureClass.NAME_CONFLICT].remedy,
+        at=now,
+    )
+    return decide_failure(observed, attempt, failure, settings)

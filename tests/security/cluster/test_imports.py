@@ -12,7 +12,6 @@ from devcluster import Cluster
 from lora_api import LoRAFineTune
 from lora_api.run import PVC_ROOT
 from lora_operator.children.job import build_job
-from lora_operator.children.pod import to_env
 from lora_operator.settings import Settings
 from tests.security import imports_probe
 
@@ -45,12 +44,15 @@ def build_pod(image: str) -> dict[str, Any]:
     claim = f"{PVC_ROOT}/{CLAIM}"
     mounts = [mount | {"readOnly": False} for mount in container["volumeMounts"] if mount["name"] != "run"]
     assert claim in [mount["mountPath"] for mount in mounts]
-    hostile = {"HF_HOME": f"{claim}/hf", "HF_MODULES_CACHE": f"{claim}/hf/modules"}
+    hostile = [
+        {"name": "HF_HOME", "value": f"{claim}/hf"},
+        {"name": "HF_MODULES_CACHE", "value": f"{claim}/hf/modules"},
+    ]
     flags = container["command"][: container["command"].index("-m")]
     container |= {
         "command": [*flags, "-c", text],
         "args": ["check", LOG, "/opt/app"],
-        "env": [*container["env"], *to_env(hostile)],
+        "env": [*container["env"], *hostile],
         "volumeMounts": mounts,
     }
     planter = {**container, "name": "plant", "args": ["plant", LOG, *(mount["mountPath"] for mount in mounts)]}
