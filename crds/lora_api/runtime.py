@@ -131,8 +131,8 @@ class Limits(ApiModel):
     )
     annotation_names: MetadataNames | None = Field(
         None,
-        description="Annotations that runs may set in podTemplate, besides those of Kueue for topology: NAME, DOMAIN/NAME, "
-        "DOMAIN/* or *. Default: none.",
+        description="Annotations that runs may set in podTemplate, besides those of Kueue for topology: NAME, "
+        "DOMAIN/NAME, DOMAIN/* or *. Default: none.",
         json_schema_extra=_SET,
     )
     label_names: MetadataNames | None = Field(

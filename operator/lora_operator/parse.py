@@ -60,7 +60,7 @@ def parse_run(raw: Raw) -> Reading[LoRAFineTune]:
 def parse_runtime(raw: Raw, run: Raw) -> Reading[ClusterLoRARuntime]:
     """The runtime that ``run`` is about to take.
 
-    What is not known is left out, but for what forbids something: a run does not begin beside a rule of a newer version.
+    What is not known is left out, but for what forbids something: no run begins beside a rule of a newer version.
 
     Raises:
         InvalidRunError: a field has a value that is not understood, or is a rule that is not; the message names it and
