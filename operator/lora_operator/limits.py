@@ -14,7 +14,8 @@ from lora_api.pods import ResourceRequirements
 from lora_api.runtime import LabelRequirement, LabelSelector, Limits
 from lora_operator.runtimes import merge_resources
 
-_GPU_PART = re.compile(r"[vp]?gpu([._-].*)?|mig-.+")
+_GPU_PART = re.compile(r"[vp]?gpu(mem|cores)?([._-].*)?|mig-.+")
+"""Of gpumem and gpucores alone HAMi makes a whole GPU: its webhook adds the nvidia.com/gpu that is missing."""
 _INTEL_GPUS = ("i915", "xe")
 _SUFFIXES = {
     "m": Decimal("0.001"),

@@ -4,6 +4,8 @@ The CRD may be of another version than the operator. Fields that are not known a
 understood is an error, and the run is left as it is.
 """
 
+from collections.abc import Iterable
+
 from pydantic import ValidationError
 
 from lora_api import ClusterLoRARuntime, ClusterLoRARuntimeSpec, LoRAFineTune, plan_batch
@@ -12,9 +14,11 @@ from lora_api.mistakes import describe_mistakes
 from lora_api.reading import Reading, read
 from lora_api.runtime import read_taken_runtime
 from lora_api.status import LoRAFineTuneStatus
+from lora_operator.diagnose import with_remedy
 from lora_operator.runtimes import fill_in
 from lora_operator.views import Raw
 
+_SNAPSHOT = "status.runtime."
 _RULES = ("spec.limits.", "spec.allowedNamespaces.", "spec.egress.")
 """Fields of a runtime that forbid something."""
 
@@ -51,7 +55,7 @@ def parse_run(raw: Raw) -> Reading[LoRAFineTune]:
     except ValueError as error:
         raise InvalidRunError(f"spec.{error}", raw) from error
     try:
-        of_runtime = tuple(f"status.runtime.spec.{path}" for path in read_taken_runtime(run).left_out)
+        of_runtime = tuple(f"{_SNAPSHOT}spec.{path}" for path in read_taken_runtime(run).left_out)
         return Reading(fill_in(run), reading.left_out + of_runtime)
     except ValidationError as error:
         raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntimeSpec, "status.runtime.spec."), raw) from error
@@ -71,8 +75,23 @@ def parse_runtime(raw: Raw, run: Raw) -> Reading[ClusterLoRARuntime]:
         reading = read(ClusterLoRARuntime, {"metadata": raw["metadata"], "spec": raw["spec"]})
     except ValidationError as error:
         raise InvalidRunError(describe_mistakes(error, ClusterLoRARuntime, where), run) from error
-    rules = [path for path in reading.left_out if path.startswith(_RULES)]
+    left_out = tuple(f"{where}{path}" for path in reading.left_out)
+    _check_rules(left_out, where, run)
+    return Reading(reading.value, left_out)
+
+
+def check_taken_rules(left_out: Iterable[str], run: Raw) -> None:
+    """Whether ``run``, for which nothing was made yet, may begin with the runtime that it took.
+
+    Raises:
+        InvalidRunError: among what is ``left_out`` is a rule of that runtime.
+    """
+    _check_rules(left_out, _SNAPSHOT, run)
+
+
+def _check_rules(left_out: Iterable[str], where: str, run: Raw) -> None:
+    rules = [path for path in left_out if path.startswith(tuple(where + rule for rule in _RULES))]
     if rules:
-        what = f"{', '.join(rules)}: this version of the operator does not know that rule, and starts no run beside it"
-        raise InvalidRunError(f"{where}{what}", run)
-    return Reading(reading.value, tuple(f"{where}{path}" for path in reading.left_out))
+        names = ", ".join([rules[0], *(rule.removeprefix(where) for rule in rules[1:])])
+        problem = f"{names}: this version of the operator does not know that rule, and starts no run beside it"
+        raise InvalidRunError(with_remedy(problem, "bring the operator to the version of the CRD (helm upgrade)"), run)

@@ -59,7 +59,7 @@ from lora_operator.observed import (
     is_finished,
 )
 from lora_operator.obstacles import diagnose_refusal
-from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
+from lora_operator.parse import InvalidRunError, check_taken_rules, parse_run, parse_runtime
 from lora_operator.plan import OUTDATED, Plan
 from lora_operator.podlogs import PodLogs
 from lora_operator.progress import (
@@ -124,6 +124,8 @@ class Reconciler:
             reading = parse_run(raw)
             run, left_out = reading.value, reading.left_out
             observed = self._observe(key, run)
+            if not observed.has_launched():
+                check_taken_rules(left_out, raw)
             if not observed.has_begun():
                 observed, of_runtime = await self._look_at_runtime(key, raw, observed)
                 left_out += of_runtime

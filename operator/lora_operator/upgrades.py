@@ -13,7 +13,9 @@ def has_begun_before(status: LoRAFineTuneStatus) -> bool:
 
 
 def began_before_endpoints(status: LoRAFineTuneStatus) -> bool:
-    """Whether the run began when endpoints came from its Secret: it goes on to get AWS_ENDPOINT_URL from there.
+    """Whether the run began when endpoints came from its Secret and its podTemplate: it keeps the two that it has.
+
+    These are AWS_ENDPOINT_URL in the Secret, and HF_ENDPOINT in podTemplate.env.
 
     A run that begins now has the mark ``status.listedKeys`` from its first status on.
     """

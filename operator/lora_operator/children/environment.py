@@ -2,7 +2,8 @@
 
 What the operator needs wins over the endpoints of the runtime, these over podTemplate.env, that over the keys of the
 Secret, and these over the settings of the libraries. Of podTemplate.env the run's wins over the runtime's, but a run
-sets only what is known to be harmless: objects that were stored before a rule of the CRD are read as they are.
+sets only what is known to be harmless: objects that were stored before a rule of the CRD are read as they are. One
+that began before servers came from the runtime keeps its own.
 """
 
 from collections.abc import Mapping
@@ -51,13 +52,18 @@ def _secret_keys(run: LoRAFineTune) -> Environment:
 
 def template_env(run: LoRAFineTune) -> dict[str, str]:
     """podTemplate.env of the runtime, and what of the run's own is passed on."""
-    own = {variable.name: variable.value for variable in run.spec.pod_template.env if is_harmless(variable.name)}
+    own = {variable.name: variable.value for variable in run.spec.pod_template.env if _is_passed_on(run, variable.name)}
     return {variable.name: variable.value for variable in taken_runtime(run).pod_template.env} | own
 
 
 def find_left_out(run: LoRAFineTune) -> list[str]:
     """Names in the run's podTemplate.env that are not passed on: an older version of the CRD took them."""
-    return [variable.name for variable in run.spec.pod_template.env if not is_harmless(variable.name)]
+    return [variable.name for variable in run.spec.pod_template.env if not _is_passed_on(run, variable.name)]
+
+
+def _is_passed_on(run: LoRAFineTune, name: str) -> bool:
+    """What is harmless; and the hub with which a run began, as its next attempt would not find its model elsewhere."""
+    return is_harmless(name) or (name == HUB_ENDPOINT and began_before_endpoints(run.status))
 
 
 def endpoint_env(endpoints: Endpoints | None) -> dict[str, str]:

@@ -147,6 +147,24 @@ def test_a_missing_runtime_is_waited_for(run: Run, operator: OperatorThread, put
     run.wait_phase("Starting")
 
 
+def test_a_run_does_not_begin_with_a_snapshot_that_holds_a_rule_of_a_newer_version(
+    run: Run, operator: OperatorThread, put_runtime: PutRuntime
+) -> None:
+    """As after a rollback: the newer operator had taken the runtime, and created nothing yet."""
+    run.create(naming(put_runtime(), runPolicy={"suspend": True}))
+    run.wait_phase("Suspended")
+    egress = [{"namespaceSelector": {"matchExpressions": [{"key": "store", "operator": "Exists"}]}}]
+    taken = {"runtime": {"name": "h100", "generation": 1, "spec": {"egress": egress}}}
+    run.api.patch(f"{run.path}/{run.name}/status", {"status": taken})
+    run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": False}}})
+    status = run.wait("it does not begin", lambda status: status["reason"] == "InvalidSpec")
+    assert (run.jobs(), run.policies(), status["runtime"]["spec"]) == ([], [], {"egress": egress})
+    assert "egress.0.namespaceSelector.matchExpressions" in run.condition("Stalled")["message"]
+    egress[0]["namespaceSelector"] = {}  # the newer version is back
+    run.api.patch(f"{run.path}/{run.name}/status", {"status": taken})
+    run.gang(1)
+
+
 def test_a_run_without_a_store_anywhere_is_refused(run: Run, operator: OperatorThread) -> None:
     run.create(lambda spec: spec.update(publish={}))
     assert run.wait_phase("Failed")["reason"] == "BadSpec"

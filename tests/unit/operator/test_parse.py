@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lora_operator.parse import InvalidRunError, parse_run, parse_runtime
+from lora_operator.parse import InvalidRunError, check_taken_rules, parse_run, parse_runtime
 from tests.unit.operator.builders import a_run
 
 
@@ -99,6 +99,15 @@ def test_a_runtime_is_read_without_what_a_newer_crd_fills_in() -> None:
 def test_no_run_begins_beside_a_rule_of_a_newer_version(spec: dict[str, object], path: str) -> None:
     with pytest.raises(InvalidRunError, match=f"ClusterLoRARuntime h100: spec.{path}: .* does not know that rule"):
         parse_runtime({"metadata": {"name": "h100"}, "spec": spec}, raw())
+
+
+def test_no_run_goes_on_from_a_snapshot_with_a_rule_of_a_newer_version() -> None:
+    taken = {"name": "h100", "spec": {"rack": "a", "egress": [{"namespaceSelector": {"matchExpressions": []}}]}}
+    document = {**raw(), "status": {"runtime": taken}}
+    with pytest.raises(InvalidRunError, match=r"status\.runtime\.spec\.egress\.0\..*matchExpressions: .* Remedy: "):
+        check_taken_rules(parse_run(document).left_out, document)
+    taken["spec"].pop("egress")
+    check_taken_rules(parse_run(document).left_out, document)
 
 
 def test_a_runtime_that_is_not_understood_is_named() -> None:

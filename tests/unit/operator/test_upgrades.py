@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from lora_api import LoRAFineTuneStatus, Phase
+from lora_operator.children.environment import find_left_out
 from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.observed import Reports
 from lora_operator.plan import Plan
@@ -44,6 +45,18 @@ def test_it_gets_the_endpoint_from_its_secret_and_nothing_else_does(case: str) -
     for job in (build_job(run, 2, Settings()), build_preflight_job(run, 2, Settings())):
         names = [entry["name"] for entry in job["spec"]["template"]["spec"]["containers"][0]["env"]]
         assert ("AWS_ENDPOINT_URL" in names) is want
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_keeps_the_hub_that_it_names_and_nothing_else_that_is_not_listed(case: str) -> None:
+    status, want = CASES[case]
+    env = [{"name": "HF_ENDPOINT", "value": "https://mirror"}, {"name": "HF_HOME", "value": "/mnt/pvc/planted"}]
+    run = a_run(status=status, podTemplate={"env": env})
+    for job in (build_job(run, 2, Settings()), build_preflight_job(run, 2, Settings())):
+        container = job["spec"]["template"]["spec"]["containers"][0]
+        found = {entry["name"]: entry.get("value") for entry in container["env"]}
+        assert (found.get("HF_ENDPOINT"), found["HF_HOME"]) == ("https://mirror" if want else None, "/scratch/hf")
+    assert find_left_out(run) == (["HF_HOME"] if want else ["HF_ENDPOINT", "HF_HOME"])
 
 
 @pytest.mark.parametrize("case", CASES)
