@@ -66,6 +66,18 @@ LIES: dict[str, bytes] = {
     "no object": pack(b"[]"),
     "an entry that is no object": pack(b'{"w":3}'),
     "not UTF-8": pack(b'{"\xff":1}'),
+    "UTF-16": pack(json.dumps({"w": GOOD}).encode("utf-16-le")),
+    "a mark of the byte order": pack(b"\xef\xbb\xbf" + json.dumps({"w": GOOD}).encode()),
+    "a name of half a surrogate pair": pack(json.dumps({"\ud800": GOOD}).encode()),
+    "a name of a million characters": pack(json.dumps({"w" * 10**6: {**GOOD, "shape": [3]}}).encode()),
+    "a million characters in one place": pack(json.dumps({"w": GOOD, "v" * 10**6: GOOD}).encode()),
+    "a number that JSON does not have": pack(json.dumps({"w": {**GOOD, "x": float("nan")}}).encode()),
+    "metadata that are no object": pack(json.dumps({"__metadata__": ["pt"], "w": GOOD}).encode()),
+    "metadata that are no texts": pack(json.dumps({"__metadata__": {"format": 1}, "w": GOOD}).encode()),
+    "a type that is an object": entry(dtype={"F32": 1}),
+    "a type of a million characters": entry(dtype="F" * 10**6),
+    "fewer bytes of 8-bit values": entry(dtype="F8_E4M3", shape=[1000, 1000]),
+    "fewer bytes of unsigned values": entry(dtype="U32", shape=[1000, 1000]),
 }  # fmt: skip
 
 
