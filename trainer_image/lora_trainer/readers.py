@@ -163,11 +163,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_arrow(file: Path) -> Iterator[tuple[int, object]]:
-    """Arrow streams, as datasets writes them, and Arrow files."""
+    """Arrow streams, as datasets writes them, and Arrow files. Not mapped: that takes addresses for the whole file."""
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(file)) as source:
+        with pa.OSFile(str(file)) as source:
             is_file = source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
             source.seek(0)
             if is_file:

@@ -188,6 +188,17 @@ def test_a_buffer_that_lies_about_its_size(tmp_path: Path) -> None:
     assert "a.arrow: " in found["message"]
 
 
+def test_a_large_file_of_small_batches_is_read(tmp_path: Path) -> None:
+    """No attack: an Arrow file may be larger than the memory in which it is read."""
+    file = tmp_path / "a.arrow"
+    table = pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    os.truncate(file, 2 * MEMORY)  # behind the end of the stream, and with no block on the disk
+    _, records = read_records([file], "text")
+    assert len(records) == 2
+
+
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
 def test_more_rows_than_bytes(suffix: str, tmp_path: Path) -> None:
     """Attack: who writes the dataset writes 2^31 rows of nothing, which take an hour to read."""
