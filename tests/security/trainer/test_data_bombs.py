@@ -162,6 +162,17 @@ def test_a_dictionary_that_rows_repeat(tmp_path: Path) -> None:
     refuses(file)
 
 
+def test_rows_that_share_a_long_system_message_are_read(tmp_path: Path) -> None:
+    """No attack: records of one agent repeat its list of tools, which Parquet stores once for many rows."""
+    file, rows = tmp_path / "a.parquet", 90_000
+    random = Random(0)
+    tools = json.dumps([f"tool {random.random()}" for _ in range(250)])
+    asked = [f"{random.random()} {random.random()}" for _ in range(rows)]
+    pa.parquet.write_table(pa.table({"system": [tools] * rows, "text": asked}), file, row_group_size=10_000)
+    assert 100 * file.stat().st_size < 512 * MIB < rows * len(tools)
+    assert sum(1 for _ in read_file(file)) == rows
+
+
 def test_one_row_that_repeats_a_dictionary(tmp_path: Path) -> None:
     """Attack: who writes the dataset has one row hold the same 10 MB 20 000 times."""
     file = tmp_path / "a.arrow"
