@@ -4,7 +4,7 @@ The API server knows no rule for networks (Kubernetes 1.29 has no ``cidr`` in CE
 is checked here, when a run takes its runtime.
 """
 
-from ipaddress import ip_network
+from ipaddress import IPv6Network, ip_network
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
@@ -17,7 +17,12 @@ _V6 = r"[0-9a-f:]*:[0-9a-f:.]*/[0-9]{1,3}"
 
 
 def _check_network(text: str) -> str:
-    ip_network(text)
+    """As the API server checks the networks of a NetworkPolicy, beyond what is no network at all."""
+    network = ip_network(text)
+    if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped is not None:
+        raise ValueError(f"{text}: write addresses of IPv4 as those of IPv4")
+    if text.partition("/")[2] != str(network.prefixlen):
+        raise ValueError(f"{text}: write the length of the prefix without zeros before it")
     return text
 
 

@@ -72,6 +72,14 @@ class Verdicts:
         since, verdict = self._kept.get(_hash(token), (0.0, None))
         return verdict if verdict is not None and now - since < self._seconds else None
 
+    def knows(self, token: str) -> bool:
+        """Whether there is a verdict on ``token``, however old."""
+        return _hash(token) in self._kept
+
+    def forget(self, token: str) -> None:
+        """Drops the verdict on ``token``."""
+        self._kept.pop(_hash(token), None)
+
     def keep(self, token: str, verdict: Verdict, now: float) -> None:
         """Keeps ``verdict``, in the place of the oldest where there is no room."""
         key = _hash(token)
@@ -93,7 +101,7 @@ class Gate:
         self._clock = clock
         # Apart, so that no flood of bad tokens pushes out a good one.
         self._allowed, self._refused = Verdicts(), Verdicts()
-        self._places = asyncio.Semaphore(_AT_ONCE)
+        self._places, self._reserved = asyncio.Semaphore(_AT_ONCE), asyncio.Semaphore(_AT_ONCE)
         self._waiting = 0
 
     async def check(self, authorization: str | None) -> Verdict:
@@ -104,6 +112,9 @@ class Gate:
         known = self._find(token)
         if known is not None:
             return known
+        if self._allowed.knows(token):  # once a minute; in a place that no flood of other tokens takes
+            async with self._reserved:
+                return self._find(token) or await self._review(token)
         if self._waiting >= _WAITING:
             return _BUSY
         self._waiting += 1
@@ -125,6 +136,8 @@ class Gate:
             logger.warning("/metrics: whose token it is was not found out: %s", error)
             return _SILENT
         kept = self._allowed if verdict is ALLOWED else self._refused
+        if kept is self._refused:
+            self._allowed.forget(token)
         kept.keep(token, verdict, self._clock())
         return verdict
 

@@ -1,5 +1,6 @@
 """Two processes that are stopped or killed at any moment go on to the same bytes as two that were not."""
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from lora_trainer.launch import free_port
 from lora_trainer.progress import Progress
 from lora_trainer.settings import Place
 from lora_trainer.speed import SPEED_VARIABLE
-from lora_trainer.store import Store
+from lora_trainer.store import Store, describe_file
 from tests.support.proxy import Proxy, run_proxy
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_rows, write_rows
@@ -275,6 +276,25 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert succeed(second) == uninterrupted.words.adapter.digest
     assert min(second.losses) == 3
     assert "the checkpoint of step 4 is damaged and is passed over" in second.log.read_text()
+
+
+def test_a_checkpoint_with_the_state_of_another_is_passed_over(make_run: Make, fork: Start) -> None:
+    """Attack: who can write to the store puts other JSON, and its digest, where the state of a checkpoint was."""
+    run = make_run(checkpoint={"everySteps": 2}, training={"maxSteps": 40})
+    first = fork(run)
+    first.wait_step(5)
+    first.process.kill()
+    first.process.wait()
+    newest = complete_steps(run)[-1]
+    (file,) = Path(run.publish.store.removeprefix("file://")).rglob(f"step-{newest}/loop.json")
+    file.write_text("{}")
+    marker = json.loads((file.parent / COMPLETE_FILE).read_text())
+    entry = next(entry for entry in marker["files"] if entry["path"] == file.name)
+    entry.update(describe_file(file, file.name).to_wire())
+    (file.parent / COMPLETE_FILE).write_text(json.dumps(marker))
+    second = fork(attempt(run, 2))
+    succeed(second)
+    assert f"the checkpoint of step {newest} is damaged and is passed over" in second.log.read_text()
 
 
 def test_checkpoints_by_the_clock(make_run: Make, tmp_path: Path) -> None:

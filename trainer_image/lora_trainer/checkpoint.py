@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
 
 from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
@@ -245,7 +246,8 @@ class Checkpoints:
             directory = self._directory / f"resume-rank-{self._place.rank}-step-{marker.step}"
             names = [*SHARED, OBJECTIVE_STATE, rng_file(self._place.rank)]
             problem = self.catalog.fetch(marker, names, directory)
-            problem = self._agree(problem or find_damage(directory, ADAPTER_STATE, shapes))
+            problem = problem or find_damage(directory, ADAPTER_STATE, shapes, SHARED)
+            problem = self._agree(problem or find_odd_state(directory, marker.step))
             if problem is None:
                 return self._load(marker, directory, model)
             if self._place.is_main:
@@ -279,6 +281,21 @@ class Checkpoints:
         path = directory / rng_file(self._place.rank)
         if path.exists():
             restore_rng_state(json.loads(path.read_text()))
+
+
+def find_odd_state(directory: Path, step: int) -> str | None:
+    """Why the JSON of a checkpoint of ``step`` is none that was saved with it: whoever wrote it is nobody to trust."""
+    try:
+        loop = json.loads((directory / LOOP_STATE).read_text())
+        Evaluation.from_wire(loop["before"])
+        _skipped, _in_a_row = map(int, loop["skipped"])
+        dict(loop["scheduler"])
+        found = TrainerState.load_from_json(str(directory / TRAINER_STATE)).global_step
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        return f"{LOOP_STATE} or {TRAINER_STATE} is none that was saved: {repr(error)[:200]}"
+    if found != step:
+        return f"{TRAINER_STATE}: is of step {str(found)[:200]}"
+    return None
 
 
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -20,11 +20,25 @@ BYTES_A_WEIGHT = 64
 """Bytes that a file of tensors may have for each weight of the adapter: an optimizer's moments are 8 of them. What an
 objective keeps depends on the number of its records, and is ``SPARE``."""
 
+MAX_PROBLEM = 1000
+"""Characters of what is wrong. It goes to every rank, and may repeat a name of a million characters."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def find_damage(directory: Path, adapter: str, shapes: Shapes) -> str | None:
-    """What is wrong with the files in ``directory``, one of which is ``adapter`` and has tensors of ``shapes``."""
+def find_damage(directory: Path, adapter: str, shapes: Shapes, needed: Iterable[str] = ()) -> str | None:
+    """What is wrong with the files in ``directory``, one of which is ``adapter`` and has tensors of ``shapes``.
+
+    All that are ``needed`` have to be there.
+    """
+    problem = _find_damage(directory, adapter, shapes, needed)
+    return None if problem is None else problem[:MAX_PROBLEM]
+
+
+def _find_damage(directory: Path, adapter: str, shapes: Shapes, needed: Iterable[str]) -> str | None:
+    missing = [name for name in needed if not (directory / name).is_file()]
+    if missing:
+        return f"{', '.join(missing)}: missing"
     weights = sum(map(math.prod, shapes.values()))
     try:
         for file in sorted(directory.iterdir()):

@@ -6,6 +6,7 @@ little-endian; N bytes of JSON, {name: {dtype, shape, data_offsets}}; then the v
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,14 @@ MAX_SIZE = 2**48
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+MAX_SHOWN = 200
+"""Characters of a tensor's name, or of what is wrong with a header, that a message repeats."""
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
+_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+"""Of other types, such as F4, several may share a byte; they come with newer versions of the format."""
+
+_DTYPE = re.compile(r"[A-Za-z0-9_]{1,32}")
 
 
 @dataclass(frozen=True)
@@ -72,21 +80,26 @@ def parse_header(text: bytes, name: str, size: int) -> Header:
         ModelNotFoundError: the header is broken, or values that it promises are not in the file.
     """
     try:
-        entries = json.loads(text, object_pairs_hook=_refuse_twins)
-        entries.pop("__metadata__", None)
-        header = {key: TensorInfo(str(value["dtype"]), _read_shape(value["shape"])) for key, value in entries.items()}
+        decoded = text.decode()  # bytes, json would take for UTF-16 too
+        entries = json.loads(decoded, object_pairs_hook=_refuse_twins, parse_constant=_refuse_constant)
+        _check_metadata(entries.pop("__metadata__", None))
+        "".join(entries).encode()  # "\\ud800" is a character in JSON alone
+        header = {
+            key: TensorInfo(_read_dtype(value["dtype"]), _read_shape(value["shape"])) for key, value in entries.items()
+        }
         spans = {key: _read_span(value["data_offsets"]) for key, value in entries.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise ModelNotFoundError(f"{name}: its safetensors header is broken: {error}") from error
+        raise ModelNotFoundError(f"{name}: its safetensors header is broken: {str(error)[:MAX_SHOWN]}") from error
     for key, tensor in header.items():
         start, end = spans[key]
         if tensor.dtype in _BYTES and end - start != tensor.weights * _BYTES[tensor.dtype]:
-            raise ModelNotFoundError(f"{name}: {key}: {end - start} bytes are not {tensor.dtype} {list(tensor.shape)}")
+            what = f"{end - start} bytes are not {tensor.dtype} {list(tensor.shape)}"
+            raise ModelNotFoundError(f"{name}: {key[:MAX_SHOWN]}: {what}")
     last = 0
     for key, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
         if start != last:
             where = "overlap those of another tensor" if start < last else "do not follow those of another tensor"
-            raise ModelNotFoundError(f"{name}: {key}: its bytes {start} to {end} {where}")
+            raise ModelNotFoundError(f"{name}: {key[:MAX_SHOWN]}: its bytes {start} to {end} {where}")
         last = end
     promised = LENGTH_BYTES + len(text) + last
     if promised != size:
@@ -100,6 +113,22 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("it has two entries of one name")
     return found
+
+
+def _refuse_constant(word: str) -> None:
+    """NaN and Infinity, which Python's JSON has and no other."""
+    raise ValueError(f"{word} is no number")
+
+
+def _check_metadata(value: object) -> None:
+    if value is not None and not (isinstance(value, dict) and all(isinstance(text, str) for text in value.values())):
+        raise ValueError("__metadata__ is no object of strings")
+
+
+def _read_dtype(value: object) -> str:
+    if not isinstance(value, str) or not _DTYPE.fullmatch(value):
+        raise ValueError(f"{str(value)[:80]} is no type")
+    return value
 
 
 def _read_shape(value: list[Any]) -> tuple[int, ...]:

@@ -24,8 +24,9 @@ _ROWS = 128
 
 _PIECE = 1024 * 1024
 _ALWAYS_UNPACKED = 512 * 1024 * 1024
-_MOST_UNPACKED = 100
-"""Text packs to a tenth. What unpacks to more than so many times its size, and to more than those bytes, is a bomb."""
+_MOST_UNPACKED = 1000
+"""What unpacks to more than so many times its size, and to more than those bytes, is a bomb. Text packs to a tenth, but
+rows that all begin with the same long system message or list of tools to some hundredths of that."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, object]]:
 
 
 def _read_arrow(file: Path) -> Iterator[tuple[int, object]]:
-    """Arrow streams, as datasets writes them, and Arrow files."""
+    """Arrow streams, as datasets writes them, and Arrow files. Not mapped: that takes addresses for the whole file."""
     import pyarrow as pa
 
     try:
-        with pa.memory_map(str(file)) as source:
+        with pa.OSFile(str(file)) as source:
             is_file = source.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
             source.seek(0)
             if is_file:

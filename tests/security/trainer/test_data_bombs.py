@@ -162,6 +162,17 @@ def test_a_dictionary_that_rows_repeat(tmp_path: Path) -> None:
     refuses(file)
 
 
+def test_rows_that_share_a_long_system_message_are_read(tmp_path: Path) -> None:
+    """No attack: records of one agent repeat its list of tools, which Parquet stores once for many rows."""
+    file, rows = tmp_path / "a.parquet", 90_000
+    random = Random(0)
+    tools = json.dumps([f"tool {random.random()}" for _ in range(250)])
+    asked = [f"{random.random()} {random.random()}" for _ in range(rows)]
+    pa.parquet.write_table(pa.table({"system": [tools] * rows, "text": asked}), file, row_group_size=10_000)
+    assert 100 * file.stat().st_size < 512 * MIB < rows * len(tools)
+    assert sum(1 for _ in read_file(file)) == rows
+
+
 def test_one_row_that_repeats_a_dictionary(tmp_path: Path) -> None:
     """Attack: who writes the dataset has one row hold the same 10 MB 20 000 times."""
     file = tmp_path / "a.arrow"
@@ -186,6 +197,17 @@ def test_a_buffer_that_lies_about_its_size(tmp_path: Path) -> None:
     found = attack(file)
     assert found["class"] == FailureClass.BAD_DATA, found
     assert "a.arrow: " in found["message"]
+
+
+def test_a_large_file_of_small_batches_is_read(tmp_path: Path) -> None:
+    """No attack: an Arrow file may be larger than the memory in which it is read."""
+    file = tmp_path / "a.arrow"
+    table = pa.table({"text": ["a", "b"]})
+    with pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    os.truncate(file, 2 * MEMORY)  # behind the end of the stream, and with no block on the disk
+    _, records = read_records([file], "text")
+    assert len(records) == 2
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
-from lora_trainer.checkpoint import ADAPTER_STATE, LOOP_STATE, TRAINER_STATE
-from lora_trainer.damage import find_damage, read_file_header
+from lora_trainer.checkpoint import ADAPTER_STATE, LOOP_STATE, TRAINER_STATE, find_odd_state
+from lora_trainer.damage import MAX_PROBLEM, find_damage, read_file_header
 from lora_trainer.errors import ModelNotFoundError, classify
 from lora_trainer.headers import INDEX_FILE, LENGTH_BYTES, MAX_HEADER, header_length, parse_header
 from lora_trainer.modelfiles import ModelFiles, SourcePin, read_headers
@@ -66,6 +66,18 @@ LIES: dict[str, bytes] = {
     "no object": pack(b"[]"),
     "an entry that is no object": pack(b'{"w":3}'),
     "not UTF-8": pack(b'{"\xff":1}'),
+    "UTF-16": pack(json.dumps({"w": GOOD}).encode("utf-16-le")),
+    "a mark of the byte order": pack(b"\xef\xbb\xbf" + json.dumps({"w": GOOD}).encode()),
+    "a name of half a surrogate pair": pack(json.dumps({"\ud800": GOOD}).encode()),
+    "a name of a million characters": pack(json.dumps({"w" * 10**6: {**GOOD, "shape": [3]}}).encode()),
+    "a million characters in one place": pack(json.dumps({"w": GOOD, "v" * 10**6: GOOD}).encode()),
+    "a number that JSON does not have": pack(json.dumps({"w": {**GOOD, "x": float("nan")}}).encode()),
+    "metadata that are no object": pack(json.dumps({"__metadata__": ["pt"], "w": GOOD}).encode()),
+    "metadata that are no texts": pack(json.dumps({"__metadata__": {"format": 1}, "w": GOOD}).encode()),
+    "a type that is an object": entry(dtype={"F32": 1}),
+    "a type of a million characters": entry(dtype="F" * 10**6),
+    "fewer bytes of 8-bit values": entry(dtype="F8_E4M3", shape=[1000, 1000]),
+    "fewer bytes of unsigned values": entry(dtype="U32", shape=[1000, 1000]),
 }  # fmt: skip
 
 
@@ -229,6 +241,7 @@ ALTERED: dict[str, tuple[str, bytes, str]] = {
     "a state that is no JSON": (TRAINER_STATE, b"{", "is not JSON"),
     "a state nested beyond the stack": (TRAINER_STATE, b'{"a":' * 100_000, "is not JSON"),
     "a state that is a list": (LOOP_STATE, b"[]", "is no JSON object"),
+    "a tensor whose name goes to all ranks": (ADAPTER_STATE, pack(json.dumps({"a" * 10**7: GOOD}).encode()), "aaa"),
 }
 
 
@@ -240,6 +253,39 @@ def test_a_checkpoint_that_was_altered_is_told(case: str, tmp_path: Path) -> Non
     problem = find_damage(tmp_path, ADAPTER_STATE, SHAPES)
     assert problem is not None
     assert words in problem
+    assert len(problem) <= MAX_PROBLEM
+
+
+def test_a_checkpoint_without_a_file_is_told(tmp_path: Path) -> None:
+    """Attack: who can write to the store leaves the name of a file out of COMPLETE.json."""
+    found = find_damage(checkpoint(tmp_path), ADAPTER_STATE, SHAPES, [ADAPTER_STATE, TRAINER_STATE])
+    assert found == f"{TRAINER_STATE}: missing"
+
+
+SAVED_LOOP = {
+    "before": {"loss": None, "samples": []},
+    "skipped": [0, 0],
+    "scheduler": {"last_epoch": 4},
+}
+ODD_STATES: dict[str, tuple[Any, Any]] = {
+    "nothing": ({}, {"global_step": 4}),
+    "words for numbers": (SAVED_LOOP | {"skipped": ["a", 0]}, {"global_step": 4}),
+    "no list of samples": (SAVED_LOOP | {"before": {"samples": 3}}, {"global_step": 4}),
+    "no schedule": (SAVED_LOOP | {"scheduler": 3}, {"global_step": 4}),
+    "an unknown field": (SAVED_LOOP, {"global_step": 4, "x": 1}),
+    "another step": (SAVED_LOOP, {"global_step": 2}),
+}
+
+
+@pytest.mark.parametrize("case", ODD_STATES)
+def test_a_state_that_was_not_saved_is_told(case: str, tmp_path: Path) -> None:
+    """Attack: who can write to the store puts other JSON where the state of the loop was."""
+    for name, content in zip((LOOP_STATE, TRAINER_STATE), ODD_STATES[case], strict=True):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert find_odd_state(tmp_path, 4) is not None
+    (tmp_path / LOOP_STATE).write_text(json.dumps(SAVED_LOOP))
+    (tmp_path / TRAINER_STATE).write_text(json.dumps({"global_step": 4}))
+    assert find_odd_state(tmp_path, 4) is None
 
 
 def test_a_huge_checkpoint_is_not_loaded(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "a network": {"cidr": "10.0.0.0/8"},
     "one address": {"cidr": "192.0.2.7/32"},
     "everything but a part": {"cidr": "0.0.0.0/0", "except": ["169.254.0.0/16", "10.0.0.0/8"]},
-    "IPv6": {"cidr": "::/0", "except": ["fe80::/10", "::ffff:192.0.2.0/120"]},
+    "IPv6": {"cidr": "::/0", "except": ["fe80::/10", "64:ff9b::192.0.2.0/120"]},
     "all pods": {"namespaceSelector": {}},
     "ports in a row": {"podSelector": {}, "ports": [{"port": 1, "endPort": 65535, "protocol": "UDP"}]},
 }
@@ -25,6 +25,13 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a prefix too long": ({"cidr": "10.0.0.0/33"}, "10.0.0.0/33"),
     "bits behind the prefix": ({"cidr": "10.0.0.1/8"}, "10.0.0.1/8 has host bits set"),
     "no IPv6": ({"cidr": ":::/64"}, ":::/64"),
+    "IPv4 in IPv6": ({"cidr": "::ffff:192.0.2.0/120"}, "write addresses of IPv4 as those of IPv4"),
+    "an exception of IPv4 in IPv6": (
+        {"cidr": "::/0", "except": ["::ffff:169.254.169.254/128"]},
+        "write addresses of IPv4 as those of IPv4",
+    ),
+    "a zero before the length of the prefix": ({"cidr": "10.0.0.0/08"}, "without zeros before it"),
+    "two zeros": ({"cidr": "0.0.0.0/00"}, "without zeros before it"),
     "a name": ({"cidr": "example.org"}, "String should match pattern"),
     "an address alone": ({"cidr": "10.0.0.1"}, "String should match pattern"),
 }

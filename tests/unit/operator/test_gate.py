@@ -26,6 +26,7 @@ class Reviewer(KubeClient):
         super().__init__(Configuration(host="http://none"), RateLimit(1e6, 1000), 1.0)
         self.asked: list[tuple[str, Any]] = []
         self.down = False
+        self.rights = {PROMETHEUS["username"]}
         self.hold: asyncio.Event | None = None
 
     async def create_review(self, resource: str, spec: Any) -> Any:
@@ -35,7 +36,7 @@ class Reviewer(KubeClient):
         if self.down:
             raise KubeError(0, "no answer")
         if resource == "subjectaccessreviews":
-            return {"allowed": spec["user"] == PROMETHEUS["username"]}
+            return {"allowed": spec["user"] in self.rights}
         users = {"good": PROMETHEUS, "known": {"username": "somebody"}}
         token = spec["token"]
         return {"authenticated": True, "user": users[token]} if token in users else {"error": "unknown"}
@@ -150,6 +151,42 @@ def test_a_flood_of_tokens_holds_up_nobody_with_a_known_one() -> None:
         assert (statuses.count(401), statuses.count(503)) == (32, 68)
         assert await gate.check("Bearer good") is ALLOWED
         assert len(kube.asked) == 2 + 32, "and is not forgotten"
+
+    run(use)
+
+
+def test_a_flood_of_tokens_holds_up_nobody_whose_verdict_has_become_too_old() -> None:
+    """Prometheus asks for years, and its verdict holds for a minute."""
+
+    async def use(gate: Gate, kube: Reviewer, now: list[float]) -> None:
+        assert await gate.check("Bearer good") is ALLOWED
+        now.append(60.0)
+        kube.hold = asyncio.Event()
+        flood = [asyncio.ensure_future(gate.check(f"Bearer {number}")) for number in range(100)]
+        await asyncio.sleep(0)
+        renewed = asyncio.ensure_future(gate.check("Bearer good"))
+        await asyncio.sleep(0)
+        assert ("tokenreviews", {"token": "good"}) in kube.asked[2:]
+        kube.hold.set()
+        assert await renewed is ALLOWED
+        await asyncio.gather(*flood)
+
+    run(use)
+
+
+def test_a_right_that_was_taken_away_is_no_longer_a_known_one() -> None:
+    async def use(gate: Gate, kube: Reviewer, now: list[float]) -> None:
+        assert await gate.check("Bearer good") is ALLOWED
+        kube.rights.clear()
+        now.append(60.0)
+        assert (await gate.check("Bearer good")).status == 403
+        now.append(120.0)
+        kube.hold = asyncio.Event()
+        flood = [asyncio.ensure_future(gate.check(f"Bearer {number}")) for number in range(32)]
+        await asyncio.sleep(0)
+        assert (await gate.check("Bearer good")).status == 503
+        kube.hold.set()
+        await asyncio.gather(*flood)
 
     run(use)
 
