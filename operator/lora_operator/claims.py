@@ -5,10 +5,11 @@ from another cluster or namespace. What is below another run's prefix in the sto
 """
 
 import re
-from datetime import datetime
+from dataclasses import replace
 
-from lora_api import RULES, AdapterStatus, Failure, FailureClass, LoRAFineTune
+from lora_api import AdapterStatus, ConditionType, LoRAFineTune
 from lora_api.adapter import adapter_prefix, digest_directory, merged_directory
+from lora_operator.plan import Mark
 
 FOREIGN_ADAPTER = "ForeignAdapter"
 
@@ -37,14 +38,15 @@ def find_foreign(run: LoRAFineTune, adapter: AdapterStatus) -> str | None:
     return None
 
 
-def build_foreign_failure(attempt: int, problem: str, pod: str, now: datetime) -> Failure:
-    """The failure of an attempt whose rank 0 says that it published something that cannot be the run's."""
-    return Failure(
-        attempt=attempt,
-        failure_class=FailureClass.INTERNAL,
-        reason=FOREIGN_ADAPTER,
-        message=f"Pod {pod} ended with success and named an adapter that is not this run's: {problem}",
-        remedy=f"Look at who made the pod and its image. {RULES[FailureClass.INTERNAL].remedy}",
-        pod=pod,
-        at=now,
-    )
+def disown(run: LoRAFineTune, adapter: AdapterStatus) -> dict[ConditionType, Mark]:
+    """What the conditions say of an adapter that is not ``run``'s; nothing of one that is.
+
+    The end of the run stays as it is: training once more would not change whose adapter that is.
+    """
+    problem = find_foreign(run, adapter)
+    if problem is None:
+        return {}
+    remedy = "do not serve it, and look at who made the pod, its image, or the status"
+    message = f"status.adapter is not this run's: {problem}. Remedy: {remedy}"
+    mark = Mark(value=False, reason=FOREIGN_ADAPTER, message=message)
+    return {ConditionType.PUBLISHED: mark, ConditionType.READY: mark, ConditionType.STALLED: replace(mark, value=True)}

@@ -62,7 +62,8 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
     if obstacle is not None and _obstacle(old) != obstacle:
         events.append(EventSpec("Warning", obstacle[0], "Wait", obstacle[1], about))
     if new.phase != old.phase and new.phase == Phase.SUCCEEDED:
-        events.append(EventSpec("Normal", "Succeeded", "Publish", _message(new, ConditionType.COMPLETE), about))
+        kind: Literal["Normal", "Warning"] = "Normal" if _holds(new, ConditionType.PUBLISHED) else "Warning"
+        events.append(EventSpec(kind, "Succeeded", "Publish", _message(new, ConditionType.COMPLETE), about))
     if new.phase != old.phase and new.phase == Phase.FAILED:
         note = _message(new, ConditionType.READY)
         events.append(EventSpec("Warning", new.reason or "Failed", "Fail", note, about))

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from lora_api import ConditionType
 from lora_operator.children.names import child_name, preflight_name
-from lora_operator.claims import FOREIGN_ADAPTER, find_foreign
+from lora_operator.claims import disown
 from lora_operator.observed import Observed, has_passed, holds, seconds_to_leaving
 from lora_operator.plan import NOTHING, Mark, Plan
 from lora_operator.settings import Settings
@@ -30,11 +30,8 @@ def _disown(observed: Observed, plan: Plan) -> Plan:
     The adapter itself stays in the status: a field that somebody else has applied is not the operator's to take away.
     """
     adapter = observed.run.status.adapter
-    foreign = find_foreign(observed.run, adapter) if adapter is not None else None
-    if foreign is None:
-        return plan
-    mark = Mark(value=False, reason=FOREIGN_ADAPTER, message=f"status.adapter is not this run's: {foreign}")
-    return replace(plan, conditions={**plan.conditions, ConditionType.PUBLISHED: mark, ConditionType.READY: mark})
+    marks = disown(observed.run, adapter) if adapter is not None else {}
+    return replace(plan, conditions={**plan.conditions, **marks})
 
 
 def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:

@@ -17,7 +17,7 @@ from datetime import datetime
 
 from lora_api import AdapterStatus, ConditionType, Phase
 from lora_operator.admission import decide_runtime
-from lora_operator.claims import build_foreign_failure, find_foreign
+from lora_operator.claims import disown
 from lora_operator.diagnose import (
     Symptom,
     diagnose_pods,
@@ -139,12 +139,8 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
     """Follows a Job: succeeded, failed, running, or on the way there."""
     pods = observed.gang(job)
     adapter = published_adapter(pods)
-    foreign = find_foreign(observed.run, adapter) if adapter is not None else None
-    if foreign is not None:
-        failure = build_foreign_failure(job.attempt, foreign, pods[0].name, now)
-        return decide_failure(observed, job.attempt, failure, settings)
     if adapter is not None:
-        return decide_success(job.attempt, adapter)
+        return decide_success(job.attempt, adapter, disown(observed.run, adapter))
     if job.deleting:
         return decide_failure(observed, job.attempt, job_lost(job.attempt, now), settings)
     stopping = observed.stopping(job)

@@ -1,5 +1,6 @@
 """What comes of a run: success, failure and whether another try follows, waiting, suspension. All pure."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
@@ -73,9 +74,11 @@ def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
     )
 
 
-def decide_success(attempt: int, adapter: AdapterStatus) -> Plan:
-    """The end that everybody wants."""
+def decide_success(attempt: int, adapter: AdapterStatus, disowned: Mapping[ConditionType, Mark] = {}) -> Plan:
+    """The end that everybody wants. ``disowned`` is what there is to say where the adapter is not the run's."""
     message = f"Published {adapter.uri} as {adapter.served_name}"
+    if disowned:
+        message = f"The pods ended with success, but {disowned[ConditionType.PUBLISHED].message}"
     done = Mark(value=True, reason="Succeeded", message=message)
     return Plan(
         phase=Phase.SUCCEEDED,
@@ -87,6 +90,7 @@ def decide_success(attempt: int, adapter: AdapterStatus) -> Plan:
             ConditionType.RUNNING: Mark(value=False, reason="Succeeded", message="The run has ended"),
             ConditionType.PUBLISHED: done,
             ConditionType.COMPLETE: done,
+            **disowned,
         },
         adapter=adapter,
         ended=True,
