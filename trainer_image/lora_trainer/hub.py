@@ -121,12 +121,25 @@ def read_range(name: str, commit: str, path: str, start: int, end: int) -> bytes
     def fetch() -> bytes:
         _limit_waits()
         headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
-        answer = get_session().get(hf_hub_url(name, path, revision=commit), headers=headers)
-        hf_raise_for_status(answer)
-        whole = answer.status_code != httpx2.codes.PARTIAL_CONTENT  # a proxy that knows no ranges
-        return bytes(answer.content)[start:end] if whole else bytes(answer.content)
+        with get_session().stream("GET", hf_hub_url(name, path, revision=commit), headers=headers) as answer:
+            if answer.is_error:
+                answer.read()  # the hub says in it why
+            hf_raise_for_status(answer)
+            whole = answer.status_code != httpx2.codes.PARTIAL_CONTENT  # a proxy that knows no ranges
+            skipped = start if whole else 0
+            return _read_at_most(answer, skipped + end - start)[skipped:]
 
     return _call(f"{_say(name, commit)}, {path}", fetch)
+
+
+def _read_at_most(answer: httpx2.Response, size: int) -> bytes:
+    """The first ``size`` bytes of the body: a hub may send more than it was asked for."""
+    body = bytearray()
+    for piece in answer.iter_bytes():
+        body += piece
+        if len(body) >= size:
+            break
+    return bytes(body[:size])
 
 
 def _say(name: str, revision: str | None) -> str:
