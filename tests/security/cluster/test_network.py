@@ -153,7 +153,11 @@ def test_an_identity_opens_its_own_address_and_no_other(
     cluster: Cluster, runs: Runs, make_pod: MakePod, cloud: None
 ) -> None:
     """Attack: code of a run that gets keys of its own, from the address for that, asks for those of the node too."""
-    runtime = {"egress": [{"cidr": f"{cluster.node_ip}/32"}], "identity": "eksPodIdentity"}
+    runtime = {
+        "endpoints": {"store": cluster.s3_endpoint},
+        "egress": [{"cidr": f"{cluster.node_ip}/32"}],
+        "identity": "eksPodIdentity",
+    }
     head = {"apiVersion": "lorafinetune.io/v1alpha1", "kind": "ClusterLoRARuntime"}
     stack.apply(cluster, {**head, "metadata": {"name": "pod-identity"}, "spec": runtime})
     name = runs.submit("known", training=ENDLESS, parallelism={"nodes": 1}, runtimeRef={"name": "pod-identity"})
