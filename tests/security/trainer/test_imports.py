@@ -65,7 +65,7 @@ def test_a_whole_run_beside_planted_modules_runs_none_of_them(make_run: Make, sc
     assert done.returncode == 0, done.stderr[-3000:]
     log = scratch.parent / "planted.log"
     assert not log.exists(), log.read_text()
-    assert "tracking: MLflow: " in done.stderr, "its client was not there"
+    assert "tracking: MLflow: " in done.stdout, "its client was not there"
 
 
 def test_the_probe_finds_what_is_planted(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ from tests.trainer.runs import ROOT, SOURCES, build_run
 FORGED = '{"lora":{"event":"step","at":"2026-11-23T18:00:00Z","step":17,"totalSteps":18,"loss":0.0001}}'
 
 DRIVER = """
-import resource, sys
+import re, sys
 from pathlib import Path
 import lora_trainer.launch
 lora_trainer.launch.worker_command = lambda _: [sys.executable, sys.argv[2]]
 code = lora_trainer.launch.launch(Path(sys.argv[1]))
-Path(sys.argv[3]).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+Path(sys.argv[3]).write_text(re.search("VmHWM: *(.*) kB", Path("/proc/self/status").read_text())[1])
 sys.exit(code)
 """
 
