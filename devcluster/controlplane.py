@@ -136,8 +136,7 @@ class ControlPlane:
         written when it ends, and any other request before it is answered; one that is
         being written is left out.
         """
-        with self.files.audit_log.open() as file:
-            lines = [line for line in file if line.endswith("\n")]
+        *lines, _unfinished = self.files.audit_log.read_text(encoding="utf-8").split("\n")
         entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
         return [entry for entry in entries if user_agent in entry.get("userAgent", "")]
 
