@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Replicate
 
 from lora_trainer.architecture import decoder_layers
+from lora_trainer.devices import traits
 from lora_trainer.errors import InternalError
 from lora_trainer.loading import local_part
 from lora_trainer.parallel import limit_collectives, sum_over_ranks
@@ -72,7 +73,9 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
     common: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if strategy.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=traits(device).pinned_memory)
+        if strategy.offload
+        else OffloadPolicy(),
         "ignored_params": {p for p in model.parameters() if not p.is_floating_point()} | row_parameters(model),
     }
     layers = decoder_layers(model)

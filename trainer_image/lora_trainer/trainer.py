@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.ahead import Ahead, start_maker
+from lora_trainer.devices import product_type, traits
 from lora_trainer.errors import BadSpecError
 from lora_trainer.evaluate import Evaluator, Prompt
 from lora_trainer.finite import FiniteTrainer
@@ -61,7 +62,7 @@ class LoRATrainer(FiniteTrainer):
             self.skipped = resume.skipped
             return
         wanted = read_levers().prefetch
-        if self.args.device.type == "cuda" if wanted is None else wanted:
+        if traits(self.args.device).prefetch if wanted is None else wanted:
             self._maker = start_maker(self.args.device)
         try:
             self.train(resume_from_checkpoint=str(resume.directory) if resume else None)
@@ -148,7 +149,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
     """
     training, plan, steps = run.training, batch_plan(run), total_steps(run, records)
     levers = read_levers()
-    on_gpu = device.type == "cuda"
+    kind, products = traits(device), product_type(run.quantization.compute_dtype, device)
     schedulers = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
         "output_dir": str(directory),
@@ -160,13 +161,13 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "warmup_steps": round(training.warmup_ratio * steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": optimizer_name(run, fused=on_gpu and levers.fused_optimizer),
+        "optim": optimizer_name(run, fused=kind.fused_optimizer and levers.fused_optimizer),
         "gradient_checkpointing": training.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
-        "bf16": on_gpu and run.quantization.compute_dtype != "float32",
-        "use_cpu": not on_gpu,
+        "bf16": products == torch.bfloat16,
+        "use_cpu": kind.accelerate_cpu,
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": on_gpu and levers.pinned_memory,
+        "dataloader_pin_memory": kind.pinned_memory and levers.pinned_memory,
         "seed": training.seed,
         "data_seed": training.seed,
         "logging_strategy": "steps",
