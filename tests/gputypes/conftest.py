@@ -21,23 +21,26 @@ SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLEL
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank of each row saw, by the row's name; of its first attempt under NAME-first."""
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank of each row saw, by the row's name. Only rows are trained that the chosen tests ask for."""
     directory = tmp_path_factory.mktemp("lane")
+    names = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")}
+    chosen = {name: row for name, row in ROWS.items() if name in names}
+    rows = chosen | {row.alone.name: row.alone for row in chosen.values() if row.refusal is None}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**SURROUNDINGS, "TMPDIR": str(directory)}.items():
             patch.setenv(name, value)
-        return train_rows(directory)
+        return train_rows(list(rows.values()), directory)
 
 
-def train_rows(directory: Path) -> Results:
-    """Trains all rows in four processes, side by side where they have room."""
+def train_rows(rows: list[Row], directory: Path) -> Results:
+    """Trains ``rows`` in four processes, side by side where they have room."""
     for objective in ("sft", "dpo", "newTokens"):
         write_rows(directory / objective / "train.jsonl", make_records(objective))
-    for family in {row.family for row in ROWS.values()}:
+    for family in {row.family for row in rows}:
         make_family(family, directory / "models" / family)
     cases, free = [], 0
-    for row in sorted(ROWS.values(), key=lambda row: -row.processes):
+    for row in sorted(rows, key=lambda row: -row.processes):
         processes = [(free + number) % WORKERS for number in range(row.processes)]
         free = (free + row.processes) % WORKERS
         cases += build_cases(row, sorted(processes), directory)

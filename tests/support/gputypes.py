@@ -1,8 +1,8 @@
 """The types and the copies of a GPU, in a process that has only a CPU.
 
-Inside ``gpu_types()`` the trainer runs as on CUDA in everything that is a type or a copy. Each function below stands for
-one fact, and says where it was seen; ``bench/gpu/facts.py`` asks a real GPU for each of them, by the same name. Kernels,
-their speed, memory and streams are not here.
+Inside ``gpu_types()`` the trainer runs as on CUDA in everything that is a type or a copy. Each function below stands
+for one fact, and says where it was seen; ``bench/gpu/facts.py`` asks a real GPU for each of them, by the same name.
+Kernels, their speed, memory and streams are not here.
 
 Files are those of the versions in constraints/dev.txt; docs/decisions/035 lists what follows from these facts.
 """
@@ -79,7 +79,7 @@ def bfloat16_is_supported() -> Iterator[None]:
 
 @contextmanager
 def gangs_are_multi_gpu() -> Iterator[None]:
-    """accelerate calls a gang on GPUs MULTI_GPU, by LOCAL_RANK and torch.cuda.is_available: accelerate/state.py:789-791.
+    """accelerate calls a gang on GPUs MULTI_GPU, by LOCAL_RANK and torch.cuda.is_available: accelerate/state.py:788.
 
     So ``multi_device`` is true there and false on CPUs (accelerator.py:659), and ``prepare_model`` wraps in DDP.
     """

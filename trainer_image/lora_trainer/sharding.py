@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -32,14 +30,6 @@ SHARD_TOLERANCE = 1.25
 """How much more than an even share of the weights a rank may hold. Quantization constants are not sharded."""
 
 Holder = tuple[nn.Module, str]
-
-
-def own_distribution(accelerator: Accelerator) -> None:
-    """Keeps accelerate from wrapping the model in DDP, which it does wherever it sees more than one process.
-
-    Its data loaders and its sums over processes do not look at this type.
-    """
-    accelerator.state.distributed_type = DistributedType.NO
 
 
 def spread_model(model: nn.Module, strategy: Strategy, device: torch.device) -> None:

@@ -22,8 +22,8 @@ from lora_trainer.progress import Progress
 from lora_trainer.rows import row_parameters
 from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.settings import Place
-from lora_trainer.sharding import own_distribution
 from lora_trainer.speed import read_levers
+from lora_trainer.untouched import check_same_model, kept_from_accelerate
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Checkpoints, Resume
@@ -87,10 +87,16 @@ class LoRATrainer(FiniteTrainer):
         own = {name for name, parameter in model.named_parameters() if parameter in rows}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """Leaves the model as it is: ``sharding`` spreads it over the processes."""
-        super().create_accelerator_and_postprocess()
-        own_distribution(self.accelerator)
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Makes the optimizer and the schedule. The model stays as it is: ``sharding`` has spread it.
+
+        Raises:
+            InternalError: it did not.
+        """
+        with kept_from_accelerate(self.model):
+            model, loader = super()._prepare_for_training(*args, **kwargs)
+        check_same_model(model, self.model)
+        return model, loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
