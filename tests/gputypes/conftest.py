@@ -12,6 +12,7 @@ from tests.trainer.gang import Case, run_cases
 from tests.trainer.runs import build_run
 
 WORKERS = 4
+MODULE = "tests.gputypes.work"
 RECORDS = 80
 LAST_STEP = 2
 """Of a run that is stopped: the one after which its ranks agree to stop."""
@@ -39,7 +40,7 @@ def train_rows(rows: list[Row], directory: Path) -> Results:
         write_rows(directory / objective / "train.jsonl", make_records(objective))
     for family in {row.family for row in rows}:
         make_family(family, directory / "models" / family)
-    cases, free = [], 0
+    cases, free = [Case("talk", "talk", list(range(WORKERS)), {}, module=MODULE)], 0
     for row in sorted(rows, key=lambda row: -row.processes):
         processes = [(free + number) % WORKERS for number in range(row.processes)]
         free = (free + row.processes) % WORKERS
@@ -68,7 +69,7 @@ def build_cases(row: Row, processes: list[int], directory: Path) -> list[Case]:
         first = (f"{row.name}-first", {"run": run, "stop_after": LAST_STEP - 1})
         attempts = [first, (row.name, {"run": run | {"attempt": 2}})]
     return [
-        Case(name, "learn", processes, {"directory": str(own), **arguments}, module="tests.gputypes.work")
+        Case(name, "learn", processes, {"directory": str(own), **arguments}, module=MODULE)
         for name, arguments in attempts
     ]
 

@@ -10,9 +10,10 @@ from tests.gputypes.table import REFUSED, ROWS, TRAINED, Row
 
 Results = dict[str, list[dict[str, Any]]]
 
-LOSS = 1e-3
+LOSS, EVALUATION = 1e-3, 2e-3
+"""Nats per token. Phi-MoE draws its experts at random in training, on each process for itself: 3e-4 and 1e-3. All
+others are within 1e-6."""
 LOGIT = 1e-2
-BASE_TYPES = {"none": ["torch.bfloat16", "torch.float32"]}
 
 
 def look(results: Results, row: Row) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def test_its_losses_are_those_of_one_process(name: str, results: Results) -> Non
     (alone,) = look(results, row.alone)
     for rank in look(results, row):
         assert rank["losses"] == pytest.approx({step: alone["losses"][step] for step in rank["losses"]}, abs=LOSS)
-        assert rank["evals"] == pytest.approx({step: alone["evals"][step] for step in rank["evals"]}, abs=LOSS)
+        assert rank["evals"] == pytest.approx({step: alone["evals"][step] for step in rank["evals"]}, abs=EVALUATION)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -65,6 +66,16 @@ def test_a_fresh_adapter_is_measured_after_training_as_it_was_before(name: str, 
 def test_gradients_are_averaged_once(name: str, results: Results) -> None:
     for rank in look(results, TRAINED[name]):
         assert rank["averaged_before"] is False
+
+
+def test_host_memory_has_a_group_of_its_own(results: Results) -> None:
+    for rank in results["talk"]:
+        start, gathered, told, summed, meshed = rank["counts"]
+        assert [b - a for a, b in zip(start, gathered, strict=True)] == [0, 2], "a length, and the bytes"
+        assert [b - a for a, b in zip(gathered, told, strict=True)] == [0, 2]
+        assert [b - a for a, b in zip(told, summed, strict=True)] == [1, 0], "sums are on the training device"
+        assert meshed[1] == summed[1], "and meshes are not made of it"
+        assert rank["sizes"] == [2, 2]
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.refusal])

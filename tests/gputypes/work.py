@@ -16,15 +16,18 @@ from torch.distributed.tensor import DTensor
 
 import lora_trainer.train
 from lora_api.run import RunSpec
-from lora_trainer import sharding
+from lora_trainer import exchange, sharding
 from lora_trainer.errors import StoppedError
 from lora_trainer.evaluate import Evaluator
+from lora_trainer.groups import all_groups
 from lora_trainer.model import load_base_model
 from lora_trainer.newtokens import read_tokenizer
+from lora_trainer.parallel import start_process_group, sum_over_ranks
 from lora_trainer.report import RunResult
 from lora_trainer.settings import read_place
-from lora_trainer.sharding import reshard, trainable
+from lora_trainer.sharding import make_mesh, reshard, trainable
 from lora_trainer.stop import StopRequest
+from lora_trainer.strategy import Strategy
 from tests.support.gputypes import gpu_types
 from tests.trainer.gang_work import Recorder
 
@@ -54,6 +57,26 @@ def learn(run: dict[str, Any], directory: str, stop_after: int | None = None) ->
             return _learn(spec, directory, stop_after)
     except Exception as error:  # noqa: BLE001 - told in the result
         return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+
+
+def talk() -> dict[str, list[int]]:
+    """How many collective operations went through each group: the default one, and that of host memory."""
+    with gpu_types():
+        start_process_group(read_place(), CPU, 60)
+        counts = [count_operations()]
+        for speak in (lambda: exchange.gather_json("a"), lambda: exchange.broadcast_json("a")):
+            speak()
+            counts.append(count_operations())
+        sum_over_ranks([1.0], CPU)
+        counts.append(count_operations())
+        mesh = make_mesh(Strategy("hsdp", replicas=2, shards=2), CPU)
+        dist.all_reduce(torch.ones(1), group=mesh.get_group("shard"))
+        return {"counts": [*counts, count_operations()], "sizes": [group.size() for group in mesh.get_all_groups()]}
+
+
+def count_operations() -> list[int]:
+    """Collective operations so far, by group."""
+    return [group._get_sequence_number_for_group() for group in all_groups()]
 
 
 def _learn(run: RunSpec, directory: str, stop_after: int | None) -> dict[str, Any]:

@@ -11,6 +11,21 @@ from lora_trainer.errors import BadSpecError
 
 
 @dataclass(frozen=True)
+class Backends:
+    """What processes talk through (``groups``).
+
+    Attributes:
+        device: backend of the group of all processes, of which every mesh is made. One backend and no more.
+        host: backend of the second group, for tensors in host memory; ``None``: the first one takes them.
+        bound: the first group belongs to this process's device, so that a mesh's groups are split off from it.
+    """
+
+    device: str
+    host: str | None = None
+    bound: bool = False
+
+
+@dataclass(frozen=True)
 class Traits:
     """What a kind of device decides.
 
@@ -21,6 +36,7 @@ class Traits:
         prefetch: the next step's micro-batches are made by a thread while this step computes.
         pinned_memory: host memory is page-locked for copies.
         accelerate_cpu: transformers and accelerate are told to leave GPUs alone.
+        backends: of the process groups.
     """
 
     products: torch.dtype
@@ -29,13 +45,26 @@ class Traits:
     prefetch: bool
     pinned_memory: bool
     accelerate_cpu: bool
+    backends: Backends
 
 
 GPU = Traits(
-    torch.bfloat16, bfloat16=True, fused_optimizer=True, prefetch=True, pinned_memory=True, accelerate_cpu=False
+    products=torch.bfloat16,
+    bfloat16=True,
+    fused_optimizer=True,
+    prefetch=True,
+    pinned_memory=True,
+    accelerate_cpu=False,
+    backends=Backends("nccl", host="gloo", bound=True),
 )
 CPU = Traits(
-    torch.float32, bfloat16=False, fused_optimizer=False, prefetch=False, pinned_memory=False, accelerate_cpu=True
+    products=torch.float32,
+    bfloat16=False,
+    fused_optimizer=False,
+    prefetch=False,
+    pinned_memory=False,
+    accelerate_cpu=True,
+    backends=Backends("gloo"),
 )
 TRAITS = {"cuda": GPU, "cpu": CPU}
 """By torch's name of the kind of device."""
