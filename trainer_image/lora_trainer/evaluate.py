@@ -222,6 +222,7 @@ def generate(
         top_p=None,
         top_k=None,
         use_cache=True,
+        disable_compile=True,  # on GPUs it would compile where generation_config.json asks for a static cache (Gemma 2)
         pad_token_id=pad,
         synced_gpus=sharded,
     )

@@ -233,9 +233,9 @@ def add_token_scores(model: PreTrainedModel) -> None:
         BadSpecError: its head is not of the kind that this needs.
     """
     transform = check_head(model)
-    inner = model.forward
+    plain = type(model).forward
 
-    @functools.wraps(type(model).forward)  # generate() reads the signature
+    @functools.wraps(plain)  # generate() reads the signature
     def forward(
         self: PreTrainedModel,
         *args: Any,
@@ -244,7 +244,7 @@ def add_token_scores(model: PreTrainedModel) -> None:
         **kwargs: Any,
     ) -> Any:
         if not score_tokens:
-            return inner(*args, **kwargs)
+            return plain(self, *args, **kwargs)
         labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         if router_loss:
             kwargs["output_router_logits"] = True

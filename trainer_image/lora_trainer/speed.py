@@ -8,14 +8,15 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
+from lora_api.run import RunSpec
 from lora_trainer.architecture import decoder_layers
+from lora_trainer.compilers import check_triton
 from lora_trainer.errors import BadSpecError
 from lora_trainer.loss import IGNORED
 from lora_trainer.parallel import sum_over_ranks
@@ -28,13 +29,13 @@ class Levers:
     """Which levers are on.
 
     Attributes:
-        summed_loss: only supervised tokens go through the output head, and nothing is computed for metrics that nobody
-            reads (``loss``). Off: TRL's loss, its entropy and accuracy included.
+        summed_loss: nothing is computed for metrics that nobody reads (``loss``). Off: TRL's loss, its entropy and
+            accuracy included, on GPUs by kernels of Triton. Evaluation and preferences never take it.
         fused_optimizer: one kernel for all of AdamW (GPUs).
         prefetch: the next step's micro-batches are made, and copied to the GPU, by a thread while this one computes
             (``ahead``). ``None``: on GPUs. On CPUs it costs more than it hides (docs/speed.md).
         pinned_memory: batches are copied to the GPU from page-locked memory, beside the computation (GPUs).
-        liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows).
+        liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows): Triton's.
         compile: decoder layers are compiled in training (``torch.compile``). Needs a compiler in the image.
     """
 
@@ -62,6 +63,24 @@ def read_levers(env: Mapping[str, str] = os.environ) -> Levers:
             )
         changes[known[name]] = name == word
     return replace(Levers(), **changes)
+
+
+def check_levers(run: RunSpec, levers: Levers) -> None:
+    """What the levers need is there. Asked before anything is fetched.
+
+    Raises:
+        BadSpecError: on GPUs a lever needs Triton, and Triton what the image does not have.
+    """
+    if run.parallelism.gpus_per_node == 0:
+        return
+    supervised = run.training.objective == "sft"
+    needs = {
+        "compile": levers.compile,
+        "liger": levers.liger and supervised,
+        "no-summed-loss": not levers.summed_loss and supervised,
+    }
+    for name in (name for name, needed in needs.items() if needed):
+        check_triton(f"{SPEED_VARIABLE}: {name}")
 
 
 class FastSteps(Trainer):
@@ -177,12 +196,12 @@ def _compiled_in_training(layer: torch.nn.Module) -> Any:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises BadSpecError unless torch.compile finds what it needs: a C++ compiler, and on GPUs Triton."""
+    """Raises BadSpecError unless torch.compile finds what it needs: a C++ compiler, and on GPUs Triton's."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
-    if device.type == "cuda" and find_spec("triton") is None:
-        raise BadSpecError(f"{SPEED_VARIABLE}: compile needs the package triton, which is not in the image")
+    if device.type == "cuda":
+        check_triton(f"{SPEED_VARIABLE}: compile")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
