@@ -27,9 +27,11 @@ from lora_trainer.architecture import (
     read_architecture,
     resolve_targets,
 )
+from lora_trainer.compilers import keep_compiled_kernels_out
 from lora_trainer.devices import product_type
 from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
 from lora_trainer.loading import Part, keeping
+from lora_trainer.loss import add_token_scores, check_head
 from lora_trainer.modelfiles import read_json_object
 
 TOKENIZER_FILES = (
@@ -183,6 +185,7 @@ def load_base_model(
     """
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
+    check_head(skeleton)
     with keeping(part):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -193,7 +196,18 @@ def load_base_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
+    return make_base(model)
+
+
+def make_base(model: PreTrainedModel) -> PreTrainedModel:
+    """What makes a base model to train on of ``model``, whose weights are there: frozen, with the loss of this trainer.
+
+    Raises:
+        BadSpecError: its head is not of the kind that the loss needs.
+    """
+    keep_compiled_kernels_out()
     keep_differentiable(model)
+    add_token_scores(model)
     model.requires_grad_(requires_grad=False)
     return model
 
