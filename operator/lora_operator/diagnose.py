@@ -170,6 +170,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         remedy = termination.remedy or ""
         if not said.known:  # of a newer trainer: what is known of it is that the trainer failed
             said, message = FailureClass.INTERNAL, f"{said}: {message}"
+        if RULES[said].node and pod.node:
+            message = f"Node {pod.node}, {message}"
         return Symptom(
             said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
             termination.micro_batch_size, termination.at,
@@ -262,6 +264,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         message=root.message,
         remedy=root.remedy or RULES[root.failure_class].remedy,
         pod=root.pod.name if root.pod else None,
+        node=(root.pod.node or None) if root.pod else None,
         rank=root.rank,
         step=root.step,
         micro_batch_size=root.micro_batch_size,

@@ -3,11 +3,9 @@
 A row is found by its ``phrases``, parts of what is said. The first row that fits counts, so that what a process says of
 its own GPU stands before what it says of its peers, and the general below the special. The texts are those of the
 libraries in the image (torch 2.13, CUDA 13.0, NCCL 2.29.7): a test looks for the first phrase of each row in the binary
-that ``library`` names. Rows without a library are those of the driver, of Linux or of the
-loader, with a public issue where they were seen.
+that ``library`` names. Rows without a library are those of the driver, of Linux or of its loader.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -25,7 +23,7 @@ class Blame(StrEnum):
 
 @dataclass(frozen=True)
 class GpuError:
-    """A way to fail. ``text`` is an example, as it is printed; ``remedy`` is set where that of the class says too little."""
+    """A way to fail. ``text`` is an example, as printed. ``remedy`` is set where that of the class says too little."""
 
     phrases: tuple[str, ...]
     text: str
@@ -97,8 +95,8 @@ _OLD_GPU = (
     "podTemplate or in the runtime chooses the nodes."
 )
 _NO_BFLOAT16 = (
-    "bfloat16 needs Ampere or newer: use such GPUs (nodeSelector in podTemplate or in the runtime), or set "
-    "quantization.computeDtype to float32."
+    "Use GPUs that have bfloat16, Ampere or newer (nodeSelector in podTemplate or in the runtime chooses the nodes), "
+    "or set quantization.computeDtype to float32."
 )
 _SHARED_GPU = (
     "Each process needs a whole GPU of its own: NCCL joins neither time-sliced GPUs nor two MIG slices of one. Use "

@@ -1,6 +1,7 @@
 """What a training process said last, and on which GPU: for those that end without leaving a reason."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from lora_api.failures import FailureClass
 from lora_trainer.gpuerrors import GPU_ERRORS, GpuError, find_gpu_error
@@ -47,7 +48,11 @@ def find_last_words(lines: Iterable[str]) -> tuple[str, GpuError | None]:
 
     Of several the one whose row stands first: the watchdog's own GPU goes before its peers. Empty, if there is none.
     """
-    telling = [line.strip() for line in lines if any(sign in line for sign in _FATAL)]
+    telling = [
+        line.strip()
+        for before, line in pairwise(["", *lines])
+        if any(sign in line for sign in _FATAL) or before.strip() == "Last error:"
+    ]
     rows = [(GPU_ERRORS.index(row), line) for line in telling if (row := find_gpu_error(line)) is not None]
     if rows:
         place, line = min(rows, key=lambda found: found[0])

@@ -16,7 +16,7 @@ BENIGN = (FailureClass.PEER_LOST, FailureClass.CHECKPOINTED)
 class WorkerError:
     """Why one process ended. ``at`` is seconds since the epoch, ``step`` the last optimizer step that is known.
 
-    ``micro_batch_size`` is unset until it is settled.
+    ``micro_batch_size`` is unset until it is settled. ``remedy`` is set where more is known than of its whole class.
     """
 
     rank: int
@@ -25,6 +25,7 @@ class WorkerError:
     at: float
     step: int | None = None
     micro_batch_size: int | None = None
+    remedy: str = ""
 
 
 def write_error(directory: Path, error: WorkerError) -> None:
