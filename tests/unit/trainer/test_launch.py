@@ -285,9 +285,10 @@ def abort(*lines):
     os.abort()
 def own_gpu(what):
     abort(ENDED + f"CUDA error: {what}", *["frame #1: c10::cuda::c10_cuda_check_implementation"] * 60,
-          "terminate called after throwing an instance of 'c10::DistBackendError'", f"  what():  {ENDED}CUDA error: {what}")
+          "terminate called after throwing an instance of 'c10::DistBackendError'",
+          f"  what():  {ENDED}CUDA error: {what}")
 def silent_peer():
-    abort(ENDED + f"[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=6463, OpType=ALLREDUCE)")
+    abort(ENDED + f"[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=6463)")
 """
 
 DEATHS: dict[str, tuple[str, int, FailureClass, tuple[str, ...], int | None]] = {
