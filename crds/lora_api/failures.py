@@ -369,6 +369,10 @@ class _Rules(dict[FailureClass, FailureRule]):
         )
 
 
+MAY_FOLLOW: dict[FailureClass, FailureClass] = {FailureClass.GPU_KERNEL_FAILED: FailureClass.GPU_FAULT}
+"""Classes that may be the echo of another one in the same attempt. A GPU that dies ends the kernels of those that
+read its memory over NVLink, and they may notice first."""
+
 RULES: dict[FailureClass, FailureRule] = _Rules({rule.failure_class: rule for rule in FAILURE_RULES})
 CLASS_BY_EXIT_CODE: dict[int, FailureClass] = {
     rule.exit_code: rule.failure_class for rule in FAILURE_RULES if rule.exit_code is not None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from lora_api import CLASS_BY_EXIT_CODE, RULES, Failure, FailureClass, Termination, parse_termination
+from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.views import JobView, PodView
 
 ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
@@ -238,7 +238,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
     Where every pod only lost a peer, the pod that says nothing is the suspect: in a hang, those that report the
     time-out are the innocent ones.
     """
-    causes = [symptom for symptom in symptoms if symptom.failure_class not in ECHOES]
+    causes = _drop_echoes([symptom for symptom in symptoms if symptom.failure_class not in ECHOES])
     lost = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.PEER_LOST]
     asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
     silent = find_silent(symptoms, pods)
@@ -272,6 +272,12 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         log_tail=None,
         at=root.at or now,
     )
+
+
+def _drop_echoes(causes: Sequence[Symptom]) -> list[Symptom]:
+    """``causes`` without those that another one of them brings about."""
+    found = {symptom.failure_class for symptom in causes}
+    return [symptom for symptom in causes if MAY_FOLLOW.get(symptom.failure_class) not in found]
 
 
 def _earliest(symptoms: Iterable[Symptom], now: datetime) -> Symptom:

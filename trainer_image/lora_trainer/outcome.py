@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_api.failures import FailureClass
+from lora_api.failures import MAY_FOLLOW, FailureClass
 from lora_api.status import AdapterStatus
 
 RESULT_FILE = "result.json"
@@ -71,5 +71,10 @@ def read_result(directory: Path) -> AdapterStatus | None:
 
 def root_cause(errors: list[WorkerError]) -> WorkerError | None:
     """The error that explains the others: the earliest that is not the consequence of another."""
-    ordered = sorted(errors, key=lambda error: (error.failure_class in BENIGN, error.at, error.rank))
-    return ordered[0] if ordered else None
+    found = {error.failure_class for error in errors}
+
+    def order(error: WorkerError) -> tuple[bool, bool, float, int]:
+        kind = error.failure_class
+        return kind in BENIGN, MAY_FOLLOW.get(kind) in found, error.at, error.rank
+
+    return min(errors, key=order, default=None)
