@@ -3,7 +3,7 @@
 This package depends on pydantic only. The operator, the trainer and later the loader all speak through it.
 """
 
-from lora_api.failures import CLASS_BY_EXIT_CODE, FAILURE_RULES, RULES, FailureClass, FailureRule
+from lora_api.failures import CLASS_BY_EXIT_CODE, FAILURE_RULES, MAY_FOLLOW, RULES, FailureClass, FailureRule
 from lora_api.finetune import API_VERSION, GROUP, KIND, PLURAL, VERSION, LoRAFineTune, LoRAFineTuneSpec
 from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
 from lora_api.run import RUN_VERSION, BatchPlan, RunSpec, build_run_spec, plan_batch
@@ -26,6 +26,7 @@ __all__ = [
     "FAILURE_RULES",
     "GROUP",
     "KIND",
+    "MAY_FOLLOW",
     "PLURAL",
     "RULES",
     "RUN_VERSION",

@@ -27,6 +27,11 @@ class FailureClass(OpenEnum):
     WEIGHTS_CHANGED = "WeightsChanged"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DISK_FULL = "DiskFull"
+    GPU_FAULT = "GPUFault"
+    GPU_UNAVAILABLE = "GPUUnavailable"
+    GPU_UNSUPPORTED = "GPUUnsupported"
+    GPU_KERNEL_FAILED = "GPUKernelFailed"
+    LIMIT_TOO_LOW = "LimitTooLow"
     POD_LOST = "PodLost"
     EVICTED = "Evicted"
     NODE_LOST = "NodeLost"
@@ -45,6 +50,7 @@ class FailureRule:
     ``exit_code`` is the trainer's; ``None`` for a failure that only Kubernetes sees. ``charged`` counts against
     ``runPolicy.maxRestarts``. ``retried`` starts another attempt from the last complete checkpoint. The rule that
     counts is that of the root cause: a peer that lost its connection to a pod that failed by itself is not looked at.
+    ``node``: the failure speaks of the node of its pod, so that another node may do what this one did not.
     """
 
     failure_class: FailureClass
@@ -53,6 +59,7 @@ class FailureRule:
     retried: bool
     meaning: str
     remedy: str
+    node: bool = False
 
 
 FAILURE_RULES: tuple[FailureRule, ...] = (
@@ -212,6 +219,60 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         ),
     ),
     FailureRule(
+        failure_class=FailureClass.GPU_FAULT,
+        exit_code=80,
+        charged=False,
+        retried=True,
+        node=True,
+        meaning="A GPU failed: its memory or a link has errors that cannot be corrected, or it no longer answers.",
+        remedy=(
+            "Look at the node that the message names: dmesg for Xid, nvidia-smi -q -d ECC. If it repeats there, "
+            "kubectl cordon it and have the GPU reset or replaced."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.GPU_UNAVAILABLE,
+        exit_code=81,
+        charged=True,
+        retried=True,
+        node=True,
+        meaning="The pod cannot use a GPU of its node: its driver does not start, or the GPU is missing or taken.",
+        remedy=(
+            "Run nvidia-smi on the node that the message names, and look at its device plugin and, with NVSwitch, at "
+            "nvidia-fabricmanager. kubectl cordon the node until it is well."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.GPU_UNSUPPORTED,
+        exit_code=82,
+        charged=False,
+        retried=False,
+        meaning="The GPU, its driver and the trainer's image do not fit together.",
+        remedy=(
+            "Upgrade the driver of the nodes or use an image for it, or send the run to other GPUs (nodeSelector in "
+            "podTemplate or in the runtime); then delete this LoRAFineTune and create it again."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.GPU_KERNEL_FAILED,
+        exit_code=83,
+        charged=True,
+        retried=True,
+        meaning="A kernel on a GPU was ended: it touched memory that it may not, or could not be launched.",
+        remedy=(
+            "Look at dmesg of the node for an Xid. Xid 13 or 31 at the same step each time is a fault of the software: "
+            "report it with the run's manifest. On one node only, it is that GPU: kubectl cordon the node."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.LIMIT_TOO_LOW,
+        exit_code=84,
+        charged=False,
+        retried=False,
+        meaning="A limit of the pod or its node is too low: /dev/shm, locked memory or open files.",
+        remedy="Raise the limit that the message names, then delete this LoRAFineTune and create it again.",
+    ),
+    FailureRule(
         failure_class=FailureClass.POD_LOST,
         exit_code=None,
         charged=False,
@@ -238,6 +299,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=None,
         charged=False,
         retried=True,
+        node=True,
         meaning="The node of a pod stopped answering.",
         remedy="Nothing to do: the next attempt starts on other nodes. Look at the node (kubectl describe node).",
     ),
@@ -319,6 +381,10 @@ class _Rules(dict[FailureClass, FailureRule]):
             remedy="Look it up in the documentation of the newer version that reported it.",
         )
 
+
+MAY_FOLLOW: dict[FailureClass, FailureClass] = {FailureClass.GPU_KERNEL_FAILED: FailureClass.GPU_FAULT}
+"""Classes that may be the echo of another one in the same attempt. A GPU that dies ends the kernels of those that
+read its memory over NVLink, and they may notice first."""
 
 RULES: dict[FailureClass, FailureRule] = _Rules({rule.failure_class: rule for rule in FAILURE_RULES})
 CLASS_BY_EXIT_CODE: dict[int, FailureClass] = {

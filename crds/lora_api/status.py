@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 STATUS_VERSION = 2
-"""Of the statuses that this version writes: 2 has version and trainer."""
+"""Of the statuses that this version writes: 2 has version, trainer and the node of each failure."""
 
 MAX_FAILURES = 10
 MAX_HISTORY = 100
@@ -115,6 +115,7 @@ class Failure(RecordModel):
     message: LongMessage = Field("", description="What happened.")
     remedy: ShortMessage = Field("", description="What to do about it.")
     pod: str | None = Field(None, description="Pod in which it began.")
+    node: str | None = Field(None, description="Node of that pod.")
     rank: int | None = Field(None, ge=0, description="Process in which it began, by its rank.")
     step: int | None = Field(None, ge=0, description="Last optimizer step before it.")
     micro_batch_size: int | None = Field(None, ge=1, description="Sequences that each process took at once.")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from lora_api import CLASS_BY_EXIT_CODE, RULES, Failure, FailureClass, Termination, parse_termination
+from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.views import JobView, PodView
 
 ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
@@ -170,6 +170,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         remedy = termination.remedy or ""
         if not said.known:  # of a newer trainer: what is known of it is that the trainer failed
             said, message = FailureClass.INTERNAL, f"{said}: {message}"
+        if RULES[said].node and pod.node:
+            message = f"Node {pod.node}, {message}"
         return Symptom(
             said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
             termination.micro_batch_size, termination.at,
@@ -236,7 +238,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
     Where every pod only lost a peer, the pod that says nothing is the suspect: in a hang, those that report the
     time-out are the innocent ones.
     """
-    causes = [symptom for symptom in symptoms if symptom.failure_class not in ECHOES]
+    causes = _drop_echoes([symptom for symptom in symptoms if symptom.failure_class not in ECHOES])
     lost = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.PEER_LOST]
     asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
     silent = find_silent(symptoms, pods)
@@ -262,6 +264,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         message=root.message,
         remedy=root.remedy or RULES[root.failure_class].remedy,
         pod=root.pod.name if root.pod else None,
+        node=(root.pod.node or None) if root.pod else None,
         rank=root.rank,
         step=root.step,
         micro_batch_size=root.micro_batch_size,
@@ -269,6 +272,12 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         log_tail=None,
         at=root.at or now,
     )
+
+
+def _drop_echoes(causes: Sequence[Symptom]) -> list[Symptom]:
+    """``causes`` without those that another one of them brings about."""
+    found = {symptom.failure_class for symptom in causes}
+    return [symptom for symptom in causes if MAY_FOLLOW.get(symptom.failure_class) not in found]
 
 
 def _earliest(symptoms: Iterable[Symptom], now: datetime) -> Symptom:

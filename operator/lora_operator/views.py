@@ -56,6 +56,7 @@ class PodView:
     reason: str = ""
     message: str = ""
     scheduled: bool = False
+    node: str = ""
     unscheduled_reason: str = ""
     unscheduled_message: str = ""
     disruption: str = ""
@@ -133,6 +134,7 @@ def parse_time(text: str | None) -> datetime | None:
 def parse_pod(raw: Mapping[str, Any]) -> PodView:
     """The view of a pod."""
     metadata, status = raw["metadata"], raw.get("status") or {}
+    node = (raw.get("spec") or {}).get("nodeName") or ""
     labels = metadata.get("labels") or {}
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     scheduled = conditions.get("PodScheduled") or {}
@@ -156,7 +158,8 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         phase=status.get("phase") or "Pending",
         reason=status.get("reason") or "",
         message=status.get("message") or "",
-        scheduled=bool((raw.get("spec") or {}).get("nodeName")) or scheduled.get("status") == "True",
+        scheduled=bool(node) or scheduled.get("status") == "True",
+        node=node,
         unscheduled_reason=scheduled.get("reason", "") if scheduled.get("status") == "False" else "",
         unscheduled_message=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
         disruption=disruption.get("reason", "") if disrupted else "",

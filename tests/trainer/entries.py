@@ -1,11 +1,15 @@
 """What a forked training process runs in place of the trainer, to fail as healthy CPUs do not."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from lora_trainer.gpuerrors import GPU_ERRORS
 from lora_trainer.packed import find_packed
 from lora_trainer.worker import run_worker
+
+WATCHDOG = "[PG ID 0 PG GUID 0 Rank 1] Process group watchdog thread terminated with exception"
 
 
 def out_of_gpu_memory(run_file: Path) -> int:
@@ -50,6 +54,59 @@ def bit_that_flips_in_step_3(run_file: Path) -> int:
             flip_bit(find_packed(model)[0].here)
             self.flipped = True
         return found
+
+    Trainer.training_step = training_step
+    return run_worker(run_file)
+
+
+def fail_as_libraries_do(run_file: Path) -> int:
+    """A real worker whose training raises what the row GPU_ERROR of the table says, as its library does."""
+    import lora_trainer.train
+
+    error = raised_as(GPU_ERRORS[int(os.environ["GPU_ERROR"])].text)
+
+    def train(*_: Any) -> None:
+        raise error
+
+    lora_trainer.train.train = train
+    return run_worker(run_file)
+
+
+def raised_as(text: str) -> Exception:
+    """``text`` as the exception that it is raised as (torch 2.13, transformers 5.23)."""
+    import torch
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    kinds: dict[str, type[Exception]] = {
+        "CUDA out of memory": torch.OutOfMemoryError,
+        "CUDA error: CU": RuntimeError,  # TORCH_CUDABLAS_CHECK
+        "CUDA error: ": torch.AcceleratorError,
+        "NCCL error": DistBackendError,
+        "The client socket": DistNetworkError,
+        "lib": ImportError,
+        "[Errno ": OSError,
+        "Your setup": ValueError,
+        "Torch not compiled": AssertionError,
+    }
+    kind = next((kind for start, kind in kinds.items() if text.startswith(start)), RuntimeError)
+    return kind(text)
+
+
+def dying_gpu(run_file: Path) -> int:
+    """A real worker. On rank 1, after step 2, a GPU dies: by DYING_GPU its error is raised, or the watchdog aborts."""
+    from transformers import Trainer
+
+    text = "CUDA error: uncorrectable ECC error encountered"
+    step = Trainer.training_step
+
+    def training_step(trainer: Any, *arguments: Any) -> Any:
+        if os.environ.get("RANK") != "1" or trainer.state.global_step < 2:
+            return step(trainer, *arguments)
+        if os.environ["DYING_GPU"] == "raises":
+            raise raised_as(text)
+        sys.stderr.write(f"[rank1]:[E ProcessGroupNCCL.cpp:2093] {WATCHDOG}: {text}\nterminate called\n")
+        sys.stderr.flush()
+        os.abort()
 
     Trainer.training_step = training_step
     return run_worker(run_file)

@@ -184,6 +184,7 @@ def _forking_start(entry: str) -> Callable[..., None]:
                     os.dup2(channels.output, 2)
                     _become_worker(Path(command[-1]), environment | channels.environment, entry)
             gang.running[pid] = local_rank
+            gang.said[local_rank] = channels.last_lines
         if gang.stop_asked_at is not None:
             gang._signal_all(signal.SIGTERM)
 

@@ -12,16 +12,20 @@ TrainerError
  ├─ SourceChangedError     model or dataset is not what the preflight checked
  ├─ WeightsChangedError    packed weights are not those that were loaded
  ├─ DiskFullError          no space left on the scratch disk
+ ├─ GPUUnavailableError    fewer GPUs than the pod was promised
  ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
  └─ InternalError          a fault of the trainer
 
-Imports neither torch nor obstore, so that the launcher starts fast: foreign exceptions are told by their names.
+Imports neither torch nor obstore, so that the launcher starts fast: foreign exceptions are told by their names, and
+those of GPUs and of what joins them by their texts (``gpuerrors``).
 """
 
 import errno
+from dataclasses import dataclass
 from typing import ClassVar
 
 from lora_api.failures import FailureClass
+from lora_trainer.gpuerrors import find_gpu_error
 
 
 class TrainerError(Exception):
@@ -96,6 +100,12 @@ class DiskFullError(TrainerError):
     failure_class = FailureClass.DISK_FULL
 
 
+class GPUUnavailableError(TrainerError):
+    """The pod has fewer GPUs than it was promised."""
+
+    failure_class = FailureClass.GPU_UNAVAILABLE
+
+
 class StoppedError(TrainerError):
     """The run was asked to stop, and what there was to save is saved."""
 
@@ -127,26 +137,49 @@ PEER_PHRASES = (
 _PEER_TYPES = {"DistNetworkError", "DistBackendError", "DistStoreError", "DistQueueEmptyError"}
 _OUT_OF_MEMORY_TYPES = {"OutOfMemoryError"}
 _NOT_FOUND_TYPES = {"RepositoryNotFoundError", "RevisionNotFoundError", "EntryNotFoundError", "DatasetNotFoundError"}
+_OF_LIBRARIES = (RuntimeError, OSError, ImportError, ValueError, AssertionError)
+"""What torch, bitsandbytes, transformers and the loader of libraries raise. Others may quote records."""
+
 _BROKEN_TYPES = {"SafetensorError"}
 _AUTH_TYPES = {"GatedRepoError", "PermissionDeniedError", "UnauthenticatedError"}
 
 
+@dataclass(frozen=True)
+class Finding:
+    """The class of an error. ``remedy`` is set where more is known than what helps against all of the class."""
+
+    failure_class: FailureClass
+    remedy: str = ""
+
+
 def classify(error: BaseException) -> FailureClass:
     """The row of the failure table for ``error``; its causes are looked at too. ``INTERNAL`` where nothing fits."""
+    return find(error).failure_class
+
+
+def find(error: BaseException) -> Finding:
+    """As ``classify``, with the remedy."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        found = _classify_one(current)
+        found = _find_one(current)
         if found is not None:
             return found
         current = current.__cause__ or current.__context__
-    return FailureClass.INTERNAL
+    return Finding(FailureClass.INTERNAL)
+
+
+def _find_one(error: BaseException) -> Finding | None:
+    if isinstance(error, TrainerError):
+        return Finding(error.failure_class)
+    if isinstance(error, _OF_LIBRARIES) and (row := find_gpu_error(str(error))) is not None:
+        return Finding(row.failure_class, row.remedy)
+    found = _classify_one(error)
+    return None if found is None else Finding(found)
 
 
 def _classify_one(error: BaseException) -> FailureClass | None:
-    if isinstance(error, TrainerError):
-        return error.failure_class
     names = {kind.__name__ for kind in type(error).__mro__}
     module = type(error).__module__
     text = str(error).lower()
@@ -154,7 +187,9 @@ def _classify_one(error: BaseException) -> FailureClass | None:
         return FailureClass.DISK_FULL
     if "no space left on device" in text or "disk quota exceeded" in text:
         return FailureClass.DISK_FULL
-    if names & _OUT_OF_MEMORY_TYPES or "cuda out of memory" in text:
+    if isinstance(error, MemoryError):
+        return FailureClass.HOST_OUT_OF_MEMORY
+    if names & _OUT_OF_MEMORY_TYPES:
         return FailureClass.GPU_OUT_OF_MEMORY
     if names & _AUTH_TYPES:
         return FailureClass.AUTH_DENIED

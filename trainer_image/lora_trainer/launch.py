@@ -14,19 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from lora_api.failures import CLASS_BY_EXIT_CODE, RULES, FailureClass
+from lora_api.failures import RULES, FailureClass
 from lora_api.messages import Termination
 from lora_api.run import MASTER_PORT, RunSpec
+from lora_trainer.conclude import PodEnd, ProcessEnd, conclude, conclude_without
 from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, TrainerError
 from lora_trainer.interpreter import CODE_CACHES, OWN_CODE_ONLY, python_command
 from lora_trainer.oom import count_oom_kills
-from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, read_result, root_cause
+from lora_trainer.outcome import fallback_directory
 from lora_trainer.relay import Relay
 from lora_trainer.rundocument import read_run
 from lora_trainer.settings import (
@@ -39,8 +40,6 @@ from lora_trainer.settings import (
 )
 
 POLL_SECONDS = 0.05
-KILLED_CODE = 128 + signal.SIGKILL
-STOPPED_CODE = 128 + signal.SIGTERM
 STOPPED_EXIT = RULES[FailureClass.CHECKPOINTED].exit_code
 
 
@@ -141,7 +140,8 @@ class Gang:
     def __init__(self) -> None:
         self.relay = Relay()
         self.running: dict[int, int] = {}
-        self.exits: dict[int, int] = {}
+        self.said: dict[int, deque[str]] = {}
+        self.ends: dict[int, ProcessEnd] = {}
         self.killed: set[int] = set()
         self.stop_asked_at: float | None = None
         self.first_failure_at: float | None = None
@@ -163,6 +163,7 @@ class Gang:
                     pass_fds=[channels.progress],
                     start_new_session=True,
                 )
+            self.said[local_rank] = channels.last_lines
             process.returncode = 0  # reaped below, for all children at once; Popen must not wait for it too
             self.running[process.pid] = local_rank
         if self.stop_asked_at is not None:  # in between
@@ -196,10 +197,12 @@ class Gang:
             local_rank = self.running.pop(pid, None)
             if local_rank is None:
                 continue
-            self.exits[local_rank] = os.waitstatus_to_exitcode(status)
-            if self.exits[local_rank] == STOPPED_EXIT:  # its peers may be too young to have heard of it
+            code = os.waitstatus_to_exitcode(status)
+            ended_here = code == -signal.SIGKILL and local_rank in self.killed
+            self.ends[local_rank] = ProcessEnd(code, time.time(), ended_here)
+            if code == STOPPED_EXIT:  # its peers may be too young to have heard of it
                 self._pass_on(signal.SIGTERM, None)
-            elif self.exits[local_rank] != 0 and self.first_failure_at is None:
+            elif code != 0 and self.first_failure_at is None:
                 self.first_failure_at = time.monotonic()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -233,12 +236,14 @@ def launch(run_file: Path) -> int:
         environments = [worker_environment(run, topology, rank, state) for rank in range(topology.processes)]
         gang.start(worker_command(run_file), environments)
         gang.wait()
-        code, words = conclude(gang, state, topology, killed_by_memory=count_oom_kills() > oom_kills)
+        gang.relay.drain()  # the last lines too
+        pod = describe_end(gang, topology, killed_by_memory=count_oom_kills() > oom_kills)
+        code, words = conclude(pod, state)
     except TrainerError as error:
-        code, words = _failure(error.failure_class, str(error))
+        code, words = conclude_without(error.failure_class, str(error))
     except OSError as error:
         found = FailureClass.DISK_FULL if error.errno == errno.ENOSPC else FailureClass.INTERNAL
-        code, words = _failure(found, f"launcher: {error}")
+        code, words = conclude_without(found, f"launcher: {error}")
     finally:
         gang.kill()
         gang.relay.drain()
@@ -274,81 +279,16 @@ def wait_for_name(topology: Topology, gang: Gang) -> None:
             return
 
 
-def conclude(gang: Gang, state: Path, topology: Topology, *, killed_by_memory: bool) -> tuple[int, Termination]:
-    """Exit code and last words, from what the training processes left and how they ended."""
-    if all(code == 0 for code in gang.exits.values()) and len(gang.exits) == topology.processes:
-        return 0, Termination(outcome="succeeded", at=datetime.now(UTC), adapter=read_result(state))
-    if killed_by_memory and -signal.SIGKILL in gang.exits.values():
-        rank = next(rank for rank, code in gang.exits.items() if code == -signal.SIGKILL)
-        return KILLED_CODE, _words(
-            FailureClass.HOST_OUT_OF_MEMORY,
-            "a training process passed the pod's memory limit and was ended by the kernel",
-            rank=topology.node_rank * topology.processes + rank,
-        )
-    cause = root_cause([*read_errors(state), *_unexplained(gang, state, topology)])
-    if cause is None:
-        return _failure(FailureClass.INTERNAL, "the training processes were not started")
-    words = _words(cause.failure_class, cause.message, rank=cause.rank, step=cause.step).model_copy(
-        update={"micro_batch_size": cause.micro_batch_size}
+def describe_end(gang: Gang, topology: Topology, *, killed_by_memory: bool) -> PodEnd:
+    """How the processes of ``gang`` ended, with the last lines of each."""
+    return PodEnd(
+        ends={rank: replace(end, last_lines=tuple(gang.said.get(rank, ()))) for rank, end in gang.ends.items()},
+        processes=topology.processes,
+        first_rank=topology.node_rank * topology.processes,
+        gpus=topology.gpus,
+        stopped=gang.stop_asked_at is not None,
+        killed_by_memory=killed_by_memory,
     )
-    code = RULES[cause.failure_class].exit_code
-    return STOPPED_CODE if code is None else code, words
-
-
-def _unexplained(gang: Gang, state: Path, topology: Topology) -> list[WorkerError]:
-    """Errors for the processes that ended without leaving one."""
-    explained = {error.rank for error in read_errors(state)}
-    found = []
-    for local_rank, code in gang.exits.items():
-        rank = topology.node_rank * topology.processes + local_rank
-        if code == 0 or rank in explained:
-            continue
-        ended_here = code == -signal.SIGKILL and local_rank in gang.killed
-        stopped = gang.stop_asked_at is not None
-        kind, message = _explain_exit(code, stopped=stopped, ended_here=ended_here, gpus=topology.gpus)
-        found.append(WorkerError(rank, kind, message, time.time()))
-    return found
-
-
-def _explain_exit(code: int, *, stopped: bool, ended_here: bool, gpus: bool) -> tuple[FailureClass, str]:
-    if ended_here and stopped:
-        return FailureClass.POD_LOST, (
-            f"asked to stop, and no checkpoint was complete within {stop_grace_seconds():.0f} s; the next attempt goes "
-            "on from the last complete checkpoint"
-        )
-    if ended_here:
-        return FailureClass.PEER_LOST, "ended by the launcher after another process of the pod had failed"
-    if stopped and code == -signal.SIGTERM:
-        return FailureClass.CHECKPOINTED, "asked to stop before it had begun"
-    if gpus and code == -signal.SIGABRT:
-        return FailureClass.PEER_LOST, (
-            "the training process was ended by SIGABRT. NCCL's watchdog ends it so when a collective operation takes "
-            "longer than parallelism.collectiveTimeoutSeconds: a process of another pod is gone or hangs; see the log"
-        )
-    if code < 0:
-        return FailureClass.INTERNAL, f"the training process was ended by {signal.Signals(-code).name}"
-    return CLASS_BY_EXIT_CODE.get(code, FailureClass.INTERNAL), (
-        f"the training process ended with exit code {code} without a word; see the log"
-    )
-
-
-def _words(
-    failure_class: FailureClass, message: str, *, rank: int | None = None, step: int | None = None
-) -> Termination:
-    return Termination(
-        outcome="failed",
-        failure_class=failure_class,
-        message=message[:65536],
-        remedy=RULES[failure_class].remedy,
-        rank=rank,
-        step=step,
-        at=datetime.now(UTC),
-    )
-
-
-def _failure(failure_class: FailureClass, message: str) -> tuple[int, Termination]:
-    code = RULES[failure_class].exit_code
-    return STOPPED_CODE if code is None else code, _words(failure_class, message)
 
 
 def say(words: Termination) -> None:

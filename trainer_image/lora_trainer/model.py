@@ -29,7 +29,7 @@ from lora_trainer.architecture import (
 )
 from lora_trainer.compilers import keep_compiled_kernels_out
 from lora_trainer.devices import product_type
-from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
+from lora_trainer.errors import BadSpecError, GPUUnavailableError, TrainerError, describe
 from lora_trainer.loading import Part, keeping
 from lora_trainer.loss import add_token_scores, check_head
 from lora_trainer.modelfiles import read_json_object
@@ -50,14 +50,17 @@ def training_device(run: RunSpec, local_rank: int) -> torch.device:
     """The device that this process trains on.
 
     Raises:
-        InternalError: a GPU is asked for and not there.
+        RuntimeError: the driver does not start, in its own words.
+        GPUUnavailableError: it does, and this process's GPU is not there.
     """
     if run.parallelism.gpus_per_node == 0:
         return torch.device("cpu")
-    if not torch.cuda.is_available() or torch.cuda.device_count() <= local_rank:
-        raise InternalError(
+    if not torch.cuda.is_available():
+        torch.cuda.init()
+    if torch.cuda.device_count() <= local_rank:
+        raise GPUUnavailableError(
             f"parallelism.gpusPerNode is {run.parallelism.gpus_per_node}, but this pod sees "
-            f"{torch.cuda.device_count()} GPUs; is the GPU driver of the node older than CUDA {torch.version.cuda}?"
+            f"{torch.cuda.device_count()} GPUs"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_api.failures import FailureClass
+from lora_api.failures import MAY_FOLLOW, FailureClass
 from lora_api.status import AdapterStatus
 
 RESULT_FILE = "result.json"
@@ -16,7 +16,7 @@ BENIGN = (FailureClass.PEER_LOST, FailureClass.CHECKPOINTED)
 class WorkerError:
     """Why one process ended. ``at`` is seconds since the epoch, ``step`` the last optimizer step that is known.
 
-    ``micro_batch_size`` is unset until it is settled.
+    ``micro_batch_size`` is unset until it is settled. ``remedy`` is set where more is known than of its whole class.
     """
 
     rank: int
@@ -25,6 +25,7 @@ class WorkerError:
     at: float
     step: int | None = None
     micro_batch_size: int | None = None
+    remedy: str = ""
 
 
 def write_error(directory: Path, error: WorkerError) -> None:
@@ -70,5 +71,10 @@ def read_result(directory: Path) -> AdapterStatus | None:
 
 def root_cause(errors: list[WorkerError]) -> WorkerError | None:
     """The error that explains the others: the earliest that is not the consequence of another."""
-    ordered = sorted(errors, key=lambda error: (error.failure_class in BENIGN, error.at, error.rank))
-    return ordered[0] if ordered else None
+    found = {error.failure_class for error in errors}
+
+    def order(error: WorkerError) -> tuple[bool, bool, float, int]:
+        kind = error.failure_class
+        return kind in BENIGN, MAY_FOLLOW.get(kind) in found, error.at, error.rank
+
+    return min(errors, key=order, default=None)

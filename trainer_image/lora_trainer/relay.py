@@ -3,7 +3,8 @@
 The operator believes the progress lines of rank 0's log, and a log mixes all that anything in the pod prints: records,
 sample answers, warnings of libraries, on standard output and standard error alike. So the training processes have
 neither. Progress goes through a pipe of its own, which only ``progress`` knows; all the rest goes through another one,
-where ``{"lora"`` loses its form. Lines reach the log whole, so that none begins in the middle of another.
+where ``{"lora"`` loses its form. Lines reach the log whole, so that none begins in the middle of another. The last ones
+of each process are kept: a library that ends it says why there, and nowhere else.
 
 One thread: the launcher pumps while it waits for the training processes.
 """
@@ -12,15 +13,20 @@ import os
 import selectors
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_api.messages import PROGRESS_START
 from lora_trainer.settings import PROGRESS_DESCRIPTOR
 
 MAX_LINE = 16 * 1024
 """Bytes of a line that are kept. The operator reads some hundred lines of a log at a time, and holds them in memory."""
+
+KEPT_LINES = 300
+KEPT_BYTES = 1024
+"""So much is kept of the end of what a process prints. An abort in torch prints its stack twice, 60 lines each."""
 
 PIECE = 64 * 1024
 DRAIN_SECONDS = 2.0
@@ -36,6 +42,8 @@ class Channels:
 
     output: int
     progress: int
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    """The end of what it printed, as far as it was passed on."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -46,8 +54,8 @@ class Channels:
 class Lines:
     """Cuts what comes out of one pipe into lines; those that are not ``trusted`` are made harmless."""
 
-    def __init__(self, *, trusted: bool) -> None:
-        self._trusted = trusted
+    def __init__(self, *, trusted: bool, kept: deque[str] | None = None) -> None:
+        self._trusted, self._kept = trusted, kept
         self._held = bytearray()
         self._lost = 0
 
@@ -72,6 +80,8 @@ class Lines:
 
     def _take(self) -> bytes:
         line = bytes(self._held) if self._trusted else bytes(self._held).replace(_START, _HARMLESS)
+        if self._kept is not None:
+            self._kept.append(line[:KEPT_BYTES].decode(errors="replace"))
         mark = b" ... and %d bytes more" % self._lost if self._lost else b""
         self._held.clear()
         self._lost = 0
@@ -87,14 +97,15 @@ class Relay:
     @contextmanager
     def channels(self) -> Iterator[Channels]:
         """Pipes for a process that is started inside; afterwards only that process has their write ends."""
-        ends = [os.pipe(), os.pipe()]
-        for (read, _), trusted in zip(ends, (False, True), strict=True):
-            self._selector.register(read, selectors.EVENT_READ, Lines(trusted=trusted))
+        (output, output_write), (progress, progress_write) = os.pipe(), os.pipe()
+        channels = Channels(output_write, progress_write)
+        self._selector.register(output, selectors.EVENT_READ, Lines(trusted=False, kept=channels.last_lines))
+        self._selector.register(progress, selectors.EVENT_READ, Lines(trusted=True))
         try:
-            yield Channels(ends[0][1], ends[1][1])
+            yield channels
         finally:
-            for _, write in ends:
-                os.close(write)
+            os.close(output_write)
+            os.close(progress_write)
 
     def pump(self, seconds: float) -> bool:
         """Passes on what there is, or comes within ``seconds``; returns whether there was anything."""

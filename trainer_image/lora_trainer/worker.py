@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_api.failures import RULES, FailureClass
-from lora_trainer.errors import classify, describe
+from lora_trainer.errors import Finding, describe, find
 from lora_trainer.outcome import WorkerError, write_error, write_result
 from lora_trainer.progress import Progress
 from lora_trainer.rundocument import read_run
@@ -45,14 +45,15 @@ class Ending:
         """Ends the process, which was asked to stop. Called from another thread than the main one."""
         self.begin()
         self.farewell()
-        self.record(FailureClass.CHECKPOINTED, message)
+        self.record(Finding(FailureClass.CHECKPOINTED), message)
         end_process(exit_code(FailureClass.CHECKPOINTED))
 
-    def record(self, failure_class: FailureClass, message: str) -> None:
+    def record(self, found: Finding, message: str) -> None:
         """Leaves the reason for the launcher."""
         step = self._progress.step or None
         micro_batch = self._progress.micro_batch_size
-        write_error(self._directory, WorkerError(self._rank, failure_class, message, time.time(), step, micro_batch))
+        kind, remedy = found.failure_class, found.remedy
+        write_error(self._directory, WorkerError(self._rank, kind, message, time.time(), step, micro_batch, remedy))
 
 
 def run_worker(run_file: Path) -> int:
@@ -82,16 +83,17 @@ def run_worker(run_file: Path) -> int:
                 progress.trackers.succeed(adapter)
     except BaseException as error:  # noqa: BLE001 - every end has a row in the failure table
         ending.begin()
-        found, message = classify(error), describe(error)
+        found, message = find(error), describe(error)
+        kind = found.failure_class
         traceback.print_exc()
         ending.record(found, message)
-        if line is not None and found == FailureClass.PEER_LOST:
+        if line is not None and kind == FailureClass.PEER_LOST:
             ending.record(found, line.explain(message))
-        elif line is not None and found != FailureClass.CHECKPOINTED:
-            line.announce_failure(found)
+        elif line is not None and kind != FailureClass.CHECKPOINTED:
+            line.announce_failure(kind)
         with stop.deferred():
-            progress.trackers.fail(found)
-        return exit_code(found)
+            progress.trackers.fail(kind)
+        return exit_code(kind)
     return 0
 
 

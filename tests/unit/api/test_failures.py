@@ -19,6 +19,11 @@ CONTRACT = {
     77: "DiskFull",
     78: "SourceChanged",
     89: "WeightsChanged",
+    80: "GPUFault",
+    81: "GPUUnavailable",
+    82: "GPUUnsupported",
+    83: "GPUKernelFailed",
+    84: "LimitTooLow",
 }
 
 
@@ -52,12 +57,14 @@ def test_what_is_charged_is_retried(rule: FailureRule) -> None:
     assert rule.retried or not rule.charged
 
 
-@pytest.mark.parametrize("name", ["BadSpec", "BadData", "GPUOutOfMemory", "HostOutOfMemory", "Diverged"])
+@pytest.mark.parametrize(
+    "name", ["BadSpec", "BadData", "GPUOutOfMemory", "HostOutOfMemory", "Diverged", "GPUUnsupported", "LimitTooLow"]
+)
 def test_what_would_fail_again_unchanged_is_not_retried(name: str) -> None:
     assert not RULES[FailureClass(name)].retried
 
 
-@pytest.mark.parametrize("name", ["PodLost", "Evicted", "NodeLost", "Checkpointed"])
+@pytest.mark.parametrize("name", ["PodLost", "Evicted", "NodeLost", "Checkpointed", "GPUFault"])
 def test_what_the_cluster_does_is_not_charged(name: str) -> None:
     assert RULES[FailureClass(name)].retried
     assert not RULES[FailureClass(name)].charged

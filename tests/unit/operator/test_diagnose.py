@@ -101,6 +101,12 @@ ROOTS = [
         1,
     ),
     Root(
+        "a kernel that broke off is no root beside a GPU that died",
+        [ended(0, 83, said("GPUKernelFailed", at=ago(9))), ended(1, 80, said("GPUFault", at=ago(1)))],
+        FailureClass.GPU_FAULT,
+        1,
+    ),
+    Root(
         "the earliest of two faults",
         [ended(0, 74, said("StoreUnavailable", at=ago(5))), ended(1, 65, said("BadData", at=ago(6)))],
         FailureClass.BAD_DATA,

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 
+import lora_trainer.conclude
 import lora_trainer.launch
 from lora_api.failures import RULES, FailureClass
 from lora_api.messages import Termination, parse_termination
 from lora_api.run import RunSpec
 from lora_trainer.errors import BadSpecError
-from lora_trainer.launch import _explain_exit, launch, read_topology, worker_command, worker_environment
+from lora_trainer.launch import launch, read_topology, worker_command, worker_environment
 
 PRELUDE = """
 import json, os, signal, sys, time
@@ -32,15 +34,15 @@ def fail(kind, message, at, code):
 """
 
 
-def document(nodes: int = 2) -> dict[str, Any]:
+def document(nodes: int = 2, gpus: int = 0) -> dict[str, Any]:
     return {
         "namespace": "a",
         "name": "b",
         "uid": "c",
         "baseModel": {"uri": "file:///m"},
         "dataset": {"train": {"uri": "file:///d.jsonl"}},
-        "training": {"maxSteps": 1, "globalBatchSize": nodes},
-        "parallelism": {"nodes": nodes, "gpusPerNode": 0},
+        "training": {"maxSteps": 1, "globalBatchSize": nodes * max(1, gpus)},
+        "parallelism": {"nodes": nodes, "gpusPerNode": gpus},
         "publish": {"store": "file:///s"},
     }
 
@@ -56,11 +58,11 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     for name in ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(program: str, nodes: int = 2) -> tuple[int, Termination]:
+    def run(program: str, nodes: int = 2, gpus: int = 0) -> tuple[int, Termination]:
         script = tmp_path / "worker.py"
         script.write_text(PRELUDE + textwrap.dedent(program))
         monkeypatch.setattr(lora_trainer.launch, "worker_command", lambda _: [sys.executable, str(script)])
-        (tmp_path / "run.json").write_text(json.dumps(document(nodes)))
+        (tmp_path / "run.json").write_text(json.dumps(document(nodes, gpus)))
         code = launch(tmp_path / "run.json")
         words = parse_termination((tmp_path / "words").read_text())
         assert words is not None
@@ -266,17 +268,130 @@ def test_one_process_alone_does_not_look_distributed(monkeypatch: pytest.MonkeyP
 
 
 def test_the_launcher_imports_no_torch() -> None:
-    import subprocess
-
     code = "import lora_trainer.launch, lora_trainer.cli, sys; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(["crds", "trainer_image"])}
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, check=False).returncode == 0
 
 
-def test_a_process_that_the_watchdog_of_nccl_ended_lost_a_peer() -> None:
-    """Only with GPUs: elsewhere an abort is a fault of its own."""
-    ends = {gpus: _explain_exit(-signal.SIGABRT, stopped=False, ended_here=False, gpus=gpus) for gpus in (True, False)}
-    assert ends[True][0] == FailureClass.PEER_LOST
-    assert "parallelism.collectiveTimeoutSeconds" in ends[True][1]
-    assert ends[False][0] == FailureClass.INTERNAL
+# -- processes that a library or the kernel ends, on GPUs
+
+ABORTS = """
+WATCHDOG = f"[rank{rank}]:[E1129 ProcessGroupNCCL.cpp:2093] [PG ID 0 PG GUID 0 Rank {rank}] "
+ENDED = WATCHDOG + "Process group watchdog thread terminated with exception: "
+def abort(*lines):
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+    os.abort()
+def own_gpu(what):
+    abort(ENDED + f"CUDA error: {what}", *["frame #1: c10::cuda::c10_cuda_check_implementation"] * 60,
+          "terminate called after throwing an instance of 'c10::DistBackendError'",
+          f"  what():  {ENDED}CUDA error: {what}")
+def silent_peer():
+    abort(ENDED + f"[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=6463)")
+"""
+
+DEATHS: dict[str, tuple[str, int, FailureClass, tuple[str, ...], int | None]] = {
+    "a GPU that dies, and a peer that waits for it": (
+        """
+        if rank == 1:
+            time.sleep(0.1)
+            own_gpu("uncorrectable ECC error encountered")
+        silent_peer()
+        """, 80, FailureClass.GPU_FAULT, ("GPU 1 (GPU-bb): ", "SIGABRT", "uncorrectable ECC error encountered"), 1),
+    "a GPU that dies, and a peer that raises what NCCL says of it": (
+        """
+        if rank == 1:
+            own_gpu("unknown error")
+        fail("PeerLost", "NCCL error: remote process exited or there was a network error", 100, 73)
+        """, 80, FailureClass.GPU_FAULT, ("GPU 1 (GPU-bb): ", "unknown error"), 1),
+    "a kernel that breaks off": (
+        "own_gpu('an illegal memory access was encountered') if rank == 0 else silent_peer()", 83,
+        FailureClass.GPU_KERNEL_FAILED, ("GPU 0 (GPU-aa): ", "illegal memory access"), 0),
+    "the GPU's own error was raised first, and the watchdog aborts while the process leaves": (
+        """
+        if rank == 0:
+            error = {"rank": 0, "failure_class": "GPUFault", "message": "CUDA error: uncorrectable ECC error",
+                     "at": 100, "step": 3, "remedy": "Replace it."}
+            (state / "error-0.json").write_text(json.dumps(error))
+            own_gpu("uncorrectable ECC error encountered")
+        silent_peer()
+        """, 80, FailureClass.GPU_FAULT, ("GPU 0 (GPU-aa): CUDA error: uncorrectable",), 0),
+    "only silent peers": ("silent_peer()", 73, FailureClass.PEER_LOST, ("SIGABRT", "SeqNum=6463"), None),
+    "an abort without a word is nobody else's": ("os.abort()", 70, FailureClass.INTERNAL, ("SIGABRT",), None),
+    "an abort of another library keeps its words": (
+        "abort('terminate called after throwing an instance of std::bad_alloc')", 70, FailureClass.INTERNAL,
+        ("SIGABRT", "std::bad_alloc"), None),
+    "a segmentation fault after CUDA said why": (
+        """
+        print("CUDA error: unspecified launch failure", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+        """, 83, FailureClass.GPU_KERNEL_FAILED, ("SIGSEGV", "unspecified launch failure"), None),
+    "a record that quotes CUDA is no word of it": (
+        """
+        print("sample: what is an uncorrectable ECC error encountered by a GPU?", flush=True)
+        os.abort()
+        """, 70, FailureClass.INTERNAL, ("SIGABRT",), None),
+    "who is killed from outside is not asked": (
+        """
+        if rank == 1:
+            print("CUDA error: unspecified launch failure", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        silent_peer()
+        """, 70, FailureClass.INTERNAL, ("SIGKILL",), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEATHS)
+def test_whose_fault_a_death_is(
+    case: str, pod: Callable[..., tuple[int, Termination]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's watchdog aborts on a silent peer and on the GPU's own errors alike."""
+    program, code, expected, words, rank = DEATHS[case]
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "GPU-aa,GPU-bb")
+    found, said = pod(ABORTS + textwrap.dedent(program), nodes=1, gpus=2)
+    assert (found, said.failure_class) == (code, expected), said
+    for part in words:
+        assert part in said.message
+    if rank is not None:
+        assert said.rank == rank
+
+
+@pytest.fixture
+def small_shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file system of memory of 1 MiB, in place of /dev/shm."""
+    place = tmp_path / "shm"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=True)
+    monkeypatch.setattr(lora_trainer.conclude, "SHARED_MEMORY", place)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+MAPS = """
+import mmap
+with open({path!r}, "w+b") as file:
+    file.truncate(4 << 20)
+    pages = mmap.mmap(file.fileno(), 4 << 20)
+    {then}
+    for place in range(0, 4 << 20, 4096):
+        pages[place] = 1
+"""
+
+
+def test_a_bus_error_where_shared_memory_is_full(pod: Callable[..., tuple[int, Termination]], small_shm: Path) -> None:
+    """A real one: writing to a mapped file that has no room."""
+    code, words = pod(MAPS.format(path=str(small_shm / "segment"), then=""), nodes=1)
+    assert (code, words.failure_class) == (84, FailureClass.LIMIT_TOO_LOW)
+    assert "SIGBUS" in words.message
+    assert "/dev/shm of 1 MiB is full" in words.message
+    assert "limits.memory" in (words.remedy or "")
+
+
+def test_a_bus_error_elsewhere(pod: Callable[..., tuple[int, Termination]], small_shm: Path, tmp_path: Path) -> None:
+    """A real one: the file was cut while it was mapped."""
+    code, words = pod(MAPS.format(path=str(tmp_path / "weights"), then="file.truncate(0)"), nodes=1)
+    assert (code, words.failure_class) == (70, FailureClass.INTERNAL)
+    assert "none of /dev/shm, which has 1 of 1 MiB free" in words.message

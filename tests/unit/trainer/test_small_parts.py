@@ -85,6 +85,14 @@ def test_the_root_cause_is_the_earliest_that_no_other_explains(tmp_path: Path) -
     assert root_cause([]) is None
 
 
+def test_a_kernel_that_broke_off_may_be_the_echo_of_a_dead_gpu() -> None:
+    """Of one that it read memory of; it may even have been seen first."""
+    kernel = WorkerError(0, FailureClass.GPU_KERNEL_FAILED, "illegal memory access", 1.0)
+    dead = WorkerError(3, FailureClass.GPU_FAULT, "uncorrectable NVLink error", 2.0)
+    assert root_cause([kernel, dead]) == dead
+    assert root_cause([kernel, WorkerError(1, FailureClass.INTERNAL, "later", 2.0)]) == kernel
+
+
 CGROUPS = {
     "version 2, in a container": ("0::/\n", {"memory.events": "low 0\noom 4\noom_kill 3\n"}, 3),
     "version 2, below the root": (
