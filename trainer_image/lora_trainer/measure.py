@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.adapter import ADAPTER_FILES
 from lora_api.sources import BaseModelSource, DataFormat, DataSource
@@ -27,7 +26,6 @@ from lora_trainer.pairs import tokenize_pairs
 from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
 from lora_trainer.rows import merge_rows
-from lora_trainer.scores import add_token_scores
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_data, fetch_model
 from lora_trainer.store import Store
@@ -124,8 +122,6 @@ def measure(
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
-        add_fused_lm_head(network)
-        add_token_scores(network)
         evaluator = build_evaluator(network, tokenizer, records, max_seq_length, device, dpo)
         if adapter is not None:
             with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows
