@@ -80,6 +80,7 @@ class TokenLosses(torch.autograd.Function):
         transform: LogitTransform,
         rows: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
+        first: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The losses in nats, float32, of shape (tokens,).
 
@@ -92,6 +93,7 @@ class TokenLosses(torch.autograd.Function):
             transform: what the family does to the logits.
             rows: (rows, hidden size), float32, what learns in the rows ``ids`` of the head, or none.
             ids: (rows), int64.
+            first: (tokens), bool: is filled with whether the label is the one with the largest logit. Or none.
 
         Raises:
             InternalError: the head is trained, and would get no gradient.
@@ -114,6 +116,8 @@ class TokenLosses(torch.autograd.Function):
                 logits = nn.functional.linear(given, weight, None if bias is None else bias.to(dtype))
                 if learned is not None:
                     logits.index_add_(1, ids, given @ learned.T)
+                if first is not None:
+                    first[part] = logits.argmax(dim=1) == labels[part]
                 losses[part], slope = _cross_entropy(logits.float(), labels[part, None], transform)
                 if gradient is None:
                     continue
@@ -140,7 +144,7 @@ class TokenLosses(torch.autograd.Function):
             of_rows = torch.zeros(row_slopes.shape[1], hidden.shape[1], device=hidden.device)
             for part in _chunks(len(hidden), ctx.vocabulary):
                 of_rows += (row_slopes[part] * factor[part]).T @ hidden[part].float()
-        return scaled, None, None, None, None, of_rows, None
+        return scaled, None, None, None, None, of_rows, None, None
 
 
 def _exact_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -186,6 +190,8 @@ class TokenScores(ModelOutput):
 
     Attributes:
         losses: -log p(label) in nats, float32, of shape (supervised tokens,).
+        first: whether the label is the model's first choice, bool, of shape (supervised tokens,): greedy decoding
+            writes it. Only where no gradient is wanted.
         supervised: which tokens of the labels they are of, bool, of shape (rows, columns): labels without their first
             column.
         router_loss: how unevenly the routers of a mixture use their experts (Fedus et al. 2021, arXiv:2101.03961, eq.
@@ -193,6 +199,7 @@ class TokenScores(ModelOutput):
     """
 
     losses: torch.Tensor | None = None
+    first: torch.Tensor | None = None
     supervised: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
 
@@ -257,9 +264,11 @@ def add_token_scores(model: PreTrainedModel) -> None:
         frozen = head.base if isinstance(head, HeadRows) else head
         weight, bias = whole(frozen.weight), None if frozen.bias is None else whole(frozen.bias)
         supervised = shifted != IGNORED
-        losses = TokenLosses.apply(hidden[supervised], weight, bias, shifted[supervised], transform, rows, ids)
+        given, wanted = hidden[supervised], shifted[supervised]
+        first = None if torch.is_grad_enabled() else torch.zeros_like(wanted, dtype=torch.bool)
+        losses = TokenLosses.apply(given, weight, bias, wanted, transform, rows, ids, first)
         balance = _router_loss(self.config, output.router_logits, kwargs.get("attention_mask")) if router_loss else None
-        return TokenScores(losses=losses, supervised=supervised, router_loss=balance)
+        return TokenScores(losses=losses, first=first, supervised=supervised, router_loss=balance)
 
     model.forward = types.MethodType(forward, model)
 
