@@ -136,6 +136,7 @@ def _limits(run: RunSpec, result: RunResult) -> str:
             f"The losses are those on base weights in {run.quantization.type}, which it was trained on. On unquantized "
             "weights they differ a little."
         )
+    limits += [f"{text}." for text in result.data.warnings] if result.data is not None else []
     if result.data is not None and result.data.truncated_records:
         limits.append(
             f"{result.data.truncated_records} training records were cut at {run.dataset.max_seq_length} tokens."
