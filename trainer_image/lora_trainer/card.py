@@ -109,10 +109,11 @@ def _training(run: RunSpec, result: RunResult) -> str:
     lora, training, size = run.lora, run.training, run.parallelism.world_size
     kind = "direct preference optimization" if training.objective == "dpo" else "supervised fine-tuning"
     unit = "pairs" if training.objective == "dpo" else "sequences"
+    scaled = " (rsLoRA: scaled by alpha / sqrt(rank))" if lora.use_rslora else ""
     processes = "one process" if size == 1 else f"{size} processes"
     return (
         f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} {unit}, on "
-        f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}, learning rate "
+        f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}{scaled}, learning rate "
         f"{training.learning_rate:g}, base weights {run.quantization.type}."
     )
 

@@ -67,6 +67,7 @@ def publish_adapter(
             base_model=model_name(run.base_model.uri),
             base_model_revision=run.base_model.revision,
             rank=run.lora.published_rank,
+            lora=run.lora.to_wire(),
             files=files,
             extras=[_create_extra(store, source, join(target, source.name)) for source in extras],
             eval_loss_before=losses[0],
