@@ -44,7 +44,8 @@ class AdapterManifest(RecordModel):
     """``manifest.json``, written last and create-only: a reader that sees it sees every file that it names.
 
     ``files`` are the adapter's own, ``extras`` are for people (model card, report, metrics). ``lora`` is what the run
-    asked for. adapter_config.json has it as servers read it: one rank, one alpha, and no rsLoRA.
+    asked for. adapter_config.json has it as servers read it: one rank, one alpha, and no rsLoRA. ``yardstick`` is what
+    the evaluation losses were measured on and with (``lora_trainer.yardstick``).
     """
 
     schema_version: int = Field(1, ge=1)
@@ -55,6 +56,7 @@ class AdapterManifest(RecordModel):
     base_model_revision: str | None = None
     rank: int = Field(ge=1)
     lora: dict[str, Any] = {}
+    yardstick: dict[str, Any] = {}
     files: list[StoredFile]
     extras: list[StoredFile] = []
     eval_loss_before: Measure = None
