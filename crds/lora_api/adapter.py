@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints
 
 from lora_api._base import Measure, RecordModel, Time
+from lora_api.served import ServedEvaluation
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -44,8 +45,10 @@ class AdapterManifest(RecordModel):
     """``manifest.json``, written last and create-only: a reader that sees it sees every file that it names.
 
     ``files`` are the adapter's own, ``extras`` are for people (model card, report, metrics). ``lora`` is what the run
-    asked for. adapter_config.json has it as servers read it: one rank, one alpha, and no rsLoRA. ``yardstick`` is what
-    the evaluation losses were measured on and with (``lora_trainer.yardstick``).
+    asked for. adapter_config.json has it as servers read it: one rank, one alpha, and no rsLoRA. Evaluation losses and
+    shares are those of all evaluation records on the base model that was trained on, ``served`` has those on the base
+    model as it is served, and ``gate_base`` says which of them publish.gate looked at. ``yardstick`` is what they were
+    measured on and with (``lora_trainer.yardstick``). Manifests of earlier releases have the losses alone.
     """
 
     schema_version: int = Field(1, ge=1)
@@ -61,6 +64,9 @@ class AdapterManifest(RecordModel):
     extras: list[StoredFile] = []
     eval_loss_before: Measure = None
     eval_loss_after: Measure = None
+    eval_share_after: Measure = None
+    served: ServedEvaluation | None = None
+    gate_base: str | None = None
     created_at: Time
     created_by: dict[str, Any] = {}
 

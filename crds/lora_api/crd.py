@@ -23,6 +23,8 @@ _RUN_COLUMNS: tuple[dict[str, Any], ...] = (
     {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
     {"name": "Step", "type": "integer", "jsonPath": ".status.progress.step", "priority": 1},
     {"name": "Tokens/s", "type": "number", "jsonPath": ".status.progress.tokensPerSecond", "priority": 1},
+    {"name": "Served loss", "type": "number", "jsonPath": ".status.adapter.served.after.loss", "priority": 1},
+    {"name": "Served share", "type": "number", "jsonPath": ".status.adapter.served.after.share", "priority": 1},
     {"name": "Nodes", "type": "integer", "jsonPath": ".spec.parallelism.nodes", "priority": 1},
     {"name": "Attempt", "type": "integer", "jsonPath": ".status.attempt", "priority": 1},
     {"name": "Model", "type": "string", "jsonPath": ".spec.baseModel.uri", "priority": 1},

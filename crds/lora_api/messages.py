@@ -34,6 +34,9 @@ class ProgressLine(RecordModel):
 
     stage: what the trainer is doing now, in ``stage`` (loading, evaluating, training, checkpointing, publishing, done).
     step: after an optimizer step. eval: after an evaluation.
+    served: once the adapter was evaluated on the base model as it is served. ``served_loss`` and ``served_share`` are
+    of ``served_records`` records, ``training_loss`` and ``training_share`` of the same on the base that was trained on.
+    Shares (0 to 1) are those of ``served.Score``.
     memory: the micro-batch that was settled on and the planned peak, and after training the measured one, of the
     process that needed most (GiB; ``host_gib`` is its resident memory).
     Rewards are those of preference pairs (objective dpo): the mean margin between chosen and rejected, and the share of
@@ -48,6 +51,12 @@ class ProgressLine(RecordModel):
     epoch: Measure = None
     loss: Measure = None
     eval_loss: Measure = None
+    eval_share: Measure = None
+    served_loss: Measure = None
+    served_share: Measure = None
+    training_loss: Measure = None
+    training_share: Measure = None
+    served_records: int | None = Field(None, ge=0)
     learning_rate: Measure = None
     grad_norm: Measure = None
     tokens_per_second: Measure = None

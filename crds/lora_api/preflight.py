@@ -70,6 +70,11 @@ class RunPlan(RecordModel):
     total_steps: int | None = Field(None, ge=1, description="Optimizer steps in all.")
     tokens_per_epoch: int | None = Field(None, ge=0, description="Tokens in one pass over the training records.")
     memory: MemoryEstimate | None = Field(None, description="Memory of each GPU (of each process on CPUs).")
+    served_memory: MemoryEstimate | None = Field(
+        None,
+        description="The same while the adapter is evaluated on the base model as it is served. Absent where that is "
+        "the one that is trained on.",
+    )
     suggestions: list[str] = Field([], description="What would make it fit, the cheapest first.")
 
 

@@ -1,6 +1,6 @@
 """Where the adapter goes, when it is good enough to go there, and who else is told of the run."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -12,6 +12,8 @@ StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[!-~]+$", max
 LabelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
 WebUri = Annotated[str, StringConstraints(pattern=r"^https?://[!-~]+$", max_length=512)]
 TrackingName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+ServedDtype = Literal["bfloat16", "float32"]
+GateBase = Literal["served", "training"]
 
 
 class Gate(ApiModel):
@@ -25,6 +27,12 @@ class Gate(ApiModel):
     )
     max_eval_loss: float | None = Field(
         None, gt=0.0, le=1000.0, description="Largest evaluation loss (nats per token) after training."
+    )
+    base: GateBase | None = Field(
+        None,
+        description="Base model that the losses are measured on: served is the one that is served "
+        "(publish.servedDtype), training the one that was trained on. Default: served. Where the adapter cannot be "
+        "evaluated on that, training, and the run says so.",
     )
 
     cel_rules = (
@@ -72,12 +80,26 @@ class Publish(ApiModel):
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     gate: Gate | None = Field(None, description="What the adapter must reach to be published. Default: nothing.")
+    served_dtype: ServedDtype | None = Field(
+        None,
+        description="Type of the unquantized base weights that the adapter is going to be served on. After training it "
+        "is evaluated on them too. Default: bfloat16 on GPUs, float32 on CPUs.",
+    )
     merge_base: bool = Field(
         default=False,
         description="Also publish the whole model with the adapter merged into its original, unquantized weights.",
     )
 
     cel_rules = store_rules("store")
+
+
+def choose_served_dtype(publish: Publish, gpus_per_node: int) -> ServedDtype:
+    """The type of the base weights that an adapter is evaluated on as it is served.
+
+    On GPUs bfloat16, which is what inference servers load models in. On CPUs float32: products in bfloat16 are slow
+    there, and vLLM 0.32 wrote wrong text with them on the one that it was tried on.
+    """
+    return publish.served_dtype or ("bfloat16" if gpus_per_node else "float32")
 
 
 class PublishTo(Publish):

@@ -8,6 +8,7 @@ from lora_api._base import LongMessage, Measure, RecordModel, ShortMessage, Time
 from lora_api.failures import FailureClass
 from lora_api.preflight import Pins, RunPlan
 from lora_api.reading import OpenEnum
+from lora_api.served import ServedEvaluation
 
 __all__ = [
     "MAX_FAILURES",
@@ -136,8 +137,23 @@ class AdapterStatus(RecordModel):
     rank: int = Field(ge=1, description="LoRA rank.")
     serving_max_lora_rank: int = Field(ge=1, description="Smallest --max-lora-rank of vLLM that can serve it.")
     size_bytes: int = Field(ge=0, description="Size of the adapter's own files, in bytes.")
-    eval_loss_before: Measure = Field(None, description="Evaluation loss of the base model (nats per token).")
-    eval_loss_after: Measure = Field(None, description="Evaluation loss with the adapter (nats per token).")
+    eval_loss_before: Measure = Field(
+        None, description="Evaluation loss of the base model that was trained on (nats per token)."
+    )
+    eval_loss_after: Measure = Field(
+        None, description="Evaluation loss with the adapter on the base model that was trained on (nats per token)."
+    )
+    eval_share_after: Measure = Field(
+        None,
+        description="Share of the evaluation records (0 to 1) that the adapter writes to the letter on the base model "
+        "that was trained on; of preference pairs, of those whose chosen answer has the larger reward.",
+    )
+    served: ServedEvaluation | None = Field(
+        None, description="The adapter on its base model as it is served. Absent without evaluation records."
+    )
+    gate_base: str | None = Field(
+        None, description="Base model whose losses publish.gate looked at: served or training. Absent without a gate."
+    )
 
 
 class RuntimeSnapshot(RecordModel):

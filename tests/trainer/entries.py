@@ -16,3 +16,18 @@ def out_of_gpu_memory(run_file: Path) -> int:
 
     Trainer.training_step = training_step
     return run_worker(run_file)
+
+
+def hang_in_the_served_evaluation(run_file: Path) -> int:
+    """A real worker that says when it has measured the base as it is served, and then waits to be ended."""
+    import sys
+    import time
+
+    import lora_trainer.served
+
+    def hang(*_: Any) -> None:
+        sys.stderr.write("in the served evaluation\n")
+        time.sleep(600)
+
+    lora_trainer.served.assign_adapter = hang
+    return run_worker(run_file)

@@ -5,9 +5,10 @@ from typing import Any
 
 from lora_api.adapter import serving_max_lora_rank
 from lora_api.run import RunSpec
+from lora_api.served import Score
 from lora_trainer.adapter import model_name
 from lora_trainer.markdown import code, inline, one_line, shell_word
-from lora_trainer.report import RunResult, show_loss
+from lora_trainer.report import RunResult, show_loss, show_share
 
 
 def build_card(run: RunSpec, result: RunResult) -> str:
@@ -19,7 +20,6 @@ def build_card(run: RunSpec, result: RunResult) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora"] if run.quantization.type == "nf4" else ["lora"],
     }
-    losses = f"{show_loss(result.before.loss)} | {show_loss(result.after.loss)}"
     return f"""---
 {_front(meta)}
 ---
@@ -28,10 +28,7 @@ def build_card(run: RunSpec, result: RunResult) -> str:
 
 A LoRA adapter of {code(base)}, trained by the LoRAFineTune {_name(run)}.
 
-| | before | after |
-|---|---|---|
-| evaluation loss ({result.loss_unit}, {result.eval_records} records) | {losses} |
-
+{_figures(run, result)}
 {_training(run, result)}
 `report.html` beside this file has the curves, sample answers before and after, and every parameter; `metrics.jsonl` has
 the numbers.
@@ -61,6 +58,39 @@ vllm serve {shell_word(base)} --enable-lora --max-lora-rank {serving_max_lora_ra
 {_merged(run)}"""
 
 
+def _figures(run: RunSpec, result: RunResult) -> str:
+    """The tables of losses and shares: on the base as it is served first, for that is what a user gets."""
+    found = result.served
+    training = f"base weights that it was trained on ({run.quantization.type})"
+    before, after = Score(loss=result.before.loss, share=result.before.share), result.after
+    rows = []
+    if found is not None and found.is_measured and not found.same_base:
+        where = f"base weights as served ({found.dtype}), {found.describe_records()}"
+        rows.append((where, found.before, found.after))
+        if found.records < found.all_records:
+            rows.append((f"{training}, the same records", Score(), found.training))
+    elif found is not None and found.same_base:
+        training = f"base weights as served and as trained on ({found.dtype})"
+    rows.append((f"{training}, {result.eval_records} records", before, Score(loss=after.loss, share=after.share)))
+    share = result.share_name
+    head = f"| | loss before | loss after | {share} before | {share} after |\n|---|---|---|---|---|\n"
+    return (
+        head
+        + "".join(
+            f"| {where} | {show_loss(old.loss)} | {show_loss(new.loss)} | {show_share(old.share)} | "
+            f"{show_share(new.share)} |\n"
+            for where, old, new in rows
+        )
+        + f"\nLosses are in {result.loss_unit}. {_share_meaning(result)}\n"
+    )
+
+
+def _share_meaning(result: RunResult) -> str:
+    if result.has_rewards:
+        return "Chosen preferred: the share of pairs whose chosen answer has the larger reward."
+    return "Exactly right: the share of records that greedy decoding writes to the letter."
+
+
 def build_merged_card(run: RunSpec, result: RunResult) -> str:
     """The card of the whole model with the adapter merged into it."""
     base = model_name(run.base_model.uri)
@@ -75,8 +105,7 @@ def build_merged_card(run: RunSpec, result: RunResult) -> str:
 weights. The adapter's own directory has the whole model card, the report and the metrics.
 
 {_training(run, result)}
-Evaluation loss {show_loss(result.before.loss)} before, {show_loss(result.after.loss)} after: of the adapter on base
-weights in {run.quantization.type}, not of this merged model.
+{_merged_loss(run, result)}
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -84,6 +113,17 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY_OF_THIS_FILE")
 ```
 """
+
+
+def _merged_loss(run: RunSpec, result: RunResult) -> str:
+    found = result.served
+    if found is not None and found.is_measured:
+        where = f"of the adapter on base weights in {found.dtype} ({found.describe_records()})"
+        before, after = found.before.loss, found.after.loss
+    else:
+        where = f"of the adapter on base weights in {run.quantization.type}"
+        before, after = result.before.loss, result.after.loss
+    return f"Evaluation loss {show_loss(before)} before, {show_loss(after)} after: {where}, not of this merged model."
 
 
 def _front(meta: dict[str, Any]) -> str:
@@ -132,10 +172,10 @@ def _limits(run: RunSpec, result: RunResult) -> str:
         f"The evaluation loss says how well it {learned} like those of its evaluation set. Nothing else was "
         "measured: not safety, not truth, not what it has forgotten."
     )
-    if run.quantization.type != "none":
+    if result.served is not None and result.served.problem is not None:
         limits.append(
-            f"The losses are those on base weights in {run.quantization.type}, which it was trained on. On unquantized "
-            "weights they differ a little."
+            f"The figures are those on base weights in {run.quantization.type}, which it was trained on. On base "
+            f"weights in {result.served.dtype} they differ, and were not measured: {result.served.problem}."
         )
     limits += [f"{text}." for text in result.data.warnings] if result.data is not None else []
     if result.data is not None and result.data.truncated_records:

@@ -4,9 +4,8 @@ Before training the adapter's B matrices are zero, which is exactly the base mod
 again around it, because FSDP2 remembers which parameters need a gradient from their first use.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,13 +15,14 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_api.publishing import Publish
+from lora_api.served import Score
 from lora_api.status import format_time
 from lora_trainer.chat import Chat
 from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record
 from lora_trainer.framing import Framing
-from lora_trainer.packs import Sequences, collate
-from lora_trainer.parallel import sum_over_ranks
+from lora_trainer.packs import Sequences
+from lora_trainer.scores import score_records
 from lora_trainer.settings import Place
 from lora_trainer.sharding import reshard
 
@@ -47,7 +47,8 @@ class Evaluation:
 
     In nats per token for objective sft. Rewards are those of preference pairs (objective dpo): the mean margin between
     chosen and rejected, and the share of pairs (0 to 1) whose chosen answer has the larger one. ``at`` is an RFC 3339
-    time.
+    time. ``share`` is that of the records that greedy decoding writes to the letter (``lora_api.served.Score``), and
+    ``part`` the score of the records that the base as it is served is measured on (``served``).
     """
 
     loss: float | None
@@ -55,24 +56,29 @@ class Evaluation:
     at: str | None = None
     reward_margin: float | None = None
     reward_accuracy: float | None = None
+    share: float | None = None
+    part: Score = field(default_factory=Score)
 
     @property
     def scores(self) -> dict[str, float | None]:
         """Its numbers as fields of ProgressLine."""
         return {
             "eval_loss": self.loss,
+            "eval_share": self.share,
             "reward_margin": self.reward_margin,
             "reward_accuracy": self.reward_accuracy,
         }
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON form."""
-        return vars(self) | {"samples": [vars(sample) for sample in self.samples]}
+        samples = [vars(sample) for sample in self.samples]
+        return vars(self) | {"samples": samples, "part": self.part.to_wire()}
 
     @staticmethod
     def from_wire(value: dict[str, Any]) -> "Evaluation":
         """The inverse of ``to_wire``."""
-        return Evaluation(**value | {"samples": [Sample(**sample) for sample in value["samples"]]})
+        part = Score.model_validate(value.get("part", {}))
+        return Evaluation(**value | {"samples": [Sample(**sample) for sample in value["samples"]], "part": part})
 
 
 def question(record: Record) -> tuple[Prompt, str | None] | None:
@@ -121,14 +127,22 @@ class Evaluator:
     token_budget: int
     place: Place
     device: torch.device
+    part: Sequence[int] | None = None
+    """Numbers of the records that the base as it is served is measured on; ``None``: all."""
 
     @property
     def records(self) -> int:
         """How many records the loss is measured on."""
         return 0 if self.dataset is None else len(self.dataset)
 
+    def of_part(self, model: torch.nn.Module, token_budget: int) -> "Evaluator":
+        """An evaluator of another ``model``, whose adapter is fresh, on the records of ``part``. It asks nothing."""
+        assert self.dataset is not None  # noqa: S101 - there are records
+        dataset = self.dataset if self.part is None else self.dataset.only(self.part)
+        return replace(self, model=model, dataset=dataset, part=None, questions=[], token_budget=token_budget)
+
     def measure(self, interrupted: Callable[[], bool] | None = None) -> Evaluation | None:
-        """Evaluation loss in nats per token, without answers. All ranks call it.
+        """Evaluation loss in nats per token and share of exact records, without answers. All ranks call it.
 
         ``interrupted`` is asked after each batch, by all ranks; when it says yes to all of them, there is no answer.
 
@@ -138,12 +152,14 @@ class Evaluator:
         if self.dataset is None:
             return Evaluation(None, [])
         pad = int(self.tokenizer.pad_token_id)
-        loss = evaluate_loss(self.model, self.dataset, pad, self.token_budget, self.place, self.device, interrupted)
-        if loss is None:
+        batches = make_batches(self.dataset.lengths, self.token_budget)
+        scores = score_records(self.model, self.dataset, batches, pad, self.place, self.device, interrupted)
+        if scores is None:
             return None
-        if not math.isfinite(loss):
-            raise DivergedError(f"the evaluation loss is {loss}")
-        return Evaluation(loss, [])
+        whole = scores.score()
+        if whole.loss is None:
+            raise DivergedError("the evaluation loss is not finite")
+        return Evaluation(whole.loss, [], share=whole.share, part=scores.score(self.part))
 
     def loss(self) -> float | None:
         """The loss of ``measure`` alone; ``None`` without evaluation records. All ranks call it."""
@@ -155,46 +171,6 @@ class Evaluator:
         found = self.measure() or Evaluation(None, [])
         answers = answer_questions(self.model, self.tokenizer, self.questions, self.device)
         return replace(found, samples=answers, at=format_time(datetime.now(UTC)))
-
-
-@torch.no_grad()
-def evaluate_loss(
-    model: torch.nn.Module,
-    dataset: Sequences,
-    pad_token: int,
-    token_budget: int,
-    place: Place,
-    device: torch.device,
-    interrupted: Callable[[], bool] | None = None,
-) -> float | None:
-    """Mean negative log likelihood per supervised token over the whole of ``dataset``, in nats.
-
-    Each rank takes every ``world_size``-th batch; sums of losses and of tokens are added up, so that the result does
-    not depend on the number of processes. With sharded weights all ranks must run equally many forward passes: a rank
-    that has none left repeats the first batch and does not count it. ``None`` where ``interrupted`` said so.
-    """
-    batches = make_batches(dataset.lengths, token_budget)
-    rounds = -(-len(batches) // place.world_size)
-    training, total, tokens = model.training, 0.0, 0.0
-    model.eval()
-    for turn in range(rounds):
-        number = turn * place.world_size + place.rank
-        counted = number < len(batches)
-        chosen = [dataset[index] for index in batches[number if counted else 0]]
-        batch = collate(chosen, "padded", pad_token)
-        moved = {name: value.to(device) for name, value in batch.items()}
-        outputs = model(**moved, use_cache=False, fused_lm_head=True)
-        if counted:
-            total -= float(outputs.log_probs.double().sum())
-            tokens += float(outputs.label_mask.sum())
-        if interrupted is not None and interrupted():
-            model.train(training)
-            reshard(model)
-            return None
-    model.train(training)
-    reshard(model)
-    total, tokens = sum_over_ranks([total, tokens], device)
-    return total / max(tokens, 1.0)
 
 
 @torch.no_grad()

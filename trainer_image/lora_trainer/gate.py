@@ -1,7 +1,10 @@
 """The quality gate: whether an adapter is good enough to be published (publish.gate)."""
 
-from lora_api.publishing import Gate
+from dataclasses import dataclass
+
+from lora_api.publishing import Gate, GateBase
 from lora_api.run import RunSpec
+from lora_api.served import ServedEvaluation
 from lora_trainer.errors import BadSpecError
 
 
@@ -20,13 +23,41 @@ def check_gate_has_records(run: RunSpec, eval_records: int) -> None:
         )
 
 
-def decide_gate(gate: Gate | None, before: float | None, after: float | None) -> str | None:
+@dataclass(frozen=True)
+class Losses:
+    """The evaluation losses that the gate looks at (nats per token), and on which base they were measured, in words."""
+
+    base: GateBase
+    before: float | None
+    after: float | None
+    where: str = ""
+
+
+def choose_losses(
+    gate: Gate | None, before: float | None, after: float | None, served: ServedEvaluation | None
+) -> Losses:
+    """Those on the base as it is served, if they are there and ``gate`` does not ask for the others.
+
+    ``before`` and ``after`` are those of all evaluation records on the base that was trained on.
+    """
+    if served is None or (gate is not None and gate.base == "training"):
+        return Losses("training", before, after, "" if served is None else " on the base that was trained on")
+    if not served.is_measured:
+        return Losses("training", before, after, f" on the base that was trained on ({served.problem})")
+    if served.same_base:
+        return Losses("served", before, after)
+    where = f" on the base as it is served ({served.dtype}, {served.describe_records()})"
+    return Losses("served", served.before.loss, served.after.loss, where)
+
+
+def decide_gate(gate: Gate | None, losses: Losses) -> str | None:
     """Why the adapter is refused, with both losses (nats per token), or ``None`` where it passes.
 
     Both bounds include their end: an improvement of exactly minEvalLossImprovement passes.
     """
     if gate is None:
         return None
+    before, after = losses.before, losses.after
     if before is None or after is None:
         return "there is no evaluation loss to compare with publish.gate"
     reasons = []
@@ -38,8 +69,8 @@ def decide_gate(gate: Gate | None, before: float | None, after: float | None) ->
     if not reasons:
         return None
     return (
-        f"the evaluation loss was {before:.4f} before training and is {after:.4f} after it, {_change(before - after)}: "
-        + ", and ".join(reasons)
+        f"the evaluation loss{losses.where} was {before:.4f} before training and is {after:.4f} after it, "
+        f"{_change(before - after)}: " + ", and ".join(reasons)
     )
 
 

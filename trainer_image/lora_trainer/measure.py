@@ -24,6 +24,7 @@ from lora_trainer.pairs import tokenize_pairs
 from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
 from lora_trainer.rows import merge_rows
+from lora_trainer.scores import add_token_scores
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_model
 from lora_trainer.store import Store
@@ -118,6 +119,7 @@ def measure(
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
         add_fused_lm_head(network)
+        add_token_scores(network)
         evaluator = build_evaluator(network, tokenizer, records, yardstick, device)
         if adapter is not None and not base_only:
             with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows

@@ -19,6 +19,7 @@ OPTIONAL = (
     "epoch",
     "loss",
     "eval_loss",
+    "eval_share",
     "learning_rate",
     "grad_norm",
     "tokens_per_second",
@@ -31,7 +32,8 @@ OPTIONAL = (
 class Metric:
     """What was measured at ``step``: by training (``loss``) or by an evaluation (``eval_loss``).
 
-    Losses are in nats per token, or with rewards (objective dpo, see ProgressLine) per pair. ``grad_norm`` is the L2
+    ``eval_share`` is that of the records that greedy decoding writes to the letter (``lora_api.served.Score``). Losses
+    are in nats per token, or with rewards (objective dpo, see ProgressLine) per pair. ``grad_norm`` is the L2
     norm before clipping, ``at`` is an RFC 3339 time.
     """
 
@@ -39,6 +41,7 @@ class Metric:
     epoch: float | None = None
     loss: float | None = None
     eval_loss: float | None = None
+    eval_share: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None

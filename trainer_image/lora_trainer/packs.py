@@ -50,6 +50,10 @@ class Sequences(Dataset[list[Document]]):
         """The documents of a sequence."""
         return [self._documents[int(number)] for number in self._order[self._bounds[index] : self._bounds[index + 1]]]
 
+    def only(self, numbers: Sequence[int]) -> "Sequences":
+        """The sequences ``numbers``, which are documents and no packs, in this order."""
+        return Sequences(self._documents, self._order[np.asarray(numbers, dtype=np.int64)])
+
 
 def pack(
     lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int, seed: int, window: int = WINDOW

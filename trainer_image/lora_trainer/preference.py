@@ -13,7 +13,7 @@ are here.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.run import RunSpec
+from lora_api.served import Score
 from lora_api.training import DPO
 from lora_trainer.checkpoint import OBJECTIVE_STATE, Resume
 from lora_trainer.errors import BadDataError, DivergedError, InternalError
@@ -226,7 +227,35 @@ class PreferenceEvaluator(Evaluator):
         if not math.isfinite(loss):
             raise DivergedError(f"the evaluation loss is {loss}")
         margin, right = (sum_rewards(ratios, self.dpo.beta) / len(self.pairs)).tolist()
-        return Evaluation(loss, [], reward_margin=margin, reward_accuracy=right)
+        part = self._score_part(scores)
+        return Evaluation(loss, [], reward_margin=margin, reward_accuracy=right, share=right, part=part)
+
+    def _score_part(self, scores: torch.Tensor) -> Score:
+        """The loss and the accuracy of the pairs of ``part``."""
+        numbers = list(range(len(self.pairs)) if self.part is None else self.part)
+        ratios = whole_ratios(scores[numbers], self.reference[numbers], [self.pairs[number] for number in numbers])
+        right = float(sum_rewards(ratios, self.dpo.beta)[1]) / len(numbers)
+        return Score(loss=float(pair_losses(ratios, self.dpo).mean()), share=right)
+
+    def of_part(self, model: torch.nn.Module, token_budget: int) -> "PreferenceEvaluator":
+        """An evaluator of another ``model`` on the pairs of ``part``. All ranks call it.
+
+        Their reference is ``model`` as it is now: its adapter is fresh.
+        """
+        pairs = self.pairs if self.part is None else [self.pairs[number] for number in self.part]
+        pad = int(self.tokenizer.pad_token_id)
+        reference = Scorer(model, pad, token_budget, self.place, self.device).score(pairs)
+        assert reference is not None  # noqa: S101 - nobody interrupts
+        return replace(
+            self,
+            model=model,
+            pairs=pairs,
+            reference=reference,
+            part=None,
+            questions=[],
+            token_budget=token_budget,
+            mixed_precision=False,
+        )
 
 
 # -- training

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lora_api.messages import ProgressLine
+from lora_api.served import ServedEvaluation
 from lora_trainer.settings import progress_descriptor
 from lora_trainer.tracking import Trackers
 
@@ -46,12 +47,26 @@ class Progress:
         """Reports an evaluation. ``fields`` are those of ProgressLine."""
         self._write("eval", **fields)
 
+    def report_served(self, step: int, found: ServedEvaluation | None) -> None:
+        """Reports the evaluation on the base model as it is served, if there was one."""
+        if found is not None and found.is_measured:
+            self._write(
+                "served",
+                step=step,
+                total_steps=step,
+                served_loss=found.after.loss,
+                served_share=found.after.share,
+                training_loss=found.training.loss,
+                training_share=found.training.share,
+                served_records=found.records,
+            )
+
     def report_memory(self, **fields: Any) -> None:
         """Reports what is planned or measured of memory. ``fields`` are those of ProgressLine."""
         self.micro_batch_size = fields.get("micro_batch_size")
         self._write("memory", **fields)
 
-    def _write(self, event: Literal["stage", "step", "eval", "memory"], **fields: Any) -> None:
+    def _write(self, event: Literal["stage", "step", "eval", "memory", "served"], **fields: Any) -> None:
         if self.enabled:
             line = ProgressLine(event=event, at=datetime.now(UTC), **fields)
             text = line.to_line() + "\n"

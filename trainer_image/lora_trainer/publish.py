@@ -5,6 +5,7 @@ named by their content, and the manifest and the version are created only once.
 """
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,12 @@ def publish_adapter(
     run: RunSpec,
     files: list[StoredFile],
     extras: list[Path],
-    losses: tuple[float | None, float | None],
+    figures: Mapping[str, Any],
     created_by: dict[str, Any],
 ) -> str:
     """Makes the uploaded ``files`` an adapter: ``extras``, further files for people, and then its manifest.
 
-    ``losses`` are the evaluation losses before and after training. Returns its digest. It has no version yet.
+    ``figures`` are those fields of the manifest that say how good it is. Returns its digest. It has no version yet.
     """
     digest = compute_digest(files)
     target = adapter_directory(run, digest)
@@ -72,10 +73,9 @@ def publish_adapter(
             yardstick=describe_yardstick(run),
             files=files,
             extras=[_create_extra(store, source, join(target, source.name)) for source in extras],
-            eval_loss_before=losses[0],
-            eval_loss_after=losses[1],
             created_at=datetime.now(UTC),
             created_by=created_by,
+            **figures,
         )
         store.create(join(target, MANIFEST_FILE), json.dumps(manifest.to_wire(), indent=1).encode())
     return digest
@@ -145,6 +145,9 @@ def describe_published(store: Store, root: str, digest: str, version: int) -> Ad
         size_bytes=sum(file.size for file in manifest.files),
         eval_loss_before=manifest.eval_loss_before,
         eval_loss_after=manifest.eval_loss_after,
+        eval_share_after=manifest.eval_share_after,
+        served=manifest.served,
+        gate_base=manifest.gate_base,
     )
 
 

@@ -3,16 +3,18 @@
 Nothing that a reader looks for (manifest, version) is written before all that it stands for is there and proven.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 
 from lora_api.adapter import StoredFile, adapter_prefix, compute_digest, refused_directory
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
-from lora_trainer.adapter import gather_adapter, write_adapter
+from lora_trainer.adapter import write_adapter
 from lora_trainer.card import build_card, build_merged_card
 from lora_trainer.chat import template_files
 from lora_trainer.errors import GateRefusedError
@@ -45,16 +47,21 @@ class Release:
     progress: Progress
 
 
-def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result: RunResult) -> AdapterStatus | None:
-    """Publishes what ``model`` has learned. All ranks call it; rank 0 returns the adapter, the others ``None``.
+def publish_run(
+    release: Release, tensors: Mapping[str, torch.Tensor], model: PeftModel, evaluator: Evaluator, result: RunResult
+) -> AdapterStatus | None:
+    """Publishes the adapter ``tensors``. All ranks call it; rank 0 returns the adapter, the others ``None``.
+
+    ``model`` holds them: it is the one that was trained, or its base is the one that is served. ``evaluator`` is its
+    own.
 
     Raises:
         GateRefusedError: on rank 0; the adapter is not as good as publish.gate asks, and nothing is published.
         InternalError: it is not a whole adapter, or the store does not give back what was uploaded.
     """
     store, run, place = release.store, release.run, release.place
-    tensors = gather_adapter(model)
-    refusal = decide_gate(run.publish.gate, result.before.loss, result.after.loss)
+    losses = result.gate_losses(run.publish.gate)
+    refusal = decide_gate(run.publish.gate, losses)
     if refusal is not None:
         if place.is_main:
             raise GateRefusedError(f"{refusal}. Nothing was published; {keep_refused(release, result, refusal)}")
@@ -63,16 +70,16 @@ def publish_run(release: Release, model: PeftModel, evaluator: Evaluator, result
     files: list[StoredFile] = []
 
     def upload_and_fetch() -> Path:
-        write_adapter(tensors, model, run, release.directory)
+        write_adapter(dict(tensors), model, run, release.directory)
         files.extend(upload_adapter(store, run, release.directory))
         return fetch_files(store, adapter_directory(run, compute_digest(files)), files, release.directory / "read-back")
 
-    loss, device, seal = result.after.loss, evaluator.device, make_seal(run)
+    loss, device, seal = result.proven_loss, evaluator.device, make_seal(run)
     proof = verify_published(model, upload_and_fetch, evaluator.loss, loss, place, device, seal)
     if not place.is_main:
         return None
     extras = write_extras(release, replace(result, verification=proof))
-    digest = publish_adapter(store, run, files, extras, (result.before.loss, result.after.loss), result.versions)
+    digest = publish_adapter(store, run, files, extras, result.figures(run.publish.gate), result.versions)
     if run.publish.merge_base:
         card = build_merged_card(run, result)
         alive = partial(release.progress.stage, "publishing")

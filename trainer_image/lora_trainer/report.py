@@ -6,9 +6,12 @@ from html import escape
 from typing import Any
 
 from lora_api.data import DataReport, LengthHistogram
+from lora_api.publishing import Gate
 from lora_api.run import RunSpec
+from lora_api.served import Score, ServedEvaluation
 from lora_trainer.charts import ORANGE, Series, bar_chart, line_chart
 from lora_trainer.evaluate import Evaluation, Sample
+from lora_trainer.gate import Losses, choose_losses
 from lora_trainer.metrics import Metric, pick
 from lora_trainer.verify import Verification
 
@@ -44,7 +47,8 @@ border-radius: 2px; margin-right: .3rem; }
 class RunResult:
     """What a run has to tell. ``skipped_steps`` had a loss or a gradient that is not finite, and changed nothing.
 
-    ``refusal`` is why publish.gate refused the adapter. ``memory`` are rows for people: what was planned and measured.
+    ``served`` is how the adapter does on its base model as it is served. ``refusal`` is why publish.gate refused the
+    adapter. ``memory`` are rows for people: what was planned and measured.
     """
 
     before: Evaluation
@@ -59,6 +63,27 @@ class RunResult:
     skipped_steps: int = 0
     verification: Verification | None = None
     refusal: str | None = None
+    served: ServedEvaluation | None = None
+
+    def gate_losses(self, gate: Gate | None) -> Losses:
+        """The losses that ``gate`` looks at."""
+        return choose_losses(gate, self.before.loss, self.after.loss, self.served)
+
+    def figures(self, gate: Gate | None) -> dict[str, Any]:
+        """What the manifest says of how good the adapter is, by its fields."""
+        return {
+            "eval_loss_before": self.before.loss,
+            "eval_loss_after": self.after.loss,
+            "eval_share_after": self.after.share,
+            "served": self.served,
+            "gate_base": None if gate is None else self.gate_losses(gate).base,
+        }
+
+    @property
+    def proven_loss(self) -> float | None:
+        """The loss that what is read back from the store must have, on the model that is there after training."""
+        served = self.served
+        return served.after.loss if served is not None and served.is_measured else self.after.loss
 
     @property
     def has_rewards(self) -> bool:
@@ -69,6 +94,11 @@ class RunResult:
     def loss_unit(self) -> str:
         """What the losses are, for people."""
         return "DPO loss, mean over pairs" if self.has_rewards else "nats per token"
+
+    @property
+    def share_name(self) -> str:
+        """What the shares are, for people."""
+        return "chosen preferred" if self.has_rewards else "exactly right"
 
     @property
     def improvement(self) -> float | None:
@@ -82,6 +112,7 @@ def build_report(run: RunSpec, result: RunResult) -> str:
     """The whole page."""
     title = escape(f"{run.namespace}/{run.adapter_name}")
     sections = [
+        ("The adapter as it is served", _served(result)),
         ("How training went", f'<div class="charts">{"".join(build_charts(result))}</div>'),
         ("Answers before and after", _samples(result.before.samples, result.after.samples)),
         ("Checks", _table(list_checks(run, result))),
@@ -149,7 +180,8 @@ def list_checks(run: RunSpec, result: RunResult) -> list[tuple[str, str]]:
             asked.append(f"an improvement of at least {gate.min_eval_loss_improvement:g}")
         if gate.max_eval_loss is not None:
             asked.append(f"a loss of at most {gate.max_eval_loss:g}")
-        checks.append(("publish.gate", f"{' and '.join(asked)}: {'refused' if result.refusal else 'passed'}"))
+        where = result.gate_losses(gate).where
+        checks.append(("publish.gate", f"{' and '.join(asked)}{where}: {'refused' if result.refusal else 'passed'}"))
     if proof is None:
         checks.append(("Read back from the store", "not published, so not read back"))
     elif proof.from_store is None:
@@ -184,12 +216,61 @@ def _tiles(result: RunResult) -> str:
         ("Evaluation loss before", show_loss(result.before.loss)),
         ("Evaluation loss after", show_loss(result.after.loss)),
         ("Improvement", show_loss(result.improvement)),
+        (result.share_name.capitalize(), show_share(result.after.share)),
+        *_served_tiles(result),
         ("Steps", str(result.steps)),
         ("Training records", str(result.train_records)),
         ("Evaluation records", str(result.eval_records)),
     ]
     inner = "".join(f'<div class="tile">{escape(name)}<b>{escape(value)}</b></div>' for name, value in tiles)
     return f'<div class="tiles">{inner}</div>'
+
+
+def _served_tiles(result: RunResult) -> list[tuple[str, str]]:
+    found = result.served
+    if found is None or found.same_base or not found.is_measured:
+        return []
+    loss, share = show_score(found.after)
+    return [("Loss as served", loss), (f"{result.share_name.capitalize()} as served", share)]
+
+
+def _served(result: RunResult) -> str:
+    """The section on the base as it is served; empty without evaluation records."""
+    found = result.served
+    if found is None:
+        return ""
+    if found.problem is not None:
+        return (
+            f'<p class="note bad">Not measured on the base model in {escape(found.dtype)}: {escape(found.problem)}. '
+            "All figures are those on the base that was trained on.</p>"
+        )
+    if found.same_base:
+        return (
+            f"<p>It was trained on the base model that is served ({escape(found.dtype)}): all figures hold for it.</p>"
+        )
+    rows = "".join(
+        f"<tr><th>{name}</th>{''.join(f'<td class=number>{escape(text)}</td>' for text in show_score(score))}</tr>"
+        for name, score in (
+            (f"base as it is served ({escape(found.dtype)}), without the adapter", found.before),
+            (f"base as it is served ({escape(found.dtype)}), with the adapter", found.after),
+            ("base that was trained on, with the adapter", found.training),
+        )
+    )
+    return (
+        f"<p>On {escape(found.describe_records())}, all three the same. Answers below are those on the base that was "
+        f"trained on.</p><table><tr><th></th><th>Loss ({escape(result.loss_unit)})</th>"
+        f"<th>{escape(result.share_name)}</th></tr>{rows}</table>"
+    )
+
+
+def show_score(score: Score) -> tuple[str, str]:
+    """Loss and share for people."""
+    return show_loss(score.loss), show_share(score.share)
+
+
+def show_share(share: float | None) -> str:
+    """A share for people, in percent with one digit: 78.1%."""
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _data(data: DataReport | None) -> str:

@@ -31,8 +31,8 @@ FAILED_SECONDS = 5.0
 """Seconds that the trackers of a failed run have: the pod is to end soon."""
 
 MEASURED = (
-    "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "skipped_steps", "reward_margin",
-    "reward_accuracy",
+    "epoch", "loss", "eval_loss", "eval_share", "served_loss", "served_share", "learning_rate", "grad_norm",
+    "tokens_per_second", "skipped_steps", "reward_margin", "reward_accuracy",
 )  # fmt: skip
 PARAMETERS = ("baseModel", "dataset", "lora", "quantization", "training", "parallelism")
 TITLES = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
@@ -130,7 +130,7 @@ class Trackers:
     def tell(self, line: ProgressLine) -> None:
         """Passes on what was measured."""
         measured = {name: value for name in MEASURED if (value := getattr(line, name)) is not None}
-        if line.event in ("step", "eval") and line.step is not None and measured:
+        if line.event in ("step", "eval", "served") and line.step is not None and measured:
             message = {"step": line.step, "at": format_time(line.at), "measured": measured}
             for process in self.processes:
                 process.tell(message)
@@ -144,6 +144,9 @@ class Trackers:
             "adapter_version": adapter.version,
             "eval_loss_before": adapter.eval_loss_before,
             "eval_loss_after": adapter.eval_loss_after,
+            "eval_share_after": adapter.eval_share_after,
+            "served_loss": None if adapter.served is None else adapter.served.after.loss,
+            "served_share": None if adapter.served is None else adapter.served.after.share,
         }
         self._finish("finished", {name: value for name, value in result.items() if value is not None})
 

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from importlib.metadata import version
 
+import torch
 from transformers import PrinterCallback
 
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer import __version__
-from lora_trainer.adapter import expected_shapes
+from lora_trainer.adapter import expected_shapes, gather_adapter
 from lora_trainer.callbacks import BoundaryCallback, EvaluationCallback, ProgressCallback
 from lora_trainer.catalog import Catalog
 from lora_trainer.checkpoint import Checkpoints
@@ -31,6 +32,7 @@ from lora_trainer.release import Release, publish_run
 from lora_trainer.report import RunResult
 from lora_trainer.rows import add_rows
 from lora_trainer.rules import check_run
+from lora_trainer.served import choose_part, describe_served, evaluate_served, free_memory, plan_served_run
 from lora_trainer.settings import Place, state_directory
 from lora_trainer.sharding import spread_model
 from lora_trainer.sizing import settle_micro_batch
@@ -69,6 +71,9 @@ def train(
     run, memory = settle_micro_batch(run, sources.model, place, device, Catalog(store, run).find, longest)
     progress.report_memory(**memory.to_progress())
     strategy = choose_strategy(run, sources.model, memory.available)
+    plan = plan_served_run(run, sources.model, longest, memory.available, device)
+    if data.report.eval_records:
+        progress.note(plan.to_text())
 
     part = part_to_load(strategy, place.rank)
     model = add_adapter(load_base_model(sources.model, run.quantization, device, part), run.lora, run.training.seed)
@@ -89,6 +94,7 @@ def train(
     progress.stage("evaluating")
     trainer.prepare(resume, budget, place, progress)
     evaluator = trainer.build_evaluator(tokenizer, questions, budget, place)
+    evaluator = replace(evaluator, part=choose_part(evaluator.records))
     in_between.evaluate = evaluator.measure
     before = checkpoints.before = resume.before if resume else evaluator.run()
     progress.report_eval(step=0, total_steps=trainer.args.max_steps, **before.scores)
@@ -103,7 +109,6 @@ def train(
 
     memory = replace(memory, measured=measure_memory(device))
     progress.report_memory(**memory.to_progress())
-    progress.stage("publishing")
     versions = {"lora-trainer": __version__, **{name: version(name) for name in PACKAGES}}
     counts = (trainer.args.max_steps, data.report.train_records, data.report.eval_records)
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
@@ -111,9 +116,21 @@ def train(
         before, after, metrics, *counts, versions, memory=memory.to_rows(), data=data.report,
         skipped_steps=trainer.skipped,
     )  # fmt: skip
+    tensors, on_served = gather_adapter(model), None
+    if plan.is_wanted and evaluator.records:
+        evaluator = replace(evaluator, model=torch.nn.Identity())
+        in_between.evaluate = lambda _: None
+        del model, trainer, callbacks
+        free_memory(device)
+        on_served = evaluate_served(evaluator, run, sources.model, tokens, tensors, plan, progress)
+        model, evaluator = on_served.model, on_served.evaluator
+    served = describe_served(plan, data.report.eval_records, before, after, on_served)
+    progress.report_served(counts[0], served)
+
+    progress.stage("publishing")
     release = Release(store, run, place, sources.model, work / "adapter", progress)
     with stop.deferred():
-        adapter = publish_run(release, model, evaluator, result)
+        adapter = publish_run(release, tensors, model, evaluator, replace(result, served=served))
         if adapter is not None:
             checkpoints.delete_all()
     progress.stage("done")

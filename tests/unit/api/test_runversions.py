@@ -51,7 +51,7 @@ def test_a_newer_trainer_is_given_what_this_operator_knows() -> None:
     assert to_version(build_run_spec(RUN, 1, KEY), 9).document["version"] == RUN_VERSION
 
 
-NEW_IN_2 = {"controlKey"}
+NEW_IN_2 = {"controlKey", "publish.gate.base", "publish.servedDtype"}
 
 
 def test_a_field_that_comes_or_goes_is_a_new_version() -> None:
