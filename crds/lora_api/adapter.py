@@ -44,10 +44,11 @@ class StoredFile(RecordModel):
 class AdapterManifest(RecordModel):
     """``manifest.json``, written last and create-only: a reader that sees it sees every file that it names.
 
-    ``files`` are the adapter's own, ``extras`` are for people (model card, report, metrics). Evaluation losses and
+    ``files`` are the adapter's own, ``extras`` are for people (model card, report, metrics). ``lora`` is what the run
+    asked for. adapter_config.json has it as servers read it: one rank, one alpha, and no rsLoRA. Evaluation losses and
     shares are those of all evaluation records on the base model that was trained on, ``served`` has those on the base
-    model as it is served, and ``gate_base`` says which of them publish.gate looked at. Manifests of earlier releases
-    have the losses alone.
+    model as it is served, and ``gate_base`` says which of them publish.gate looked at. ``yardstick`` is what they were
+    measured on and with (``lora_trainer.yardstick``). Manifests of earlier releases have the losses alone.
     """
 
     schema_version: int = Field(1, ge=1)
@@ -57,6 +58,8 @@ class AdapterManifest(RecordModel):
     base_model: str
     base_model_revision: str | None = None
     rank: int = Field(ge=1)
+    lora: dict[str, Any] = {}
+    yardstick: dict[str, Any] = {}
     files: list[StoredFile]
     extras: list[StoredFile] = []
     eval_loss_before: Measure = None

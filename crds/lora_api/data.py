@@ -31,7 +31,8 @@ class DataReport(RecordModel):
     record's length before it is cut. ``lost_token_share`` (0 to 1) is of all tokens that the records have.
     ``dropped_records`` have nothing left to learn once they are cut, and are in none of the other numbers but in
     ``lost_token_share``, ``longest`` and the histogram. ``sequences`` are what globalBatchSize counts: the records, or
-    with packing the filled sequences.
+    with packing the filled sequences. Of both sides are ``doubled_bos``, the records from which a second beginning of
+    text was taken away, and ``leaked_records``, those evaluation records whose tokens a training record has too.
     """
 
     train_records: int = Field(ge=0)
@@ -43,6 +44,8 @@ class DataReport(RecordModel):
     truncated_records: int = Field(0, ge=0)
     lost_token_share: float = Field(0.0, ge=0.0, le=1.0)
     dropped_records: int = Field(0, ge=0)
+    doubled_bos: int = Field(0, ge=0)
+    leaked_records: int = Field(0, ge=0)
     histogram: LengthHistogram = Field(default_factory=LengthHistogram)
 
     def to_text(self) -> str:
@@ -58,3 +61,20 @@ class DataReport(RecordModel):
         if self.dropped_records:
             parts.append(f"{self.dropped_records:,} dropped: nothing to learn is left of them")
         return "; ".join(parts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is not wrong and yet not as it seems, a sentence each, with its remedy."""
+        found = []
+        if self.leaked_records:
+            found.append(
+                f"dataset: {self.leaked_records:,} of {self.eval_records:,} evaluation records are also training "
+                "records, so the evaluation loss is too good to be true; take them out of one of the two"
+            )
+        if self.doubled_bos:
+            found.append(
+                f"dataset: {self.doubled_bos:,} records have a beginning-of-text token (BOS) of their own beside that "
+                "of the tokenizer or the chat template; one was taken away. Prompts to the served model must have one, "
+                "too: send them without it"
+            )
+        return found

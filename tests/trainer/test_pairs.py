@@ -98,13 +98,13 @@ def test_pairs_that_are_equal_once_they_are_cut_are_dropped_and_counted(model: P
 def test_answers_are_tokenized_as_the_model_meets_them(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = tokenize_pair(tokenizer, {"prompt": "Say red", "chosen": " twice", "rejected": " no</s>"})
-    assert list(map(tokenizer.decode, text)) == ["Say red", " twice</s>", " no</s>"]
+    assert list(map(tokenizer.decode, text[:3])) == ["Say red", " twice</s>", " no</s>"]
     chat = {
         "prompt": [{"role": "user", "content": "red"}],
         "chosen": [{"role": "assistant", "content": "yes"}],
         "rejected": [{"role": "assistant", "content": "no"}],
     }
-    decoded = list(map(tokenizer.decode, tokenize_pair(tokenizer, chat)))
+    decoded = list(map(tokenizer.decode, tokenize_pair(tokenizer, chat)[:3]))
     assert decoded == ["<|user|>red</s><|assistant|>", "yes</s>", "no</s>"]
 
 
@@ -113,7 +113,7 @@ def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day(mode
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
     answer = [{"role": "assistant", "content": "yes"}]
-    prompt, _, _ = tokenize_pair(
+    prompt, *_ = tokenize_pair(
         tokenizer, {"prompt": [{"role": "user", "content": "red"}], "chosen": answer, "rejected": answer}
     )
     assert tokenizer.decode(prompt).startswith("26 Jul 2024 <|user|>red")

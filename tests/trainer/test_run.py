@@ -109,6 +109,7 @@ def test_the_published_directory_is_what_was_evaluated(
     base = load_base_model(model, run.quantization, _cpu())
     assert isinstance(PeftModel.from_pretrained(base, directory), PeftModel)
     manifest = AdapterManifest.model_validate_json((directory / "manifest.json").read_text())
+    assert manifest.lora == run.lora.to_wire()
     assert [file.path for file in manifest.extras] == ["README.md", "report.html", "metrics.jsonl"]
     left = Store(run.publish.store).sizes()
     assert not [path for path in left if "checkpoints" in path]

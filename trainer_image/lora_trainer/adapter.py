@@ -13,10 +13,14 @@ from safetensors.torch import save
 
 from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_api.run import RunSpec
+from lora_api.training import LoRA
 from lora_trainer.errors import InternalError
 from lora_trainer.parallel import full_tensor
 from lora_trainer.rows import find_rows, row_tensors
 from lora_trainer.store import split_uri
+
+ROUNDING = 1e-12
+"""Scales that differ by no more are equal: less than float32 can tell (6e-8)."""
 
 ADAPTER = "default"
 """PEFT's name of the adapter that is trained."""
@@ -98,12 +102,13 @@ def unify(
     """The same adapter with one rank and one scale for all modules, as vLLM loads it.
 
     A (r, inputs) is filled up with zero rows and B (outputs, r) with zero columns to ``rank``, which adds nothing to
-    B A; the ratio of the module's scale to ``scale`` goes into B. A module that fits already keeps its exact values.
+    B A; the ratio of the module's scale to ``scale`` goes into B. A module that fits already, but for the rounding of
+    alpha * sqrt(r) / r, keeps its exact values.
     """
     unified = dict(tensors)
     for name, (own_rank, own_scale) in scales.items():
         a, b = matrix_names(name, tensors)
-        if own_scale != scale:
+        if not math.isclose(own_scale, scale, rel_tol=ROUNDING):
             unified[b] = tensors[b].to(torch.float32) * (own_scale / scale)
         if own_rank < rank:
             unified[a] = torch.nn.functional.pad(unified[a], (0, 0, 0, rank - own_rank))
@@ -118,10 +123,19 @@ def matrix_names(module: str, tensors: Container[str]) -> tuple[str, str]:
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
+def published_alpha(lora: LoRA) -> float:
+    """``lora_alpha`` for readers that scale by alpha / r alone: with rsLoRA alpha * sqrt(r), whose scale is the same.
+
+    All of PEFT, vLLM (``PEFTHelper``) and SGLang (``LoRAAdapter``) divide it as a number, and take one with a fraction.
+    """
+    return lora.alpha * math.sqrt(lora.published_rank) if lora.use_rslora else lora.alpha
+
+
 def write_adapter(tensors: dict[str, torch.Tensor], model: PeftModel, run: RunSpec, directory: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors. Equal weights give equal bytes.
 
-    Rank and alpha patterns are in neither: vLLM reads one rank and one alpha.
+    Rank and alpha patterns are in neither: vLLM reads one rank and one alpha. Nor is rsLoRA: SGLang does not read
+    use_rslora.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
@@ -129,10 +143,9 @@ def write_adapter(tensors: dict[str, torch.Tensor], model: PeftModel, run: RunSp
         for key, value in model.peft_config[ADAPTER].to_dict().items()
     }
     scales = module_scales(model)
-    rank = run.lora.published_rank
-    scale = run.lora.alpha / (math.sqrt(rank) if run.lora.use_rslora else rank)
-    tensors = unify(tensors, scales, rank, scale)
-    config.update(r=rank, lora_alpha=run.lora.alpha, rank_pattern={}, alpha_pattern={})
+    rank, alpha = run.lora.published_rank, published_alpha(run.lora)
+    tensors = unify(tensors, scales, rank, alpha / rank)
+    config.update(r=rank, lora_alpha=alpha, use_rslora=False, rank_pattern={}, alpha_pattern={})
     config["inference_mode"] = True
     config["base_model_name_or_path"] = model_name(run.base_model.uri)
     config["revision"] = run.base_model.revision

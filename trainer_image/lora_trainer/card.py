@@ -149,10 +149,11 @@ def _training(run: RunSpec, result: RunResult) -> str:
     lora, training, size = run.lora, run.training, run.parallelism.world_size
     kind = "direct preference optimization" if training.objective == "dpo" else "supervised fine-tuning"
     unit = "pairs" if training.objective == "dpo" else "sequences"
+    scaled = " (rsLoRA: scaled by alpha / sqrt(rank))" if lora.use_rslora else ""
     processes = "one process" if size == 1 else f"{size} processes"
     return (
         f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} {unit}, on "
-        f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}, learning rate "
+        f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}{scaled}, learning rate "
         f"{training.learning_rate:g}, base weights {run.quantization.type}."
     )
 
@@ -176,6 +177,7 @@ def _limits(run: RunSpec, result: RunResult) -> str:
             f"The figures are those on base weights in {run.quantization.type}, which it was trained on. On base "
             f"weights in {result.served.dtype} they differ, and were not measured: {result.served.problem}."
         )
+    limits += [f"{text}." for text in result.data.warnings] if result.data is not None else []
     if result.data is not None and result.data.truncated_records:
         limits.append(
             f"{result.data.truncated_records} training records were cut at {run.dataset.max_seq_length} tokens."

@@ -1,6 +1,7 @@
 """The chat template of a run: how it writes a conversation, and which part of the text the assistant wrote."""
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from lora_trainer.errors import BadSpecError
 from lora_trainer.formats import Record
+from lora_trainer.framing import Framing
 
 Span = tuple[int, int]
 """First character, and the one after the last."""
@@ -39,7 +41,8 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._framing = tokenizer, Framing(tokenizer)
+        self._bos = str(tokenizer.bos_token or "")
         self.template: str = tokenizer.get_chat_template()
         self._variables = dict(tokenizer.special_tokens_map)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -61,13 +64,37 @@ class Chat:
         return self._render(messages, generation_prompt=generation_prompt)[0]
 
     def encode(self, messages: list[Record], *, generation_prompt: bool = False) -> list[int]:
-        """The token ids of a conversation. Special tokens are those that the template writes.
+        """The token ids of a conversation. Special tokens are those that the template writes, BOS once.
 
         Raises:
             TemplateFailedError: the template refuses it.
+            BadSpecError: the template itself writes BOS twice.
+        """
+        ids = self.raw(messages, generation_prompt=generation_prompt)
+        return ids[self.surplus(ids, messages) :]
+
+    def raw(self, messages: list[Record], *, generation_prompt: bool = False) -> list[int]:
+        """The token ids of all that the template writes, BOS twice as it may be.
+
+        Raises:
+            TemplateFailedError: the template refuses the conversation.
         """
         text = self.render(messages, generation_prompt=generation_prompt)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def surplus(self, ids: Sequence[int], messages: Sequence[Record]) -> int:
+        """How many BOS to take from the front of the ``ids`` of a conversation, where a message has one of its own.
+
+        Raises:
+            BadSpecError: the template itself writes two. It is what servers render with, so they would go on to.
+        """
+        surplus = self._framing.surplus(ids)
+        if surplus and not any(message["content"].lstrip().startswith(self._bos) for message in messages):
+            raise BadSpecError(
+                f"the chat template writes {self._bos} twice at the beginning of a conversation, and servers would "
+                "too: give one that writes it once in dataset.chatTemplate"
+            )
+        return surplus
 
     def assistant_spans(self, messages: list[Record]) -> tuple[str, list[Span]]:
         """The text of a conversation, and what of it the assistant wrote, each turn with the token that ends it.

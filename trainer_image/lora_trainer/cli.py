@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from pydantic import ValidationError
-
 from lora_api.failures import FAILURE_RULES, RULES
 from lora_api.run import RUN_FILE
 from lora_api.sources import DataFormat
@@ -51,23 +49,24 @@ def build_parser() -> argparse.ArgumentParser:
         "evaluate",
         help="measure a base model, with or without an adapter, on a dataset",
         description="Evaluation loss on a dataset and, for records with an answer, the share of answers that are "
-        "exactly right (greedy generation). With --objective dpo the dataset has preference pairs: their loss, and the "
-        "margin and accuracy of the rewards, against the base model without the adapter. In one process, on a GPU if "
-        "there is one.",
+        "exactly right (greedy generation). A published adapter is measured by its run's own yardstick, which its "
+        "manifest.json has: base model, records and what of them counts, their length, types, objective; what is "
+        "given here wins. Preference pairs (objective dpo): their loss, and the margin and accuracy of the rewards, "
+        "against the base model without the adapter. In one process, on a GPU if there is one.",
     )
-    evaluate.add_argument("--model", required=True, help="base model: s3://, hf://, pvc:// or file:// URI")
-    evaluate.add_argument("--data", required=True, help="dataset: s3://, hf://, pvc:// or file:// URI")
+    evaluate.add_argument("--model", help="base model: s3://, hf://, pvc:// or file:// URI (default: that of the run)")
+    evaluate.add_argument("--data", help="dataset: s3://, hf://, pvc:// or file:// URI (default: that of the run)")
     evaluate.add_argument("--adapter", help="adapter's directory: s3:// or file:// URI; none: the base model alone")
-    evaluate.add_argument("--objective", default="sft", choices=("sft", "dpo"), help="default: %(default)s")
+    evaluate.add_argument(
+        "--base-only", action="store_true", help="measure the base model alone, as it would be with the adapter"
+    )
+    evaluate.add_argument("--objective", choices=("sft", "dpo"), help="default: that of the run, else sft")
     preferences = {name: field.default for name, field in DPO.model_fields.items()}
-    evaluate.add_argument("--beta", type=float, default=preferences["beta"], help="of dpo (default: %(default)s)")
-    evaluate.add_argument(
-        "--loss", default=preferences["loss"], choices=get_args(DPOLoss), help="of dpo (default: %(default)s)"
-    )
-    evaluate.add_argument(
-        "--label-smoothing", type=float, default=preferences["label_smoothing"], help="of dpo (default: %(default)s)"
-    )
-    evaluate.add_argument("--format", default="auto", choices=get_args(DataFormat), help="default: %(default)s")
+    default = "of dpo (default: that of the run, else {})"
+    evaluate.add_argument("--beta", type=float, help=default.format(preferences["beta"]))
+    evaluate.add_argument("--loss", choices=get_args(DPOLoss), help=default.format(preferences["loss"]))
+    evaluate.add_argument("--label-smoothing", type=float, help=default.format(preferences["label_smoothing"]))
+    evaluate.add_argument("--format", choices=get_args(DataFormat), help="default: that of the run, else auto")
     evaluate.add_argument(
         "--column",
         action="append",
@@ -77,9 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--system-prompt", help="first message of conversations that have no system message")
     evaluate.add_argument(
-        "--quantization", default="nf4", choices=get_args(QuantizationType), help="default: %(default)s"
+        "--quantization", choices=get_args(QuantizationType), help="default: that of the run, else nf4"
     )
-    evaluate.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a record (default: %(default)s)")
+    evaluate.add_argument("--max-seq-length", type=int, help="tokens of a record (default: that of the run, else 2048)")
     evaluate.add_argument("--batch-size", type=int, default=32, help="answers at a time (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, help="records to use at most (default: all)")
     evaluate.add_argument("--max-new-tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
@@ -158,18 +157,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     try:
         found: Measurement = measure(
+            adapter=arguments.adapter,
+            base_only=arguments.base_only,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            max_new_tokens=arguments.max_new_tokens,
             model=arguments.model,
             data=arguments.data,
-            adapter=arguments.adapter,
-            data_format=arguments.format,
+            format=arguments.format,
             columns=dict(text.partition("=")[::2] for text in arguments.column),
             system_prompt=arguments.system_prompt,
             quantization=arguments.quantization,
             max_seq_length=arguments.max_seq_length,
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-            max_new_tokens=arguments.max_new_tokens,
-            dpo=_dpo(arguments) if arguments.objective == "dpo" else None,
+            objective=arguments.objective,
+            dpo=_dpo(arguments),
         )
     except Exception as error:  # noqa: BLE001 - classified
         sys.stderr.write(f"{classify(error).value}: {describe(error)}\n")
@@ -181,16 +182,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dpo(arguments: argparse.Namespace) -> DPO:
-    """The settings of objective dpo.
-
-    Raises:
-        BadSpecError: a number is out of its range.
-    """
-    from lora_trainer.errors import BadSpecError
-
-    try:
-        return DPO(beta=arguments.beta, loss=arguments.loss, label_smoothing=arguments.label_smoothing)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadSpecError(f"--{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+def _dpo(arguments: argparse.Namespace) -> dict[str, object]:
+    """The settings of objective dpo that are given."""
+    given = {"beta": arguments.beta, "loss": arguments.loss, "labelSmoothing": arguments.label_smoothing}
+    return {name: value for name, value in given.items() if value is not None}

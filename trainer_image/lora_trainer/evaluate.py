@@ -20,6 +20,7 @@ from lora_api.status import format_time
 from lora_trainer.chat import Chat
 from lora_trainer.errors import DivergedError
 from lora_trainer.formats import Record
+from lora_trainer.framing import Framing
 from lora_trainer.packs import Sequences
 from lora_trainer.scores import score_records
 from lora_trainer.settings import Place
@@ -210,7 +211,8 @@ def generate(
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, as records are encoded for training."""
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        framing = Framing(tokenizer)
+        return framing.open(framing.raw(prompt))
     return Chat(tokenizer).encode(prompt, generation_prompt=True)
 
 

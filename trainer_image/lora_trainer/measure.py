@@ -12,11 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lora_api.adapter import ADAPTER_FILES
-from lora_api.sources import BaseModelSource, DataFormat, DataSource
-from lora_api.training import DPO, Quantization, QuantizationType
+from lora_api.adapter import ADAPTER_FILES, MANIFEST_FILE
 from lora_trainer.chat import TEMPLATE_FILE, read_template, use_chat_template
-from lora_trainer.data import read_records
 from lora_trainer.errors import BadDataError
 from lora_trainer.evaluate import Evaluator, Sample, answer_questions, question
 from lora_trainer.formats import Record, is_conversation
@@ -28,11 +25,11 @@ from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
 from lora_trainer.rows import merge_rows
 from lora_trainer.settings import Place
-from lora_trainer.sources import fetch_data, fetch_model
+from lora_trainer.sources import fetch_model
 from lora_trainer.store import Store
 from lora_trainer.tokens import Encoder
+from lora_trainer.yardstick import Changes, Yardstick, apply_changes, find_yardstick, read_evaluation_records
 
-TOKEN_BUDGET = 4096
 ALONE = Place(0, 0, 1)
 
 
@@ -41,11 +38,13 @@ class Measurement:
     """``loss`` in nats per token, or that of pairs. ``answers`` are of the records that expect one.
 
     Rewards are those of preference pairs: their mean margin, and the share of pairs (0 to 1) with one above 0.
+    ``yardstick`` says by what it was measured.
     """
 
     loss: float
     records: int
     answers: list[Sample]
+    yardstick: str
     reward_margin: float | None = None
     reward_accuracy: float | None = None
 
@@ -64,6 +63,7 @@ class Measurement:
         return {
             "evalLoss": self.loss,
             "records": self.records,
+            "yardstick": self.yardstick,
             "rewardMargin": self.reward_margin,
             "rewardAccuracy": self.reward_accuracy,
             "exact": self.exact,
@@ -74,7 +74,7 @@ class Measurement:
 
     def to_text(self, samples: int) -> str:
         """For people."""
-        lines = [f"evaluation loss {self.loss:.4f} on {self.records} records"]
+        lines = [f"evaluation loss {self.loss:.4f} on {self.records} records", f"measured by {self.yardstick}"]
         if self.reward_accuracy is not None:
             lines.append(f"chosen preferred in {self.reward_accuracy:.0%}, reward margin {self.reward_margin:.4f}")
         if self.answers:
@@ -86,47 +86,40 @@ class Measurement:
 
 def measure(
     *,
-    model: str,
-    data: str,
     adapter: str | None,
-    data_format: DataFormat = "auto",
-    columns: dict[str, str] | None = None,
-    system_prompt: str | None = None,
-    quantization: QuantizationType = "nf4",
-    max_seq_length: int = 2048,
+    base_only: bool = False,
     batch_size: int = 16,
     limit: int | None = None,
     max_new_tokens: int = 64,
-    dpo: DPO | None = None,
+    **changes: Any,
 ) -> Measurement:
-    """Measures ``model`` (with ``adapter``) on ``data``, in this process alone. ``dpo``: the records are pairs.
+    """Measures a base model with ``adapter``, in this process alone, by the yardstick of the adapter's run.
+
+    ``changes`` are the fields of ``Changes``. ``base_only``: by the same yardstick, but without the adapter.
 
     Raises:
         TrainerError: a source is not there, a record is bad, ...
     """
     with tempfile.TemporaryDirectory(dir=os.environ.get("LORA_WORK")) as scratch:
         work = Path(scratch)
-        directory = fetch_model(BaseModelSource(uri=model), work / "model")
         local = work / "adapter"
         if adapter is not None:
-            wanted = {*ADAPTER_FILES, TEMPLATE_FILE, *PUBLISHED_FILES}
+            wanted = {*ADAPTER_FILES, MANIFEST_FILE, TEMPLATE_FILE, *PUBLISHED_FILES}
             Store(adapter).download_directory("", local, lambda name: name in wanted)
+        yardstick = apply_changes(find_yardstick(local if adapter else None), Changes(**changes))
+        assert yardstick.model is not None  # noqa: S101 - apply_changes has seen to it
+        directory = fetch_model(yardstick.model, work / "model")
         tokenizer = load_tokenizer(local if (local / TOKENIZER_FILE).is_file() else directory)
         use_chat_template(tokenizer, read_template(local))
-        files = fetch_data(DataSource(uri=data), work / "data")
-        chat = bool(tokenizer.chat_template)
-        pairs = dpo is not None
-        _, records = read_records(files, data_format, columns, system_prompt, chat=chat, preferences=pairs)
-        records = records[:limit]
+        records = read_evaluation_records(yardstick, work / "data", chat=bool(tokenizer.chat_template))[:limit]
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        settings = Quantization(type=quantization)
-        network: Any = load_base_model(directory, settings, device)
-        if quantization == "nf4" and device.type == "cpu":
+        network: Any = load_base_model(directory, yardstick.quantization, device)
+        if yardstick.quantization.type == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
-        autocast_forward(network, compute_dtype(settings, device), device)
-        evaluator = build_evaluator(network, tokenizer, records, max_seq_length, device, dpo)
-        if adapter is not None:
+        autocast_forward(network, compute_dtype(yardstick.quantization, device), device)
+        evaluator = build_evaluator(network, tokenizer, records, yardstick, device)
+        if adapter is not None and not base_only:
             with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows
                 warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
                 network = PeftModel.from_pretrained(network, local)
@@ -138,18 +131,18 @@ def measure(
             part = questions[start : start + batch_size]
             answers += answer_questions(network, tokenizer, part, device, max_new_tokens)
     assert found is not None and found.loss is not None  # noqa: S101, PT018 - nobody interrupts, and there are records
-    return Measurement(found.loss, evaluator.records, answers, found.reward_margin, found.reward_accuracy)
+    name = yardstick.name if limit is None else f"{yardstick.name}, on at most {limit} records"
+    return Measurement(found.loss, evaluator.records, answers, name, found.reward_margin, found.reward_accuracy)
 
 
 def build_evaluator(
     base: torch.nn.Module,
     tokenizer: Tokenizer,
     records: Sequence[Record],
-    length: int,
+    yardstick: Yardstick,
     device: torch.device,
-    dpo: DPO | None,
 ) -> Evaluator:
-    """An evaluator of ``base`` on ``records``, cut to ``length`` tokens. With ``dpo`` they are pairs.
+    """An evaluator of ``base`` on ``records``.
 
     The reference of pairs is computed here: ``base`` must not have an adapter yet.
 
@@ -157,15 +150,18 @@ def build_evaluator(
         BadDataError: nothing of them is left to measure.
         BadSpecError: the tokenizer has no chat template, and the pairs are conversations.
     """
-    conversational = is_conversation(records[0])
+    conversational, length, budget = is_conversation(records[0]), yardstick.max_seq_length, yardstick.token_budget
+    dpo = yardstick.dpo
     if dpo is None:
-        dataset = encode_all(Encoder(tokenizer, assistant_only=False, conversational=conversational), records, length)
+        assistant_only = yardstick.assistant_only and "messages" in records[0]
+        encoder = Encoder(tokenizer, assistant_only=assistant_only, conversational=conversational)
+        dataset = encode_all(encoder, records, length)
         if not len(dataset):
             raise BadDataError(
                 f"--data: every record is cut at --max-seq-length {length} tokens, before the part that is measured; "
                 "raise it"
             )
-        return Evaluator(base, tokenizer, dataset, [], TOKEN_BUDGET, ALONE, device)
+        return Evaluator(base, tokenizer, dataset, [], budget, ALONE, device)
     check_pairs_can_be_written(tokenizer, conversational=conversational)
     pairs = tokenize_pairs(tokenizer, records, length).pairs
     if not pairs:
@@ -173,13 +169,13 @@ def build_evaluator(
             "--data: chosen and rejected of every pair are equal in the tokens that are left of them at "
             f"--max-seq-length {length}; raise it"
         )
-    scorer = Scorer(base, int(tokenizer.pad_token_id), TOKEN_BUDGET, ALONE, device)
+    scorer = Scorer(base, int(tokenizer.pad_token_id), budget, ALONE, device)
     return PreferenceEvaluator(
         base,
         tokenizer,
         None,
         [],
-        TOKEN_BUDGET,
+        budget,
         ALONE,
         device,
         pairs=pairs,

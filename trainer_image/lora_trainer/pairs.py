@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -11,6 +12,7 @@ from lora_api.data import DataReport
 from lora_trainer.chat import Chat, TemplateFailedError
 from lora_trainer.errors import BadDataError
 from lora_trainer.formats import Record, is_conversation, shared_length
+from lora_trainer.framing import Framing
 from lora_trainer.loss import IGNORED
 
 
@@ -39,10 +41,21 @@ class Cut:
     lost: int
 
 
+class Tokenized(NamedTuple):
+    """A pair as token ids. ``doubled_bos``: a second beginning of text was taken away from it."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    doubled_bos: bool
+
+
 def tokenize_pair(
-    tokenizer: Tokenizer, record: Record, chat: Chat | None = None
-) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prompt, chosen and rejected of a converted record. ``chat`` writes conversations.
+    tokenizer: Tokenizer, record: Record, chat: Chat | None = None, framing: Framing | None = None
+) -> Tokenized:
+    """Token ids of prompt, chosen and rejected of a converted record.
+
+    ``chat`` writes conversations, ``framing`` begins and ends plain text; without them they are made here.
 
     Prompt and answer are tokenized together, as the model meets them. An answer begins with the first token at which
     one of the two differs from the prompt alone: tokens may merge across the border. Plain text ends with the end
@@ -50,24 +63,27 @@ def tokenize_pair(
 
     Raises:
         BadDataError: the chat template refuses the conversation.
+        BadSpecError: the chat template itself writes BOS twice.
     """
     prompt, answers = record["prompt"], (record["chosen"], record["rejected"])
     if isinstance(prompt, str):
-        end = str(tokenizer.eos_token or "")
-        alone = list(tokenizer(prompt)["input_ids"])
-        texts = [prompt + answer + ("" if end and answer.endswith(end) else end) for answer in answers]
-        whole = [list(tokenizer(text)["input_ids"]) for text in texts]
+        framing = framing or Framing(tokenizer)
+        raw, kept = framing.raw(prompt), [framing.answer(answer) for answer in answers]
+        doubled = framing.surplus(raw) > 0 or kept != list(answers)
+        alone, whole = framing.open(raw), [framing.close(framing.raw(prompt + answer)) for answer in kept]
     else:
         chat = chat or Chat(tokenizer)
-        alone = _encode(chat, prompt, ask=True)
-        whole = [_encode(chat, [*prompt, *answer], ask=False) for answer in answers]
+        raw = _encode(chat, prompt, ask=True)
+        surplus = chat.surplus(raw, prompt)
+        alone, doubled = raw[surplus:], surplus > 0
+        whole = [_encode(chat, [*prompt, *answer], ask=False)[surplus:] for answer in answers]
     cut = min(shared_length(alone, ids) for ids in whole)
-    return whole[0][:cut], whole[0][cut:], whole[1][cut:]
+    return Tokenized(whole[0][:cut], whole[0][cut:], whole[1][cut:], doubled)
 
 
 def _encode(chat: Chat, messages: list[Record], *, ask: bool) -> list[int]:
     try:
-        return chat.encode(messages, generation_prompt=ask)
+        return chat.raw(messages, generation_prompt=ask)
     except TemplateFailedError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise BadDataError(f"dataset: the chat template refuses a pair with the roles {roles}: {error}") from error
@@ -95,6 +111,7 @@ class PairSet:
     """The pairs that can be learned from. ``dropped`` are equal once they are cut, or have an empty answer.
 
     ``tokens`` are those of all sequences before they were cut, of dropped pairs too, and ``longest`` the longest one.
+    From ``doubled_bos`` pairs a second beginning of text was taken away.
     """
 
     pairs: list[TokenPair]
@@ -102,6 +119,7 @@ class PairSet:
     truncated: int = 0
     tokens: int = 0
     longest: int = 0
+    doubled_bos: int = 0
 
     def report(self, eval_records: int) -> DataReport:
         """The set in numbers. Tokens are of both sequences of a pair; globalBatchSize counts pairs."""
@@ -122,11 +140,12 @@ class PairSet:
 
 def tokenize_pairs(tokenizer: Tokenizer, records: Sequence[Record], limit: int) -> PairSet:
     """``records`` as tokens, at most ``limit`` a sequence."""
-    chat = Chat(tokenizer) if records and is_conversation(records[0]) else None
+    chat, framing = Chat(tokenizer) if records and is_conversation(records[0]) else None, Framing(tokenizer)
     pairs: list[TokenPair] = []
-    dropped = truncated = tokens = longest = 0
+    dropped = truncated = tokens = longest = doubled = 0
     for record in records:
-        prompt, chosen, rejected = tokenize_pair(tokenizer, record, chat)
+        prompt, chosen, rejected, doubled_bos = tokenize_pair(tokenizer, record, chat, framing)
+        doubled += doubled_bos
         tokens += 2 * len(prompt) + len(chosen) + len(rejected)
         longest = max(longest, len(prompt) + max(len(chosen), len(rejected)))
         cut = cut_pair(prompt, chosen, rejected, limit, tokenizer.bos_token_id)
@@ -136,7 +155,13 @@ def tokenize_pairs(tokenizer: Tokenizer, records: Sequence[Record], limit: int) 
         truncated += bool(cut.lost)
         ids = (torch.tensor(part, dtype=torch.int32) for part in (cut.prompt, cut.chosen, cut.rejected))
         pairs.append(TokenPair(len(pairs), *ids))
-    return PairSet(pairs, dropped, truncated, tokens, longest)
+    return PairSet(pairs, dropped, truncated, tokens, longest, doubled)
+
+
+def count_leaks(train: Sequence[TokenPair], evaluation: Sequence[TokenPair]) -> int:
+    """How many pairs of ``evaluation`` are in ``train``, to the token."""
+    known = {digest_pairs([pair]) for pair in train}
+    return sum(digest_pairs([pair]) in known for pair in evaluation)
 
 
 def digest_pairs(pairs: Sequence[TokenPair]) -> str:

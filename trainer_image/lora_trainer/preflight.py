@@ -252,7 +252,9 @@ def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings
     if tokenizer is None or len(files) < sum(source is not None for source in sources.values()):
         return None, pinned
     fetched = Sources(directory / "model", files["train"], files.get("eval"))
-    return findings.attempt(lambda: _count_tokens(run, fetched, tokenizer, directory / "tokens")), pinned
+    report = findings.attempt(lambda: _count_tokens(run, fetched, tokenizer, directory / "tokens"))
+    findings.warnings += [] if report is None else report.warnings
+    return report, pinned
 
 
 def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any, directory: Path) -> DataReport:

@@ -1,7 +1,7 @@
 """From files of records to tokens on the scratch disk, in one pass whose memory does not grow with the files.
 
 One process of each pod does it, the others map the same file. What is kept of a record in memory is its length, its
-number of learned tokens and its place for the split: about 20 bytes.
+number of learned tokens, its place for the split and a hash: about 30 bytes.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import Format, Record, is_conversation
 from lora_trainer.newtokens import Unseen
 from lora_trainer.packs import Sequences, pack
-from lora_trainer.pairs import digest_pairs, tokenize_pairs
+from lora_trainer.pairs import count_leaks, digest_pairs, tokenize_pairs
 from lora_trainer.readers import BadRecord
 from lora_trainer.settings import Place
 from lora_trainer.sources import Sources
@@ -113,10 +113,15 @@ def check_same_data(data: TrainingData, device: torch.device) -> None:
 
 @dataclass
 class _Side:
-    """What is kept in memory of each record of one file of tokens, in its order; of dropped ones apart."""
+    """What is kept in memory of each record of one file of tokens, in its order; of dropped ones apart.
+
+    ``contents`` are hashes of what is left of them (``tokens.Document.content``).
+    """
 
     whole: "array[int]" = field(default_factory=lambda: array("i"))
     learned: "array[int]" = field(default_factory=lambda: array("i"))
+    contents: "array[int]" = field(default_factory=lambda: array("Q"))
+    doubled_bos: int = 0
     dropped_whole: "array[int]" = field(default_factory=lambda: array("i"))
     dropped_places: "array[float]" = field(default_factory=lambda: array("d"))
 
@@ -134,22 +139,23 @@ class _Pass:
         found, first, side, digest, shown = self._write("train", sources.train, dataset.format)
         self._unseen.check()
         tokens = TokenFile(self._directory / "train.arrow")
-        limit, evaluation = 0.0, 0
+        limit, doubled = 0.0, side.doubled_bos
         if sources.eval is not None:
             _, other, eval_side, eval_digest, shown_eval = self._write("eval", sources.eval, found)
             if is_conversation(other) != is_conversation(first):
                 raise BadDataError(FORMS_DIFFER)
-            evaluation = len(eval_side.whole)
-            self._check_left("eval", evaluation)
+            held_out = np.asarray(eval_side.contents)
+            self._check_left("eval", len(held_out))
+            doubled += eval_side.doubled_bos
             digest = hashlib.sha256((digest + eval_digest).encode()).hexdigest()
             shown = shown_eval or shown
         else:
             places = np.concatenate([tokens.places, np.asarray(side.dropped_places)])
             limit = split_limit(places, eval_fraction(dataset))
-            evaluation = int((tokens.places < limit).sum())
+            held_out = np.asarray(side.contents)[tokens.places < limit]
             if limit:
                 shown = [record for record in shown if record_position(record) < limit] or shown
-        report = build_report(tokens, side, limit, evaluation)
+        report = build_report(tokens, side, limit, held_out).model_copy(update={"doubled_bos": doubled})
         if not report.train_records and not report.dropped_records:
             raise BadDataError(NOTHING_TO_TRAIN_ON)
         self._check_left("train", report.train_records)
@@ -192,6 +198,7 @@ class _Pass:
                         continue
                     position = record_position(record)
                     shown.see(record, position)
+                    side.doubled_bos += document.doubled_bos
                     cut = document.cut(self._limit)
                     if not cut.supervised:
                         side.dropped_whole.append(len(document.ids))
@@ -199,6 +206,7 @@ class _Pass:
                         continue
                     side.whole.append(len(document.ids))
                     side.learned.append(cut.supervised)
+                    side.contents.append(cut.content)
                     kept.append(cut)
                     self._unseen.see(cut.ids)
                     places.append(position)
@@ -278,8 +286,11 @@ def _characters(value: object) -> int:
     return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
-def build_report(tokens: TokenFile, side: _Side, limit: float, evaluation: int) -> DataReport:
-    """The report on the records that are trained on, those at or above ``limit``."""
+def build_report(tokens: TokenFile, side: _Side, limit: float, held_out: NDArray[np.uint64]) -> DataReport:
+    """The report on the records that are trained on, those at or above ``limit``.
+
+    ``held_out`` has the hashes of the evaluation records.
+    """
     chosen = tokens.places >= limit
     whole = np.asarray(side.whole, dtype=np.int64)[chosen]
     dropped = np.asarray(side.dropped_whole, dtype=np.int64)[np.asarray(side.dropped_places) >= limit]
@@ -288,7 +299,8 @@ def build_report(tokens: TokenFile, side: _Side, limit: float, evaluation: int) 
     total, left = int(lengths.sum()), int(kept.sum())
     return DataReport(
         train_records=len(kept),
-        eval_records=evaluation,
+        eval_records=len(held_out),
+        leaked_records=int(np.isin(held_out, np.asarray(side.contents)[chosen]).sum()),
         tokens=left,
         supervised_tokens=int(np.asarray(side.learned, dtype=np.int64)[chosen].sum()),
         sequences=len(kept),
@@ -373,7 +385,16 @@ def prepare_pairs(run: RunSpec, sources: Sources, tokenizer: Tokenizer) -> Train
         unseen.see(torch.cat([pair.prompt, pair.chosen, pair.rejected]).numpy())
     unseen.check()
     shown = (records.eval or records.train)[:SHOWN]
-    report = found["train"].report(len(evaluation))
+    report = (
+        found["train"]
+        .report(len(evaluation))
+        .model_copy(
+            update={
+                "doubled_bos": sum(pairs.doubled_bos for pairs in found.values()),
+                "leaked_records": count_leaks(train, evaluation),
+            }
+        )
+    )
     digest = digest_pairs([*train, *evaluation])
     return TrainingData(train, evaluation or None, report, records.conversational, shown, digest)
 

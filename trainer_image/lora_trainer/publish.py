@@ -29,6 +29,7 @@ from lora_api.status import AdapterStatus
 from lora_trainer.adapter import model_name
 from lora_trainer.errors import StoreUnavailableError
 from lora_trainer.store import ObjectNotFoundError, Store, describe_file, join
+from lora_trainer.yardstick import describe_yardstick
 
 CLAIM_TRIES = 100
 
@@ -68,6 +69,8 @@ def publish_adapter(
             base_model=model_name(run.base_model.uri),
             base_model_revision=run.base_model.revision,
             rank=run.lora.published_rank,
+            lora=run.lora.to_wire(),
+            yardstick=describe_yardstick(run),
             files=files,
             extras=[_create_extra(store, source, join(target, source.name)) for source in extras],
             created_at=datetime.now(UTC),

@@ -277,7 +277,8 @@ def _data(data: DataReport | None) -> str:
     if data is None:
         return ""
     chart = bar_chart("Length of the training records", "tokens, before they are cut", histogram_bars(data.histogram))
-    return f'<p>{escape(data.to_text())}</p><div class="charts">{chart}</div>'
+    warnings = "".join(f'<p class="note bad">{escape(text)}.</p>' for text in data.warnings)
+    return f'<p>{escape(data.to_text())}</p>{warnings}<div class="charts">{chart}</div>'
 
 
 def histogram_bars(histogram: LengthHistogram) -> list[tuple[str, int]]:

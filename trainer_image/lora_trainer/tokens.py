@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_trainer.chat import Chat, Span, TemplateFailedError
 from lora_trainer.errors import BadSpecError
-from lora_trainer.formats import Problem, Record, is_conversation, shared_length
+from lora_trainer.formats import Problem, Record, shared_length
+from lora_trainer.framing import Framing
 from lora_trainer.loss import IGNORED
 
 Ids = NDArray[np.int32]
@@ -20,11 +22,18 @@ class Document:
     """One record as tokens.
 
     ``learned`` has the ranges of positions whose tokens are learned, int32 of shape (ranges, 2): first, and one after
-    the last. The first token is in none of them: nothing stands before it that could tell it.
+    the last. The first token is in none of them: nothing stands before it that could tell it. ``doubled_bos``: a second
+    beginning of text was taken away from it.
     """
 
     ids: Ids
     learned: Ids
+    doubled_bos: bool = False
+
+    @property
+    def content(self) -> int:
+        """A hash of its tokens, 64 bits."""
+        return int.from_bytes(blake2b(self.ids.tobytes(), digest_size=8).digest(), "big")
 
     @property
     def supervised(self) -> int:
@@ -43,13 +52,14 @@ class Document:
         if len(self.ids) <= length:
             return self
         kept = np.minimum(self.learned, length)
-        return Document(self.ids[:length], kept[kept[:, 1] > kept[:, 0]])
+        return Document(self.ids[:length], kept[kept[:, 1] > kept[:, 0]], self.doubled_bos)
 
 
-def make_document(ids: Sequence[int], spans: Sequence[Span]) -> Document:
+def make_document(ids: Sequence[int], spans: Sequence[Span], *, doubled_bos: bool = False) -> Document:
     """A document whose tokens in ``spans`` (of positions) are learned."""
     learned = [(max(start, 1), end) for start, end in spans if end > max(start, 1)]
-    return Document(np.asarray(ids, dtype=np.int32), np.asarray(learned, dtype=np.int32).reshape(-1, 2))
+    ranges = np.asarray(learned, dtype=np.int32).reshape(-1, 2)
+    return Document(np.asarray(ids, dtype=np.int32), ranges, doubled_bos)
 
 
 class Encoder:
@@ -78,6 +88,7 @@ class Encoder:
             )
         self.tokenizer, self.assistant_only = tokenizer, assistant_only
         self._chat = Chat(tokenizer) if conversational else None
+        self._framing = Framing(tokenizer)
 
     def encode(self, records: Sequence[Record], names: Sequence[str]) -> list[Document | Problem]:
         """Each record as tokens, whatever its length, or what is wrong with it. ``names`` are for messages.
@@ -110,19 +121,37 @@ class Encoder:
             if index in problems:
                 documents.append(problems[index])
                 continue
-            found = spans[index]
+            surplus, found = self._surplus(ids, records[index]), spans[index]
+            doubled = bool(surplus) or self._answers_with_bos(records[index])
+            if self._chat is None:
+                ids, begins = self._framing.close(ids), self._framing.open(begins)
+            else:
+                ids, begins = ids[surplus:], begins[self._framing.surplus(begins) :]
             if found is not None:
-                documents.append(make_document(ids, spans_of_tokens(encoded["offset_mapping"][index], found)))
+                places = spans_of_tokens(encoded["offset_mapping"][index][surplus:], found)
+                documents.append(make_document(ids, places, doubled_bos=doubled))
                 continue
-            ids = self._end(records[index], list(ids))
-            documents.append(make_document(ids, [(shared_length(begins, ids), len(ids))]))
+            documents.append(make_document(ids, [(shared_length(begins, ids), len(ids))], doubled_bos=doubled))
         return documents
+
+    def _surplus(self, ids: Sequence[int], record: Record) -> int:
+        if self._chat is None:
+            return self._framing.surplus(ids)
+        return self._chat.surplus(ids, record["messages"] if "messages" in record else record["prompt"])
+
+    def _answers_with_bos(self, record: Record) -> bool:
+        completion = record.get("completion")
+        return isinstance(completion, str) and self._framing.answer(completion) != completion
 
     def _write(self, record: Record) -> tuple[str | None, str, list[Span] | None]:
         """The prompt's text, the whole text, and the assistant's characters where those alone are learned."""
         if self._chat is None:
             prompt = record.get("prompt")
-            return prompt, record["text"] if prompt is None else prompt + record["completion"], None
+            return (
+                prompt,
+                record["text"] if prompt is None else prompt + self._framing.answer(record["completion"]),
+                None,
+            )
         if self.assistant_only:
             return None, *self._chat.assistant_spans(record["messages"])
         if "messages" in record:
@@ -142,11 +171,6 @@ class Encoder:
             verbose=False,
         )
         return dict(encoded)
-
-    def _end(self, record: Record, ids: list[int]) -> list[int]:
-        """Plain text ends with the end-of-text token; of conversations the template says how they end."""
-        end = self.tokenizer.eos_token_id
-        return ids if is_conversation(record) or end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def spans_of_tokens(offsets: Sequence[tuple[int, int]] | Sequence[list[int]], spans: Sequence[Span]) -> list[Span]:

@@ -64,7 +64,7 @@ def train(
     check_pins(run, sources, place)
     tokenizer, tokens = read_tokenizer(run, sources.model)
     data = prepare_data(run, sources, tokenizer, place, work / "data")
-    progress.note(f"data: {data.report.to_text()}")
+    progress.note("\n".join([f"data: {data.report.to_text()}", *(f"warning: {one}" for one in data.report.warnings)]))
     check_gate_has_records(run, data.report.eval_records)
     device = training_device(run, place.local_rank)
     timeout = run.parallelism.collective_timeout_seconds

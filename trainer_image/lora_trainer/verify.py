@@ -6,6 +6,7 @@ downloaded files, at the scale that the downloaded configuration states, and mus
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from lora_api.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, StoredFile
-from lora_trainer.adapter import ADAPTER
+from lora_trainer.adapter import ADAPTER, ROUNDING
 from lora_trainer.errors import InternalError
 from lora_trainer.parallel import assign_full
 from lora_trainer.rows import find_rows, read_rows
@@ -131,7 +132,8 @@ def load_published(model: PeftModel, directory: Path | None, place: Place, devic
             key = name.replace(f".{ADAPTER}.", ".")
             if key not in saved:
                 raise InternalError(f"the adapter in the store has no {key}")
-            factor = scale / live_scale if ".lora_B." in name and scale != live_scale else 1.0
+            same = math.isclose(scale, live_scale, rel_tol=ROUNDING)
+            factor = scale / live_scale if ".lora_B." in name and not same else 1.0
             value.copy_(take(key, saved.pop(key), parameter.shape) * factor)
         if place.world_size > 1:
             dist.broadcast(value, src=0)
@@ -167,7 +169,10 @@ def take(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def published_scale(config: dict[str, float]) -> float:
-    """What B A is multiplied by, as every reader of adapter_config.json computes it."""
+    """What B A is multiplied by, as every reader of adapter_config.json computes it.
+
+    Adapters of earlier releases have use_rslora.
+    """
     return config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
 
 

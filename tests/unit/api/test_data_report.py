@@ -32,6 +32,17 @@ def test_the_report_comes_back_from_json() -> None:
     assert report.to_wire()["histogram"] == {"bounds": [8, 16], "counts": [1, 2, 3]}
 
 
+def test_what_is_not_as_it_seems_is_a_sentence_with_its_remedy() -> None:
+    assert PLAIN.warnings == []
+    leaked, doubled = PLAIN.model_copy(update={"leaked_records": 12, "doubled_bos": 1100}).warnings
+    assert leaked == (
+        "dataset: 12 of 60 evaluation records are also training records, so the evaluation loss is too good to be "
+        "true; take them out of one of the two"
+    )
+    assert doubled.startswith("dataset: 1,100 records have a beginning-of-text token (BOS) of their own beside that of")
+    assert doubled.endswith("one was taken away. Prompts to the served model must have one, too: send them without it")
+
+
 def test_a_histogram_has_one_count_more_than_bounds() -> None:
     with pytest.raises(ValidationError, match="one count more"):
         LengthHistogram(bounds=[8], counts=[1])

@@ -29,6 +29,7 @@ DATA = DataReport(
     train_records=40, tokens=4000, supervised_tokens=900, sequences=40, longest=300, truncated_records=2,
     histogram=LengthHistogram(bounds=[64, 128, 256, 512], counts=[5, 20, 10, 5, 0]),
 )  # fmt: skip
+LEAKED = DATA.model_copy(update={"eval_records": 8, "leaked_records": 4})
 
 
 class Page(HTMLParser):
@@ -138,6 +139,9 @@ REPORTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {}, {"before": Evaluation(None, []), "after": Evaluation(None, []), "verification": Verification(None, None)},
         ["no sample prompts", "the same bytes; there are no records"],
     ),
+    "what the records are not is said beside them": (
+        {}, {"data": LEAKED}, ["4 of 8 evaluation records are also training records", '<p class="note bad">dataset:'],
+    ),
     "nothing was logged": ({}, {"metrics": [], "data": None, "memory": ()}, ["Nothing was logged", "not set: every"]),
 }  # fmt: skip
 
@@ -201,6 +205,8 @@ CARDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, bool]] = {
     "quantization is a limit": ({}, {}, "base weights in nf4", True),
     "without quantization it is none": ({"quantization": {"type": "none"}}, {}, "base weights in", False),
     "cut records are a limit": ({}, {}, "2 training records were cut at 64 tokens", True),
+    "evaluation records that are trained on are a limit": ({}, {"data": LEAKED}, "too good to be true", True),
+    "others are none": ({}, {}, "too good to be true", False),
     "skipped steps are a limit": ({}, {"skipped_steps": 3}, "3 steps were skipped", True),
     "a merged model is named": ({"publish": {"mergeBase": True}}, {}, "`merged/`", True),
     "no merged model is not": ({}, {}, "`merged/`", False),
