@@ -80,6 +80,17 @@ def bfloat16_is_supported() -> Iterator[None]:
 
 
 @contextmanager
+def one_process_sees_every_gpu() -> Iterator[None]:
+    """A process alone counts every GPU of its container as its own: training_args.py:1949, ``n_gpu``.
+
+    transformers then multiplies the batch by their number (:1824) and wraps in DataParallel (trainer.py:2669). Here
+    there are two.
+    """
+    with patch("torch.cuda.device_count", lambda: 2):
+        yield
+
+
+@contextmanager
 def gangs_are_multi_gpu() -> Iterator[None]:
     """accelerate calls a gang on GPUs MULTI_GPU, by LOCAL_RANK and torch.cuda.is_available: accelerate/state.py:788.
 
@@ -165,6 +176,7 @@ def _widen(value: Any) -> Any:
 FACTS: dict[str, Callable[[], Any]] = {
     "products in bfloat16": products_in_bfloat16,
     "bfloat16 is supported": bfloat16_is_supported,
+    "one process sees every GPU": one_process_sees_every_gpu,
     "gangs are MULTI_GPU": gangs_are_multi_gpu,
     "DDP takes device ids": ddp_takes_device_ids,
     "_foreach_copy_ packs NaN": foreach_copy_packs_nan,
