@@ -57,7 +57,7 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
     The rows of new tokens stay whole.
     """
     mesh = make_mesh(strategy, device)
-    # The packed weights of NF4 are stored in the compute type, so that it is no cast for them.
+    # Packed weights are integers, which FSDP2 gathers as they are, whatever the type of the others.
     types = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     low = torch.bfloat16 if torch.bfloat16 in types else None
     common: dict[str, Any] = {
@@ -66,7 +66,7 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
         "offload_policy": CPUOffloadPolicy(pin_memory=traits(device).pinned_memory)
         if strategy.offload
         else OffloadPolicy(),
-        "ignored_params": {p for p in model.parameters() if not p.is_floating_point()} | row_parameters(model),
+        "ignored_params": row_parameters(model),
     }
     layers = decoder_layers(model)
     with filling_shards(model):
@@ -177,14 +177,11 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that this process holds of those that can be sharded. Tied weights count once.
-
-    FSDP2 shards floating-point numbers only: int8 weights are whole on each process.
-    """
+    """Bytes of parameters that this process holds. Tied weights count once."""
     total = 0
     for parameter in model.parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        total += local.numel() * local.element_size() if local.is_floating_point() else 0
+        total += local.numel() * local.element_size()
     return total
 
 

@@ -27,6 +27,7 @@ from lora_trainer.untouched import check_same_model, kept_from_accelerate
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Checkpoints, Resume
+    from lora_trainer.proof import Proof
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
@@ -35,6 +36,7 @@ class LoRATrainer(FiniteTrainer):
     """Trainer for a gang of processes. Objectives add their loss; it goes before TRL's trainers among their bases."""
 
     checkpoints: "Checkpoints | None" = None
+    proof: "Proof | None" = None
     sampler: EpochSampler | None = None
     _maker: ThreadPoolExecutor | None = None
     _ahead: Ahead | None = None
@@ -124,7 +126,9 @@ class LoRATrainer(FiniteTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
-        """Saves to the store, in place of accelerate's own files."""
+        """Saves to the store, in place of accelerate's own files, what was learned on the weights that were loaded."""
+        if self.proof is not None:
+            self.proof.check_shards()
         if self.checkpoints is not None:
             self.checkpoints.save(self)
 
