@@ -80,10 +80,21 @@ def bfloat16_is_supported() -> Iterator[None]:
 
 
 @contextmanager
+def one_process_sees_every_gpu() -> Iterator[None]:
+    """A process alone counts every GPU of its container as its own: training_args.py:1949, ``n_gpu``.
+
+    transformers then multiplies the batch by their number (:1824) and wraps in DataParallel (trainer.py:2672). Here
+    there are two.
+    """
+    with patch("torch.cuda.device_count", lambda: 2):
+        yield
+
+
+@contextmanager
 def gangs_are_multi_gpu() -> Iterator[None]:
     """accelerate calls a gang on GPUs MULTI_GPU, by LOCAL_RANK and torch.cuda.is_available: accelerate/state.py:788.
 
-    So ``multi_device`` is true there and false on CPUs (accelerator.py:659), and ``prepare_model`` wraps in DDP.
+    So ``multi_device`` is true there and false on CPUs (accelerator.py:660), and ``prepare_model`` wraps in DDP.
     """
     plain = PartialState._prepare_backend
 
@@ -104,7 +115,7 @@ def gangs_are_multi_gpu() -> Iterator[None]:
 
 @contextmanager
 def ddp_takes_device_ids() -> Iterator[None]:
-    """accelerate gives DDP the index of a GPU (accelerator.py:1896-1898), which DDP refuses for a module on a CPU."""
+    """accelerate gives DDP the index of a GPU (accelerator.py:1895), which DDP refuses for a module on a CPU."""
 
     class DataParallel(torch.nn.parallel.DistributedDataParallel):
         def __init__(self, module: torch.nn.Module, device_ids: Any = None, output_device: Any = None, **rest: Any):
@@ -165,6 +176,7 @@ def _widen(value: Any) -> Any:
 FACTS: dict[str, Callable[[], Any]] = {
     "products in bfloat16": products_in_bfloat16,
     "bfloat16 is supported": bfloat16_is_supported,
+    "one process sees every GPU": one_process_sees_every_gpu,
     "gangs are MULTI_GPU": gangs_are_multi_gpu,
     "DDP takes device ids": ddp_takes_device_ids,
     "_foreach_copy_ packs NaN": foreach_copy_packs_nan,

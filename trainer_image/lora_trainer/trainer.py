@@ -89,6 +89,11 @@ class LoRATrainer(FiniteTrainer):
         own = {name for name, parameter in model.named_parameters() if parameter in rows}
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """A process has one GPU. Alone, transformers would take all that it sees, and multiply the micro-batch."""
+        super().create_accelerator_and_postprocess()
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # noqa: SLF001 - n_gpu has no setter
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
         """Makes the optimizer and the schedule. The model stays as it is: ``sharding`` has spread it.
 

@@ -15,7 +15,7 @@ from torch import nn
 from lora_trainer.errors import InternalError
 
 MARK = "_is_accelerate_prepared"
-"""accelerate gives a model that has it back as it is, before it does anything else (accelerator.py:1809)."""
+"""accelerate gives a model that has it back as it is, before it does anything else (accelerator.py:1806)."""
 
 
 @contextmanager
