@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ from lora_trainer.architecture import (
 from lora_trainer.compilers import keep_compiled_kernels_out
 from lora_trainer.devices import product_type
 from lora_trainer.errors import BadSpecError, GPUUnavailableError, TrainerError, describe
-from lora_trainer.loading import Part, keeping
+from lora_trainer.experts import pack_parameter
+from lora_trainer.loading import Part, keeping, packing
 from lora_trainer.loss import add_token_scores, check_head
 from lora_trainer.modelfiles import read_json_object
 from lora_trainer.packed import freeze_int8
@@ -189,7 +191,7 @@ def load_base_model(
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
     check_head(skeleton)
-    with keeping(part):
+    with packing(partial(pack_parameter, quantization=quantization)), keeping(part):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
