@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen as library
 from transformers import AutoModelForCausalLM
 
+from bench.gpu import packing
+from bench.gpu.models import random_base_model, write_model
+from lora_api.training import Quantization
 from lora_trainer import varlen
 from lora_trainer.errors import BadSpecError, InternalError
 from lora_trainer.packs import Layout, check_isolation, choose_layout, collate
@@ -203,3 +207,17 @@ def test_the_kernels_stand_in_has_its_signature_and_its_shapes() -> None:
         want = library.varlen_attn(*fakes, fakes[-1], 7, 7, **window)
     assert isinstance(want, torch.Tensor)
     assert (found.shape, found.dtype) == (want.shape, want.dtype)
+
+
+@pytest.mark.usefixtures("_kernel")
+def test_the_gpu_benchmark_compares_the_kernel_with_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_model(tmp_path / "model", "tiny")
+    model = random_base_model(directory, Quantization(type="none"), CPU, attention="sdpa")
+    row = packing.make_row(200)
+    assert sum(len(document.ids) for document in row) == 200
+    found = packing.compare_packing(model, row, CPU)
+    assert "failed" not in found
+    assert found["gradientDifference"] < 1e-4
+    assert found["secondsWithMask"] > 0 < found["secondsWithKernel"]
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_, **__: torch.zeros_like(query))
+    assert "is varlen_attn right here?" in packing.compare_packing(model, row, CPU)["failed"]
