@@ -150,5 +150,7 @@ def test_logits_of_the_whole_batch_are_never_held(model: Path, monkeypatch: pyte
     batch = pad_sequences([(prompt, answer)] * 4, 2)
     tokens, vocabulary, hidden = batch["input_ids"].numel(), 512, 128
     with Largest() as largest:
-        answer_log_probs(network, batch).sum().backward()
+        log_probs = answer_log_probs(network, batch)
+        log_probs.sum().backward()
+    assert log_probs.dtype == torch.float64  # a difference of large sums is what is learned from
     assert tokens * hidden <= largest.elements < tokens * vocabulary / 2

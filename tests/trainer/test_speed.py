@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lora_api.run import RunSpec
 from lora_trainer import loss
@@ -25,9 +26,10 @@ from lora_trainer.loss import LogitTransform, TokenLosses, add_token_scores, che
 from lora_trainer.optim import collect_state, optimizer_name, restore_state
 from lora_trainer.rules import check_run
 from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
+from tests.support.families import build_config, make_family
 from tests.support.tiny import make_rows, write_rows
 from tests.support.wait import eventually
-from tests.trainer.runs import Launched, merge
+from tests.trainer.runs import Launched, build_run, merge
 
 Make = Callable[..., RunSpec]
 Launch = Callable[..., Launched]
@@ -206,6 +208,35 @@ def test_a_run_on_two_processes_has_the_losses_of_trls_own_loss_on_one(
         found[name] = pod
     assert len(found["trl"].losses) == 3
     assert found["two"].losses == pytest.approx(found["trl"].losses, abs=1e-4)
+
+
+def test_a_mixture_has_the_losses_of_trl_with_the_loss_of_its_routers(fork: Launch, data: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step, so that a routers' loss that is not averaged over them would show."""
+    model = make_family("mixtral", tmp_path / "model")
+    found = {}
+    for name, speed in (("trl", "no-summed-loss"), ("ours", "")):
+        run = build_run(model, data, tmp_path / name, {"training": {"maxSteps": 2, "globalBatchSize": 4}})
+        pod = fork(run, **{SPEED_VARIABLE: speed})
+        assert pod.wait() == 0, pod.log.read_text()[-3000:]
+        found[name] = pod.losses
+    assert len(found["trl"]) == 2
+    assert found["ours"] == pytest.approx(found["trl"], abs=1e-4)
+
+
+def test_the_routers_loss_of_a_model_in_bfloat16_is_made_in_float32() -> None:
+    torch.manual_seed(0)
+    config = build_config("mixtral")
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    freeze_head(model)
+    add_token_scores(model)
+    ids = torch.randint(3, 400, (2, 60))
+    found = model(input_ids=ids, labels=ids, score_tokens=True, router_loss=True, use_cache=False).router_loss
+    logits = model.model(input_ids=ids, output_router_logits=True, use_cache=False).router_logits
+    assert logits[0].dtype == torch.bfloat16
+    exact = load_balancing_loss_func(tuple(one.double() for one in logits), 4, 2)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(exact), abs=1e-6)
+    assert model(input_ids=ids, labels=ids, score_tokens=True, use_cache=False).router_loss is None
 
 
 BATCHES: dict[str, dict[str, Any]] = {
