@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.errors import errors
 from bench.gpu.packing import packing
 from bench.gpu.parts import ENDED_IN_TIME, Machine, facts, large, levers, out_of_memory, parity, speed
 
@@ -24,6 +25,7 @@ PARTS = {
     "speed": speed,
     "large": large,
     "outOfMemory": out_of_memory,
+    "errors": errors,
     "levers": levers,
 }
 """In order: what has to be known first, and the levers in the time that the others leave."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import trainer as bench_trainer
-from bench.gpu import parts
+from bench.gpu import errors, parts
 from bench.gpu.__main__ import LIMIT_SECONDS, PARTS
 from bench.gpu.__main__ import main as bench_gpu
 from bench.gpu.models import random_base_model, write_model
@@ -64,6 +64,35 @@ def test_parity_that_does_not_hold_fails_the_benchmark_and_ends_no_part(
     assert result["speed"]["as trained"]["tokensPerSecondPerGpu"] > 0
 
 
+def test_the_errors_of_cuda_are_told_by_their_own_words_as_far_as_there_are_any_without_a_gpu(tmp_path: Path) -> None:
+    assert bench_gpu(["--device", "cpu", "--parts", "errors", "--out", str(tmp_path)]) == 1
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["errors"]
+    assert found.keys() == errors.PROVOCATIONS.keys()
+    here = found.pop("no GPU that is visible")
+    assert (here["class"], here["exitCode"], "failed" in here) == ("GPUUnavailable", 0, False)
+    assert all(one == {"failed": "needs CUDA"} for one in found.values())
+
+
+ASSERT = "CUDA error: device-side assert triggered"
+JUDGED: dict[str, tuple[str, list[str], int, str | None]] = {
+    "raised": ("a token id beyond the vocabulary", ["class: BadData", ASSERT], 0, "BadData"),
+    "raised, in another class": ("a token id beyond the vocabulary", ["class: Internal", ASSERT], 0, None),
+    "not raised": ("a token id beyond the vocabulary", [], 0, None),
+    "aborted": ("the watchdog, after an error of its own GPU", [f"what():  {ASSERT}"], -6, "BadData"),
+    "raised, and not aborted": ("the watchdog, after an error of its own GPU", [ASSERT], 1, None),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_a_provoked_error_is_judged_by_its_class(case: str) -> None:
+    name, lines, code, want = JUDGED[case]
+    result = errors.judge(errors.PROVOCATIONS[name], lines, code)
+    assert ("failed" in result) == (want is None)
+    if want is not None:
+        assert result["class"] == want
+
+
 def test_ranks_that_share_a_gpu_share_no_directory(tmp_path: Path) -> None:
     case = parts.Case("two", model="tiny", sequence=64, micro_batch=1, steps=1, processes=2, limit=60)
     _, environments, _ = parts.prepare_case(Machine("cpu", tiny=True, directory=tmp_path, deadline=0), case)
@@ -73,9 +102,9 @@ def test_ranks_that_share_a_gpu_share_no_directory(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_the_gpu_benchmark_have_their_time() -> None:
-    assert list(PARTS) == ["facts", "parity", "packing", "speed", "large", "outOfMemory", "levers"]
+    assert list(PARTS) == ["facts", "parity", "packing", "speed", "large", "outOfMemory", "errors", "levers"]
     runs = {"parity": 3, "packing": 1, "speed": 1, "large": 1, "outOfMemory": 1}
-    others = sum(parts.RUN_SECONDS[part] * count for part, count in runs.items())
+    others = sum(parts.RUN_SECONDS[part] * count for part, count in runs.items()) + errors.LIMIT_SECONDS
     assert others + len(parts.LEVERS) * parts.ENDED_IN_TIME <= LIMIT_SECONDS <= 9 * 60
 
 

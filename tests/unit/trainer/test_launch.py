@@ -327,6 +327,9 @@ DEATHS: dict[str, tuple[str, int, FailureClass, tuple[str, ...], int | None]] = 
         print("CUDA error: unspecified launch failure", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
         """, 83, FailureClass.GPU_KERNEL_FAILED, ("SIGSEGV", "unspecified launch failure"), None),
+    "a last line that has no end": (
+        "sys.stderr.write('CUDA error: misaligned address'); sys.stderr.flush(); os.abort()", 83,
+        FailureClass.GPU_KERNEL_FAILED, ("SIGABRT", "misaligned address"), None),
     "a record that quotes CUDA is no word of it": (
         """
         print("sample: what is an uncorrectable ECC error encountered by a GPU?", flush=True)
