@@ -244,7 +244,6 @@ class PreferenceEvaluator(Evaluator):
             part=None,
             questions=[],
             token_budget=token_budget,
-            mixed_precision=False,
         )
 
 
