@@ -104,12 +104,21 @@ def follow(cluster: Cluster, name: str) -> LoRAFineTune:
 def evaluate(store: Store, run: LoRAFineTune, adapter: AdapterStatus | None) -> dict[str, Any]:
     """Evaluation loss and exact-match rate on the held-out rows, with ``adapter`` or of the base model alone.
 
+    The base model is unquantized, as it is served: whoever loads the adapter gets these answers.
+
     Raises:
         DevclusterError: the evaluation failed; its message is in the error.
     """
     assert run.spec.dataset.eval is not None
     command = [sys.executable, "-m", "lora_trainer", "evaluate", "--json", "--model", run.spec.base_model.uri]
-    command += ["--data", run.spec.dataset.eval.uri, "--max-seq-length", str(run.spec.dataset.max_seq_length)]
+    command += [
+        "--quantization",
+        "none",
+        "--data",
+        run.spec.dataset.eval.uri,
+        "--max-seq-length",
+        str(run.spec.dataset.max_seq_length),
+    ]
     if adapter is not None:
         command += ["--adapter", adapter.uri]
     environment = {**os.environ, **store.environment(), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -128,15 +137,29 @@ def report(store: Store, adapter: AdapterStatus, before: dict[str, Any], after: 
     page = fetch_report(store, adapter)
     print(f"\n  adapter      {adapter.uri}")
     print(f"  digest       {adapter.digest} (version {adapter.version}, {adapter.size_bytes / 1e6:.1f} MB)")
-    print(f"  eval loss    {before['evalLoss']:.4f} -> {after['evalLoss']:.4f}")
     rows = f"{after['answered']} held-out rows"
-    print(f"  exact match  {before['exactRate']:.0%} -> {after['exactRate']:.0%} of {rows}\n")
+    print(f"\n  on the base model as it is served (not quantized), {rows}:")
+    print(f"  eval loss    {before['evalLoss']:.4f} -> {after['evalLoss']:.4f}")
+    print(f"  exact match  {before['exactRate']:.0%} -> {after['exactRate']:.0%}")
+    print("\n".join(trained_lines(adapter)) + "\n")
     for old, new in list(zip(before["samples"], after["samples"], strict=True))[:SAMPLES]:
         print(f"  prompt   {old['prompt'].strip()!r}")
         print(f"  wanted   {old['expected'].strip()}")
         print(f"  before   {old['answer'].strip()!r}")
         print(f"  after    {new['answer'].strip()}\n")
     print(f"  report       {page}")
+
+
+def trained_lines(adapter: AdapterStatus) -> list[str]:
+    """What the run itself measured: on the quantized base that it trained on, and on the base as it is served."""
+    served = adapter.served
+    if served is None or not served.is_measured:
+        return []
+    lines = []
+    for name, score in (("as trained on (NF4)", served.training), (f"as served ({served.dtype})", served.after)):
+        if score.loss is not None and score.share is not None:
+            lines.append(f"  {name:<21}loss {score.loss:.4f}, exactly right {score.share:.0%} (the run's own figures)")
+    return lines
 
 
 def fetch_report(store: Store, adapter: AdapterStatus) -> Path:

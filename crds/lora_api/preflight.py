@@ -72,8 +72,7 @@ class RunPlan(RecordModel):
     memory: MemoryEstimate | None = Field(None, description="Memory of each GPU (of each process on CPUs).")
     served_memory: MemoryEstimate | None = Field(
         None,
-        description="The same while the adapter is evaluated on the base model as it is served. Absent where that is "
-        "the one that is trained on.",
+        description="The same on the base model as it is served, where that is another one.",
     )
     suggestions: list[str] = Field([], description="What would make it fit, the cheapest first.")
 

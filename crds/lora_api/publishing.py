@@ -30,9 +30,8 @@ class Gate(ApiModel):
     )
     base: GateBase | None = Field(
         None,
-        description="Base model that the losses are measured on: served is the one that is served "
-        "(publish.servedDtype), training the one that was trained on. Default: served. Where the adapter cannot be "
-        "evaluated on that, training, and the run says so.",
+        description="Base model that the losses are of: served is the one that is served (publish.servedDtype), "
+        "training the one that is trained on. Default: served, and training where that does not fit.",
     )
 
     cel_rules = (

@@ -8,17 +8,13 @@ from lora_api._base import Measure, RecordModel, ShortMessage
 class Score(RecordModel):
     """What an evaluation came to.
 
-    ``share`` is that of the records of which every token that is learned is the model's first choice: greedy decoding
+    ``loss`` is in nats per token; of preference pairs, it is the loss of DPO. ``share`` is that of the records of which every token that is learned is the model's first choice: greedy decoding
     writes exactly those to the letter. Of preference pairs it is that of the pairs whose chosen answer has the larger
     reward.
     """
 
-    loss: Measure = Field(None, description="Evaluation loss (nats per token; of preference pairs, the loss of DPO).")
-    share: Measure = Field(
-        None,
-        description="Share of the records (0 to 1) that greedy decoding writes to the letter; of preference pairs, of "
-        "those whose chosen answer has the larger reward.",
-    )
+    loss: Measure = Field(None, description="Evaluation loss.")
+    share: Measure = Field(None, description="Share of the records that are right, 0 to 1.")
 
 
 class ServedEvaluation(RecordModel):
@@ -28,17 +24,15 @@ class ServedEvaluation(RecordModel):
     that was trained on: its difference from ``after`` is what the adapter has learned of the quantization.
     """
 
-    dtype: str = Field(description="Type of the unquantized base weights: bfloat16 or float32.")
-    records: int = Field(0, ge=0, description="Evaluation records that were measured.")
-    all_records: int = Field(0, ge=0, description="Evaluation records that there are.")
-    before: Score = Field(default_factory=Score, description="The base model as it is served, without the adapter.")
-    after: Score = Field(default_factory=Score, description="The adapter on the base model as it is served.")
-    training: Score = Field(
-        default_factory=Score, description="The adapter on the base model that it was trained on, on the same records."
-    )
+    dtype: str = Field(description="Type of the base weights.")
+    records: int = Field(0, ge=0, description="Records that were measured.")
+    all_records: int = Field(0, ge=0, description="Records that there are.")
+    before: Score = Field(default_factory=Score, description="The base model as served.")
+    after: Score = Field(default_factory=Score, description="The adapter on it.")
+    training: Score = Field(default_factory=Score, description="The adapter on the base model that was trained on.")
     same_base: bool = Field(
         default=False,
-        description="The base model that was trained on is the one that is served, so it was not measured again.",
+        description="Both base models are the same, and are measured once.",
     )
     problem: ShortMessage | None = Field(None, description="Why it was not measured.")
 

@@ -138,21 +138,19 @@ class AdapterStatus(RecordModel):
     serving_max_lora_rank: int = Field(ge=1, description="Smallest --max-lora-rank of vLLM that can serve it.")
     size_bytes: int = Field(ge=0, description="Size of the adapter's own files, in bytes.")
     eval_loss_before: Measure = Field(
-        None, description="Evaluation loss of the base model that was trained on (nats per token)."
+        None, description="Evaluation loss before training, on the base model that is trained on (nats per token)."
     )
-    eval_loss_after: Measure = Field(
-        None, description="Evaluation loss with the adapter on the base model that was trained on (nats per token)."
-    )
+    eval_loss_after: Measure = Field(None, description="The same after training.")
     eval_share_after: Measure = Field(
         None,
-        description="Share of the evaluation records (0 to 1) that the adapter writes to the letter on the base model "
-        "that was trained on; of preference pairs, of those whose chosen answer has the larger reward.",
+        description="Share of the evaluation records (0 to 1) that the adapter then writes to the letter; of "
+        "preference pairs, of those whose chosen answer has the larger reward.",
     )
     served: ServedEvaluation | None = Field(
-        None, description="The adapter on its base model as it is served. Absent without evaluation records."
+        None, description="The adapter on its base model as it is served (publish.servedDtype)."
     )
     gate_base: str | None = Field(
-        None, description="Base model whose losses publish.gate looked at: served or training. Absent without a gate."
+        None, description="Base model whose losses publish.gate looked at: served or training."
     )
 
 

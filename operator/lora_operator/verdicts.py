@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_api.served import Score
 from lora_operator.diagnose import Obstacle, with_remedy
 from lora_operator.observed import Observed
 from lora_operator.plan import Mark, Plan
@@ -76,7 +77,7 @@ def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
 
 def decide_success(attempt: int, adapter: AdapterStatus, disowned: Mapping[ConditionType, Mark] = {}) -> Plan:
     """The end that everybody wants. ``disowned`` is what there is to say where the adapter is not the run's."""
-    message = f"Published {adapter.uri} as {adapter.served_name}"
+    message = f"Published {adapter.uri} as {adapter.served_name}{describe_scores(adapter)}"
     if disowned:
         message = f"The pods ended with success, but {disowned[ConditionType.PUBLISHED].message}"
     done = Mark(value=True, reason="Succeeded", message=message)
@@ -95,6 +96,27 @@ def decide_success(attempt: int, adapter: AdapterStatus, disowned: Mapping[Condi
         adapter=adapter,
         ended=True,
     )
+
+
+def describe_scores(adapter: AdapterStatus) -> str:
+    """How good ``adapter`` is, as the end of a sentence: on its base model as it is served first.
+
+    Empty where the trainer said nothing of it: it had no evaluation records, or is of an earlier release.
+    """
+    served = adapter.served
+    if served is None:
+        return ""
+    trained = Score(loss=adapter.eval_loss_after, share=adapter.eval_share_after)
+    if not served.is_measured:
+        why = served.problem or "its loss is missing"
+        return f". On the base model that was trained on: {_show(trained)}; not measured as it is served: {why}"
+    base = f". On the base model as it is served ({served.dtype}, {served.describe_records()}): {_show(served.after)}"
+    return base if served.same_base else f"{base}; on the one that was trained on: {_show(served.training)}"
+
+
+def _show(score: Score) -> str:
+    share = "" if score.share is None else f", {score.share:.1%} right"
+    return "no loss" if score.loss is None else f"loss {score.loss:.4f}{share}"
 
 
 def decide_suspended(observed: Observed) -> Plan:

@@ -14,6 +14,7 @@ from lora_trainer.errors import DivergedError, InternalError
 from lora_trainer.evaluate import Evaluator, make_batches, question, sample_questions
 from lora_trainer.rng import read_rng_state, restore_rng_state
 from lora_trainer.sampler import EpochSampler, total_steps
+from lora_trainer.scores import RecordScores
 from lora_trainer.settings import Place
 from lora_trainer.sharding import check_sharded
 from lora_trainer.strategy import Strategy
@@ -96,10 +97,12 @@ def test_questions_of_each_format(make_run: Make) -> None:
 def test_a_loss_that_is_not_finite_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import lora_trainer.evaluate
 
-    monkeypatch.setattr(lora_trainer.evaluate, "evaluate_loss", lambda *_: math.inf)
+    ones = torch.ones(2, dtype=torch.float64)
+    scores = RecordScores(torch.tensor([1.0, math.inf], dtype=torch.float64), ones, ones)
+    monkeypatch.setattr(lora_trainer.evaluate, "score_records", lambda *_: scores)
     tokenizer: Any = type("T", (), {"pad_token_id": 0})()
-    dataset: Any = object()
-    with pytest.raises(DivergedError, match="inf"):
+    dataset: Any = type("D", (), {"lengths": [3, 4]})()
+    with pytest.raises(DivergedError, match="not finite"):
         Evaluator(torch.nn.Identity(), tokenizer, dataset, [], 8, ALONE, torch.device("cpu")).loss()
 
 

@@ -40,7 +40,8 @@ def publish(store: Store, run: RunSpec, directory: Path) -> AdapterStatus:
     """Publishes ``directory`` with all its files."""
     files = upload_adapter(store, run, directory)
     extras = [directory / name for name in EXTRAS]
-    return publish_version(store, run, publish_adapter(store, run, files, extras, (2.0, 1.0), {"trainer": "test"}))
+    figures = {"eval_loss_before": 2.0, "eval_loss_after": 1.0}
+    return publish_version(store, run, publish_adapter(store, run, files, extras, figures, {"trainer": "test"}))
 
 
 def check_readable(store: Store, root: str) -> int:

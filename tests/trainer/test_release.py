@@ -76,7 +76,7 @@ def test_a_refused_adapter_is_not_published_and_its_report_and_checkpoint_are_ke
     assert f"{ROOT}/checkpoints/uid-1/step-4/COMPLETE.json" in left
     metrics = [json.loads(line) for line in store.get(f"{ROOT}/refused/uid-1/metrics.jsonl").decode().splitlines()]
     for words in (
-        f"{metrics[0]['eval_loss']:.4f} before training", f"{metrics[-1]['eval_loss']:.4f} after it",
+        "the evaluation loss on the base as it is served (float32, 9 records) was ", "before training", "after it",
         "minEvalLossImprovement asks for an improvement of 50", store.url(f"{ROOT}/refused/uid-1"),
     ):  # fmt: skip
         assert words in str(refused.value)
@@ -120,7 +120,8 @@ def test_metrics_and_report_cover_every_attempt(make_run: Make, train_here: Trai
     assert [event.step for event in read.Scalars("eval/loss")] == [0, 2, 4, 6]
     report = Store(adapter.uri).get("report.html").decode()
     assert report.count("<circle") == 4
-    assert f"the same bytes; evaluation loss {adapter.eval_loss_after:.6f}, in memory" in report
+    assert adapter.served is not None
+    assert f"the same bytes; evaluation loss {adapter.served.after.loss:.6f}, in memory" in report
 
 
 def flip_byte(store: Store, path: str) -> None:

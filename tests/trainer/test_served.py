@@ -7,6 +7,7 @@ import signal
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,15 @@ from lora_api.adapter import AdapterManifest
 from lora_api.run import RunSpec
 from lora_api.status import AdapterStatus
 from lora_trainer.errors import GateRefusedError
-from lora_trainer.loss import IGNORED
+from lora_trainer.loss import IGNORED, add_token_scores
 from lora_trainer.progress import Progress
-from lora_trainer.scores import add_token_scores
 from lora_trainer.servedplan import ServedPlan
 from lora_trainer.settings import Place
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store, split_uri
 from lora_trainer.train import train
 from tests.support.families import build_config
-from tests.support.tiny import make_rows, write_rows
+from tests.support.tiny import make_model, make_rows, write_rows
 from tests.trainer.gang import Case, run_cases
 from tests.trainer.runs import Launched, build_run, merge
 
@@ -39,17 +39,43 @@ Make = Callable[..., RunSpec]
 Results = dict[str, list[dict[str, Any]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKEN = "<|done|>"
-YES, NO = " red", " sun"
+YES, NO = " yes", " no"
+
+
+def make_answering_model(directory: Path) -> Path:
+    """A tiny model that answers with YES before it is trained: each token of PROMPT's end and YES names the next one.
+
+    Its embedding outweighs what its layers add, so that the head sees the last token alone.
+    """
+    make_model(directory, tied=False)
+    network = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompt = make_rows(1)[0]["prompt"]
+    ids = tokenizer(prompt + YES + tokenizer.eos_token)["input_ids"]
+    chain = ids[len(tokenizer(prompt)["input_ids"]) - 1 :]
+    assert len(set(chain)) == len(chain)
+    with torch.no_grad():
+        embedding, head = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+        embedding.mul_(10)
+        for token, following in pairwise(chain):
+            head[following] = embedding[token] / embedding[token].norm()
+    network.save_pretrained(directory)
+    return directory
 
 
 def answered(rows: list[dict[str, str]], end: str = "") -> list[dict[str, str]]:
-    """Two of three prompts have the same answer, so that what is learned first is right for two of three."""
+    """Two of three prompts have the answer that the model gives."""
     return [{**row, "completion": (NO if number % 3 == 2 else YES) + end} for number, row in enumerate(rows)]
 
 
 def preferred(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     answers = [(row["prompt"], row["completion"]) for row in answered(rows)]
     return [{"prompt": prompt, "chosen": good, "rejected": NO if good == YES else YES} for prompt, good in answers]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_answering_model(tmp_path_factory.mktemp("model") / "answering")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +89,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-TRAINING = {"training": {"maxSteps": 6, "learningRate": 0.02, "scheduler": "constant", "warmupRatio": 0.0}}
+TRAINING = {"training": {"maxSteps": 4, "learningRate": 0.01, "scheduler": "constant", "warmupRatio": 0.0}}
 TWO, FSDP = {"nodes": 2}, {"nodes": 2, "strategy": "fsdp"}
 CASES: dict[str, tuple[str, list[int], dict[str, Any]]] = {
     "alone": (".", [0], {}),
@@ -143,10 +169,9 @@ def test_plain_transformers_and_peft_measure_what_the_manifest_says(
     assert served.dtype == changes.get("publish", {}).get("servedDtype", "float32"), "float32 is the default on CPUs"
     loss, share = measure_plain(model, DTYPES[served.dtype], directory_of(uri), answers / data)
     assert served.after.loss == pytest.approx(loss, abs=1e-3)
-    assert served.after.share == share == pytest.approx(2 / 3), "two of three have the answer that is learned first"
+    assert served.after.share == share == pytest.approx(0.0 if data == "marked" else 2 / 3)
     assert served.before.loss is not None
-    assert served.before.loss > loss + 0.5
-    assert served.before.share == 0
+    assert served.before.loss > loss
     if data == ".":
         assert measure_plain(model, DTYPES[served.dtype], None, answers) == (
             pytest.approx(served.before.loss, abs=1e-3), served.before.share,
@@ -231,9 +256,9 @@ Start = Callable[[RunSpec], tuple[AdapterStatus, Recorder]]
 def test_of_many_records_some_are_measured_and_compared_with_the_same_ones(
     make: Make, run_here: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the twelve every third is measured: 0, 3, 6 and 9 have the answer that is learned first."""
+    """Of the twelve every third is measured: 0, 3, 6 and 9 have the answer that the model gives."""
     monkeypatch.setattr(lora_trainer.served.choose_part, "__defaults__", (4,))
-    adapter, seen = run_here(make(publish={"gate": {"minEvalLossImprovement": 0.1}}))
+    adapter, seen = run_here(make(publish={"gate": {"maxEvalLoss": 1.0}}))
     served = adapter.served
     assert served is not None
     assert (served.records, served.all_records) == (4, 12)
@@ -241,7 +266,7 @@ def test_of_many_records_some_are_measured_and_compared_with_the_same_ones(
     assert adapter.eval_share_after == pytest.approx(2 / 3)
     assert served.training.loss != adapter.eval_loss_after
     assert adapter.gate_base == "served"
-    assert seen.served == [(6, served)]
+    assert seen.served == [(4, served)]
     card = Store(adapter.uri).get("README.md").decode()
     report = Store(adapter.uri).get("report.html").decode()
     for text in ("base weights as served (float32), 4 of 12 records", "100.0%", f"{served.after.loss:.4f}"):
@@ -279,7 +304,7 @@ def test_what_does_not_fit_is_said_and_the_gate_takes_the_base_that_was_trained_
     run = make(publish={"gate": {"minEvalLossImprovement": 50.0}})
     with pytest.raises(GateRefusedError, match=r"on the base that was trained on \(it needs 900.00 GiB"):
         run_here(run)
-    adapter, seen = run_here(make(publish={"gate": {"minEvalLossImprovement": 0.1}}))
+    adapter, seen = run_here(make(publish={"gate": {"minEvalLossImprovement": 0.0}}))
     assert adapter.gate_base == "training"
     assert adapter.served is not None
     assert (adapter.served.problem, adapter.served.is_measured) == (problem, False)
@@ -365,20 +390,23 @@ def test_a_run_that_is_killed_in_the_served_evaluation_trains_nothing_again(make
 def test_scores_are_those_of_the_whole_logits(name: str) -> None:
     """Also of a family with a soft cap, whose head is not all."""
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(build_config(name)).eval()
+    network = AutoModelForCausalLM.from_config(build_config(name)).eval().requires_grad_(requires_grad=False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 50, (3, 9), generator=generator)
+    for place in range(1, ids.shape[1]):  # the first row has first choices alone
+        ids[0, place] = network(input_ids=ids[:1, :place]).logits[0, -1].argmax()
     labels = ids.clone()
     labels[:, :4] = IGNORED
     labels[2, 7:] = IGNORED
     mask = torch.ones_like(ids)
+    add_token_scores(network)
     with torch.no_grad():
         table = network(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].double()
-        add_token_scores(network)
-        add_token_scores(network)
-        found = network(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, token_scores=True)
+        found = network(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, score_tokens=True)
     learned = labels[:, 1:] != IGNORED
     wanted = table.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    assert torch.equal(found.learned, learned)
-    torch.testing.assert_close(found.nats.double(), -wanted * learned, atol=1e-5, rtol=1e-5)
-    assert torch.equal(found.first, (table.argmax(-1) == ids[:, 1:]) | ~learned)
+    assert torch.equal(found.supervised, learned)
+    torch.testing.assert_close(found.losses.double(), -wanted[learned], atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.first, (table.argmax(-1) == ids[:, 1:])[learned])
+    assert found.first.any()
+    assert not found.first.all()

@@ -21,7 +21,7 @@ from transformers import (
 from lora_api.run import RunSpec
 from lora_trainer import loss
 from lora_trainer.errors import BadSpecError, InternalError
-from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
+from lora_trainer.loss import LogitTransform, TokenLosses, add_token_scores, check_head, logit_transform
 from lora_trainer.optim import collect_state, optimizer_name, restore_state
 from lora_trainer.rules import check_run
 from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
@@ -101,8 +101,8 @@ def test_loss_and_gradients_are_those_of_the_familys_own_forward_pass(
     model.base_model.zero_grad()
     want = {name: gradient.clone() for name, gradient in want.items() if gradient is not None}
 
-    add_summed_loss(model)
-    output = model(**inputs, summed_loss=True).loss
+    add_token_scores(model)
+    output = model(**inputs, score_tokens=True).losses.sum()
     (output * 3).backward()
 
     assert float(output.detach()) == pytest.approx(want_loss, rel=1e-5)
@@ -115,9 +115,10 @@ def test_loss_and_gradients_are_those_of_the_familys_own_forward_pass(
 def test_a_micro_batch_without_supervised_tokens_adds_nothing_and_can_be_differentiated() -> None:
     model = build(FAMILIES["a plain head"])
     freeze_head(model)
-    add_summed_loss(model)
+    add_token_scores(model)
     inputs = batch()
-    output = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}, summed_loss=True).loss
+    nothing = torch.full_like(inputs["labels"], -100)
+    output = model(**{**inputs, "labels": nothing}, score_tokens=True).losses.sum()
     output.backward()
     assert float(output.detach()) == 0.0
     assert all(float(gradient.abs().sum()) == 0.0 for gradient in gradients(model).values())
@@ -127,23 +128,58 @@ def test_other_calls_of_the_model_stay_as_they_are() -> None:
     model = build(FAMILIES["a plain head"])
     inputs = batch()
     want = model(**inputs)
-    add_summed_loss(model)
+    add_token_scores(model)
     got = model(**inputs)
     assert torch.equal(got.logits, want.logits)
     assert torch.equal(got.loss, want.loss)
 
 
-def test_a_head_that_is_trained_keeps_the_loss_that_gives_it_a_gradient() -> None:
+def test_a_head_that_is_trained_is_refused_for_it_would_get_no_gradient() -> None:
     model = build(FAMILIES["a plain head"])
-    assert not has_summed_loss(model)
-    freeze_head(model)
-    assert has_summed_loss(model)
+    add_token_scores(model)
+    with pytest.raises(InternalError, match="the output head must be frozen"):
+        model(**batch(), score_tokens=True)
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_refused_before_its_weights_are_read() -> None:
+    class NormHead(torch.nn.Linear):
+        """As Baichuan 2 has it: the weight is normalised before each product."""
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["a plain head"])
+        model.lm_head = NormHead(32, 96)
+    with pytest.raises(BadSpecError, match="the output head of LlamaForCausalLM is a NormHead"):
+        check_head(model)
 
 
 def test_a_division_by_zero_in_a_models_config_is_not_taken_over() -> None:
     config = GraniteConfig(**SHAPE, logits_scaling=1.0)
-    config.logits_scaling = 0.0
-    assert logit_transform(config) is None
+    model = build(config)
+    model.config.logits_scaling = 0.0
+    assert logit_transform(model.config) is None
+    with pytest.raises(BadSpecError, match="logits_scaling is 0"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("supervised", [257, 788, 1021])
+def test_the_gradients_of_a_model_in_bfloat16_are_divided_by_the_tokens_in_float32(supervised: int) -> None:
+    """1 / 1021 is 1 / 1024 in bfloat16, which made every gradient of such a step 0.3 % too small."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(supervised, 64, generator=generator).to(torch.bfloat16)
+    weight = torch.randn(96, 64, generator=generator).to(torch.bfloat16)
+    labels = torch.randint(0, 96, (supervised,), generator=generator)
+    probabilities = torch.softmax(torch.nn.functional.linear(hidden, weight).double(), dim=-1)
+    slope = probabilities - torch.nn.functional.one_hot(labels, 96)
+    want = slope @ weight.double() / supervised
+
+    given = hidden.clone().requires_grad_()
+    losses = TokenLosses.apply(given, weight, None, labels, LogitTransform())
+    (found,) = torch.autograd.grad(losses.sum() / supervised, given)
+
+    assert losses.dtype == torch.float32
+    assert found.dtype == torch.bfloat16
+    ratio = float((found.double() * want).sum() / want.square().sum())
+    assert ratio == pytest.approx(1, abs=2e-4)
 
 
 def test_levers_are_switched_by_name() -> None:

@@ -172,10 +172,11 @@ def _limits(run: RunSpec, result: RunResult) -> str:
         f"The evaluation loss says how well it {learned} like those of its evaluation set. Nothing else was "
         "measured: not safety, not truth, not what it has forgotten."
     )
-    if result.served is not None and result.served.problem is not None:
+    if run.quantization.type != "none" and (result.served is None or not result.served.is_measured):
+        why = "" if result.served is None else f", and were not measured: {result.served.problem}"
         limits.append(
-            f"The figures are those on base weights in {run.quantization.type}, which it was trained on. On base "
-            f"weights in {result.served.dtype} they differ, and were not measured: {result.served.problem}."
+            f"The figures are those on base weights in {run.quantization.type}, which it was trained on. On "
+            f"unquantized weights they differ{why}."
         )
     limits += [f"{text}." for text in result.data.warnings] if result.data is not None else []
     if result.data is not None and result.data.truncated_records:

@@ -18,6 +18,7 @@ from lora_trainer.fitting import Suggestion, build_job, settle, suggest
 from lora_trainer.job import Job
 from lora_trainer.memory import MemoryPlan, plan_memory
 from lora_trainer.modelshape import read_shape
+from lora_trainer.servedplan import ServedPlan, plan_served
 
 DOES_NOT_FIT = 1
 """Exit code of ``estimate`` where the run does not fit. No class of the failure table has it: nothing failed."""
@@ -59,6 +60,7 @@ class Estimate:
     plan: MemoryPlan
     device_gib: float
     suggestions: list[Suggestion]
+    served: ServedPlan
 
     @property
     def fits(self) -> bool:
@@ -77,6 +79,14 @@ class Estimate:
             "shardSize": self.job.shards,
             "deviceGiB": self.device_gib,
             "fits": self.fits,
+            "served": {
+                "dtype": self.served.dtype,
+                "sameBase": self.served.same_base,
+                "offload": self.served.offload,
+                "problem": self.served.problem,
+                "totalGiB": None if self.served.memory is None else _rounded(self.served.memory.total),
+                "safeGiB": None if self.served.memory is None else _rounded(self.served.memory.safe),
+            },
             "suggestions": [
                 {
                     "changes": suggestion.changes,
@@ -102,6 +112,7 @@ class Estimate:
             "",
             f"{'fits' if self.fits else 'does not fit'} in {self.device_gib:g} GiB",
         ]
+        lines += ["", self.served.to_text()]
         if self.suggestions:
             lines += ["", "room for:" if self.fits else "it fits with one of these, the cheapest first:"]
             lines += [f"  {one.to_text()}  (safe: {one.plan.safe:.2f} GiB)" for one in self.suggestions]
@@ -132,7 +143,8 @@ def estimate(manifest: Path, model_config: Path, device_gib: float) -> Estimate:
         raise BadSpecError("spec.parallelism.gpusPerNode: 0 trains on CPUs; this plans GPUs: set 1 or more")
     job = build_job(spec, read_shape(_read_json(model_config)), device_gib=device_gib)
     job = settle(spec.training, job, device_gib)[0] or job
-    return Estimate(job, plan_memory(job), device_gib, suggest(job, spec.training.global_batch_size, device_gib))
+    suggestions = suggest(job, spec.training.global_batch_size, device_gib)
+    return Estimate(job, plan_memory(job), device_gib, suggestions, plan_served(spec, job, device_gib))
 
 
 def read_manifest(path: Path) -> LoRAFineTune:

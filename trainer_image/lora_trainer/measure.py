@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.adapter import ADAPTER_FILES, MANIFEST_FILE
 from lora_trainer.chat import TEMPLATE_FILE, read_template, use_chat_template
@@ -24,7 +23,6 @@ from lora_trainer.pairs import tokenize_pairs
 from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
 from lora_trainer.rows import merge_rows
-from lora_trainer.scores import add_token_scores
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_model
 from lora_trainer.store import Store
@@ -118,8 +116,6 @@ def measure(
         if yardstick.quantization.type == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
-        add_fused_lm_head(network)
-        add_token_scores(network)
         evaluator = build_evaluator(network, tokenizer, records, yardstick, device)
         if adapter is not None and not base_only:
             with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows

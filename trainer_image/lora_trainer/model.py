@@ -29,6 +29,7 @@ from lora_trainer.architecture import (
 )
 from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
 from lora_trainer.loading import Part, keeping
+from lora_trainer.loss import add_token_scores, check_head
 from lora_trainer.modelfiles import read_json_object
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -187,6 +188,7 @@ def load_base_model(
     """
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
+    check_head(skeleton)
     with keeping(part):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -198,6 +200,7 @@ def load_base_model(
             trust_remote_code=False,
         )
     keep_differentiable(model)
+    add_token_scores(model)
     model.requires_grad_(requires_grad=False)
     return model
 

@@ -34,11 +34,12 @@ from lora_trainer.fitting import build_job, settle, suggest
 from lora_trainer.gate import check_gate_has_records
 from lora_trainer.headers import Header, count_by_type, count_weights, merge
 from lora_trainer.job import Job
-from lora_trainer.memory import plan_memory
+from lora_trainer.memory import MemoryPlan, plan_memory
 from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers, read_json_object
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
 from lora_trainer.rules import RULES
 from lora_trainer.rundocument import describe_left_out, parse_run
+from lora_trainer.servedplan import plan_served
 
 Result = TypeVar("Result")
 
@@ -312,7 +313,14 @@ def plan_run(
         findings.add(FailureClass.BAD_SPEC, complaint)
     elif complaint and device_gib is not None:
         findings.warnings.append(complaint)
-    return _describe_plan(run, plan, settled or job, device_gib, settled=not auto or device_gib is not None)
+    described = _describe_plan(run, plan, settled or job, device_gib, settled=not auto or device_gib is not None)
+    if report is not None and not report.eval_records:
+        return described
+    served = plan_served(run, settled or job, device_gib)
+    if served.problem is not None:
+        findings.warnings.append(f"publish.servedDtype: {served.to_text()}")
+    memory = None if served.memory is None else _estimate(served.memory, device_gib)
+    return described.model_copy(update={"served_memory": memory})
 
 
 def _total_steps(run: RunSpec, report: DataReport) -> int:
@@ -322,14 +330,6 @@ def _total_steps(run: RunSpec, report: DataReport) -> int:
 
 
 def _describe_plan(run: RunSpec, plan: RunPlan, job: Job, device_gib: float | None, *, settled: bool) -> RunPlan:
-    memory = plan_memory(job)
-    estimate = MemoryEstimate(
-        estimate_gib=round(memory.total, 3),
-        safe_gib=round(memory.safe, 3),
-        device_gib=device_gib,
-        fits=None if device_gib is None else memory.fits(device_gib),
-        parts={name: round(size, 3) for name, size in memory.parts().items()},
-    )
     batch = run.with_micro_batch(job.micro_batch).batch
     found = [] if device_gib is None else suggest(job, run.training.global_batch_size, device_gib)
     return plan.model_copy(
@@ -337,9 +337,19 @@ def _describe_plan(run: RunSpec, plan: RunPlan, job: Job, device_gib: float | No
             "micro_batch_size": job.micro_batch if settled else None,
             "gradient_accumulation_steps": batch.gradient_accumulation_steps if settled else None,
             "shard_size": job.shards,
-            "memory": estimate,
+            "memory": _estimate(plan_memory(job), device_gib),
             "suggestions": [one.to_text() for one in found],
         }
+    )
+
+
+def _estimate(memory: MemoryPlan, device_gib: float | None) -> MemoryEstimate:
+    return MemoryEstimate(
+        estimate_gib=round(memory.total, 3),
+        safe_gib=round(memory.safe, 3),
+        device_gib=device_gib,
+        fits=None if device_gib is None else memory.fits(device_gib),
+        parts={name: round(size, 3) for name, size in memory.parts().items()},
     )
 
 
@@ -370,11 +380,16 @@ def _plan_lines(plan: RunPlan) -> list[str]:
         f"{plan.total_steps or 'an unknown number of'} steps"
     ]
     if plan.memory is not None:
-        fits = {None: "", True: ", which fits", False: ", which does not fit"}[plan.memory.fits]
-        device = "" if plan.memory.device_gib is None else f" of {plan.memory.device_gib:g}"
-        size = f"{plan.memory.estimate_gib:.2f} GiB, {plan.memory.safe_gib:.2f}{device} to be safe"
-        lines.append(f"memory of each process: {size}{fits}")
+        lines.append(f"memory of each process: {_memory_line(plan.memory)}")
+    if plan.served_memory is not None:
+        lines.append(f"memory of each process, on the base model as it is served: {_memory_line(plan.served_memory)}")
     return lines
+
+
+def _memory_line(memory: MemoryEstimate) -> str:
+    fits = {None: "", True: ", which fits", False: ", which does not fit"}[memory.fits]
+    device = "" if memory.device_gib is None else f" of {memory.device_gib:g}"
+    return f"{memory.estimate_gib:.2f} GiB, {memory.safe_gib:.2f}{device} to be safe{fits}"
 
 
 def dump(result: BaseModel) -> str:

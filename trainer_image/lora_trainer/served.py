@@ -29,15 +29,14 @@ from lora_trainer.evaluate import Evaluation, Evaluator
 from lora_trainer.fitting import build_job
 from lora_trainer.hostmemory import available_bytes
 from lora_trainer.loading import Part, keeping, part_to_load
+from lora_trainer.loss import add_token_scores
 from lora_trainer.memory import GIB
 from lora_trainer.model import DTYPES, add_adapter, load_skeleton
 from lora_trainer.modelshape import UnplannedModelError, read_shape
 from lora_trainer.newtokens import NewTokens
 from lora_trainer.parallel import assign_full, start_process_group
-from lora_trainer.preference import fuse_head
 from lora_trainer.progress import Progress
 from lora_trainer.rows import add_rows, find_rows, read_rows
-from lora_trainer.scores import add_token_scores
 from lora_trainer.servedplan import SERVED_RECORDS, ServedPlan, plan_served
 from lora_trainer.settings import Place, local_processes
 from lora_trainer.sharding import spread_model
@@ -142,10 +141,6 @@ def load_served(
         parameter.data = parameter.data.to(dtype)
     add_rows(model, tokens, part)
     model.requires_grad_(requires_grad=False)
-    if run.training.objective == "dpo":
-        fuse_head(model)
-    else:
-        add_token_scores(model.get_base_model())
     spread_model(model, strategy, device)
     model.eval()
     return model
@@ -164,7 +159,7 @@ def load_unquantized(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    model.requires_grad_(requires_grad=False)
+    add_token_scores(model)
     return model
 
 

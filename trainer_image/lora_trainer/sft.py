@@ -72,7 +72,7 @@ def build_supervised_trainer(
     )
     trainer.train_dataset, trainer.eval_dataset, trainer.layout = data.train, data.eval, layout
     restore_adapter_precision(model)
-    trainer.prepare_loss(summed=read_levers().summed_loss)
+    trainer.summed_loss = read_levers().summed_loss
     apply_levers(model, read_levers(), device)
     return trainer
 

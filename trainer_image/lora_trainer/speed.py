@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import BadSpecError
-from lora_trainer.loss import IGNORED, add_summed_loss, has_summed_loss
+from lora_trainer.loss import IGNORED
 from lora_trainer.parallel import sum_over_ranks
 
 SPEED_VARIABLE = "LORA_SPEED"
@@ -71,16 +71,12 @@ class FastSteps(Trainer):
     stays on the device until it is logged.
     """
 
-    summed_loss = False
+    summed_loss = True
+    aux_loss_enabled = False
+    """Whether the routers' loss is a part of what is trained, and its weight: TRL sets both by the model's config."""
+    router_aux_loss_coef = 0.0
     _tokens: torch.Tensor | int = 0
     _tokens_logged = 0.0
-
-    def prepare_loss(self, *, summed: bool) -> None:
-        """Takes the summed loss where it is asked for and the model allows it."""
-        model = base_model(self.model)
-        self.summed_loss = summed and has_summed_loss(model)
-        if self.summed_loss:
-            add_summed_loss(model)
 
     def compute_loss(
         self,
@@ -92,21 +88,28 @@ class FastSteps(Trainer):
         """The micro-batch's share of the step's loss: its sum over supervised tokens / those of the whole step.
 
         ``num_items_in_batch`` counts the supervised tokens of all micro-batches on all ranks. Gradients are averaged
-        over ranks afterwards, so the share is multiplied by their number. ``inputs`` may say how many ``tokens`` it
-        has, where its mask does not.
+        over ranks afterwards, so the share is multiplied by their number. A routers' loss is a mean over the tokens of
+        the micro-batch, of which the step's is the mean, as in TRL. All of it is float32, whatever the type of the
+        model. ``inputs`` may say how many ``tokens`` it has, where its mask does not.
         """
         tokens = inputs.pop("tokens", None)
         if not self.summed_loss or return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = model(**inputs, use_cache=False, summed_loss=True).loss
+        scores = model(**inputs, use_cache=False, score_tokens=True, router_loss=self.aux_loss_enabled)
+        loss: torch.Tensor = scores.losses.sum()
         if tokens is None:
             mask = inputs.get("attention_mask")
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         self._tokens += tokens
         if num_items_in_batch is None:
-            return loss / (inputs["labels"][..., 1:] != IGNORED).sum().clamp(min=1)
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * ranks / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            loss, steps = loss / (inputs["labels"][..., 1:] != IGNORED).sum().clamp(min=1), 1
+        else:
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * ranks / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            steps = self.current_gradient_accumulation_steps
+        if scores.router_loss is not None:
+            loss = loss + self.router_aux_loss_coef * scores.router_loss / steps
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``num_tokens``, the tokens of all ranks since training began. All ranks call it."""

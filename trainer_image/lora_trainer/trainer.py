@@ -20,10 +20,9 @@ from lora_trainer.optim import optimizer_name
 from lora_trainer.progress import Progress
 from lora_trainer.rows import row_parameters
 from lora_trainer.sampler import EpochSampler, total_steps
-from lora_trainer.scores import add_token_scores
 from lora_trainer.settings import Place
 from lora_trainer.sharding import own_distribution
-from lora_trainer.speed import base_model, read_levers
+from lora_trainer.speed import read_levers
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Checkpoints, Resume
@@ -53,7 +52,6 @@ class LoRATrainer(FiniteTrainer):
         self, tokenizer: Tokenizer, questions: list[tuple[Prompt, str | None]], token_budget: int, place: Place
     ) -> Evaluator:
         """An evaluator of this trainer's model on the held-out records."""
-        add_token_scores(base_model(self.model))
         return Evaluator(self.model, tokenizer, self.eval_dataset, questions, token_budget, place, self.args.device)
 
     def train_to_end(self, resume: "Resume | None") -> None:

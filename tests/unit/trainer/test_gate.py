@@ -8,9 +8,10 @@ import pytest
 
 from lora_api.failures import RULES, FailureClass
 from lora_api.publishing import Gate
+from lora_api.served import Score, ServedEvaluation
 from lora_trainer.errors import GateRefusedError, classify
 from lora_trainer.evaluate import Evaluation
-from lora_trainer.gate import decide_gate
+from lora_trainer.gate import Losses, choose_losses, decide_gate
 from lora_trainer.metrics import pick, read_metrics, write_metrics
 
 BOTH = Gate(min_eval_loss_improvement=0.5, max_eval_loss=1.0)
@@ -41,7 +42,7 @@ GATES: dict[str, tuple[Gate | None, float | None, float | None, list[str] | None
 @pytest.mark.parametrize("case", GATES)
 def test_the_gate_decides(case: str) -> None:
     gate, before, after, words = GATES[case]
-    refusal = decide_gate(gate, before, after)
+    refusal = decide_gate(gate, Losses("training", before, after))
     if words is None:
         assert refusal is None
         return
@@ -49,8 +50,40 @@ def test_the_gate_decides(case: str) -> None:
     assert [word for word in words if word not in refusal] == []
 
 
+SERVED = ServedEvaluation(dtype="bfloat16", records=256, all_records=900, before=Score(loss=3.0), after=Score(loss=1.5))
+BASES: dict[str, tuple[Gate, ServedEvaluation | None, Losses]] = {
+    "by default the base as it is served": (
+        LARGEST, SERVED, Losses("served", 3.0, 1.5, " on the base as it is served (bfloat16, 256 of 900 records)"),
+    ),
+    "the base that was trained on, where that is asked for": (
+        Gate(max_eval_loss=1.0, base="training"), SERVED,
+        Losses("training", 2.0, 1.0, " on the base that was trained on"),
+    ),
+    "the base that was trained on, where the other was not measured": (
+        Gate(max_eval_loss=1.0, base="served"), ServedEvaluation(dtype="bfloat16", problem="too large"),
+        Losses("training", 2.0, 1.0, " on the base that was trained on (too large)"),
+    ),
+    "one base is both": (
+        LARGEST, SERVED.model_copy(update={"same_base": True}), Losses("served", 2.0, 1.0),
+    ),
+    "without records there is nothing to tell apart": (LARGEST, None, Losses("training", 2.0, 1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_the_gate_says_which_base_it_looks_at(case: str) -> None:
+    gate, served, want = BASES[case]
+    assert choose_losses(gate, 2.0, 1.0, served) == want
+
+
+def test_a_refusal_names_the_base() -> None:
+    refusal = decide_gate(LARGEST, choose_losses(LARGEST, 2.0, 1.0, SERVED))
+    assert refusal is not None
+    assert "loss on the base as it is served (bfloat16, 256 of 900 records) was 3.0000 before" in refusal
+
+
 def test_one_bound_that_holds_is_not_named_in_a_refusal() -> None:
-    assert "minEvalLossImprovement" not in (decide_gate(BOTH, 5.0, 1.2) or "")
+    assert "minEvalLossImprovement" not in (decide_gate(BOTH, Losses("training", 5.0, 1.2)) or "")
 
 
 def test_a_refusal_is_final_and_has_an_exit_code_of_its_own() -> None:

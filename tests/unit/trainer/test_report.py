@@ -10,6 +10,7 @@ import yaml
 
 from lora_api.data import DataReport, LengthHistogram
 from lora_api.run import RunSpec
+from lora_api.served import Score, ServedEvaluation
 from lora_trainer.card import build_card
 from lora_trainer.charts import Series, bar_chart, line_chart, nice_ticks, show_number, thin
 from lora_trainer.evaluate import Evaluation, Sample
@@ -30,6 +31,12 @@ DATA = DataReport(
     histogram=LengthHistogram(bounds=[64, 128, 256, 512], counts=[5, 20, 10, 5, 0]),
 )  # fmt: skip
 LEAKED = DATA.model_copy(update={"eval_records": 8, "leaked_records": 4})
+
+
+SERVED = ServedEvaluation(
+    dtype="bfloat16", records=4, all_records=8, before=Score(loss=2.6, share=0.0), after=Score(loss=0.31, share=0.75),
+    training=Score(loss=0.26, share=1.0),
+)  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -204,6 +211,32 @@ CARDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, bool]] = {
     "no better than the base is a limit": ({}, {"after": Evaluation(2.5, [])}, "no better than the base", True),
     "quantization is a limit": ({}, {}, "base weights in nf4", True),
     "without quantization it is none": ({"quantization": {"type": "none"}}, {}, "base weights in", False),
+    "what was measured on the base as it is served is no limit": (
+        {},
+        {"served": SERVED},
+        "base weights in nf4",
+        False,
+    ),
+    "the base as it is served comes first": (
+        {},
+        {"served": SERVED},
+        "| base weights as served (bfloat16), 4 of 8 records | 2.6000 | 0.3100 | 0.0% | 75.0% |\n"
+        "| base weights that it was trained on (nf4), the same records | - | 0.2600 | - | 100.0% |\n"
+        "| base weights that it was trained on (nf4), 8 records | 2.5000 | 0.2500 | - | - |\n",
+        True,
+    ),
+    "why it was not measured there is a limit": (
+        {},
+        {"served": ServedEvaluation(dtype="bfloat16", all_records=8, problem="it is too large")},
+        "On unquantized weights they differ, and were not measured: it is too large.",
+        True,
+    ),
+    "one base that is both is one row": (
+        {"quantization": {"type": "none"}},
+        {"served": SERVED.model_copy(update={"same_base": True})},
+        "| base weights as served and as trained on (bfloat16), 8 records | 2.5000 | 0.2500 | - | - |",
+        True,
+    ),
     "cut records are a limit": ({}, {}, "2 training records were cut at 64 tokens", True),
     "evaluation records that are trained on are a limit": ({}, {"data": LEAKED}, "too good to be true", True),
     "others are none": ({}, {}, "too good to be true", False),
@@ -211,6 +244,19 @@ CARDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, bool]] = {
     "a merged model is named": ({"publish": {"mergeBase": True}}, {}, "`merged/`", True),
     "no merged model is not": ({}, {}, "`merged/`", False),
 }
+
+
+def test_the_report_tells_both_bases_and_which_the_gate_looked_at() -> None:
+    page = build_report(make_run(publish={"gate": {"maxEvalLoss": 1.0}}), make_result(served=SERVED))
+    read_page(page)
+    for text in (
+        "On 4 of 8 records, all three the same.", "0.3100", "75.0%", "0.2600", "100.0%",
+        "a loss of at most 1 on the base as it is served (bfloat16, 4 of 8 records): passed", "Exactly right as served",
+    ):  # fmt: skip
+        assert text in page
+    evil = ServedEvaluation(dtype=EVIL, all_records=8, problem=EVIL)
+    text = build_report(make_run(publish={"gate": {"maxEvalLoss": 1.0}}), make_result(served=evil))
+    assert read_page(text).count("script") == 0
 
 
 @pytest.mark.parametrize("case", CARDS)
