@@ -8,9 +8,9 @@ from lora_api._base import Measure, RecordModel, ShortMessage
 class Score(RecordModel):
     """What an evaluation came to.
 
-    ``loss`` is in nats per token; of preference pairs, it is the loss of DPO. ``share`` is that of the records of which every token that is learned is the model's first choice: greedy decoding
-    writes exactly those to the letter. Of preference pairs it is that of the pairs whose chosen answer has the larger
-    reward.
+    ``loss`` is in nats per token; of preference pairs, it is the loss of DPO. ``share`` is that of the records of which
+    every token that is learned is the model's first choice: greedy decoding writes exactly those to the letter. Of
+    preference pairs it is that of the pairs whose chosen answer has the larger reward.
     """
 
     loss: Measure = Field(None, description="Evaluation loss.")

@@ -74,7 +74,7 @@ def test_a_refused_adapter_is_not_published_and_its_report_and_checkpoint_are_ke
         f"{ROOT}/refused/uid-1/metrics.jsonl", f"{ROOT}/refused/uid-1/report.html",
     ]  # fmt: skip
     assert f"{ROOT}/checkpoints/uid-1/step-4/COMPLETE.json" in left
-    metrics = [json.loads(line) for line in store.get(f"{ROOT}/refused/uid-1/metrics.jsonl").decode().splitlines()]
+    assert store.get(f"{ROOT}/refused/uid-1/metrics.jsonl").count(b"eval_loss") == 2
     for words in (
         "the evaluation loss on the base as it is served (float32, 9 records) was ", "before training", "after it",
         "minEvalLossImprovement asks for an improvement of 50", store.url(f"{ROOT}/refused/uid-1"),
@@ -252,8 +252,9 @@ def test_two_pods_prove_and_merge_what_they_publish_while_every_tracker_is_down(
     names = set(Store(adapter.uri).sizes())
     assert {"manifest.json", "metrics.jsonl", "report.html"} < names
     assert any("tfevents" in name for name in names)
+    assert adapter.served is not None
     assert (
-        f"the same bytes; evaluation loss {adapter.eval_loss_after:.6f}"
+        f"the same bytes; evaluation loss {adapter.served.after.loss:.6f}"
         in Store(adapter.uri).get("report.html").decode()
     )
     assert {"manifest.json", "model.safetensors", "config.json"} < set(Store(adapter.merged_uri).sizes())

@@ -17,9 +17,10 @@ from lora_trainer.chat import TEMPLATE_FILE, read_template, use_chat_template
 from lora_trainer.errors import BadDataError
 from lora_trainer.evaluate import Evaluator, Sample, answer_questions, question
 from lora_trainer.formats import Record, is_conversation
-from lora_trainer.model import load_base_model, load_tokenizer
+from lora_trainer.model import compute_dtype, load_base_model, load_tokenizer
 from lora_trainer.newtokens import PUBLISHED_FILES, TOKENIZER_FILE
 from lora_trainer.pairs import tokenize_pairs
+from lora_trainer.precision import autocast_forward
 from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
 from lora_trainer.rows import merge_rows
@@ -116,6 +117,7 @@ def measure(
         if yardstick.quantization.type == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
+        autocast_forward(network, compute_dtype(yardstick.quantization, device), device)
         evaluator = build_evaluator(network, tokenizer, records, yardstick, device)
         if adapter is not None and not base_only:
             with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows
@@ -167,7 +169,7 @@ def build_evaluator(
             "--data: chosen and rejected of every pair are equal in the tokens that are left of them at "
             f"--max-seq-length {length}; raise it"
         )
-    scorer = Scorer(base, int(tokenizer.pad_token_id), budget, ALONE, device, device.type == "cuda")
+    scorer = Scorer(base, int(tokenizer.pad_token_id), budget, ALONE, device)
     return PreferenceEvaluator(
         base,
         tokenizer,
@@ -179,5 +181,4 @@ def build_evaluator(
         pairs=pairs,
         reference=scorer.score(pairs),
         dpo=dpo,
-        mixed_precision=scorer.mixed_precision,
     )

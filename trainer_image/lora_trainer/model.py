@@ -27,12 +27,12 @@ from lora_trainer.architecture import (
     read_architecture,
     resolve_targets,
 )
+from lora_trainer.devices import product_type
 from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
 from lora_trainer.loading import Part, keeping
 from lora_trainer.loss import add_token_scores, check_head
 from lora_trainer.modelfiles import read_json_object
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,13 +65,9 @@ def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dty
     """Type of the matrix products.
 
     Raises:
-        BadSpecError: bfloat16 on a CPU, where its products are slow, and wrong on some.
+        BadSpecError: bfloat16 on a CPU.
     """
-    if quantization.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if quantization.compute_dtype == "bfloat16" and device.type == "cpu":
-        raise BadSpecError("quantization.computeDtype bfloat16 needs GPUs (parallelism.gpusPerNode above 0)")
-    return DTYPES[quantization.compute_dtype]
+    return product_type(quantization.compute_dtype, device)
 
 
 @contextmanager

@@ -25,13 +25,14 @@ from lora_api.run import RunSpec
 from lora_api.served import Score, ServedEvaluation
 from lora_trainer.adapter import ADAPTER
 from lora_trainer.architecture import attention_implementation
+from lora_trainer.devices import DTYPES
 from lora_trainer.evaluate import Evaluation, Evaluator
 from lora_trainer.fitting import build_job
 from lora_trainer.hostmemory import available_bytes
 from lora_trainer.loading import Part, keeping, part_to_load
 from lora_trainer.loss import add_token_scores
 from lora_trainer.memory import GIB
-from lora_trainer.model import DTYPES, add_adapter, load_skeleton
+from lora_trainer.model import add_adapter, load_skeleton
 from lora_trainer.modelshape import UnplannedModelError, read_shape
 from lora_trainer.newtokens import NewTokens
 from lora_trainer.parallel import assign_full, start_process_group

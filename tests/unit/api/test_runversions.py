@@ -42,6 +42,17 @@ def test_an_older_trainer_gets_what_it_knows_and_nothing_else() -> None:
     assert document.left_out == ("pins.train.etag",), "the key is nobody's wish, and what is left out else is named"
 
 
+def test_an_older_trainer_is_not_asked_for_the_base_as_it_is_served() -> None:
+    publish = {"store": "s3://adapters", "servedDtype": "float32", "gate": {"maxEvalLoss": 1.0, "base": "served"}}
+    asked = LoRAFineTune.model_validate(RUN.to_wire() | {"spec": RUN.spec.to_wire() | {"publish": publish}})
+    document = to_version(build_run_spec(asked, 1), 1)
+    assert document.document["publish"]["gate"] == {"maxEvalLoss": 1.0}
+    assert set(document.left_out) == {"publish.servedDtype", "publish.gate.base", "pins.train.etag"}
+    assert to_version(build_run_spec(RUN, 1, KEY), 1).left_out == ("pins.train.etag",), (
+        "who does not ask misses nothing"
+    )
+
+
 def test_a_document_without_anything_new_is_one_that_every_trainer_reads() -> None:
     plain = RUN.model_copy(update={"status": RUN.status.model_copy(update={"pins": None})})
     assert to_version(build_run_spec(plain, 1), RUN_VERSION).document["version"] == 1

@@ -1,6 +1,7 @@
 """Whether the adapter can be evaluated on its base as it is served, and how."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,12 @@ def test_an_architecture_that_is_not_planned_is_not_loaded_on_trust() -> None:
     plan = plan_served(make_spec(), None, 80)
     assert plan.problem == "how much memory this architecture needs is not known"
     assert not plan.is_wanted
+
+
+def test_the_document_shows_a_figure_of_today() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
+    spec = make_spec()
+    assert plan_served(spec, build_job(spec, read_shape(LLAMA_3_8B), device_gib=24), 24).to_text() in text
 
 
 def test_the_plan_is_the_weights_and_what_one_layer_and_the_loss_take() -> None:
