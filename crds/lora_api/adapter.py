@@ -48,7 +48,7 @@ class AdapterManifest(RecordModel):
     asked for. adapter_config.json has it as servers read it: one rank, one alpha, and no rsLoRA. Evaluation losses and
     shares are those of all evaluation records on the base model that was trained on, ``served`` has those on the base
     model as it is served, and ``gate_base`` says which of them publish.gate looked at. ``yardstick`` is what they were
-    measured on and with (``lora_trainer.yardstick``). Manifests of earlier releases have the losses alone.
+    measured on and with (``yardstick.RunYardstick``). Manifests of earlier releases have the losses alone.
     """
 
     schema_version: int = Field(1, ge=1)

@@ -11,32 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_api._base import ApiModel
 from lora_api.adapter import MANIFEST_FILE, AdapterManifest
 from lora_api.reading import read
 from lora_api.run import RunSpec
-from lora_api.sources import BaseModelSource, DataFormat, Dataset, DataSource
+from lora_api.sources import BaseModelSource, DataFormat, DataSource
 from lora_api.training import DPO, Quantization, QuantizationType
+from lora_api.yardstick import TOKEN_BUDGET, RunYardstick
 from lora_trainer.data import eval_fraction, read_records, split_records
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import Record
 from lora_trainer.sources import fetch_data
-
-TOKEN_BUDGET = 4096
-"""Tokens of an evaluation batch, padding included, where no run says how many."""
-
-
-class RunYardstick(ApiModel):
-    """``yardstick`` of a manifest: the parts of a run document that evaluation losses depend on.
-
-    ``token_budget`` are the tokens of a batch. They change a loss by no more than the rounding of its products.
-    """
-
-    base_model: BaseModelSource
-    dataset: Dataset
-    quantization: Quantization
-    dpo: DPO | None = None
-    token_budget: int = TOKEN_BUDGET
 
 
 def describe_yardstick(run: RunSpec) -> dict[str, Any]:
@@ -129,40 +113,40 @@ def apply_changes(yardstick: Yardstick, changes: Changes) -> Yardstick:
     Raises:
         BadSpecError: a setting of dpo is out of its range, or nothing says what to measure.
     """
-    wanted: dict[str, Any] = {
+    given: dict[str, Any] = {
+        "model": None if _is_at(yardstick.model, changes.model) else BaseModelSource(uri=str(changes.model)),
+        "data": None if _is_at(yardstick.data, changes.data) else DataSource(uri=str(changes.data)),
         "format": changes.format,
         "columns": changes.columns or None,
         "system_prompt": changes.system_prompt,
         "max_seq_length": changes.max_seq_length,
-        "model": changes.model and BaseModelSource(uri=changes.model),
+        "quantization": changes.quantization
+        and yardstick.quantization.model_copy(update={"type": changes.quantization}),
     }
-    if changes.quantization is not None and changes.quantization != yardstick.quantization.type:
-        wanted["quantization"] = yardstick.quantization.model_copy(update={"type": changes.quantization})
-    if changes.data is not None and (yardstick.data is None or changes.data != yardstick.data.uri):
-        wanted["data"] = DataSource(uri=changes.data)
+    differ = {name: value for name, value in given.items() if value is not None and value != getattr(yardstick, name)}
     dpo = _change_dpo(yardstick.dpo, changes)
-    kept = vars(yardstick) | {"dpo": dpo}
-    differ = {name: value for name, value in wanted.items() if value is not None and value != kept[name]}
-    if "model" in differ and yardstick.model is not None and differ["model"].uri == yardstick.model.uri:
-        del differ["model"]
+    fraction = None if "data" in differ else yardstick.fraction
+    found = replace(yardstick, **differ, dpo=dpo, fraction=fraction)
+    _check_complete(found, of_a_run=yardstick.model is not None)
     others = [f"--{name.replace('_', '-')}" for name in differ] + (["--objective"] if dpo != yardstick.dpo else [])
-    if "data" in differ:
-        differ["fraction"] = None
-    found = replace(yardstick, **differ, dpo=dpo)
-    if found.model is None:
-        raise BadSpecError(f"--model: is needed: nothing else says which base model to measure ({yardstick.name})")
-    if found.data is None:
-        raise BadSpecError(
-            "--data: is needed: "
-            + (
-                "the run had no evaluation records (dataset.evalFraction 0)"
-                if yardstick.model is not None
-                else f"nothing else says which records to measure on ({yardstick.name})"
-            )
-        )
     if others and yardstick.model is not None:
         return replace(found, name=f"{found.name}, but for {', '.join(others)}")
     return found
+
+
+def _is_at(source: BaseModelSource | DataSource | None, uri: str | None) -> bool:
+    """Whether ``uri`` asks for nothing but ``source``."""
+    return uri is None or (source is not None and source.uri == uri)
+
+
+def _check_complete(yardstick: Yardstick, *, of_a_run: bool) -> None:
+    if yardstick.model is None:
+        raise BadSpecError(f"--model: is needed: nothing else says which base model to measure ({yardstick.name})")
+    if yardstick.data is None:
+        why = f"nothing else says which records to measure on ({yardstick.name})"
+        if of_a_run:
+            why = "the run had no evaluation records (dataset.evalFraction 0)"
+        raise BadSpecError(f"--data: is needed: {why}")
 
 
 def _change_dpo(dpo: DPO | None, changes: Changes) -> DPO | None:
