@@ -12,6 +12,7 @@ from lora_api.failures import RULES, FailureClass
 from lora_api.run import RunSpec
 from lora_trainer.digest import BLOCK_BYTES, combined, digest
 from lora_trainer.store import Store
+from tests.support.families import make_family
 from tests.support.tiny import make_model
 from tests.trainer.gang import Case, run_cases
 from tests.trainer.runs import Launched, build_run
@@ -34,13 +35,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"type": "nf4"},
     "nf4-plain": {"type": "nf4", "doubleQuant": False},
     "int8": {"type": "int8"},
+    "experts": {"type": "nf4"},
 }
-"""Name: ``quantization``."""
+"""Name: ``quantization``. ``experts`` is a mixture."""
 
 GATHERED = [
     *(("nf4", strategy) for strategy in STRATEGIES),
     *(("int8", strategy) for strategy in ("ddp-2", "fsdp-3", "fsdp-2-offload", "hsdp-2x2")),
     ("nf4-plain", "fsdp-2"),
+    ("experts", "fsdp-3"),
+    ("experts", "hsdp-2x2"),
 ]
 FLIPPED = [
     *(("nf4", strategy, at, "weight") for strategy, at in (("alone", 0), ("ddp-2", 1), ("fsdp-4", 3))),
@@ -48,6 +52,8 @@ FLIPPED = [
     ("nf4", "hsdp-2x2", 2, "weight"),
     ("nf4", "fsdp-2", 1, "constants"),
     ("int8", "hsdp-2x2", 3, "constants"),
+    ("experts", "fsdp-4", 2, "weight"),
+    ("experts", "fsdp-2", 0, "constants"),
 ]
 INT8: dict[str, tuple[list[int], dict[str, Any]]] = {
     "alone": ([0], {}),
@@ -65,16 +71,20 @@ def name_of(*parts: Any) -> str:
 @pytest.fixture(scope="module")
 def results(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     directory = tmp_path_factory.mktemp("bits")
-    untied = str(make_model(directory / "model", tied=False))
+    untied, mixture = make_model(directory / "model", tied=False), make_family("mixtral", directory / "mixture")
     cases = []
+
+    def arguments(kind: str, strategy: str) -> dict[str, Any]:
+        model = str(mixture if kind == "experts" else untied)
+        return {"model": model, "quantization": KINDS[kind], "strategy": STRATEGIES[strategy][1]}
+
     for kind, strategy in GATHERED:
-        processes, spread = STRATEGIES[strategy]
-        arguments = {"model": untied, "quantization": KINDS[kind], "strategy": spread}
-        cases.append(Case(name_of("gather", kind, strategy), "gather_packed", processes, arguments))
+        processes, _ = STRATEGIES[strategy]
+        cases.append(Case(name_of("gather", kind, strategy), "gather_packed", processes, arguments(kind, strategy)))
     for kind, strategy, at, what in FLIPPED:
-        processes, spread = STRATEGIES[strategy]
-        arguments = {"model": untied, "quantization": KINDS[kind], "strategy": spread, "at": at, "what": what}
-        cases.append(Case(name_of("flip", kind, strategy, at, what), "flip", processes, arguments))
+        processes, _ = STRATEGIES[strategy]
+        flipped = arguments(kind, strategy) | {"at": at, "what": what}
+        cases.append(Case(name_of("flip", kind, strategy, at, what), "flip", processes, flipped))
     for name, (processes, parallelism) in INT8.items():
         own = directory / f"int8-{name}"
         changes = {
@@ -97,7 +107,7 @@ def test_gathered_weights_are_those_that_were_loaded_under_the_copies_of_a_gpu(
         assert rank["constants"]
         assert rank["types"] == ["torch.int8" if kind == "int8" else "torch.uint8"]
         assert rank["sharded"] == (0 if strategy in ("alone", "ddp-2") else rank["weights"])
-        assert rank["weights"] == 14
+        assert rank["weights"] == (12 if kind == "experts" else 14)
         assert rank["logits"] == 0
 
 
@@ -108,7 +118,9 @@ def test_one_bit_that_changes_on_one_rank_is_found_by_all(
     found = results[name_of("flip", kind, strategy, at, what)]
     for words in zip(*found, strict=True):
         assert len(set(words)) == 1, "each rank says the same"
-        label = "mlp.down_proj" + (" (constants)" if what == "constants" else "")
+        label = ("mlp.experts.down_proj" if kind == "experts" else "mlp.down_proj") + (
+            " (constants)" if what == "constants" else ""
+        )
         assert f"packed weights are not those that were loaded: model.layers.1.{label} of rank {at}," in words[0]
 
 

@@ -172,15 +172,22 @@ def test_the_layers_of_a_model_are_looked_at_though_its_memory_is_not_planned(
     assert any("memory is not planned" in text for text in result.warnings) == (kind != "Llama")
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_it_is_said_that_experts_are_left_as_they_are(quantization: str, check: Check, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        ("nf4", "they get no adapter and are held in NF4"),
+        ("int8", "they get no adapter and are not quantized, though quantization.type is int8"),
+        ("none", "they get no adapter"),
+    ],
+)
+def test_it_is_said_what_becomes_of_experts(quantization: str, words: str, check: Check, tmp_path: Path) -> None:
     model = make_family("mixtral", tmp_path / "mixture")
     result = check(gib=24, baseModel={"uri": f"file://{model}"}, quantization={"type": quantization})
     assert not said(result)
     (warning,) = [text for text in result.warnings if "experts" in text]
     experts = 2 * 4 * 3 * 64 * 96  # layers, experts, matrices
     assert warning.startswith(f"baseModel: {experts:,} of ")
-    assert ("not quantized" in warning) == (quantization == "nf4")
+    assert warning.endswith(words)
 
 
 def shard(directory: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lora_api.training import LoRA
 from lora_trainer.errors import BadSpecError
+from lora_trainer.experts import PackedExperts
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Entries of a config's ``layer_types`` that are attention; all others are recurrent layers."""
@@ -68,6 +69,7 @@ def read_architecture(model: PreTrainedModel) -> Architecture:
     head = names.get(id(model.get_output_embeddings()))
     inside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     routers = set(_find_routers(model))
+    packed = {id(p) for one in model.modules() if isinstance(one, PackedExperts) for p in one.parameters()}
     linears = [name for name in inside if name.startswith(f"{prefix}.") and name not in routers]
     if not linears:
         raise BadSpecError(
@@ -81,7 +83,7 @@ def read_architecture(model: PreTrainedModel) -> Architecture:
         experts=tuple(
             name
             for name, parameter in model.named_parameters()
-            if name.startswith(f"{prefix}.") and parameter.dim() == 3 and "expert" in name
+            if name.startswith(f"{prefix}.") and (parameter.dim() == 3 or id(parameter) in packed) and "expert" in name
         ),
         others=tuple(name for name in inside if not name.startswith(f"{prefix}.") and name != head),
         head=head,
@@ -127,6 +129,8 @@ def _find_routers(model: nn.Module) -> Iterable[str]:
 
 
 def _leading_size(experts: nn.Module) -> int:
+    if isinstance(experts, PackedExperts):
+        return int(experts.num_experts)
     return max((parameter.shape[0] for parameter in experts.parameters() if parameter.dim() == 3), default=0)
 
 

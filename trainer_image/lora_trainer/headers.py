@@ -202,17 +202,19 @@ def count_by_type(tensors: Header) -> dict[str, int]:
 
 
 def count_weights(tensors: Header, shape: ModelShape) -> Weights:
-    """The weights that are loaded: those of linear layers inside transformer layers, and the rest.
+    """The weights that are loaded: those of linear layers inside transformer layers, of experts there, and the rest.
 
     An output head that is tied to the embedding may be stored too; it is loaded once.
     """
     endings = tuple(f".{linear.name}.weight" for linear in shape.linears)
-    linear = rest = 0
+    linear = rest = experts = 0
     for name, tensor in tensors.items():
         if shape.tied and name.endswith("lm_head.weight"):
             continue
         if ".layers." in name and name.endswith(endings):
             linear += tensor.weights
+        elif ".layers." in name and ".experts." in name and shape.is_mixture:
+            experts += tensor.weights
         else:
             rest += tensor.weights
-    return Weights(linear, rest)
+    return Weights(linear, rest, experts)

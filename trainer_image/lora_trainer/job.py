@@ -136,6 +136,11 @@ class Job:
         """Bytes of one weight of a linear layer: two NF4 weights share a byte (QLoRA, arXiv:2305.14314)."""
         return {"nf4": 0.5, "int8": 1.0}.get(self.quantization.type, float(self.compute_bytes))
 
+    @property
+    def expert_weight_bytes(self) -> float:
+        """Bytes of one weight of a routed expert: half of one in NF4, else c (``experts.pack_parameter``)."""
+        return self.linear_weight_bytes if self.quantization.type == "nf4" else float(self.compute_bytes)
+
     @cached_property
     def targets(self) -> tuple[Linear, ...]:
         """Linear layers of one transformer layer that get an adapter."""

@@ -11,7 +11,7 @@ shards of weights that bitsandbytes has not packed yet: it is not for NF4 (trans
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -60,6 +60,29 @@ def local_part(parameter: nn.Parameter) -> torch.Tensor | None:
     return part
 
 
+Packing = Callable[[nn.Module, str, nn.Parameter], nn.Parameter | None]
+"""What is made of a weight before a module gets it under a name; ``None``: it stays as it is."""
+
+
+@contextmanager
+def packing(pack: Packing) -> Iterator[None]:
+    """Weights that are loaded inside are packed, each as it comes. ``keeping`` goes inside, to cut what is packed."""
+
+    def replace(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or not _is_loaded(parameter):
+            return None
+        packed = pack(module, name, parameter)
+        if packed is not None:
+            setattr(packed, LOADED_FLAG, True)
+        return packed
+
+    handle = register_module_parameter_registration_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def keeping(part: Part | None) -> Iterator[None]:
     """Weights that are loaded inside are cut down to ``part``. ``None`` changes nothing."""
@@ -68,9 +91,7 @@ def keeping(part: Part | None) -> Iterator[None]:
         return
 
     def cut(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or not getattr(parameter, LOADED_FLAG, False):
-            return None
-        if local_part(parameter) is not None:
+        if parameter is None or not _is_loaded(parameter):
             return None
         return _stand_in(parameter, part)
 
@@ -88,6 +109,11 @@ def keeping(part: Part | None) -> Iterator[None]:
             del os.environ[ASYNC_SWITCH]
         else:
             os.environ[ASYNC_SWITCH] = before
+
+
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    """Whether it came from the files, and was not cut yet."""
+    return not parameter.is_meta and getattr(parameter, LOADED_FLAG, False) and local_part(parameter) is None
 
 
 def _reserve_nothing(*_: object) -> None:

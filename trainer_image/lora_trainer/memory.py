@@ -116,16 +116,20 @@ def plan_memory(job: Job) -> MemoryPlan:
 
 
 def linear_bytes(job: Job) -> float:
-    """Bytes of the linear layers of one transformer layer and its experts: 0.5 (2hq + 2h kv + 3hf) in NF4.
+    """Bytes of the linear layers of one transformer layer, its experts and router: 0.5 (2hq + 2h kv + 3hf) in NF4.
 
-    1 byte a weight in int8 (LLM.int8(), arXiv:2208.07339), c without quantization. Experts always have c.
+    1 byte a weight in int8 (LLM.int8(), arXiv:2208.07339), c without quantization. Experts have 0.5 in NF4, else c.
     """
-    return job.linear_weight_bytes * job.shape.layer_weights + job.compute_bytes * job.shape.expert_weights
+    shape = job.shape
+    experts = job.expert_weight_bytes * shape.expert_weights + job.compute_bytes * shape.router_weights
+    return job.linear_weight_bytes * shape.layer_weights + experts
 
 
 def weight_bytes(job: Job) -> float:
-    """Bytes of one copy of the base model: its linear layers as they are quantized, everything else in c bytes."""
-    return job.linear_weight_bytes * job.weights.linear + job.compute_bytes * job.weights.rest
+    """Bytes of one copy of the base model: linear layers and experts as they are quantized, all else in c bytes."""
+    weights = job.weights
+    quantized = job.linear_weight_bytes * weights.linear + job.expert_weight_bytes * weights.experts
+    return quantized + job.compute_bytes * weights.rest
 
 
 def constant_bytes(job: Job) -> float:
@@ -139,7 +143,7 @@ def constant_bytes(job: Job) -> float:
     if job.quantization.type == "none":
         return 0.0
     bits = 8 / 64 + 32 / (64 * 256) if job.quantization.double_quant else 32 / 64
-    return job.weights.linear * bits / 8
+    return (job.weights.linear + job.weights.experts) * bits / 8
 
 
 def gathered_bytes(job: Job) -> float:
@@ -253,10 +257,19 @@ def layer_bytes(job: Job) -> float:
 
 
 def dequantization_bytes(job: Job) -> float:
-    """Bytes of the largest linear layer in the compute type, which is made for each product: mostly c h f."""
+    """Bytes of the largest linear layer in the compute type, which is made for each product: mostly c h f.
+
+    Of experts in NF4 one matrix at a time is made, the largest 2hf, beside the scales of all experts of the layer, 4
+    bytes for each 64 weights.
+    """
     if not job.is_quantized:
         return 0.0
-    return float(job.compute_bytes * max(linear.weights for linear in job.shape.linears))
+    shape = job.shape
+    largest = job.compute_bytes * max(linear.weights for linear in shape.linears)
+    if not shape.is_mixture or job.quantization.type != "nf4":
+        return float(largest)
+    scales = 4 * shape.expert_weights / 64
+    return max(float(largest), job.compute_bytes * 2 * shape.hidden * shape.feed_forward + scales)
 
 
 def loss_bytes(job: Job) -> float:
@@ -269,10 +282,15 @@ def loss_bytes(job: Job) -> float:
 
 
 def loading_bytes(job: Job) -> float:
-    """Bytes while loading: the whole base model, its constants, and the adapter's float32 weights."""
-    if not job.stack.loads_whole:
-        return 0.0
-    return weight_bytes(job) + constant_bytes(job) + 4 * adapter_weights(job)
+    """Bytes while loading: the whole base model, its constants, and the adapter's float32 weights.
+
+    Where each weight is cut as it comes, only a mixture's are large enough to count: the gates of a layer's experts are
+    there twice in the compute type, one by one as in the files and joined, beside this GPU's share of the rest.
+    """
+    if job.stack.loads_whole:
+        return weight_bytes(job) + constant_bytes(job) + 4 * adapter_weights(job)
+    share = 0.0 if job.cpu_offload else weight_bytes(job) / job.shards
+    return share + constant_bytes(job) + 2 * job.compute_bytes * job.shape.expert_weights * 2 / 3
 
 
 def _camel(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ from lora_trainer.architecture import (
 )
 from lora_trainer.devices import product_type
 from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
-from lora_trainer.loading import Part, keeping
+from lora_trainer.experts import pack_parameter
+from lora_trainer.loading import Part, keeping, packing
 from lora_trainer.modelfiles import read_json_object
 from lora_trainer.packed import freeze_int8
 
@@ -183,7 +185,7 @@ def load_base_model(
     """
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
-    with keeping(part):
+    with packing(partial(pack_parameter, quantization=quantization)), keeping(part):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,

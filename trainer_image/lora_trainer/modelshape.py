@@ -109,15 +109,19 @@ NESTED = {"gemma3": "gemma3_text"}
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights a model has: ``linear`` in linear layers, which quantization takes, and the ``rest``."""
+    """How many weights a model has: ``linear`` in linear layers, ``experts`` in routed experts, and the ``rest``.
+
+    Linear layers are quantized as ``quantization.type`` says, experts by nf4 alone, the rest never.
+    """
 
     linear: int
     rest: int
+    experts: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.linear + self.rest
+        return self.linear + self.rest + self.experts
 
 
 @dataclass(frozen=True)
@@ -209,15 +213,15 @@ class ModelShape:
 
     @property
     def expert_weights(self) -> int:
-        """Weights of one layer's experts and router: E(3hf + h), and h for the gate of a shared expert.
+        """Weights of one layer's routed experts: E 3hf. transformers 5 keeps them in two parameters."""
+        return self.experts * 3 * self.hidden * self.feed_forward if self.is_mixture else 0
 
-        transformers 5 keeps experts as 3-D parameters. bitsandbytes quantizes linear layers only, so these stay in
-        the compute type.
-        """
+    @property
+    def router_weights(self) -> int:
+        """Weights of one layer's router: E h, and h for the gate of a shared expert. Never quantized."""
         if not self.is_mixture:
             return 0
-        gate = self.hidden if self.shared else 0
-        return self.experts * (3 * self.hidden * self.feed_forward + self.hidden) + gate
+        return self.hidden * (self.experts + (1 if self.shared else 0))
 
     @property
     def embedding_weights(self) -> int:
@@ -233,9 +237,9 @@ class ModelShape:
 
     @property
     def weights(self) -> "Weights":
-        """All weights, by whether they can be quantized."""
-        rest = self.layers * self.expert_weights + self.embedding_weights + self.small_weights
-        return Weights(self.layers * self.layer_weights, rest)
+        """All weights, by how they can be quantized."""
+        rest = self.layers * self.router_weights + self.embedding_weights + self.small_weights
+        return Weights(self.layers * self.layer_weights, rest, self.layers * self.expert_weights)
 
     @property
     def total_weights(self) -> int:

@@ -15,6 +15,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lora_trainer.experts import NAMES, PackedExperts
 from lora_trainer.loading import local_part
 
 
@@ -66,6 +67,8 @@ class Packed:
         """What the products unpack it with, whole on each process."""
         if isinstance(self.module, Linear8bitLt):
             return [self.module.state.SCB]
+        if isinstance(self.module, PackedExperts):
+            return _tensors(self.module.packed_states[self.attribute])
         return _tensors(self.module.quant_state)
 
 
@@ -78,6 +81,9 @@ def _find(model: nn.Module) -> Iterator[Packed]:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             yield Packed(name, module, "weight")
+        elif isinstance(module, PackedExperts):
+            states = module.packed_states
+            yield from (Packed(f"{name}.{attribute}", module, attribute) for attribute in NAMES if attribute in states)
 
 
 def _tensors(state: QuantState) -> list[torch.Tensor]:

@@ -217,11 +217,18 @@ def _compare(shape: ModelShape, counted: Weights, tensors: Header, findings: Fin
 
 
 def _describe_experts(skeleton: Any, architecture: Any, run: RunSpec) -> str:
+    from lora_trainer.experts import can_pack
+
     sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters()}
     count, total = sum(sizes[name] for name in architecture.experts), sum(sizes.values())
     kind = run.quantization.type
-    as_they_are = "" if kind == "none" else f" and are not quantized, though quantization.type is {kind}"
-    return f"baseModel: {count:,} of {total:,} weights are routed experts: they get no adapter{as_they_are}"
+    if kind == "nf4" and all(
+        can_pack(skeleton.get_submodule(name.rpartition(".")[0])) for name in architecture.experts
+    ):
+        held = " and are held in NF4"
+    else:
+        held = "" if kind == "none" else f" and are not quantized, though quantization.type is {kind}"
+    return f"baseModel: {count:,} of {total:,} weights are routed experts: they get no adapter{held}"
 
 
 def _read_tokenizer(run: RunSpec, model: Model, findings: Findings) -> Any:

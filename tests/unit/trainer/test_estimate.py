@@ -12,6 +12,7 @@ import yaml
 
 from lora_trainer.cli import main
 from lora_trainer.estimate import PART_TEXT, read_manifest
+from tests.unit.trainer.configs import MIXTRAL
 from tests.unit.trainer.published import LLAMA_3_8B
 
 ROOT = Path(__file__).parents[3]
@@ -145,6 +146,20 @@ def test_files_that_cannot_be_read_are_64(case: Case, capsys: pytest.CaptureFixt
 def test_the_size_of_the_gpu_must_make_sense(case: Case, capsys: pytest.CaptureFixture[str], gib: float) -> None:
     assert case.run(gib=gib) == 64
     assert "--gpu-memory-gib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("quantization", "weights", "code"), [("nf4", 5.5, 0), ("int8", 21.4, 1), ("none", 21.7, 1)])
+def test_a_mixture_of_47_billion_weights_fits_on_four_gpus_of_24_gb_in_nf4(
+    quantization: str, weights: float, code: int, case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case.config.write_text(json.dumps(MIXTRAL))
+    made = yaml.safe_load((ROOT / "examples" / "mixtral-8x7b.yaml").read_text())
+    made["spec"]["quantization"] = {"type": quantization}
+    case.manifest.write_text(yaml.safe_dump(made))
+    assert case.run("--json", gib=22) == code
+    found = json.loads(capsys.readouterr().out)
+    assert found["shardSize"] == 4
+    assert found["perGpu"]["parts"]["weightsSharded"] == pytest.approx(weights, abs=0.1)
 
 
 def test_yaml_is_read_as_kubectl_does(case: Case) -> None:

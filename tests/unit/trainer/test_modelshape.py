@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lora_api.training import Quantization
 from lora_trainer.errors import BadSpecError
 from lora_trainer.memory import GIB, adapter_weights, plan_memory
 from lora_trainer.modelshape import UnplannedModelError, read_shape
@@ -53,9 +54,14 @@ def test_fused_projections_have_the_same_weights_and_fewer_adapter_weights() -> 
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, QWEN_3_30B_A3B, QWEN_15_MOE], ids=lambda config: config["model_type"])
-def test_experts_are_not_quantized(config: dict[str, Any]) -> None:
+def test_experts_are_packed_by_nf4_alone(config: dict[str, Any]) -> None:
     shape = read_shape(config)
-    assert plan_memory(job(config)).weights_sharded * GIB > 2 * shape.layers * shape.expert_weights
+    plans = {kind: plan_memory(job(config, quantization=Quantization(type=kind))) for kind in ("nf4", "int8", "none")}
+    weights = {kind: plan.weights_sharded * GIB for kind, plan in plans.items()}
+    experts, linear = shape.layers * shape.expert_weights, shape.layers * shape.layer_weights
+    assert weights["none"] - weights["nf4"] == pytest.approx(1.5 * (experts + linear))
+    assert weights["none"] - weights["int8"] == pytest.approx(linear)
+    assert plans["nf4"].weights_replicated * GIB > experts / 64, "scales of 8 bits, whole on each GPU"
 
 
 def test_an_expert_that_all_tokens_go_through_is_adapted_and_counted() -> None:
