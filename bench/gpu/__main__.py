@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from bench.gpu.packing import packing
 from bench.gpu.parts import ENDED_IN_TIME, Machine, facts, large, levers, out_of_memory, parity, speed
 
 PARTS = {
     "facts": facts,
     "parity": parity,
+    "packing": packing,
     "speed": speed,
     "large": large,
     "outOfMemory": out_of_memory,

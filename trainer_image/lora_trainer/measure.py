@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.adapter import ADAPTER_FILES
 from lora_api.sources import BaseModelSource, DataFormat, DataSource
@@ -125,7 +124,6 @@ def measure(
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
-        add_fused_lm_head(network)
         autocast_forward(network, compute_dtype(settings, device), device)
         evaluator = build_evaluator(network, tokenizer, records, max_seq_length, device, dpo)
         if adapter is not None:

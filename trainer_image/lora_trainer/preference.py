@@ -24,7 +24,6 @@ from safetensors import safe_open
 from torch.nn.functional import logsigmoid, relu
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerCallback, TrainingArguments
-from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.run import RunSpec
 from lora_api.training import DPO
@@ -105,24 +104,19 @@ def sum_rewards(ratios: Ratios, beta: float) -> torch.Tensor:
 
 
 def answer_log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probability in nats of each sequence's answer, shape (sequences,).
+    """Log-probability in nats of each sequence's answer, float64, shape (sequences,).
 
-    The model's head runs in tiles (``fuse_head``): logits of the whole batch are never held, forward or backward.
+    Two answers of a thousand nats may differ by a thousandth: float32 keeps four digits of that.
     """
-    output = model(
+    scores = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         labels=batch["labels"],
         use_cache=False,
-        fused_lm_head=True,
+        score_tokens=True,
     )
-    log_probs: torch.Tensor = output.log_probs
-    return log_probs.sum(dim=1)
-
-
-def fuse_head(model: PeftModel) -> None:
-    """Teaches the model to return log-probabilities of labels in place of logits, as TRL does for SFT."""
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
+    losses = torch.zeros_like(scores.supervised, dtype=torch.float32).masked_scatter(scores.supervised, scores.losses)
+    return -losses.sum(dim=1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,7 @@ class Scorer:
             placed = {name: tensor.to(self.device) for name, tensor in batch.items()}
             values = answer_log_probs(self.model, placed)
             if number < len(batches):
-                found[indices] = values.double().cpu()
+                found[indices] = values.cpu()
             if time.monotonic() - spoke > HEARTBEAT_SECONDS:
                 heartbeat()
                 spoke = time.monotonic()
@@ -246,7 +240,7 @@ class PreferenceTrainer(LoRATrainer):
         """A micro-batch: chosen sequences first, then the rejected ones, and the reference's log-probabilities."""
         sequences = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
         reference = self.reference["train"][[pair.index for pair in pairs]]
-        return pad_sequences(sequences, self.pad_token) | {"reference": reference.T.reshape(-1).float()}
+        return pad_sequences(sequences, self.pad_token) | {"reference": reference.T.reshape(-1)}
 
     def compute_loss(
         self,
@@ -262,7 +256,7 @@ class PreferenceTrainer(LoRATrainer):
         sums, count = sum_rewards(ratios, self.dpo.beta), torch.full_like(ratios.chosen[:1].double(), len(gained) // 2)
         self._rewards += torch.cat([sums, count])
         self._tokens += inputs["attention_mask"].sum()
-        return pair_losses(ratios, self.dpo).mean()
+        return pair_losses(ratios, self.dpo).mean().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the rewards since the last time, over all ranks, and the tokens since training began."""
@@ -351,7 +345,6 @@ def build_preference_trainer(
         BadSpecError: the batch sizes do not fit.
     """
     arguments = loop_arguments(run, len(data.train), device, directory)
-    fuse_head(model)
     if run.training.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = PreferenceTrainer(
