@@ -20,12 +20,6 @@ NEW_TOKENS = ("<|ticket|>", "<|end-of-ticket|>")
 FAMILY = "llama-3"
 """Of the cases that are not about families."""
 
-REFUSED: dict[tuple[str, str], str] = {
-    (strategy, "int8"): r"quantization\.type int8: these weights cannot be sharded"
-    for strategy in ("fsdp", "hsdp", "cpuOffload")
-}
-"""Strategy and quantization that the product refuses, and its words. A pair that is taken out of here is trained."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -52,11 +46,6 @@ class Row:
     def alone(self) -> "Row":
         """The same run on one process, without a break: what this one is compared with."""
         return Row("alone", self.objective, self.quantization, self.family)
-
-    @property
-    def refusal(self) -> str | None:
-        """A pattern of what the product says where it refuses the run."""
-        return REFUSED.get((self.strategy, self.quantization))
 
     def changes(self) -> dict[str, Any]:
         """What it changes in the run document of the tests. Everything else is as users have it by default.
@@ -99,4 +88,3 @@ def build_rows() -> list[Row]:
 
 
 ROWS = {row.name: row for row in build_rows()}
-TRAINED = {name: row for name, row in ROWS.items() if row.refusal is None}

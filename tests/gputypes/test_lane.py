@@ -1,12 +1,11 @@
 """Every way of training, with the types and the copies of a GPU."""
 
-import re
 from typing import Any
 
 import pytest
 
 from tests.gputypes.conftest import LAST_STEP
-from tests.gputypes.table import REFUSED, ROWS, TRAINED, Row
+from tests.gputypes.table import ROWS, Row
 
 Results = dict[str, list[dict[str, Any]]]
 
@@ -23,9 +22,9 @@ def look(results: Results, row: Row) -> list[dict[str, Any]]:
     return results[row.name]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ROWS)
 def test_it_trains(name: str, results: Results) -> None:
-    row = TRAINED[name]
+    row = ROWS[name]
     for rank in look(results, row):
         done = LAST_STEP if row.resumed else 0
         assert list(map(int, rank["losses"])) == list(range(done + 1, row.changes()["training"]["maxSteps"] + 1))
@@ -33,38 +32,38 @@ def test_it_trains(name: str, results: Results) -> None:
         assert "torch.bfloat16" in rank["types"]
 
 
-@pytest.mark.parametrize("name", [name for name, row in TRAINED.items() if row.strategy != "alone" or row.resumed])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.strategy != "alone" or row.resumed])
 def test_its_losses_are_those_of_one_process(name: str, results: Results) -> None:
-    row = TRAINED[name]
+    row = ROWS[name]
     (alone,) = look(results, row.alone)
     for rank in look(results, row):
         assert rank["losses"] == pytest.approx({step: alone["losses"][step] for step in rank["losses"]}, abs=LOSS)
         assert rank["evals"] == pytest.approx({step: alone["evals"][step] for step in rank["evals"]}, abs=EVALUATION)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ROWS)
 def test_peft_loads_what_it_published(name: str, results: Results) -> None:
-    rank = look(results, TRAINED[name])[0]
+    rank = look(results, ROWS[name])[0]
     assert rank["difference"] <= LOGIT
     assert rank["learned"] > LOGIT, "nothing was learned that could differ"
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ROWS)
 def test_nobody_else_wraps_the_model(name: str, results: Results) -> None:
-    for rank in look(results, TRAINED[name]):
+    for rank in look(results, ROWS[name]):
         assert rank["wrapped"] == 0, "DDP"
         assert rank["prepared"] == 0, "accelerate's autocast"
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_fresh_adapter_is_measured_after_training_as_it_was_before(name: str, results: Results) -> None:
-    for rank in look(results, TRAINED[name]):
+    for rank in look(results, ROWS[name]):
         assert rank["again"] == rank["before"], "to the bit"
 
 
-@pytest.mark.parametrize("name", [name for name, row in TRAINED.items() if row.strategy == "ddp"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.strategy == "ddp"])
 def test_gradients_are_averaged_once(name: str, results: Results) -> None:
-    for rank in look(results, TRAINED[name]):
+    for rank in look(results, ROWS[name]):
         assert rank["averaged_before"] is False
 
 
@@ -76,10 +75,3 @@ def test_host_memory_has_a_group_of_its_own(results: Results) -> None:
         assert [b - a for a, b in zip(told, summed, strict=True)] == [1, 0], "sums are on the training device"
         assert meshed[1] == summed[1], "and meshes are not made of it"
         assert rank["sizes"] == [2, 2]
-
-
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.refusal])
-def test_what_cannot_be_is_refused(name: str, results: Results) -> None:
-    row = ROWS[name]
-    for rank in results[name]:
-        assert re.search(REFUSED[row.strategy, row.quantization], rank["error"])

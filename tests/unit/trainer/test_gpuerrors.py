@@ -82,7 +82,8 @@ def test_only_what_another_node_can_change_is_retried() -> None:
     for kind in ("GPUUnsupported", "LimitTooLow"):
         assert not RULES[FailureClass(kind)].retried
     assert not RULES[FailureClass.GPU_FAULT].charged, "as for a lost node"
-    assert {kind for kind, rule in RULES.items() if rule.node} == {"GPUFault", "GPUUnavailable", "NodeLost", "WeightsChanged"}
+    named = {kind for kind, rule in RULES.items() if rule.node}
+    assert named == {"GPUFault", "GPUUnavailable", "NodeLost", "WeightsChanged"}
 
 
 def cell(text: str) -> str:
