@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from bench.gpu.errors import errors
-from bench.gpu.parts import ENDED_IN_TIME, Machine, large, levers, out_of_memory, parity, speed
+from bench.gpu.parts import ENDED_IN_TIME, Machine, facts, large, levers, out_of_memory, parity, speed
 
 PARTS = {
+    "facts": facts,
     "parity": parity,
     "speed": speed,
     "large": large,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.facts import FACTS
 from bench.gpu.models import CONFIGS, write_model, write_records
 from bench.watch import BenchError, Watched, watch
 from lora_api.failures import RULES, FailureClass
@@ -181,6 +182,20 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+# -- what the tests take for true
+
+
+def facts(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
+    """Each fact that the tests emulate of a GPU, asked of this one (docs/decisions/035)."""
+    if not machine.on_gpu:
+        report("facts", {"notAsked": "they are of GPUs; tests/gputypes asks them of the emulation"})
+        return
+    for name, ask in FACTS.items():
+        answer = ask(torch.device("cuda", 0))
+        failed = {} if answer.holds else {"failed": "the tests emulate a GPU otherwise: tests/support/gputypes.py"}
+        report(name, {"asEmulated": answer.holds, "figure": answer.figure, **failed})
 
 
 # -- (a) parity

@@ -24,6 +24,7 @@ class FailureClass(OpenEnum):
     CHECKPOINTED = "Checkpointed"
     GATE_REFUSED = "GateRefused"
     SOURCE_CHANGED = "SourceChanged"
+    WEIGHTS_CHANGED = "WeightsChanged"
     HOST_OUT_OF_MEMORY = "HostOutOfMemory"
     DISK_FULL = "DiskFull"
     GPU_FAULT = "GPUFault"
@@ -181,6 +182,18 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The base model or the dataset is no longer what the preflight checked.",
         remedy=(
             "Put back what was there, or delete this LoRAFineTune and create it again to train on what is there now."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.WEIGHTS_CHANGED,
+        exit_code=89,
+        charged=True,
+        retried=True,
+        meaning="Quantized weights of the base model are not those that were loaded: a device or a copy altered them.",
+        remedy=(
+            "Nothing to do if it happens once: the next attempt loads the weights anew. If it repeats with ranks of "
+            "one node, take that node out and test its memory (nvidia-smi -q -d ECC). If it repeats everywhere, report "
+            "it, and set parallelism.strategy: ddp or quantization.type: none meanwhile."
         ),
     ),
     FailureRule(

@@ -261,14 +261,6 @@ class LoRAFineTuneSpec(ApiModel):
             message="paged-adamw-8bit needs GPUs (parallelism.gpusPerNode above 0)",
             field_path=".training.optimizer",
         ),
-        CelRule(
-            rule="self.quantization.type != 'int8' || (!self.parallelism.cpuOffload && "
-            "(self.parallelism.strategy == 'ddp' || "
-            "self.parallelism.nodes * (self.parallelism.gpusPerNode > 0 ? self.parallelism.gpusPerNode : 1) == 1))",
-            message="int8 weights cannot be sharded: set parallelism.strategy to ddp (without cpuOffload), or type to "
-            "nf4",
-            field_path=".quantization.type",
-        ),
     )
 
 

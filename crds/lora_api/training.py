@@ -87,8 +87,8 @@ class Quantization(ApiModel):
 
     type: QuantizationType = Field(
         "nf4",
-        description="nf4: 4-bit NormalFloat through bitsandbytes. int8: LLM.int8() (arXiv:2208.07339), whose "
-        "weights cannot be sharded: one process, or strategy ddp. none: the compute dtype.",
+        description="nf4: 4-bit NormalFloat through bitsandbytes. int8: LLM.int8() (arXiv:2208.07339). none: the "
+        "compute dtype.",
     )
     double_quant: bool = Field(
         default=True, description="Quantize the quantization constants too: 0.37 bits less a weight."

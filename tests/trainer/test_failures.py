@@ -167,6 +167,10 @@ def source_changed(bench: Bench) -> Launched:
     return bench.fork(run.model_copy(update={"pins": pins}))
 
 
+def weights_changed(bench: Bench) -> Launched:
+    return bench.start(entry="tests.trainer.entries:flipped_bit")
+
+
 def disk_full(bench: Bench) -> Launched:
     uri = bench.s3.upload(bench.model, "base/too-large")
     return bench.start({**bench.s3.environment, "LORA_WORK": str(bench.full_disk)}, baseModel={"uri": uri})
@@ -185,6 +189,7 @@ PROVOCATIONS: dict[FailureClass, tuple[Callable[[Bench], Launched], str]] = {
     FailureClass.CHECKPOINTED: (checkpointed, "is complete"),
     FailureClass.GATE_REFUSED: (gate_refused, "maxEvalLoss"),
     FailureClass.SOURCE_CHANGED: (source_changed, "dataset.train: file://"),
+    FailureClass.WEIGHTS_CHANGED: (weights_changed, "model.layers.0.self_attn.q_proj of rank 1, as seen by rank 0, 1"),
     FailureClass.DISK_FULL: (disk_full, "No space left on device"),
     FailureClass.GPU_FAULT: gpu_says("uncorrectable ECC error encountered"),
     FailureClass.GPU_UNAVAILABLE: gpu_says("no CUDA-capable device is detected"),

@@ -197,10 +197,6 @@ def shard(directory: Path) -> None:
 
 
 RULES_OF_A_RUN: dict[str, tuple[dict[str, Any], str]] = {
-    "weights that cannot be sharded": (
-        {"quantization": {"type": "int8"}, "parallelism": {"gpusPerNode": 2}},
-        "quantization.type int8: these weights cannot be sharded",
-    ),
     "an optimizer of whole weights": (
         {"training": {"optimizer": "paged-adamw-8bit"}, "parallelism": {"gpusPerNode": 2}},
         "training.optimizer: paged-adamw-8bit works in blocks of whole weights",

@@ -10,6 +10,7 @@ TrainerError
  ├─ StoreUnavailableError  store or hub kept failing
  ├─ GateRefusedError       the adapter is not as good as publish.gate asks
  ├─ SourceChangedError     model or dataset is not what the preflight checked
+ ├─ WeightsChangedError    packed weights are not those that were loaded
  ├─ DiskFullError          no space left on the scratch disk
  ├─ GPUUnavailableError    fewer GPUs than the pod was promised
  ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
@@ -85,6 +86,12 @@ class SourceChangedError(TrainerError):
     """The base model or the dataset is no longer what the preflight checked."""
 
     failure_class = FailureClass.SOURCE_CHANGED
+
+
+class WeightsChangedError(TrainerError):
+    """Packed weights of the base model are not those that were loaded."""
+
+    failure_class = FailureClass.WEIGHTS_CHANGED
 
 
 class DiskFullError(TrainerError):

@@ -4,7 +4,7 @@ transformers loads one weight after the other, quantizes it on the device, and h
 is cut: this process's part is kept, and a stand-in of the same type, shape and device takes the weight's place, whose
 memory is that of one value. What comes between loading and sharding (PEFT, TRL) looks at shapes and types alone. So the
 peak while loading is this process's parts and one whole weight, with the same bits as if the model had been loaded
-whole: quantization has seen each weight whole.
+whole: quantization has seen each weight whole. Packed weights are integers, and are cut as they are.
 
 FSDP2's own way, a model on the meta device whose shards are loaded (transformers' ``distributed_config``), quantizes
 shards of weights that bitsandbytes has not packed yet: it is not for NF4 (transformers 5.23).
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers.modeling_utils
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Int8Params, Params4bit
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -70,7 +70,7 @@ def keeping(part: Part | None) -> Iterator[None]:
     def cut(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or not getattr(parameter, LOADED_FLAG, False):
             return None
-        if local_part(parameter) is not None or not parameter.is_floating_point():
+        if local_part(parameter) is not None:
             return None
         return _stand_in(parameter, part)
 
@@ -98,8 +98,10 @@ def _stand_in(parameter: nn.Parameter, part: Part) -> nn.Parameter:
     """A parameter that looks like ``parameter`` and has the memory of one value; its ``local_part`` is the real one."""
     data = parameter.data
     likeness = torch.empty((), dtype=data.dtype, device=data.device).expand(data.shape)
-    kind = Params4bit if isinstance(parameter, Params4bit) else nn.Parameter
+    kind = type(parameter) if isinstance(parameter, Params4bit | Int8Params) else nn.Parameter
     stand_in: nn.Parameter = kind(likeness, requires_grad=False)
     stand_in.__dict__.update(parameter.__dict__)  # bitsandbytes' quantization state, and transformers' flag
+    if isinstance(stand_in, Int8Params):
+        stand_in.CB = None  # the whole weight once more
     stand_in.local_part = part.of(data)  # type: ignore[attr-defined]
     return stand_in

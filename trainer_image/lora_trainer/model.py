@@ -27,11 +27,12 @@ from lora_trainer.architecture import (
     read_architecture,
     resolve_targets,
 )
+from lora_trainer.devices import product_type
 from lora_trainer.errors import BadSpecError, GPUUnavailableError, TrainerError, describe
 from lora_trainer.loading import Part, keeping
 from lora_trainer.modelfiles import read_json_object
+from lora_trainer.packed import freeze_int8
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,13 +68,9 @@ def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dty
     """Type of the matrix products.
 
     Raises:
-        BadSpecError: bfloat16 on a CPU, where its products are slow, and wrong on some.
+        BadSpecError: bfloat16 on a CPU.
     """
-    if quantization.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if quantization.compute_dtype == "bfloat16" and device.type == "cpu":
-        raise BadSpecError("quantization.computeDtype bfloat16 needs GPUs (parallelism.gpusPerNode above 0)")
-    return DTYPES[quantization.compute_dtype]
+    return product_type(quantization.compute_dtype, device)
 
 
 @contextmanager
@@ -147,9 +144,8 @@ def quantization_config(
 ) -> BitsAndBytesConfig | None:
     """Settings for bitsandbytes, or ``None`` for weights in ``dtype``.
 
-    The storage type equals the type of the other parameters: FSDP2 shards floating-point parameters only, so packed
-    uint8 weights, the default, would stay whole on every rank (accelerate#3987). The weights of LLM.int8() are int8
-    and nothing else, so they cannot be sharded.
+    Packed weights are stored as bytes, which is the default. As numbers of type ``dtype``, which FSDP of older versions
+    needs (accelerate#3987), some of them would be changed where CUDA copies them (decision 036).
     """
     if quantization.type == "none":
         return None
@@ -160,7 +156,7 @@ def quantization_config(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
         llm_int8_skip_modules=architecture.unquantized,
     )
 
@@ -201,6 +197,7 @@ def load_base_model(
             trust_remote_code=False,
         )
     keep_differentiable(model)
+    freeze_int8(model)
     model.requires_grad_(requires_grad=False)
     return model
 

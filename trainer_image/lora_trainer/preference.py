@@ -134,8 +134,6 @@ class Scorer:
     token_budget: int
     place: Place
     device: torch.device
-    mixed_precision: bool = False
-    """Matrix products in bfloat16, as in the training step."""
 
     @torch.no_grad()
     def score(
@@ -161,8 +159,7 @@ class Scorer:
             indices = batches[number if number < len(batches) else 0]
             batch = pad_sequences([sequences[index] for index in indices], self.pad_token)
             placed = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision):
-                values = answer_log_probs(self.model, placed)
+            values = answer_log_probs(self.model, placed)
             if number < len(batches):
                 found[indices] = values.double().cpu()
             if time.monotonic() - spoke > HEARTBEAT_SECONDS:
@@ -201,7 +198,6 @@ class PreferenceEvaluator(Evaluator):
     pairs: Sequence[TokenPair] = ()
     reference: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2))
     dpo: DPO = field(default_factory=DPO)
-    mixed_precision: bool = False
 
     @property
     def records(self) -> int:
@@ -217,7 +213,7 @@ class PreferenceEvaluator(Evaluator):
         if not self.pairs:
             return Evaluation(None, [])
         pad = int(self.tokenizer.pad_token_id)
-        scorer = Scorer(self.model, pad, self.token_budget, self.place, self.device, self.mixed_precision)
+        scorer = Scorer(self.model, pad, self.token_budget, self.place, self.device)
         scores = scorer.score(self.pairs, interrupted=interrupted)
         if scores is None:
             return None
@@ -291,8 +287,7 @@ class PreferenceTrainer(LoRATrainer):
         if resume is not None:
             self.reference = self._load_reference(resume.directory / OBJECTIVE_STATE)
             return
-        bf16 = bool(self.args.bf16)
-        scorer = Scorer(self.model, self.pad_token, token_budget, place, self.args.device, bf16)
+        scorer = Scorer(self.model, self.pad_token, token_budget, place, self.args.device)
         seen = sorted(self._indices_of_steps())
         heartbeat = lambda: progress.stage("evaluating")  # noqa: E731
         self.reference["train"][seen] = scorer.score([self.pairs[index] for index in seen], heartbeat)
@@ -338,7 +333,6 @@ class PreferenceTrainer(LoRATrainer):
             pairs=self.eval_pairs,
             reference=self.reference.get("eval", torch.zeros(0, 2)),
             dpo=self.dpo,
-            mixed_precision=bool(self.args.bf16),
         )
 
 

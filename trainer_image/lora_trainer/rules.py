@@ -11,19 +11,6 @@ from lora_trainer.errors import BadSpecError
 from lora_trainer.strategy import decide_strategy
 
 
-def check_quantization(run: RunSpec) -> None:
-    """The weights of LLM.int8() are integers, which FSDP2 does not shard.
-
-    Raises:
-        BadSpecError: int8 weights would be sharded.
-    """
-    if run.quantization.type == "int8" and _uses_fsdp(run.parallelism):
-        raise BadSpecError(
-            f"quantization.type int8: these weights cannot be sharded over {run.parallelism.world_size} processes or "
-            "held in host memory: set parallelism.strategy to ddp (without cpuOffload), or type to nf4"
-        )
-
-
 def check_optimizer(run: RunSpec) -> None:
     """8-bit AdamW runs on GPUs, on whole weights.
 
@@ -56,7 +43,7 @@ def check_strategy(run: RunSpec) -> None:
     decide_strategy(run.parallelism)
 
 
-RULES: tuple[Callable[[RunSpec], None], ...] = (check_strategy, check_quantization, check_optimizer)
+RULES: tuple[Callable[[RunSpec], None], ...] = (check_strategy, check_optimizer)
 
 
 def check_run(run: RunSpec) -> None:

@@ -26,6 +26,7 @@ from lora_trainer.parallel import choose_strategy, start_process_group
 from lora_trainer.pinned import check_pins
 from lora_trainer.prepare import check_same_data, prepare_data
 from lora_trainer.progress import Progress
+from lora_trainer.proof import take_proof
 from lora_trainer.publish import find_published
 from lora_trainer.release import Release, publish_run
 from lora_trainer.report import RunResult
@@ -71,7 +72,9 @@ def train(
     strategy = choose_strategy(run, sources.model, memory.available)
 
     part = part_to_load(strategy, place.rank)
-    model = add_adapter(load_base_model(sources.model, run.quantization, device, part), run.lora, run.training.seed)
+    base = load_base_model(sources.model, run.quantization, device, part)
+    proof = take_proof(base, strategy, place.rank)
+    model = add_adapter(base, run.lora, run.training.seed)
     add_rows(model, tokens, part)
     check_mergeable(run, sources.model, expected_shapes(model))
     in_between = EvaluationCallback(run.training.eval_every_steps, progress, stop)
@@ -79,8 +82,9 @@ def train(
     callbacks = [ProgressCallback(progress), in_between, BoundaryCallback(stop, checkpoints, line)]
     trainer = build_trainer(run, model, tokenizer, data, device, work / "trainer", callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.checkpoints = checkpoints
+    trainer.checkpoints, trainer.proof = checkpoints, proof
     spread_model(model, strategy, device)
+    proof.check_gathered(model)
     checkpoints.check_writable()
     resume = checkpoints.restore(model)
 
@@ -101,6 +105,7 @@ def train(
     after = evaluator.run()
     progress.report_eval(step=trainer.args.max_steps, total_steps=trainer.args.max_steps, **after.scores)
 
+    proof.check_gathered(model)
     memory = replace(memory, measured=measure_memory(device))
     progress.report_memory(**memory.to_progress())
     progress.stage("publishing")

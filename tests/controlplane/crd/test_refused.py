@@ -121,16 +121,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a new token of one letter": ({"lora.newTokens": ["a"]}, "spec.lora.newTokens[0]", "at least 2 chars"),
     "a new token twice": ({"lora.newTokens": ["<|a|>", "<|a|>"]}, "spec.lora.newTokens[1]", "Duplicate value"),
     "too many new tokens": ({"lora.newTokens": [f"<{n}>" for n in range(65)]}, "spec.lora.newTokens", "at most 64"),
-    "int8 weights in shards": (
-        {"quantization.type": "int8", "parallelism.gpusPerNode": 2},
-        "spec.quantization.type",
-        "int8 weights cannot be sharded",
-    ),
-    "int8 weights in host memory": (
-        {"quantization.type": "int8", "parallelism.cpuOffload": True},
-        "spec.quantization.type",
-        "int8 weights cannot be sharded",
-    ),
     "settings of another objective": (
         {"training.dpo": {"beta": 0.2}},
         "spec.training.dpo",

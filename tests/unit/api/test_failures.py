@@ -18,6 +18,7 @@ CONTRACT = {
     76: "GateRefused",
     77: "DiskFull",
     78: "SourceChanged",
+    89: "WeightsChanged",
     80: "GPUFault",
     81: "GPUUnavailable",
     82: "GPUUnsupported",
