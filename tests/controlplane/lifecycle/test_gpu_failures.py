@@ -14,6 +14,11 @@ from tests.support.runs import Run, ended, termination
 pytestmark = pytest.mark.controlplane
 
 
+def once(spec: Raw) -> None:
+    """No restart that counts: what is retried of each class is the lifecycle's test."""
+    spec["runPolicy"] = {"maxRestarts": 0}
+
+
 def end(run: Run, pod: Raw, node: str, exit_code: int, words: str) -> None:
     """Brings ``pod`` to ``node``, where it ends with ``words``."""
     name = pod["metadata"]["name"]
@@ -28,7 +33,7 @@ def test_every_row_reaches_the_status(api: Api, namespace: str, operator: Operat
     for node in ("gpu-1", "gpu-7"):
         api.create("/api/v1/nodes", {"metadata": {"name": node}})
     words, at = read_words(), datetime.now(UTC)
-    runs = [Run(api, namespace, f"row-{number}").create() for number in range(len(GPU_ERRORS))]
+    runs = [Run(api, namespace, f"row-{number}").create(once) for number in range(len(GPU_ERRORS))]
     for row, run in zip(GPU_ERRORS, runs, strict=True):
         entry, (first, second) = words[key_of(row)], run.gang(1)
         earlier = at + timedelta(seconds=5 if row.blame is Blame.PEER else -5)
@@ -36,9 +41,8 @@ def test_every_row_reaches_the_status(api: Api, namespace: str, operator: Operat
         end(run, second, "gpu-7", entry["exitCode"], termination_at(entry, at))
     for row, run in zip(GPU_ERRORS, runs, strict=True):
         entry, rule = words[key_of(row)], RULES[row.failure_class]
-        if rule.retried:
+        if rule.retried and not rule.charged:
             status = run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
-            assert status.get("chargedRestarts", 0) == int(rule.charged), row.text
         else:
             status = run.wait_phase("Failed", 60)
         [failure] = status["failures"]
