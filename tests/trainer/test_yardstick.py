@@ -39,7 +39,7 @@ ROWS: dict[str, Callable[[dict[str, str]], dict[str, Any]]] = {
 }
 SPLIT = {"eval": None, "evalFraction": 0.3}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft, cut": ("plain", {"dataset": {"maxSeqLength": 24}}),
+    "sft, cut": ("plain", {"dataset": {"maxSeqLength": 18}}),
     "sft, held out": ("plain", {"dataset": SPLIT, "quantization": {"doubleQuant": False}}),
     "packed, columns": (
         "renamed", {"dataset": {"packing": True, "columns": {"prompt": "question", "completion": "answer"}}}),
