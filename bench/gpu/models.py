@@ -82,13 +82,11 @@ def random_base_model(
     directory: Path,
     quantization: Quantization,
     device: torch.device,
-    storage: str | None = None,
     attention: str | None = None,
 ) -> PreTrainedModel:
     """In place of ``load_base_model``: the same modules, types and places, with random weights.
 
-    ``storage`` is the type in which NF4 weights are packed, such as ``float32``, and ``attention`` the implementation,
-    such as ``sdpa``; by default the trainer's choice.
+    ``attention`` is the implementation, such as ``sdpa``; by default the trainer's choice.
 
     Each weight is made in the compute type on the device and quantized at once, so that the peak is the quantized
     model and one weight. All ranks make the same values.
@@ -96,8 +94,6 @@ def random_base_model(
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
     settings = quantization_config(quantization, dtype, read_architecture(skeleton))
-    if settings is not None and storage is not None:
-        settings.bnb_4bit_quant_storage = getattr(torch, storage)
     config = AutoConfig.from_pretrained(directory)
     chosen = attention or attention_implementation(skeleton, device, dtype)
     with torch.device("meta"):

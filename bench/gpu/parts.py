@@ -202,19 +202,16 @@ def facts(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> No
 
 
 def parity(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
-    """The same logits and losses with FSDP as without it, with each type that packs NF4 weights.
+    """The same logits and losses with FSDP as without it.
 
-    FSDP2 has been seen to corrupt packed weights on CUDA (bitsandbytes#1945, pytorch#159333).
+    FSDP2 has been seen to corrupt packed weights on CUDA (bitsandbytes#1945, pytorch#159333; decision 036).
     """
     size = {"model": "tiny" if machine.tiny else "small", "sequence": 64 if machine.tiny else 512}
     size |= {"micro_batch": 1, "steps": 3, "limit": RUN_SECONDS["parity"]}
-    stored = ("bfloat16", "float32") if machine.on_gpu else ("float32",)
     alone = None
-    cases = [("one process", stored[0], 1), *(("FSDP, two processes", storage, 2) for storage in stored)]
-    for name, storage, processes in cases:
-        probe = {"storage": storage, "keep_logits": True, "one_gpu": processes > 1}
-        case = Case(f"parity-{storage}-{processes}", processes=processes, probe=probe, **size)
-        name = f"{name}, packed as {storage}"
+    for name, processes in (("one process", 1), ("FSDP, two processes", 2)):
+        probe = {"keep_logits": True, "one_gpu": processes > 1}
+        case = Case(f"parity-{processes}", processes=processes, probe=probe, **size)
         try:
             done = run_case(machine, case)
         except BenchError as error:

@@ -30,7 +30,6 @@ class Probe:
         result: file for what was measured, written by rank 0 at the end of training.
         logits: file for the logits of a fixed batch before training, or ``None``.
         one_gpu: all ranks share GPU 0 and talk through gloo; NCCL refuses that.
-        storage: type in which NF4 weights are packed, or ``None`` for the trainer's choice.
         attention: implementation of attention, or ``None`` for the trainer's choice.
         leave_bytes: GPU memory to leave to the run; the rest is taken before it starts.
     """
@@ -38,7 +37,6 @@ class Probe:
     result: Path
     logits: Path | None = None
     one_gpu: bool = False
-    storage: str | None = None
     attention: str | None = None
     leave_bytes: int | None = None
 
@@ -98,7 +96,7 @@ def install(probe: Probe) -> None:
         if probe.leave_bytes is not None:
             take_memory(device, probe.leave_bytes)
         with keeping(part):
-            return random_base_model(directory, quantization, device, probe.storage, probe.attention)
+            return random_base_model(directory, quantization, device, probe.attention)
 
     page.build_trainer = build_trainer
     page.load_base_model = load_base_model
