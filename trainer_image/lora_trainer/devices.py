@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_trainer.errors import BadSpecError
+from lora_trainer.errors import BadSpecError, GPUUnsupportedError
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """By the names of quantization.computeDtype."""
 
 
+BFLOAT16_CAPABILITY = (8, 0)
+"""The least compute capability with products in bfloat16: Ampere (CUDA C++ Programming Guide, table 29)."""
+
+
 def traits(device: torch.device) -> Traits:
     """What the kind of ``device`` decides."""
     return TRAITS[device.type]
@@ -90,3 +94,17 @@ def product_type(compute_dtype: str, device: torch.device) -> torch.dtype:
     if compute_dtype == "bfloat16" and not kind.bfloat16:
         raise BadSpecError("quantization.computeDtype bfloat16 needs GPUs (parallelism.gpusPerNode above 0)")
     return DTYPES[compute_dtype]
+
+
+def check_bfloat16(compute_dtype: str, gpu: str, capability: tuple[int, int]) -> None:
+    """Refuses a ``gpu`` (its name) that can only imitate bfloat16, which torch does without a word (2.13).
+
+    Raises:
+        GPUUnsupportedError: the run computes in bfloat16, and the GPU's compute capability is too low.
+    """
+    if compute_dtype != "float32" and capability < BFLOAT16_CAPABILITY:
+        have, need = (".".join(map(str, one)) for one in (capability, BFLOAT16_CAPABILITY))
+        raise GPUUnsupportedError(
+            f"{gpu} has compute capability {have}, and bfloat16 needs {need} (Ampere) or more: choose other GPUs with "
+            "nodeSelector in podTemplate or in the runtime, or set quantization.computeDtype to float32"
+        )

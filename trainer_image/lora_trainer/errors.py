@@ -13,6 +13,7 @@ TrainerError
  ├─ WeightsChangedError    packed weights are not those that were loaded
  ├─ DiskFullError          no space left on the scratch disk
  ├─ GPUUnavailableError    fewer GPUs than the pod was promised
+ ├─ GPUUnsupportedError    the GPU lacks what the run asks of it
  ├─ StoppedError           asked to stop (SIGTERM); what there was to save is saved
  └─ InternalError          a fault of the trainer
 
@@ -104,6 +105,12 @@ class GPUUnavailableError(TrainerError):
     """The pod has fewer GPUs than it was promised."""
 
     failure_class = FailureClass.GPU_UNAVAILABLE
+
+
+class GPUUnsupportedError(TrainerError):
+    """The GPU lacks what the run asks of it."""
+
+    failure_class = FailureClass.GPU_UNSUPPORTED
 
 
 class StoppedError(TrainerError):

@@ -29,7 +29,7 @@ from lora_trainer.architecture import (
     resolve_targets,
 )
 from lora_trainer.compilers import keep_compiled_kernels_out
-from lora_trainer.devices import product_type
+from lora_trainer.devices import check_bfloat16, product_type
 from lora_trainer.errors import BadSpecError, GPUUnavailableError, TrainerError, describe
 from lora_trainer.experts import pack_parameter
 from lora_trainer.loading import Part, keeping, packing
@@ -54,6 +54,7 @@ def training_device(run: RunSpec, local_rank: int) -> torch.device:
     Raises:
         RuntimeError: the driver does not start, in its own words.
         GPUUnavailableError: it does, and this process's GPU is not there.
+        GPUUnsupportedError: it has no bfloat16, and the run asks for it.
     """
     if run.parallelism.gpus_per_node == 0:
         return torch.device("cpu")
@@ -64,6 +65,11 @@ def training_device(run: RunSpec, local_rank: int) -> torch.device:
             f"parallelism.gpusPerNode is {run.parallelism.gpus_per_node}, but this pod sees "
             f"{torch.cuda.device_count()} GPUs"
         )
+    check_bfloat16(
+        run.quantization.compute_dtype,
+        torch.cuda.get_device_name(local_rank),
+        torch.cuda.get_device_capability(local_rank),
+    )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -1,14 +1,15 @@
 """What is decided by the kind of a device: types, copies and groups."""
 
 import ast
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 import lora_trainer
-from lora_trainer.devices import TRAITS, Backends, product_type, traits
-from lora_trainer.errors import BadSpecError
+from lora_trainer.devices import TRAITS, Backends, check_bfloat16, product_type, traits
+from lora_trainer.errors import BadSpecError, GPUUnsupportedError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 PRODUCTS = {
@@ -28,6 +29,19 @@ def test_the_type_of_products(asked: str, kind: str) -> None:
 def test_bfloat16_on_a_cpu_is_refused() -> None:
     with pytest.raises(BadSpecError, match=r"quantization.computeDtype bfloat16 needs GPUs"):
         product_type("bfloat16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "works"),
+    [("auto", (7, 5), False), ("bfloat16", (7, 0), False), ("float32", (7, 5), True), ("auto", (8, 0), True),
+     ("auto", (12, 0), True)],
+)  # fmt: skip
+def test_a_gpu_that_imitates_bfloat16_is_refused(asked: str, capability: tuple[int, int], works: bool) -> None:
+    words = (
+        r"Tesla T4 has compute capability 7\.\d, and bfloat16 needs 8\.0 .* set quantization\.computeDtype to float32"
+    )
+    with nullcontext() if works else pytest.raises(GPUUnsupportedError, match=words):
+        check_bfloat16(asked, "Tesla T4", capability)
 
 
 BACKENDS = {
