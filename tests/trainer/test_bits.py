@@ -56,8 +56,8 @@ FLIPPED = [
     ("experts", "fsdp-2", 0, "constants"),
 ]
 INT8: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "alone": ([0], {}),
-    "auto": ([1, 2], {}),
+    "alone": ([2], {}),
+    "auto": ([0, 1], {}),
     "offload": ([3], {"cpuOffload": True}),
     "hsdp-offload": ([0, 1, 2, 3], {"strategy": "hsdp", "shardSize": 2, "cpuOffload": True}),
 }
