@@ -30,7 +30,7 @@ demo-down: venv ## Remove what the demo made, its cluster included
 	@$(RUN) -m demo down
 
 .PHONY: test
-test: test-unit test-controlplane test-trainer test-cluster ## Set up everything and pass every test
+test: test-unit test-controlplane test-trainer test-gputypes test-cluster ## Set up everything and pass every test
 
 .PHONY: test-unit
 test-unit: venv binaries ## Fast tests of the pure parts
@@ -47,6 +47,10 @@ skew: venv ## Build the release before this one from git's history, for the test
 .PHONY: test-trainer
 test-trainer: venv ## Training on the CPU: FSDP2, checkpoints, publishing
 	$(PYTEST) tests/trainer tests/security/trainer -n 2 --dist loadfile
+
+.PHONY: test-gputypes
+test-gputypes: venv ## Every way of training with the types and the copies of a GPU, on the CPU
+	$(PYTEST) tests/gputypes
 
 .PHONY: test-cluster
 test-cluster: venv binaries cluster-up images ## Tests with real pods on a real cluster

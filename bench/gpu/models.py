@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from lora_api.training import Quantization
 from lora_trainer.architecture import attention_implementation, read_architecture
-from lora_trainer.model import compute_dtype, keep_differentiable, load_skeleton, quantization_config
+from lora_trainer.model import compute_dtype, load_skeleton, make_base, quantization_config
 
 _LLAMA_3: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -113,9 +113,7 @@ def random_base_model(
             _remake_buffers(module, config, device)
     model.tie_weights()
     model.eval()
-    keep_differentiable(model)
-    model.requires_grad_(requires_grad=False)
-    return model
+    return make_base(model)
 
 
 def _materialize(

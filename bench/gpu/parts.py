@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.gpu.facts import FACTS
 from bench.gpu.models import CONFIGS, write_model, write_records
 from bench.watch import BenchError, Watched, watch
 from lora_api.failures import RULES, FailureClass
@@ -30,7 +31,7 @@ ENDED_IN_TIME = 10.0
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s by NVIDIA's data sheets (SXM where there are several), by a part of the GPU's name."""
 
-RUN_SECONDS = {"parity": 45.0, "speed": 75.0, "large": 130.0, "outOfMemory": 45.0}
+RUN_SECONDS = {"parity": 45.0, "packing": 20.0, "speed": 75.0, "large": 130.0, "outOfMemory": 45.0}
 """Limit of one run on a GPU, by part. The levers have no limit of their own: they share what the others leave."""
 
 PARITY_TOLERANCE = 0.02
@@ -181,6 +182,20 @@ def _free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+# -- what the tests take for true
+
+
+def facts(machine: Machine, report: Callable[[str, dict[str, Any]], None]) -> None:
+    """Each fact that the tests emulate of a GPU, asked of this one (docs/decisions/035)."""
+    if not machine.on_gpu:
+        report("facts", {"notAsked": "they are of GPUs; tests/gputypes asks them of the emulation"})
+        return
+    for name, ask in FACTS.items():
+        answer = ask(torch.device("cuda", 0))
+        failed = {} if answer.holds else {"failed": "the tests emulate a GPU otherwise: tests/support/gputypes.py"}
+        report(name, {"asEmulated": answer.holds, "figure": answer.figure, **failed})
 
 
 # -- (a) parity

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from tests.trainer.runs import ROOT, SOURCES
 
 @dataclass(frozen=True)
 class Case:
-    """``work`` is a function of ``tests.trainer.gang_work``; ``processes`` take part, the first of them as rank 0.
+    """``work`` is a function of ``module``; ``processes`` take part, the first of them as rank 0.
 
     In gangs of one size a process must always have the same rank: DTensor remembers, by the mesh, which part is whose.
     """
@@ -34,6 +35,7 @@ class Case:
     processes: list[int]
     arguments: dict[str, Any]
     port: int = 0
+    module: str = "tests.trainer.gang_work"
 
 
 def run_cases(cases: list[Case], directory: Path, timeout: float = 500) -> dict[str, list[dict[str, Any]]]:
@@ -84,12 +86,13 @@ def main(document: Path) -> int:
     import torch
 
     from lora_trainer.worker import end_with_parent, quiet_libraries
-    from tests.trainer import gang_work  # noqa: F401 - imported once, for all processes
 
     end_with_parent()
     quiet_libraries()
     torch.set_num_threads(1)
     cases = [Case(**entry) for entry in json.loads(document.read_text())]
+    for module in {case.module for case in cases}:
+        import_module(module)  # once, for all processes
     running: set[int] = set()
     for number in range(1 + max(max(case.processes) for case in cases)):
         process = os.fork()
@@ -110,7 +113,6 @@ def main(document: Path) -> int:
 def take_part(cases: list[Case], number: int, directory: Path) -> NoReturn:
     """One of the processes, which ends here."""
     from lora_trainer.worker import end_process, end_with_parent
-    from tests.trainer import gang_work
 
     end_with_parent()
     try:
@@ -119,7 +121,7 @@ def take_part(cases: list[Case], number: int, directory: Path) -> NoReturn:
                 continue
             rank = case.processes.index(number)
             with place_of(rank, len(case.processes), case.port):
-                found = getattr(gang_work, case.work)(**case.arguments)
+                found = getattr(import_module(case.module), case.work)(**case.arguments)
             (directory / f"{case.name}-{rank}.json").write_text(json.dumps(found))
     except BaseException:  # noqa: BLE001 - every end is told
         sys.stderr.write(f"process {number}, {case.name}:\n{traceback.format_exc()}")

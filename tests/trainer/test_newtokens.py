@@ -21,7 +21,7 @@ from lora_api.status import AdapterStatus
 from lora_trainer.adapter import expected_shapes
 from lora_trainer.cli import main
 from lora_trainer.errors import BadDataError, BadSpecError, InternalError
-from lora_trainer.loss import LogitTransform, SummedCrossEntropy
+from lora_trainer.loss import LogitTransform, TokenLosses
 from lora_trainer.model import add_adapter, load_base_model, load_tokenizer
 from lora_trainer.newtokens import NewTokens, Unseen, add_tokens, read_tokenizer
 from lora_trainer.objectives import build_trainer
@@ -331,7 +331,7 @@ def test_rows_that_were_not_trained_are_not_published(value: float, untied: Path
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5, softcap=3.0)])
-def test_the_summed_loss_has_the_gradients_of_the_loss_written_out(transform: LogitTransform) -> None:
+def test_the_losses_have_the_gradients_of_the_losses_written_out(transform: LogitTransform) -> None:
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(90, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(40, 8, generator=generator, dtype=torch.float64)
@@ -339,19 +339,21 @@ def test_the_summed_loss_has_the_gradients_of_the_loss_written_out(transform: Lo
     bias = torch.randn(40, generator=generator, dtype=torch.float64)
     ids, labels = torch.tensor([39, 2, 17]), torch.randint(0, 40, (90,), generator=generator)
 
+    shares = torch.randn(90, generator=generator)
+
     def gradients(loss_of: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
         inputs = [one.clone().requires_grad_() for one in (hidden, rows)]
-        loss = loss_of(*inputs)
-        found = torch.autograd.grad(2 * loss, inputs)
-        return [loss.detach().double(), *(gradient.double() for gradient in found)]
+        losses = loss_of(*inputs)
+        found = torch.autograd.grad((losses * shares).sum(), inputs)
+        return [losses.detach().double(), *(gradient.double() for gradient in found)]
 
     def written_out(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         logits = transform.scale * nn.functional.linear(hidden, weight.index_add(0, ids, rows), bias)
         if transform.softcap is not None:
             logits = transform.softcap * torch.tanh(logits / transform.softcap)
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    found = gradients(lambda h, r: SummedCrossEntropy.apply(h, weight, bias, labels, transform, r, ids))
+    found = gradients(lambda h, r: TokenLosses.apply(h, weight, bias, labels, transform, r, ids))
     for one, other in zip(found, gradients(written_out), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from lora_api.training import DPO, LoRA
+from lora_api.training import DPO, LoRA, Quantization
+from lora_trainer import loss
 from lora_trainer.errors import BadDataError
 from lora_trainer.evaluate import encode_prompt
-from lora_trainer.model import add_adapter
+from lora_trainer.model import add_adapter, load_base_model
 from lora_trainer.pairs import cut_pair, pad_sequences, tokenize_pair, tokenize_pairs
-from lora_trainer.preference import Ratios, answer_log_probs, fuse_head, pair_losses, sum_rewards
+from lora_trainer.preference import Ratios, answer_log_probs, pair_losses, sum_rewards
 
 # -- losses
 
@@ -142,17 +143,14 @@ class Largest(TorchDispatchMode):
 
 
 def test_logits_of_the_whole_batch_are_never_held(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import trl.kernels.chunked_logprob as kernel
-    import trl.trainer.utils as head
-
-    monkeypatch.setattr(kernel, "TOKEN_CHUNK_SIZE", 64)
-    monkeypatch.setattr(head, "_CHUNKED_LOGPROB_CHUNK_SIZE", 512)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 0)
+    base = load_base_model(model, Quantization(type="none"), torch.device("cpu"))
     network = add_adapter(base, LoRA(r=4, alpha=8), 0)
-    fuse_head(network)
     prompt, answer = torch.arange(8, dtype=torch.int32), torch.arange(240, dtype=torch.int32)
     batch = pad_sequences([(prompt, answer)] * 4, 2)
     tokens, vocabulary, hidden = batch["input_ids"].numel(), 512, 128
     with Largest() as largest:
-        answer_log_probs(network, batch).sum().backward()
+        log_probs = answer_log_probs(network, batch)
+        log_probs.sum().backward()
+    assert log_probs.dtype == torch.float64  # a difference of large sums is what is learned from
     assert tokens * hidden <= largest.elements < tokens * vocabulary / 2

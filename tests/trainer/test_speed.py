@@ -17,17 +17,19 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from lora_api.run import RunSpec
 from lora_trainer import loss
 from lora_trainer.errors import BadSpecError, InternalError
-from lora_trainer.loss import add_summed_loss, has_summed_loss, logit_transform
+from lora_trainer.loss import LogitTransform, TokenLosses, add_token_scores, check_head, logit_transform
 from lora_trainer.optim import collect_state, optimizer_name, restore_state
 from lora_trainer.rules import check_run
 from lora_trainer.speed import SPEED_VARIABLE, Levers, apply_levers, read_levers
+from tests.support.families import build_config, make_family
 from tests.support.tiny import make_rows, write_rows
 from tests.support.wait import eventually
-from tests.trainer.runs import Launched, merge
+from tests.trainer.runs import Launched, build_run, merge
 
 Make = Callable[..., RunSpec]
 Launch = Callable[..., Launched]
@@ -101,8 +103,8 @@ def test_loss_and_gradients_are_those_of_the_familys_own_forward_pass(
     model.base_model.zero_grad()
     want = {name: gradient.clone() for name, gradient in want.items() if gradient is not None}
 
-    add_summed_loss(model)
-    output = model(**inputs, summed_loss=True).loss
+    add_token_scores(model)
+    output = model(**inputs, score_tokens=True).losses.sum()
     (output * 3).backward()
 
     assert float(output.detach()) == pytest.approx(want_loss, rel=1e-5)
@@ -115,9 +117,10 @@ def test_loss_and_gradients_are_those_of_the_familys_own_forward_pass(
 def test_a_micro_batch_without_supervised_tokens_adds_nothing_and_can_be_differentiated() -> None:
     model = build(FAMILIES["a plain head"])
     freeze_head(model)
-    add_summed_loss(model)
+    add_token_scores(model)
     inputs = batch()
-    output = model(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}, summed_loss=True).loss
+    nothing = torch.full_like(inputs["labels"], -100)
+    output = model(**{**inputs, "labels": nothing}, score_tokens=True).losses.sum()
     output.backward()
     assert float(output.detach()) == 0.0
     assert all(float(gradient.abs().sum()) == 0.0 for gradient in gradients(model).values())
@@ -127,23 +130,58 @@ def test_other_calls_of_the_model_stay_as_they_are() -> None:
     model = build(FAMILIES["a plain head"])
     inputs = batch()
     want = model(**inputs)
-    add_summed_loss(model)
+    add_token_scores(model)
     got = model(**inputs)
     assert torch.equal(got.logits, want.logits)
     assert torch.equal(got.loss, want.loss)
 
 
-def test_a_head_that_is_trained_keeps_the_loss_that_gives_it_a_gradient() -> None:
+def test_a_head_that_is_trained_is_refused_for_it_would_get_no_gradient() -> None:
     model = build(FAMILIES["a plain head"])
-    assert not has_summed_loss(model)
-    freeze_head(model)
-    assert has_summed_loss(model)
+    add_token_scores(model)
+    with pytest.raises(InternalError, match="the output head must be frozen"):
+        model(**batch(), score_tokens=True)
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_refused_before_its_weights_are_read() -> None:
+    class NormHead(torch.nn.Linear):
+        """As Baichuan 2 has it: the weight is normalised before each product."""
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES["a plain head"])
+        model.lm_head = NormHead(32, 96)
+    with pytest.raises(BadSpecError, match="the output head of LlamaForCausalLM is a NormHead"):
+        check_head(model)
 
 
 def test_a_division_by_zero_in_a_models_config_is_not_taken_over() -> None:
     config = GraniteConfig(**SHAPE, logits_scaling=1.0)
-    config.logits_scaling = 0.0
-    assert logit_transform(config) is None
+    model = build(config)
+    model.config.logits_scaling = 0.0
+    assert logit_transform(model.config) is None
+    with pytest.raises(BadSpecError, match="logits_scaling is 0"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("supervised", [257, 788, 1021])
+def test_the_gradients_of_a_model_in_bfloat16_are_divided_by_the_tokens_in_float32(supervised: int) -> None:
+    """1 / 1021 is 1 / 1024 in bfloat16, which made every gradient of such a step 0.3 % too small."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(supervised, 64, generator=generator).to(torch.bfloat16)
+    weight = torch.randn(96, 64, generator=generator).to(torch.bfloat16)
+    labels = torch.randint(0, 96, (supervised,), generator=generator)
+    probabilities = torch.softmax(torch.nn.functional.linear(hidden, weight).double(), dim=-1)
+    slope = probabilities - torch.nn.functional.one_hot(labels, 96)
+    want = slope @ weight.double() / supervised
+
+    given = hidden.clone().requires_grad_()
+    losses = TokenLosses.apply(given, weight, None, labels, LogitTransform())
+    (found,) = torch.autograd.grad(losses.sum() / supervised, given)
+
+    assert losses.dtype == torch.float32
+    assert found.dtype == torch.bfloat16
+    ratio = float((found.double() * want).sum() / want.square().sum())
+    assert ratio == pytest.approx(1, abs=2e-4)
 
 
 def test_levers_are_switched_by_name() -> None:
@@ -170,6 +208,35 @@ def test_a_run_on_two_processes_has_the_losses_of_trls_own_loss_on_one(
         found[name] = pod
     assert len(found["trl"].losses) == 3
     assert found["two"].losses == pytest.approx(found["trl"].losses, abs=1e-4)
+
+
+def test_a_mixture_has_the_losses_of_trl_with_the_loss_of_its_routers(fork: Launch, data: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step, so that a routers' loss that is not averaged over them would show."""
+    model = make_family("mixtral", tmp_path / "model")
+    found = {}
+    for name, speed in (("trl", "no-summed-loss"), ("ours", "")):
+        run = build_run(model, data, tmp_path / name, {"training": {"maxSteps": 2, "globalBatchSize": 4}})
+        pod = fork(run, **{SPEED_VARIABLE: speed})
+        assert pod.wait() == 0, pod.log.read_text()[-3000:]
+        found[name] = pod.losses
+    assert len(found["trl"]) == 2
+    assert found["ours"] == pytest.approx(found["trl"], abs=1e-4)
+
+
+def test_the_routers_loss_of_a_model_in_bfloat16_is_made_in_float32() -> None:
+    torch.manual_seed(0)
+    config = build_config("mixtral")
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    freeze_head(model)
+    add_token_scores(model)
+    ids = torch.randint(3, 400, (2, 60))
+    found = model(input_ids=ids, labels=ids, score_tokens=True, router_loss=True, use_cache=False).router_loss
+    logits = model.model(input_ids=ids, output_router_logits=True, use_cache=False).router_logits
+    assert logits[0].dtype == torch.bfloat16
+    exact = load_balancing_loss_func(tuple(one.double() for one in logits), 4, 2)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(exact), abs=1e-6)
+    assert model(input_ids=ids, labels=ids, score_tokens=True, use_cache=False).router_loss is None
 
 
 BATCHES: dict[str, dict[str, Any]] = {

@@ -182,10 +182,10 @@ def evaluate_loss(
         chosen = [dataset[index] for index in batches[number if counted else 0]]
         batch = collate(chosen, "padded", pad_token)
         moved = {name: value.to(device) for name, value in batch.items()}
-        outputs = model(**moved, use_cache=False, fused_lm_head=True)
+        losses = model(**moved, use_cache=False, score_tokens=True).losses
         if counted:
-            total -= float(outputs.log_probs.double().sum())
-            tokens += float(outputs.label_mask.sum())
+            total += float(losses.sum(dtype=torch.float64))
+            tokens += len(losses)
         if interrupted is not None and interrupted():
             model.train(training)
             reshard(model)
@@ -222,6 +222,7 @@ def generate(
         top_p=None,
         top_k=None,
         use_cache=True,
+        disable_compile=True,  # on GPUs it would compile where generation_config.json asks for a static cache (Gemma 2)
         pad_token_id=pad,
         synced_gpus=sharded,
     )

@@ -2,7 +2,7 @@
 
 torch's own calls for it (``all_gather_object``, ``broadcast_object_list``) unpickle what peers send, and a pickle runs
 what its writer wants. JSON is only read. Its length comes first and is bounded, so no peer can make the others take
-more than they have room for.
+more than they have room for. The tensors are in host memory, and go through its group (``groups``).
 """
 
 import json
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lora_trainer.errors import InternalError
+from lora_trainer.groups import host_group
 
 MAX_BYTES = 16 * 2**20
 """The most that one rank may say at once. The list of the files of ten checkpoints of 512 processes is 1 MiB."""
@@ -56,16 +57,16 @@ def broadcast_bytes(mine: bytes) -> bytes:
     if not dist.is_initialized():
         return mine
     length = torch.tensor([len(mine)])
-    dist.broadcast(length, src=0)
+    dist.broadcast(length, src=0, group=host_group())
     _check_length(int(length), 0)
     data = _to_tensor(mine) if dist.get_rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, src=0)
+    dist.broadcast(data, src=0, group=host_group())
     return data.numpy().tobytes()
 
 
 def _all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor)
+    dist.all_gather(parts, tensor, group=host_group())
     return parts
 
 

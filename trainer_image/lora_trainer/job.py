@@ -20,7 +20,7 @@ class Stack:
             the gradient of the logits: 12. Added to it is what the program still holds of the logits themselves: 2
             in bfloat16 (transformers 4.48: 14), 4 in float32 (transformers up to 4.44 in a loop that keeps the
             model's output: 16). A chunk of Liger's fused loss takes at most 6. A chunk of this trainer's takes 8: its
-            logits in the compute type and in float32, and their gradient (``loss.SummedCrossEntropy``).
+            logits in the compute type and in float32, and their gradient (``loss.TokenLosses``).
         loss_chunk: tokens whose logits exist together; ``None``: all of them. 2048 is on the safe side for Liger's.
         chunk_bytes: bytes of the float32 logits that exist together, in place of ``loss_chunk`` (``loss.CHUNK_BYTES``).
         kept_logits_bytes: bytes per token and word that stay until the backward pass is over, because the training

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.adapter import ADAPTER_FILES
 from lora_api.sources import BaseModelSource, DataFormat, DataSource
@@ -21,9 +20,10 @@ from lora_trainer.data import read_records
 from lora_trainer.errors import BadDataError
 from lora_trainer.evaluate import Evaluator, Sample, answer_questions, question
 from lora_trainer.formats import Record, is_conversation
-from lora_trainer.model import load_base_model, load_tokenizer
+from lora_trainer.model import compute_dtype, load_base_model, load_tokenizer
 from lora_trainer.newtokens import PUBLISHED_FILES, TOKENIZER_FILE
 from lora_trainer.pairs import tokenize_pairs
+from lora_trainer.precision import autocast_forward
 from lora_trainer.preference import PreferenceEvaluator, Scorer
 from lora_trainer.prepare import check_pairs_can_be_written, encode_all
 from lora_trainer.rows import merge_rows
@@ -119,11 +119,12 @@ def measure(
         _, records = read_records(files, data_format, columns, system_prompt, chat=chat, preferences=pairs)
         records = records[:limit]
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        network: Any = load_base_model(directory, Quantization(type=quantization), device)
+        settings = Quantization(type=quantization)
+        network: Any = load_base_model(directory, settings, device)
         if quantization == "nf4" and device.type == "cpu":
             network.dequantize()  # once, not in every product; the values stay those of the 4-bit weights
             network.requires_grad_(requires_grad=False)
-        add_fused_lm_head(network)
+        autocast_forward(network, compute_dtype(settings, device), device)
         evaluator = build_evaluator(network, tokenizer, records, max_seq_length, device, dpo)
         if adapter is not None:
             with warnings.catch_warnings():  # PEFT warns of adapters on tied weights; merge_rows knows
@@ -172,7 +173,7 @@ def build_evaluator(
             "--data: chosen and rejected of every pair are equal in the tokens that are left of them at "
             f"--max-seq-length {length}; raise it"
         )
-    scorer = Scorer(base, int(tokenizer.pad_token_id), TOKEN_BUDGET, ALONE, device, device.type == "cuda")
+    scorer = Scorer(base, int(tokenizer.pad_token_id), TOKEN_BUDGET, ALONE, device)
     return PreferenceEvaluator(
         base,
         tokenizer,
@@ -184,5 +185,4 @@ def build_evaluator(
         pairs=pairs,
         reference=scorer.score(pairs),
         dpo=dpo,
-        mixed_precision=scorer.mixed_precision,
     )

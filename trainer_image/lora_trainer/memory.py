@@ -170,17 +170,8 @@ def adapter_bytes(job: Job) -> float:
 
 
 def row_bytes(job: Job) -> float:
-    """Bytes of the rows of ``lora.newTokens``, whole on every process, with gradient and AdamW's moments in float32.
-
-    DPO multiplies by the head's weight as a whole: it is copied with the rows in it, and its gradient is made in
-    float32 and then in the compute type (TRL 1.16).
-    """
-    rows = len(job.lora.new_tokens)
-    if not rows:
-        return 0.0
-    shape = job.shape
-    copies = (2 * job.compute_bytes + 4) * shape.vocabulary * shape.hidden if job.objective == "dpo" else 0
-    return float(16 * rows * shape.hidden * (1 if shape.tied else 2) + copies)
+    """Bytes of the rows of ``lora.newTokens``, whole on every process, with gradient and AdamW's moments in float32."""
+    return float(16 * len(job.lora.new_tokens) * job.shape.hidden * (1 if job.shape.tied else 2))
 
 
 def adapter_weights(job: Job) -> int:
@@ -273,12 +264,16 @@ def dequantization_bytes(job: Job) -> float:
 
 
 def loss_bytes(job: Job) -> float:
-    """Bytes of the loss: k V for each token of a chunk, and 3ch a token: last value, its norm, and its gradient."""
-    stack, shape = job.stack, job.shape
+    """Bytes of the loss: k V for each token of a chunk, and 3ch a token: last value, its norm, and its gradient.
+
+    This trainer's gradient is float32 until it is scaled: 4h in place of ch.
+    """
+    stack, shape, c = job.stack, job.shape, job.compute_bytes
+    gradient = c if stack.chunk_bytes is None else max(c, 4)
     together = min(job.tokens, stack.loss_chunk or job.tokens)
     if stack.chunk_bytes is not None:
         together = min(together, max(64, stack.chunk_bytes // (4 * shape.vocabulary)))
-    return float(together * shape.vocabulary * stack.logits_bytes + job.tokens * 3 * job.compute_bytes * shape.hidden)
+    return float(together * shape.vocabulary * stack.logits_bytes + job.tokens * (2 * c + gradient) * shape.hidden)
 
 
 def loading_bytes(job: Job) -> float:

@@ -28,13 +28,15 @@ from lora_trainer.architecture import (
     read_architecture,
     resolve_targets,
 )
+from lora_trainer.compilers import keep_compiled_kernels_out
+from lora_trainer.devices import product_type
 from lora_trainer.errors import BadSpecError, InternalError, TrainerError, describe
 from lora_trainer.experts import pack_parameter
 from lora_trainer.loading import Part, keeping, packing
+from lora_trainer.loss import add_token_scores, check_head
 from lora_trainer.modelfiles import read_json_object
 from lora_trainer.packed import freeze_int8
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,13 +69,9 @@ def compute_dtype(quantization: Quantization, device: torch.device) -> torch.dty
     """Type of the matrix products.
 
     Raises:
-        BadSpecError: bfloat16 on a CPU, where its products are slow, and wrong on some.
+        BadSpecError: bfloat16 on a CPU.
     """
-    if quantization.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if quantization.compute_dtype == "bfloat16" and device.type == "cpu":
-        raise BadSpecError("quantization.computeDtype bfloat16 needs GPUs (parallelism.gpusPerNode above 0)")
-    return DTYPES[quantization.compute_dtype]
+    return product_type(quantization.compute_dtype, device)
 
 
 @contextmanager
@@ -189,6 +187,7 @@ def load_base_model(
     """
     dtype = compute_dtype(quantization, device)
     skeleton = load_skeleton(directory)
+    check_head(skeleton)
     with packing(partial(pack_parameter, quantization=quantization)), keeping(part):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -199,8 +198,19 @@ def load_base_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
+    return make_base(model)
+
+
+def make_base(model: PreTrainedModel) -> PreTrainedModel:
+    """What makes a base model to train on of ``model``, whose weights are there: frozen, with the loss of this trainer.
+
+    Raises:
+        BadSpecError: its head is not of the kind that the loss needs.
+    """
+    keep_compiled_kernels_out()
     keep_differentiable(model)
     freeze_int8(model)
+    add_token_scores(model)
     model.requires_grad_(requires_grad=False)
     return model
 

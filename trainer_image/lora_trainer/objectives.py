@@ -9,9 +9,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerCallback
 
 from lora_api.run import RunSpec
+from lora_trainer.model import compute_dtype
+from lora_trainer.precision import autocast_forward
 from lora_trainer.preference import build_preference_trainer
 from lora_trainer.prepare import TrainingData
 from lora_trainer.sft import build_supervised_trainer
+from lora_trainer.speed import base_model
 from lora_trainer.trainer import LoRATrainer
 
 
@@ -30,4 +33,6 @@ def build_trainer(
         BadSpecError: the batch sizes do not fit.
     """
     build = build_preference_trainer if run.training.objective == "dpo" else build_supervised_trainer
-    return build(run, model, tokenizer, data, device, directory, callbacks)
+    trainer = build(run, model, tokenizer, data, device, directory, callbacks)
+    autocast_forward(base_model(model), compute_dtype(run.quantization, device), device)
+    return trainer

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from lora_trainer.errors import BadSpecError
 from lora_trainer.loss import IGNORED
 from lora_trainer.tokens import Document
+from lora_trainer.varlen import VARLEN
 
 WINDOW = 4096
 """Documents that are packed with each other. More waste less, and take longer: at 4096 under 1% is left empty."""
@@ -87,9 +88,10 @@ def _best_fit(lengths: NDArray[np.int32], numbers: NDArray[np.int64], capacity: 
 def choose_layout(attention: str, *, packed: bool) -> Layout:
     """The layout for an attention implementation of transformers, by its name.
 
-    Only FlashAttention takes one long row without computing what it masks; others would pay its square.
+    Only FlashAttention takes one long row without computing what it masks; others would pay its square. PyTorch's copy
+    of it is taken for packed rows; documents that have a row each go to SDPA, as they do without it.
     """
-    if "flash" in attention:
+    if "flash" in attention or (attention == VARLEN and packed):
         return "flat"
     return "packed" if packed else "padded"
 

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_api.run import RunSpec
+from lora_trainer.devices import traits
 from lora_trainer.fitting import build_job
+from lora_trainer.groups import all_groups, open_host_group
 from lora_trainer.modelshape import UnplannedModelError, read_shape
 from lora_trainer.settings import Place, rendezvous_seconds
 from lora_trainer.strategy import Strategy, decide_strategy
@@ -52,26 +54,27 @@ def start_process_group(
 
     One process alone needs no group but with ``alone_too``: FSDP2 offloads in one of one. ``timeout_seconds`` is how
     long a process waits for the others in one collective operation. This comes before the training arguments are
-    made: with them the timeout would be ignored on CPUs. On GPUs gloo is there too, for tensors in host memory (CPU
-    offload).
+    made: with them the timeout would be ignored on CPUs. On GPUs host memory has a group of its own (``groups``).
 
     Raises:
         torch.distributed.DistError: the others did not appear in time.
     """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backends, patience = traits(device).backends, timedelta(seconds=rendezvous_seconds())
     if place.world_size == 1:
         if alone_too:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backends.device, store=dist.HashStore(), rank=0, world_size=1)
+            open_host_group(backends.host, patience)
         return
     dist.init_process_group(
-        backend,
-        timeout=timedelta(seconds=rendezvous_seconds()),
-        device_id=device if device.type == "cuda" else None,
+        backends.device,
+        timeout=patience,
+        device_id=device if backends.bound else None,
         **({"store": store(), "rank": place.rank, "world_size": place.world_size} if store else {}),
     )
+    open_host_group(backends.host, patience)
     dist.barrier()
-    group = dist.distributed_c10d._get_default_group()  # noqa: SLF001 - torch has no public call for it
-    limit_collectives(group, timeout_seconds)
+    for group in all_groups():
+        limit_collectives(group, timeout_seconds)
 
 
 def limit_collectives(group: dist.ProcessGroup, seconds: float) -> None:

@@ -24,7 +24,6 @@ from safetensors import safe_open
 from torch.nn.functional import logsigmoid, relu
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers import TrainerCallback, TrainingArguments
-from trl.trainer.utils import add_fused_lm_head
 
 from lora_api.run import RunSpec
 from lora_api.training import DPO
@@ -105,24 +104,19 @@ def sum_rewards(ratios: Ratios, beta: float) -> torch.Tensor:
 
 
 def answer_log_probs(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probability in nats of each sequence's answer, shape (sequences,).
+    """Log-probability in nats of each sequence's answer, float64, shape (sequences,).
 
-    The model's head runs in tiles (``fuse_head``): logits of the whole batch are never held, forward or backward.
+    Two answers of a thousand nats may differ by a thousandth: float32 keeps four digits of that.
     """
-    output = model(
+    scores = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         labels=batch["labels"],
         use_cache=False,
-        fused_lm_head=True,
+        score_tokens=True,
     )
-    log_probs: torch.Tensor = output.log_probs
-    return log_probs.sum(dim=1)
-
-
-def fuse_head(model: PeftModel) -> None:
-    """Teaches the model to return log-probabilities of labels in place of logits, as TRL does for SFT."""
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
+    losses = torch.zeros_like(scores.supervised, dtype=torch.float32).masked_scatter(scores.supervised, scores.losses)
+    return -losses.sum(dim=1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -134,8 +128,6 @@ class Scorer:
     token_budget: int
     place: Place
     device: torch.device
-    mixed_precision: bool = False
-    """Matrix products in bfloat16, as in the training step."""
 
     @torch.no_grad()
     def score(
@@ -161,10 +153,9 @@ class Scorer:
             indices = batches[number if number < len(batches) else 0]
             batch = pad_sequences([sequences[index] for index in indices], self.pad_token)
             placed = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision):
-                values = answer_log_probs(self.model, placed)
+            values = answer_log_probs(self.model, placed)
             if number < len(batches):
-                found[indices] = values.double().cpu()
+                found[indices] = values.cpu()
             if time.monotonic() - spoke > HEARTBEAT_SECONDS:
                 heartbeat()
                 spoke = time.monotonic()
@@ -201,7 +192,6 @@ class PreferenceEvaluator(Evaluator):
     pairs: Sequence[TokenPair] = ()
     reference: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 2))
     dpo: DPO = field(default_factory=DPO)
-    mixed_precision: bool = False
 
     @property
     def records(self) -> int:
@@ -217,7 +207,7 @@ class PreferenceEvaluator(Evaluator):
         if not self.pairs:
             return Evaluation(None, [])
         pad = int(self.tokenizer.pad_token_id)
-        scorer = Scorer(self.model, pad, self.token_budget, self.place, self.device, self.mixed_precision)
+        scorer = Scorer(self.model, pad, self.token_budget, self.place, self.device)
         scores = scorer.score(self.pairs, interrupted=interrupted)
         if scores is None:
             return None
@@ -250,7 +240,7 @@ class PreferenceTrainer(LoRATrainer):
         """A micro-batch: chosen sequences first, then the rejected ones, and the reference's log-probabilities."""
         sequences = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
         reference = self.reference["train"][[pair.index for pair in pairs]]
-        return pad_sequences(sequences, self.pad_token) | {"reference": reference.T.reshape(-1).float()}
+        return pad_sequences(sequences, self.pad_token) | {"reference": reference.T.reshape(-1)}
 
     def compute_loss(
         self,
@@ -266,7 +256,7 @@ class PreferenceTrainer(LoRATrainer):
         sums, count = sum_rewards(ratios, self.dpo.beta), torch.full_like(ratios.chosen[:1].double(), len(gained) // 2)
         self._rewards += torch.cat([sums, count])
         self._tokens += inputs["attention_mask"].sum()
-        return pair_losses(ratios, self.dpo).mean()
+        return pair_losses(ratios, self.dpo).mean().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the rewards since the last time, over all ranks, and the tokens since training began."""
@@ -291,8 +281,7 @@ class PreferenceTrainer(LoRATrainer):
         if resume is not None:
             self.reference = self._load_reference(resume.directory / OBJECTIVE_STATE)
             return
-        bf16 = bool(self.args.bf16)
-        scorer = Scorer(self.model, self.pad_token, token_budget, place, self.args.device, bf16)
+        scorer = Scorer(self.model, self.pad_token, token_budget, place, self.args.device)
         seen = sorted(self._indices_of_steps())
         heartbeat = lambda: progress.stage("evaluating")  # noqa: E731
         self.reference["train"][seen] = scorer.score([self.pairs[index] for index in seen], heartbeat)
@@ -338,7 +327,6 @@ class PreferenceTrainer(LoRATrainer):
             pairs=self.eval_pairs,
             reference=self.reference.get("eval", torch.zeros(0, 2)),
             dpo=self.dpo,
-            mixed_precision=bool(self.args.bf16),
         )
 
 
@@ -357,7 +345,6 @@ def build_preference_trainer(
         BadSpecError: the batch sizes do not fit.
     """
     arguments = loop_arguments(run, len(data.train), device, directory)
-    fuse_head(model)
     if run.training.gradient_checkpointing:
         model.enable_input_require_grads()
     trainer = PreferenceTrainer(

@@ -7,7 +7,7 @@ which one matrix picks the rows and the other holds what they have gained: the f
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from lora_trainer.errors import BadSpecError, InternalError
 from lora_trainer.loading import Part, local_part
-from lora_trainer.newtokens import NewTokens
+
+if TYPE_CHECKING:
+    from lora_trainer.newtokens import NewTokens
 
 Tensors = dict[str, torch.Tensor]
 
@@ -114,7 +116,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def add_rows(model: PeftModel, tokens: NewTokens, part: Part | None = None) -> None:
+def add_rows(model: PeftModel, tokens: "NewTokens", part: Part | None = None) -> None:
     """Lets the rows of ``tokens`` learn, in embedding and output head; tied, they are the same rows. All ranks call it.
 
     ``part`` is what this process holds of each weight. A token that was added begins as the mean of all rows (Hewitt
@@ -145,7 +147,7 @@ def check_has_rows(model: Any) -> None:
         )
 
 
-def start_rows(weight: nn.Parameter, tokens: NewTokens, part: Part | None) -> torch.Tensor:
+def start_rows(weight: nn.Parameter, tokens: "NewTokens", part: Part | None) -> torch.Tensor:
     """What the rows of ``tokens`` begin with, over what ``weight`` has there: (tokens, hidden size), float32.
 
     Sums are taken over all processes. Rows that several of them hold are held equally often by each other.

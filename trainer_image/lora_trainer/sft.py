@@ -14,11 +14,13 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_api.run import RunSpec
 from lora_trainer.loss import router_loss_weight
+from lora_trainer.model import compute_dtype
 from lora_trainer.packs import Layout, check_isolation, choose_layout, collate, flash_arguments
 from lora_trainer.prepare import TrainingData
 from lora_trainer.speed import FastSteps, apply_levers, base_model, read_levers
 from lora_trainer.tokens import Document
 from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_precision
+from lora_trainer.varlen import settle_packing
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Resume
@@ -54,6 +56,10 @@ def build_supervised_trainer(
         BadSpecError: the batch sizes do not fit.
     """
     arguments = loop_arguments(run, len(data.train), device, directory)
+    if data.train.packed:
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        half = compute_dtype(run.quantization, device) != torch.float32
+        settle_packing(base_model(model), capability, half=half, say=device.index in (None, 0))
     layout = choose_layout(str(model.config._attn_implementation), packed=data.train.packed)  # noqa: SLF001
     trainer = SupervisedTrainer(
         model=model,
@@ -72,7 +78,7 @@ def build_supervised_trainer(
     )
     trainer.train_dataset, trainer.eval_dataset, trainer.layout = data.train, data.eval, layout
     restore_adapter_precision(model)
-    trainer.prepare_loss(summed=read_levers().summed_loss)
+    trainer.summed_loss = read_levers().summed_loss
     apply_levers(model, read_levers(), device)
     return trainer
 

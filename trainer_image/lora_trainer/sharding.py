@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
 from lora_trainer.architecture import decoder_layers
+from lora_trainer.devices import traits
 from lora_trainer.errors import InternalError
 from lora_trainer.loading import local_part
 from lora_trainer.parallel import limit_collectives, sum_over_ranks
@@ -31,14 +30,6 @@ SHARD_TOLERANCE = 1.25
 """How much more than an even share of the weights a rank may hold. Quantization constants are not sharded."""
 
 Holder = tuple[nn.Module, str]
-
-
-def own_distribution(accelerator: Accelerator) -> None:
-    """Keeps accelerate from wrapping the model in DDP, which it does wherever it sees more than one process.
-
-    Its data loaders and its sums over processes do not look at this type.
-    """
-    accelerator.state.distributed_type = DistributedType.NO
 
 
 def spread_model(model: nn.Module, strategy: Strategy, device: torch.device) -> None:
@@ -72,7 +63,9 @@ def shard_model(model: nn.Module, strategy: Strategy, device: torch.device) -> N
     common: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if strategy.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=traits(device).pinned_memory)
+        if strategy.offload
+        else OffloadPolicy(),
         "ignored_params": row_parameters(model),
     }
     layers = decoder_layers(model)

@@ -8,16 +8,17 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
+from lora_api.run import RunSpec
 from lora_trainer.architecture import decoder_layers
+from lora_trainer.compilers import check_triton
 from lora_trainer.errors import BadSpecError
-from lora_trainer.loss import IGNORED, add_summed_loss, has_summed_loss
+from lora_trainer.loss import IGNORED
 from lora_trainer.parallel import sum_over_ranks
 
 SPEED_VARIABLE = "LORA_SPEED"
@@ -28,13 +29,13 @@ class Levers:
     """Which levers are on.
 
     Attributes:
-        summed_loss: only supervised tokens go through the output head, and nothing is computed for metrics that nobody
-            reads (``loss``). Off: TRL's loss, its entropy and accuracy included.
+        summed_loss: nothing is computed for metrics that nobody reads (``loss``). Off: TRL's loss, its entropy and
+            accuracy included, on GPUs by kernels of Triton. Evaluation and preferences never take it.
         fused_optimizer: one kernel for all of AdamW (GPUs).
         prefetch: the next step's micro-batches are made, and copied to the GPU, by a thread while this one computes
             (``ahead``). ``None``: on GPUs. On CPUs it costs more than it hides (docs/speed.md).
         pinned_memory: batches are copied to the GPU from page-locked memory, beside the computation (GPUs).
-        liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows).
+        liger: Liger's kernels for norms, rotary embedding and gated MLPs (GPUs, families that it knows): Triton's.
         compile: decoder layers are compiled in training (``torch.compile``). Needs a compiler in the image.
     """
 
@@ -64,6 +65,24 @@ def read_levers(env: Mapping[str, str] = os.environ) -> Levers:
     return replace(Levers(), **changes)
 
 
+def check_levers(run: RunSpec, levers: Levers) -> None:
+    """What the levers need is there. Asked before anything is fetched.
+
+    Raises:
+        BadSpecError: on GPUs a lever needs Triton, and Triton what the image does not have.
+    """
+    if run.parallelism.gpus_per_node == 0:
+        return
+    supervised = run.training.objective == "sft"
+    needs = {
+        "compile": levers.compile,
+        "liger": levers.liger and supervised,
+        "no-summed-loss": not levers.summed_loss and supervised,
+    }
+    for name in (name for name, needed in needs.items() if needed):
+        check_triton(f"{SPEED_VARIABLE}: {name}")
+
+
 class FastSteps(Trainer):
     """Mix-in before SFTTrainer: the summed loss, and tokens counted without asking the device in every micro-batch.
 
@@ -71,16 +90,12 @@ class FastSteps(Trainer):
     stays on the device until it is logged.
     """
 
-    summed_loss = False
+    summed_loss = True
+    aux_loss_enabled = False
+    """Whether the routers' loss is a part of what is trained, and its weight: TRL sets both by the model's config."""
+    router_aux_loss_coef = 0.0
     _tokens: torch.Tensor | int = 0
     _tokens_logged = 0.0
-
-    def prepare_loss(self, *, summed: bool) -> None:
-        """Takes the summed loss where it is asked for and the model allows it."""
-        model = base_model(self.model)
-        self.summed_loss = summed and has_summed_loss(model)
-        if self.summed_loss:
-            add_summed_loss(model)
 
     def compute_loss(
         self,
@@ -92,21 +107,28 @@ class FastSteps(Trainer):
         """The micro-batch's share of the step's loss: its sum over supervised tokens / those of the whole step.
 
         ``num_items_in_batch`` counts the supervised tokens of all micro-batches on all ranks. Gradients are averaged
-        over ranks afterwards, so the share is multiplied by their number. ``inputs`` may say how many ``tokens`` it
-        has, where its mask does not.
+        over ranks afterwards, so the share is multiplied by their number. A routers' loss is a mean over the tokens of
+        the micro-batch, of which the step's is the mean, as in TRL. All of it is float32, whatever the type of the
+        model. ``inputs`` may say how many ``tokens`` it has, where its mask does not.
         """
         tokens = inputs.pop("tokens", None)
         if not self.summed_loss or return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = model(**inputs, use_cache=False, summed_loss=True).loss
+        scores = model(**inputs, use_cache=False, score_tokens=True, router_loss=self.aux_loss_enabled)
+        loss: torch.Tensor = scores.losses.sum()
         if tokens is None:
             mask = inputs.get("attention_mask")
             tokens = inputs["input_ids"].numel() if mask is None else mask.sum()
         self._tokens += tokens
         if num_items_in_batch is None:
-            return loss / (inputs["labels"][..., 1:] != IGNORED).sum().clamp(min=1)
-        ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * ranks / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            loss, steps = loss / (inputs["labels"][..., 1:] != IGNORED).sum().clamp(min=1), 1
+        else:
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * ranks / torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
+            steps = self.current_gradient_accumulation_steps
+        if scores.router_loss is not None:
+            loss = loss + self.router_aux_loss_coef * scores.router_loss / steps
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds ``num_tokens``, the tokens of all ranks since training began. All ranks call it."""
@@ -174,12 +196,12 @@ def _compiled_in_training(layer: torch.nn.Module) -> Any:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises BadSpecError unless torch.compile finds what it needs: a C++ compiler, and on GPUs Triton."""
+    """Raises BadSpecError unless torch.compile finds what it needs: a C++ compiler, and on GPUs Triton's."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
-    if device.type == "cuda" and find_spec("triton") is None:
-        raise BadSpecError(f"{SPEED_VARIABLE}: compile needs the package triton, which is not in the image")
+    if device.type == "cuda":
+        check_triton(f"{SPEED_VARIABLE}: compile")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:

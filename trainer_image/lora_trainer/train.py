@@ -36,6 +36,7 @@ from lora_trainer.settings import Place, state_directory
 from lora_trainer.sharding import spread_model
 from lora_trainer.sizing import settle_micro_batch
 from lora_trainer.sources import fetch_sources
+from lora_trainer.speed import check_levers, read_levers
 from lora_trainer.stop import StopRequest
 from lora_trainer.store import Store
 
@@ -51,6 +52,7 @@ def train(
         TrainerError: with its row of the failure table; exceptions of libraries are told apart by ``errors.classify``.
     """
     check_run(run)
+    check_levers(run, read_levers())
     work = state_directory()
     store = Store(run.publish.store)
     if run.attempt > 1 and (published := find_published(store, run)):

@@ -13,6 +13,7 @@ from transformers import TrainerState
 
 from lora_api.run import BatchPlan, RunSpec, plan_batch
 from lora_trainer.ahead import Ahead, start_maker
+from lora_trainer.devices import product_type, traits
 from lora_trainer.errors import BadSpecError
 from lora_trainer.evaluate import Evaluator, Prompt
 from lora_trainer.finite import FiniteTrainer
@@ -21,8 +22,8 @@ from lora_trainer.progress import Progress
 from lora_trainer.rows import row_parameters
 from lora_trainer.sampler import EpochSampler, total_steps
 from lora_trainer.settings import Place
-from lora_trainer.sharding import own_distribution
 from lora_trainer.speed import read_levers
+from lora_trainer.untouched import check_same_model, kept_from_accelerate
 
 if TYPE_CHECKING:
     from lora_trainer.checkpoint import Checkpoints, Resume
@@ -63,7 +64,7 @@ class LoRATrainer(FiniteTrainer):
             self.skipped = resume.skipped
             return
         wanted = read_levers().prefetch
-        if self.args.device.type == "cuda" if wanted is None else wanted:
+        if traits(self.args.device).prefetch if wanted is None else wanted:
             self._maker = start_maker(self.args.device)
         try:
             self.train(resume_from_checkpoint=str(resume.directory) if resume else None)
@@ -89,9 +90,20 @@ class LoRATrainer(FiniteTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in own]
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Leaves the model as it is: ``sharding`` spreads it over the processes."""
+        """A process has one GPU. Alone, transformers would take all that it sees, and multiply the micro-batch."""
         super().create_accelerator_and_postprocess()
-        own_distribution(self.accelerator)
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # noqa: SLF001 - n_gpu has no setter
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Makes the optimizer and the schedule. The model stays as it is: ``sharding`` has spread it.
+
+        Raises:
+            InternalError: it did not.
+        """
+        with kept_from_accelerate(self.model):
+            model, loader = super()._prepare_for_training(*args, **kwargs)
+        check_same_model(model, self.model)
+        return model, loader
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -152,7 +164,7 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
     """
     training, plan, steps = run.training, batch_plan(run), total_steps(run, records)
     levers = read_levers()
-    on_gpu = device.type == "cuda"
+    kind, products = traits(device), product_type(run.quantization.compute_dtype, device)
     schedulers = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
     return {
         "output_dir": str(directory),
@@ -164,13 +176,13 @@ def loop_arguments(run: RunSpec, records: int, device: torch.device, directory: 
         "warmup_steps": round(training.warmup_ratio * steps),
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": optimizer_name(run, fused=on_gpu and levers.fused_optimizer),
+        "optim": optimizer_name(run, fused=kind.fused_optimizer and levers.fused_optimizer),
         "gradient_checkpointing": training.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if training.gradient_checkpointing else None,
-        "bf16": on_gpu and run.quantization.compute_dtype != "float32",
-        "use_cpu": not on_gpu,
+        "bf16": products == torch.bfloat16,
+        "use_cpu": kind.accelerate_cpu,
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": on_gpu and levers.pinned_memory,
+        "dataloader_pin_memory": kind.pinned_memory and levers.pinned_memory,
         "seed": training.seed,
         "data_seed": training.seed,
         "logging_strategy": "steps",
