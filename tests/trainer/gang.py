@@ -25,7 +25,10 @@ from tests.trainer.runs import ROOT, SOURCES
 
 @dataclass(frozen=True)
 class Case:
-    """``work`` is a function of ``module``; ``processes`` take part, the first of them as rank 0."""
+    """``work`` is a function of ``module``; ``processes`` take part, the first of them as rank 0.
+
+    In gangs of one size a process must always have the same rank: DTensor remembers, by the mesh, which part is whose.
+    """
 
     name: str
     work: str

@@ -1,15 +1,12 @@
 """What the processes of ``tests.trainer.gang`` do with packed weights: load, shard, gather, and flip bits."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-import lora_trainer.model
 from lora_api.training import LoRA, Quantization
 from lora_trainer.errors import WeightsChangedError
 from lora_trainer.loading import part_to_load
@@ -20,32 +17,9 @@ from lora_trainer.proof import Proof, take_proof
 from lora_trainer.settings import read_place
 from lora_trainer.sharding import spread_model
 from lora_trainer.strategy import Strategy
+from tests.support.gputypes import BFLOAT16_NAN, gpu_types
 
 CPU = torch.device("cpu")
-NAN_OF_A_CAST = 0x7FFF
-"""What CUDA's cast from float32 to bfloat16 makes of all that is not a number (F2FP.BF16.F32.PACK_AB)."""
-
-
-@contextmanager
-def copies_of_cuda() -> Iterator[None]:
-    """``torch._foreach_copy_`` as CUDA's kernel for bfloat16 is: by way of float32, where NaN has one pattern alone."""
-    plain = torch._foreach_copy_
-
-    def copy(targets: list[torch.Tensor], sources: list[torch.Tensor], non_blocking: bool = False) -> None:
-        plain(targets, sources, non_blocking)
-        for target, source in zip(targets, sources, strict=True):
-            if target.dtype == source.dtype == torch.bfloat16:
-                target.view(torch.int16)[target.isnan()] = NAN_OF_A_CAST
-
-    with patch.object(torch, "_foreach_copy_", copy):
-        yield
-
-
-@contextmanager
-def types_of_a_gpu() -> Iterator[None]:
-    """bfloat16 weights and products on the CPU, and CUDA's copies of them."""
-    with copies_of_cuda(), patch.object(lora_trainer.model, "compute_dtype", lambda *_: torch.bfloat16):
-        yield
 
 
 def build(model: str, quantization: dict[str, Any], strategy: Strategy) -> tuple[torch.nn.Module, Proof]:
@@ -61,7 +35,7 @@ def build(model: str, quantization: dict[str, Any], strategy: Strategy) -> tuple
 
 def gather_packed(model: str, quantization: dict[str, Any], strategy: dict[str, Any]) -> dict[str, Any]:
     """Packed weights of a model that is loaded whole, and of one that is spread and gathered: which of them differ."""
-    with types_of_a_gpu():
+    with gpu_types():
         whole = load_base_model(Path(model), Quantization.model_validate(quantization), CPU)
         spread, proof = build(model, quantization, Strategy(**strategy))
         proof.check_gathered(spread)
@@ -93,7 +67,7 @@ def patterns(packed: torch.Tensor) -> int:
     """How many words of 16 bits would be no numbers, were they bfloat16, and not the one that CUDA makes of those."""
     data = packed.contiguous().reshape(-1).view(torch.uint8)
     words = data[: len(data) // 2 * 2].view(torch.bfloat16)
-    return int((words.isnan() & (words.view(torch.int16) != NAN_OF_A_CAST)).sum())
+    return int((words.isnan() & (words.view(torch.int16) != BFLOAT16_NAN)).sum())
 
 
 def gather_each(model: torch.nn.Module, weights: list[Packed]) -> Iterator[tuple[str, torch.Tensor]]:

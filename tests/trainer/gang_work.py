@@ -29,7 +29,6 @@ from lora_trainer.settings import read_place
 from lora_trainer.sharding import parameter_bytes, shard_model, spread_model
 from lora_trainer.stop import StopRequest
 from lora_trainer.strategy import Strategy, decide_strategy
-from tests.trainer.gang_bits import flip, gather_packed  # noqa: F401 - cases name them
 
 CPU = torch.device("cpu")
 

@@ -19,6 +19,8 @@ from tests.trainer.runs import Launched, build_run
 
 Results = dict[str, list[dict[str, Any]]]
 
+WORK = "tests.trainer.gang_bits"
+
 STRATEGIES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "alone": ([0], {"kind": "alone"}),
     "alone-offload": ([1], {"kind": "fsdp", "offload": True}),
@@ -56,8 +58,8 @@ FLIPPED = [
     ("experts", "fsdp-2", 0, "constants"),
 ]
 INT8: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "alone": ([0], {}),
-    "auto": ([1, 2], {}),
+    "alone": ([2], {}),
+    "auto": ([0, 1], {}),
     "offload": ([3], {"cpuOffload": True}),
     "hsdp-offload": ([0, 1, 2, 3], {"strategy": "hsdp", "shardSize": 2, "cpuOffload": True}),
 }
@@ -80,11 +82,13 @@ def results(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     for kind, strategy in GATHERED:
         processes, _ = STRATEGIES[strategy]
-        cases.append(Case(name_of("gather", kind, strategy), "gather_packed", processes, arguments(kind, strategy)))
+        cases.append(
+            Case(name_of("gather", kind, strategy), "gather_packed", processes, arguments(kind, strategy), module=WORK)
+        )
     for kind, strategy, at, what in FLIPPED:
         processes, _ = STRATEGIES[strategy]
         flipped = arguments(kind, strategy) | {"at": at, "what": what}
-        cases.append(Case(name_of("flip", kind, strategy, at, what), "flip", processes, flipped))
+        cases.append(Case(name_of("flip", kind, strategy, at, what), "flip", processes, flipped, module=WORK))
     for name, (processes, parallelism) in INT8.items():
         own = directory / f"int8-{name}"
         changes = {
