@@ -357,6 +357,24 @@ def test_the_trained_model_is_gone_before_the_served_one_is_loaded(
     assert adapter.served.is_measured
 
 
+def test_a_base_that_only_host_memory_holds_is_gathered_from_there(
+    make: Make, run_here: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process alone has no group to shard in until then. CPUs offload from host memory to host memory."""
+    plain, _ = run_here(make(publish={"name": "plain"}))
+    plan = ServedPlan("float32", token_budget=64, offload=True)
+    monkeypatch.setattr(lora_trainer.train, "plan_served_run", lambda *_: plan)
+    try:
+        found, _ = run_here(make())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert plain.served is not None
+    assert found.served is not None
+    assert found.served.after.loss == pytest.approx(plain.served.after.loss, abs=1e-5)
+    assert found.served.after.share == plain.served.after.share
+    assert found.served.before.loss == pytest.approx(plain.served.before.loss, abs=1e-5)
+
+
 # -- stopped and killed
 
 
