@@ -87,6 +87,7 @@ def raised_as(text: str) -> Exception:
         "[Errno ": OSError,
         "Your setup": ValueError,
         "Torch not compiled": AssertionError,
+        "Using RTX": NotImplementedError,
     }
     kind = next((kind for start, kind in kinds.items() if text.startswith(start)), RuntimeError)
     return kind(text)

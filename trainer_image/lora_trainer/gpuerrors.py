@@ -98,6 +98,10 @@ _NO_BFLOAT16 = (
     "Use GPUs that have bfloat16, Ampere or newer (nodeSelector in podTemplate or in the runtime chooses the nodes), "
     "or set quantization.computeDtype to float32."
 )
+_NO_PEER_COPIES = (
+    "Set NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 in podTemplate.env, or upgrade the driver of the nodes to 550.40.07 "
+    "or newer; then create the run again."
+)
 _SHARED_GPU = (
     "Each process needs a whole GPU of its own: NCCL joins neither time-sliced GPUs nor two MIG slices of one. Use "
     "nodes that give out whole GPUs, or gpusPerNode: 1 and nodes: 1."
@@ -235,6 +239,10 @@ _MISFITS = (
     _row(_UNFIT, NODE, TORCH_CUDA, "FlashAttention only supports Ampere GPUs or newer",
          "FlashAttention only supports Ampere GPUs or newer.",
          "torch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp", _NO_BFLOAT16),
+    _row(_UNFIT, NODE, "accelerate/state.py", "doesn't support faster communication broadband via P2P or IB",
+         "Using RTX 4000 series doesn't support faster communication broadband via P2P or IB. Please set "
+         '`NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1" or use `accelerate launch` which will do this automatically.',
+         "accelerate 1.15 state.py:321", _NO_PEER_COPIES),
     _row(_UNFIT, NODE, NCCL, "Duplicate GPU detected",
          _nccl(_USAGE, "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"),
          "NCCL 2.29.7 src/init.cc:974; verl-project/verl#161", _SHARED_GPU),
