@@ -18,7 +18,7 @@ import lora_trainer.train
 from lora_api.run import RunSpec
 from lora_trainer import exchange, sharding
 from lora_trainer.errors import StoppedError
-from lora_trainer.evaluate import Evaluator
+from lora_trainer.evaluate import Evaluation, Evaluator
 from lora_trainer.groups import all_groups
 from lora_trainer.model import load_base_model
 from lora_trainer.newtokens import read_tokenizer
@@ -89,12 +89,11 @@ def _learn(run: RunSpec, directory: str, stop_after: int | None) -> dict[str, An
             adapter = lora_trainer.train.train(run, place, stop, progress)
     except StoppedError:
         return {"stopped": True, "losses": progress.losses}
-    logits, model = seen.pop("logits"), seen.pop("model")
+    logits = seen.pop("logits")
     if adapter is not None:
         loaded = load_with_peft(run, Path(adapter.uri.removeprefix("file://")))
         seen["difference"] = float((loaded - logits).abs().max())
         seen["learned"] = float((seen.pop("before_logits") - logits).abs().max())
-        seen["parts"] = sorted({type(module).__name__ for module in model.modules()})
     seen.pop("before_logits", None)
     return {"losses": progress.losses, "norms": progress.norms, "evals": progress.evals, **seen}
 
@@ -103,9 +102,12 @@ def _learn(run: RunSpec, directory: str, stop_after: int | None) -> dict[str, An
 def watching(seen: dict[str, Any]) -> Iterator[None]:
     """Notes in ``seen`` what happens to the model that is trained inside."""
     fresh: list[torch.Tensor] = []
-    spread, publish, average = (
+    evaluators: list[Evaluator] = []
+    spread, gather, publish, evaluate, average = (
         lora_trainer.train.spread_model,
+        lora_trainer.train.gather_adapter,
         lora_trainer.train.publish_run,
+        Evaluator.run,
         sharding.average_gradients,
     )
 
@@ -120,21 +122,31 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
             seen["averaged_before"] = seen.get("averaged_before", False) or equal_on_all_ranks(own)
         average(parameters)
 
-    def look_and_publish(release: Any, model: PeftModel, evaluator: Evaluator, result: RunResult) -> Any:
-        seen["model"], seen["logits"] = model, logits_of(model)
-        seen["answers"] = len(result.after.samples)
+    def evaluate_and_note(evaluator: Evaluator) -> Evaluation:
+        evaluators.append(evaluator)
+        return evaluate(evaluator)
+
+    def look_and_gather(model: PeftModel) -> dict[str, torch.Tensor]:
+        seen["logits"], seen["parts"] = logits_of(model), sorted({type(module).__name__ for module in model.modules()})
         learned = [local(parameter).clone() for parameter in trainable(model)]
         assign(model, fresh)
         seen["before_logits"] = logits_of(model)
-        again = evaluator.run()
-        seen["before"], seen["again"] = measured(result.before), measured(again)
+        seen["again"] = measured(evaluate(evaluators[-1]))
         assign(model, learned)
-        return publish(release, model, evaluator, result)
+        evaluators.clear()  # they hold the model, which is to go now
+        return gather(model)
+
+    def note_and_publish(release: Any, tensors: Any, model: PeftModel, evaluator: Evaluator, result: RunResult) -> Any:
+        seen["before"], seen["answers"] = measured(result.before), len(result.after.samples)
+        seen["served"] = result.served.model_dump(mode="json", by_alias=True) if result.served else None
+        return publish(release, tensors, model, evaluator, result)
 
     with ExitStack() as patches:
         for target, replacement in (
             ("lora_trainer.train.spread_model", spread_and_note),
-            ("lora_trainer.train.publish_run", look_and_publish),
+            ("lora_trainer.train.gather_adapter", look_and_gather),
+            ("lora_trainer.train.publish_run", note_and_publish),
+            ("lora_trainer.evaluate.Evaluator.run", evaluate_and_note),
             ("lora_trainer.sharding.average_gradients", average_and_note),
         ):
             patches.enter_context(patch(target, replacement))
