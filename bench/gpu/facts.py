@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 
+from lora_trainer import varlen
 from lora_trainer.devices import traits
 
 BFLOAT16_NAN = 0x7FFF
@@ -41,6 +42,22 @@ def products_in_bfloat16(device: torch.device) -> Answer:
     return Answer(
         traits(device).products == torch.bfloat16 and error < 2**-8, f"largest error {error:.1e} of the largest"
     )
+
+
+def packed_rows_have_a_kernel(device: torch.device) -> Answer:
+    """The kernel for packed rows gives what attention within each document does."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(12, 2, 16, generator=generator).to(device, torch.bfloat16) for _ in range(3)]
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+    try:
+        found = varlen.varlen_attn(*heads, bounds, bounds, 7, 7, window_size=(-1, 0))
+    except RuntimeError as error:
+        return Answer(holds=False, figure=str(error)[:80])
+    assert isinstance(found, torch.Tensor)  # for the type checker
+    parts = ([one[start:end].transpose(0, 1).float() for one in heads] for start, end in ((0, 5), (5, 12)))
+    exact = torch.cat([nn.functional.scaled_dot_product_attention(*part, is_causal=True) for part in parts], 1)
+    error = float((found.transpose(0, 1).float() - exact).abs().max())
+    return Answer(error < 2**-6, f"largest error {error:.1e}")
 
 
 def bfloat16_is_supported(device: torch.device) -> Answer:
@@ -124,6 +141,7 @@ def autocast_has_float32_operators(device: torch.device) -> Answer:
 
 FACTS: dict[str, Callable[[torch.device], Answer]] = {
     "products in bfloat16": products_in_bfloat16,
+    "packed rows have a kernel": packed_rows_have_a_kernel,
     "bfloat16 is supported": bfloat16_is_supported,
     "one process sees every GPU": one_process_sees_every_gpu,
     "gangs are MULTI_GPU": gangs_are_multi_gpu,

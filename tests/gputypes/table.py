@@ -59,7 +59,6 @@ class Row:
             "training": {"maxSteps": steps, "globalBatchSize": batch, "microBatchSize": 2, "evalEverySteps": 2},
             "checkpoint": {"everySteps": 2},
             "dataset": {"eval": None},
-            "publish": {"servedDtype": "bfloat16"},
         }
         if self.objective == "packing":
             changes["dataset"] |= {"packing": True}

@@ -2,6 +2,7 @@
 
 import os
 import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -103,9 +104,11 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
     """Notes in ``seen`` what happens to the model that is trained inside."""
     fresh: list[torch.Tensor] = []
     evaluators: list[Evaluator] = []
-    spread, gather, publish, evaluate, average = (
+    trained: list[weakref.ref[nn.Module]] = []
+    spread, gather, serve, publish, evaluate, average = (
         lora_trainer.train.spread_model,
         lora_trainer.train.gather_adapter,
+        lora_trainer.train.evaluate_served,
         lora_trainer.train.publish_run,
         Evaluator.run,
         sharding.average_gradients,
@@ -115,6 +118,7 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
         spread(model, *rest)
         fresh.extend(local(parameter).clone() for parameter in trainable(model))
         seen["types"] = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+        seen["attention"] = model.config._attn_implementation
 
     def average_and_note(parameters: list[nn.Parameter]) -> None:
         own = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
@@ -134,7 +138,12 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
         seen["again"] = measured(evaluate(evaluators[-1]))
         assign(model, learned)
         evaluators.clear()  # they hold the model, which is to go now
+        trained.extend(map(weakref.ref, model.modules()))
         return gather(model)
+
+    def look_and_serve(*arguments: Any) -> Any:
+        seen["kept"] = sorted({type(module).__name__ for module in (one() for one in trained) if module is not None})
+        return serve(*arguments)
 
     def note_and_publish(release: Any, tensors: Any, model: PeftModel, evaluator: Evaluator, result: RunResult) -> Any:
         seen["before"], seen["answers"] = measured(result.before), len(result.after.samples)
@@ -145,6 +154,7 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
         for target, replacement in (
             ("lora_trainer.train.spread_model", spread_and_note),
             ("lora_trainer.train.gather_adapter", look_and_gather),
+            ("lora_trainer.train.evaluate_served", look_and_serve),
             ("lora_trainer.train.publish_run", note_and_publish),
             ("lora_trainer.evaluate.Evaluator.run", evaluate_and_note),
             ("lora_trainer.sharding.average_gradients", average_and_note),

@@ -18,7 +18,8 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from lora_trainer import devices
+from lora_trainer import devices, servedplan, sft, varlen
+from tests.support.varlen import varlen_attn
 
 BFLOAT16_NAN = 0x7FFF
 """What CUDA makes of each bfloat16 NaN that it packs from float32."""
@@ -65,10 +66,31 @@ def products_in_bfloat16() -> Iterator[None]:
     """The base and its products are bfloat16, the forward pass is under autocast, AdamW is fused, batches come ahead.
 
     lora_trainer/devices.py: the row "cuda". Page-locked memory is no type, and needs CUDA; so does NCCL, and gloo
-    stands for it. There are two groups all the same.
+    stands for it. There are two groups all the same. lora_trainer/servedplan.py, which has no torch, knows the types by
+    ``parallelism.gpusPerNode``: 0 in the run documents of the tests, as if it were 1 here.
     """
     backends = replace(devices.GPU.backends, device="gloo", bound=False)
-    with patch.dict(devices.TRAITS, {"cpu": replace(devices.GPU, pinned_memory=False, backends=backends)}):
+    served, trained = servedplan.choose_served_dtype, servedplan.trains_on
+    with (
+        patch.dict(devices.TRAITS, {"cpu": replace(devices.GPU, pinned_memory=False, backends=backends)}),
+        patch.object(servedplan, "choose_served_dtype", lambda publish, _: served(publish, 1)),
+        patch.object(servedplan, "trains_on", lambda quantization, _: trained(quantization, 1)),
+    ):
+        yield
+
+
+@contextmanager
+def packed_rows_have_a_kernel() -> Iterator[None]:
+    """torch has a kernel for packed rows (torch/nn/attention/varlen.py:176), which sft.py takes: no mask, one flat row.
+
+    Here it is the stand-in of tests/support/varlen.py, on what would be an H100.
+    """
+    settle = sft.settle_packing
+
+    def settle_as_on_an_h100(model: Any, capability: Any, **rest: Any) -> None:
+        settle(model, (9, 0), **rest)
+
+    with patch.object(sft, "settle_packing", settle_as_on_an_h100), patch.object(varlen, "varlen_attn", varlen_attn):
         yield
 
 
@@ -175,6 +197,7 @@ def _widen(value: Any) -> Any:
 
 FACTS: dict[str, Callable[[], Any]] = {
     "products in bfloat16": products_in_bfloat16,
+    "packed rows have a kernel": packed_rows_have_a_kernel,
     "bfloat16 is supported": bfloat16_is_supported,
     "one process sees every GPU": one_process_sees_every_gpu,
     "gangs are MULTI_GPU": gangs_are_multi_gpu,
