@@ -127,7 +127,7 @@ def train(
     if plan.is_wanted and evaluator.records:
         evaluator = replace(evaluator, model=torch.nn.Identity())
         in_between.evaluate = lambda _: None
-        del model, trainer, callbacks
+        del base, model, proof, trainer, callbacks
         free_memory(device)
         on_served = evaluate_served(evaluator, run, sources.model, tokens, tensors, plan, progress)
         model, evaluator = on_served.model, on_served.evaluator
