@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import warnings
 import weakref
@@ -355,6 +356,25 @@ def test_the_trained_model_is_gone_before_the_served_one_is_loaded(
     adapter, _ = run_here(make())
     assert adapter.served is not None
     assert adapter.served.is_measured
+
+
+def test_the_plan_knows_how_long_the_records_are_that_are_evaluated(
+    make: Make, run_here: Start, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training records that are all shorter say nothing of them."""
+    rows = make_rows(8, start=300)
+    rows[3] = {**rows[3], "completion": " yes" * 40}
+    data = write_rows(tmp_path / "long.jsonl", rows)
+    lengths: list[int] = []
+
+    def note_length(run: RunSpec, model: Path, longest: int, *_: Any) -> ServedPlan:
+        lengths.append(longest)
+        return ServedPlan("float32", problem="it is not looked at here")
+
+    monkeypatch.setattr(lora_trainer.train, "plan_served_run", note_length)
+    _, seen = run_here(make(dataset={"maxSeqLength": 100, "eval": {"uri": f"file://{data}"}}, training={"maxSteps": 1}))
+    (trained,) = (int(said[1]) for note in seen.notes if (said := re.search(r"longest record has (\d+)", note)))
+    assert trained < 40 < lengths[0]
 
 
 def test_a_base_that_only_host_memory_holds_is_gathered_from_there(

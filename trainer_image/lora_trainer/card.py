@@ -165,7 +165,7 @@ def _limits(run: RunSpec, result: RunResult) -> str:
         limits.append("It was not evaluated: the run had no evaluation records.")
     elif result.eval_records < 100:
         limits.append(f"The evaluation has only {result.eval_records} records: small differences mean nothing.")
-    if result.improvement is not None and result.improvement <= 0:
+    if result.is_no_better:
         limits.append("On the evaluation records it is no better than the base model.")
     learned = "tells chosen from rejected answers" if result.has_rewards else "writes records"
     limits.append(

@@ -67,6 +67,13 @@ class TrainingData:
     shown: list[Record]
     digest: str
 
+    @property
+    def longest_evaluated(self) -> int:
+        """Tokens of the longest evaluation record, as it is cut; 0 without any. Training records may all be shorter."""
+        if isinstance(self.eval, Sequences):
+            return int(self.eval.lengths.max(initial=0))
+        return max((pair.length for pair in self.eval or []), default=0)
+
 
 def prepare_data(run: RunSpec, sources: Sources, tokenizer: Tokenizer, place: Place, directory: Path) -> TrainingData:
     """Reads, checks, tokenizes and splits the records of ``run``; its files are below ``directory``.

@@ -107,6 +107,12 @@ class RunResult:
             return None
         return self.before.loss - self.after.loss
 
+    @property
+    def is_no_better(self) -> bool:
+        """Whether the loss is no lower than before training: on the base as it is served, where that was measured."""
+        losses = self.gate_losses(None)
+        return losses.before is not None and losses.after is not None and losses.after >= losses.before
+
 
 def build_report(run: RunSpec, result: RunResult) -> str:
     """The whole page."""
@@ -206,8 +212,9 @@ def show_exact(loss: float | None) -> str:
 def _headline(result: RunResult) -> str:
     if result.refusal is not None:
         return f'<p class="note bad">Not published: {escape(result.refusal)}.</p>\n'
-    if result.improvement is not None and result.improvement <= 0:
-        return '<p class="note bad">The evaluation loss is no better than before training.</p>\n'
+    if result.is_no_better:
+        where = escape(result.gate_losses(None).where)
+        return f'<p class="note bad">The evaluation loss{where} is no better than before training.</p>\n'
     return ""
 
 

@@ -62,7 +62,8 @@ def plan_served_run(
 ) -> ServedPlan:
     """The plan for ``run`` with ``available`` GiB for each process; config.json is in the directory ``model``.
 
-    All ranks call it with the same memory and so decide alike.
+    ``longest`` is the number of tokens of the longest record, those that are evaluated included. All ranks call it with
+    the same memory and so decide alike.
     """
     host = least_host_gib(device)
     try:
@@ -118,6 +119,7 @@ def evaluate_served(
         start_process_group(place, device, run.parallelism.collective_timeout_seconds, alone_too=True)
     progress.stage("evaluating")
     model = load_served(run, base, tokens, plan, place, device)
+    progress.stage("evaluating")  # loading and what follows may each take long, and together pass for a stall
     served = evaluator.of_part(model, plan.token_budget or evaluator.token_budget)
     alive = _heartbeat(progress)
     before = served.measure(alive)

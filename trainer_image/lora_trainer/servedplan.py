@@ -18,6 +18,7 @@ from lora_trainer.memory import (
     MemoryPlan,
     adapter_weights,
     gathered_bytes,
+    loading_bytes,
     loss_bytes,
     mask_bytes,
     saved_bytes,
@@ -127,15 +128,17 @@ def plan_served_memory(job: Job) -> MemoryPlan:
     weights = 0.0 if job.cpu_offload else weight_bytes(job) / job.shards
     adapter = 0.0 if job.cpu_offload else job.compute_bytes * adapter_weights(job) / job.shards
     layer = saved_bytes(job) + mask_bytes(job)
+    gathered = gathered_bytes(job)
+    evaluation = weights + adapter + gathered + max(layer, loss_bytes(job))
     return MemoryPlan(
         weights_sharded=weights / GIB,
         weights_replicated=0.0,
-        gathered_layers=gathered_bytes(job) / GIB,
+        gathered_layers=gathered / GIB,
         lora_and_optimizer=adapter / GIB,
         activations=layer / GIB,
         logits=max(0.0, loss_bytes(job) - layer) / GIB,
         dequantization=0.0,
         context=job.stack.context_gib + (job.stack.collectives_gib if job.world_size > 1 else 0.0),
-        loading=0.0,
+        loading=max(0.0, loading_bytes(job) - evaluation) / GIB,
         safety=job.stack.safety_gib,
     )

@@ -74,6 +74,7 @@ def train(
     run, memory = settle_micro_batch(run, sources.model, place, device, Catalog(store, run).find, longest)
     progress.report_memory(**memory.to_progress())
     strategy = choose_strategy(run, sources.model, memory.available)
+    longest = None if longest is None else max(longest, data.longest_evaluated)
     plan = plan_served_run(run, sources.model, longest, memory.available, device)
     if data.report.eval_records:
         progress.note(plan.to_text())

@@ -37,6 +37,7 @@ SERVED = ServedEvaluation(
     dtype="bfloat16", records=4, all_records=8, before=Score(loss=2.6, share=0.0), after=Score(loss=0.31, share=0.75),
     training=Score(loss=0.26, share=1.0),
 )  # fmt: skip
+WORSE_AS_SERVED = SERVED.model_copy(update={"after": Score(loss=2.7, share=0.0)})
 
 
 class Page(HTMLParser):
@@ -142,6 +143,10 @@ REPORTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "an adapter that is worse than nothing says so": (
         {}, {"after": Evaluation(2.6, [Sample("p", None, "x")])}, ["no better than before training", "-0.1000"],
     ),
+    "an adapter that is worse than nothing on the base as it is served says so": (
+        {}, {"served": WORSE_AS_SERVED},
+        ["The evaluation loss on the base as it is served (bfloat16, 4 of 8 records) is no better than before"],
+    ),
     "without records there are no losses": (
         {}, {"before": Evaluation(None, []), "after": Evaluation(None, []), "verification": Verification(None, None)},
         ["no sample prompts", "the same bytes; there are no records"],
@@ -208,6 +213,13 @@ CARDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, bool]] = {
     "few evaluation records are a limit": ({}, {}, "only 8 records", True),
     "many are none": ({}, {"eval_records": 500}, "small differences", False),
     "no evaluation is a limit": ({}, {"after": Evaluation(None, [])}, "It was not evaluated", True),
+    "no better than the base as it is served is a limit": ({}, {"served": WORSE_AS_SERVED}, "no better than", True),
+    "better than the base as it is served is none": (
+        {},
+        {"after": Evaluation(2.5, []), "served": SERVED},
+        "no better than",
+        False,
+    ),
     "no better than the base is a limit": ({}, {"after": Evaluation(2.5, [])}, "no better than the base", True),
     "quantization is a limit": ({}, {}, "base weights in nf4", True),
     "without quantization it is none": ({"quantization": {"type": "none"}}, {}, "base weights in", False),

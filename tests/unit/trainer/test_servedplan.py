@@ -15,6 +15,7 @@ from lora_trainer.modelshape import read_shape
 from lora_trainer.served import choose_part
 from lora_trainer.servedplan import SERVED_RECORDS, plan_served
 from tests.trainer.runs import merge
+from tests.unit.trainer.configs import MIXTRAL
 from tests.unit.trainer.published import LLAMA_3_8B, LLAMA_3_70B
 
 
@@ -134,6 +135,16 @@ def test_the_plan_is_the_weights_and_what_one_layer_and_the_loss_take() -> None:
     assert plan.memory.total > plan_memory(job).weights_sharded, "quantized weights are smaller"
     assert weight_bytes(job) / GIB < weights
     assert job.quantization == Quantization()
+
+
+def test_a_mixture_that_is_whole_on_one_gpu_needs_more_while_its_experts_are_joined() -> None:
+    """The gates of a layer's experts are there twice meanwhile; later one layer's values are all that is added."""
+    spec = make_spec()
+    plan = plan_served(spec, build_job(spec, read_shape(MIXTRAL)), None)
+    assert plan.memory is not None
+    joined = 2 * 2 * 8 * 2 * 4096 * 14336 / GIB
+    assert 0 < plan.memory.loading < joined
+    assert plan.memory.allocated == pytest.approx(plan.memory.weights_sharded + joined, rel=1e-6)
 
 
 @pytest.mark.parametrize(("records", "most", "want"), [(0, 4, None), (4, 4, None), (5, 4, [0, 1, 2, 3]),
