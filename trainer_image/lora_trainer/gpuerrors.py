@@ -41,6 +41,7 @@ class GpuError:
 CUDART = "nvidia/cu13/lib/libcudart.so.13"
 NCCL = "nvidia/nccl/lib/libnccl.so.2"
 CUDNN = "nvidia/cudnn/lib/libcudnn_graph.so.9"
+BITSANDBYTES = "bitsandbytes/libbitsandbytes_cuda130.so"
 C10 = "torch/lib/libc10.so"
 C10_CUDA = "torch/lib/libc10_cuda.so"
 TORCH_CPU = "torch/lib/libtorch_cpu.so"
@@ -160,6 +161,8 @@ _MEMORY = (
          "torch c10/cuda/driver_api.h, expandable segments", _BESIDE_TORCH),
     _row(_FULL, OWN, CUDART, ("out of memory", "Cuda failure"), _nccl(_CUDA, "Cuda failure 2 'out of memory'"),
          "NCCL 2.29.7 src/include/cudawrap.h:36", _BESIDE_TORCH),
+    _row(_FULL, OWN, BITSANDBYTES, (" in file ", "Error out of memory at line "),
+         "Error out of memory at line 415 in file /src/csrc/ops.cu", "bitsandbytes 0.50.2 csrc/ops.cu", _BESIDE_TORCH),
     _row(_FULL, OWN, TORCH_CUDA, "CUBLAS_STATUS_ALLOC_FAILED",
          "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
          "torch aten/src/ATen/cuda/CUDAContext.cpp", _BESIDE_TORCH),

@@ -1,5 +1,6 @@
 """What a training process said last, and on which GPU: for those that end without leaving a reason."""
 
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -15,17 +16,17 @@ _OF_A_GPU = frozenset(
         FailureClass.GPU_KERNEL_FAILED,
     }
 )
-_FATAL = (
-    "terminate called",
-    "what():",
-    "watchdog thread terminated with exception",
-    "Watchdog caught collective operation timeout",
-    "watchdog got stuck for",
-    "CUDA error",
-    "NCCL WARN",
-    "Fatal Python error",
+_FATAL = re.compile(
+    r"\s*(?:\[rank\d+\]:\s*)?(?:"
+    r"terminate called|what\(\):|Fatal Python error|(?:[\w.]+(?:Error|Exception): )?CUDA error"
+    r"|(?:\[Rank \d+\] )?Watchdog caught collective operation timeout"
+    r"|\[[EF][^\]]*\.cpp:\d+\].*(?:[Ww]atchdog (?:thread terminated with|caught|got stuck)|CUDA error)"  # c10's log
+    r"|(?:\[[^\]]*\] )?\S+:\d+:\d+ \[\d+\] .*NCCL WARN"  # host:process:thread [GPU]
+    r"|Error .+ at line \d+ in file "  # bitsandbytes, which ends with exit code 1 then
+    r")"
 )
-"""What the lines have with which a library ends the process. No other is looked at: a log quotes records too."""
+"""How the lines begin with which a library ends the process. No other is looked at: a log quotes records too, which may
+well be about GPUs."""
 
 _MOST = 1000
 """Characters of last words."""
@@ -49,9 +50,7 @@ def find_last_words(lines: Iterable[str]) -> tuple[str, GpuError | None]:
     Of several the one whose row stands first: the watchdog's own GPU goes before its peers. Empty, if there is none.
     """
     telling = [
-        line.strip()
-        for before, line in pairwise(["", *lines])
-        if any(sign in line for sign in _FATAL) or before.strip() == "Last error:"
+        line.strip() for before, line in pairwise(["", *lines]) if _FATAL.match(line) or before.strip() == "Last error:"
     ]
     rows = [(GPU_ERRORS.index(row), line) for line in telling if (row := find_gpu_error(line)) is not None]
     if rows:

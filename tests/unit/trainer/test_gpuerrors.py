@@ -129,6 +129,21 @@ LAST_LINES: dict[str, tuple[list[str], FailureClass | None, str]] = {
     "NCCL's last error, on a line of its own": (
         ["Last error:", "Failed to CUDA calloc async 608 bytes"],
         FailureClass.GPU_OUT_OF_MEMORY, "Failed to CUDA calloc async 608 bytes"),
+    "a record that quotes a whole error": (
+        ['sample: {"prompt": "RuntimeError: CUDA error: unspecified launch failure"}',
+         "What does NCCL WARN Cuda failure 2 'out of memory' mean?", "user: terminate called: CUDA error",
+         "Answer: see [E1129 ProcessGroupNCCL.cpp:2093] CUDA error: uncorrectable ECC error encountered"], None, ""),
+    "a traceback of a thread": (
+        ["Traceback:", "[rank0]: torch.AcceleratorError: CUDA error: unspecified launch failure"],
+        FailureClass.GPU_KERNEL_FAILED, "[rank0]: torch.AcceleratorError: CUDA error: unspecified launch failure"),
+    "NCCL's own log": (
+        ["node-3:71:1254 [0] include/alloc.h:440 NCCL WARN Failed to CUDA calloc async 608 bytes"],
+        FailureClass.GPU_OUT_OF_MEMORY,
+        "node-3:71:1254 [0] include/alloc.h:440 NCCL WARN Failed to CUDA calloc async 608 bytes"),
+    "bitsandbytes, which ends the process itself": (
+        ["Error an illegal memory access was encountered at line 90 in file /src/csrc/ops.cu"],
+        FailureClass.GPU_KERNEL_FAILED,
+        "Error an illegal memory access was encountered at line 90 in file /src/csrc/ops.cu"),
     "a record that quotes an error, before an end in other words": (
         [RECORD, "terminate called after throwing an instance of 'std::bad_alloc'"], None,
         "terminate called after throwing an instance of 'std::bad_alloc'"),
