@@ -88,7 +88,8 @@ MAXIMAL: Spec = {
         "store": "s3://models/adapters",
         "name": "support",
         "samplePrompts": ["Hello"],
-        "gate": {"minEvalLossImprovement": 0.1, "maxEvalLoss": 2.0},
+        "gate": {"minEvalLossImprovement": 0.1, "maxEvalLoss": 2.0, "base": "training"},
+        "servedDtype": "bfloat16",
         "mergeBase": True,
     },
     "tracking": {
