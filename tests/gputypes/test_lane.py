@@ -82,6 +82,13 @@ def test_nobody_else_wraps_the_model(name: str, results: Results) -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_every_pass_is_under_autocast(name: str, results: Results) -> None:
+    """Those of training, also where layers are computed again, of evaluations, answers and preferences' reference."""
+    for rank in look(results, ROWS[name]):
+        assert rank["autocast"] == [True]
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_a_fresh_adapter_is_measured_after_training_as_it_was_before(name: str, results: Results) -> None:
     for rank in look(results, ROWS[name]):
         assert rank["again"] == rank["before"], "to the bit"
