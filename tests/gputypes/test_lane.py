@@ -35,6 +35,7 @@ def test_it_trains(name: str, results: Results) -> None:
         assert list(map(int, rank["losses"])) == list(range(done + 1, row.changes()["training"]["maxSteps"] + 1))
         assert rank["answers"] > 0
         assert "torch.bfloat16" in rank["types"]
+        assert rank["learns"] == ["torch.float32"], "TRL makes it bfloat16 where the base is quantized"
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.strategy != "alone" or row.resumed])

@@ -120,6 +120,7 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
         spread(model, *rest)
         fresh.extend(local(parameter).clone() for parameter in trainable(model))
         seen["types"] = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+        seen["learns"] = sorted({str(parameter.dtype) for parameter in trainable(model)})
         decoder_layers(model)[0].register_forward_pre_hook(lambda *_: modes.add(torch.is_autocast_enabled(CPU.type)))
         seen["attention"] = model.config._attn_implementation
 
