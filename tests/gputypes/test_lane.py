@@ -35,6 +35,7 @@ def test_it_trains(name: str, results: Results) -> None:
         assert list(map(int, rank["losses"])) == list(range(done + 1, row.changes()["training"]["maxSteps"] + 1))
         assert rank["answers"] > 0
         assert "torch.bfloat16" in rank["types"]
+        assert rank["learns"] == ["torch.float32"], "TRL makes it bfloat16 where the base is quantized"
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.strategy != "alone" or row.resumed])
@@ -79,6 +80,13 @@ def test_nobody_else_wraps_the_model(name: str, results: Results) -> None:
     for rank in look(results, ROWS[name]):
         assert rank["wrapped"] == 0, "DDP"
         assert rank["prepared"] == 0, "accelerate's autocast"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_pass_is_under_autocast(name: str, results: Results) -> None:
+    """Those of training, also where layers are computed again, of evaluations, answers and preferences' reference."""
+    for rank in look(results, ROWS[name]):
+        assert rank["autocast"] == [True]
 
 
 @pytest.mark.parametrize("name", ROWS)

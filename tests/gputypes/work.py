@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import lora_trainer.train
 from lora_api.run import RunSpec
 from lora_trainer import exchange, sharding
+from lora_trainer.architecture import decoder_layers
 from lora_trainer.errors import StoppedError
 from lora_trainer.evaluate import Evaluation, Evaluator
 from lora_trainer.groups import all_groups
@@ -105,6 +106,7 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
     fresh: list[torch.Tensor] = []
     evaluators: list[Evaluator] = []
     trained: list[weakref.ref[nn.Module]] = []
+    modes: set[bool] = set()
     spread, gather, serve, publish, evaluate, average = (
         lora_trainer.train.spread_model,
         lora_trainer.train.gather_adapter,
@@ -118,6 +120,8 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
         spread(model, *rest)
         fresh.extend(local(parameter).clone() for parameter in trainable(model))
         seen["types"] = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+        seen["learns"] = sorted({str(parameter.dtype) for parameter in trainable(model)})
+        decoder_layers(model)[0].register_forward_pre_hook(lambda *_: modes.add(torch.is_autocast_enabled(CPU.type)))
         seen["attention"] = model.config._attn_implementation
 
     def average_and_note(parameters: list[nn.Parameter]) -> None:
@@ -139,6 +143,7 @@ def watching(seen: dict[str, Any]) -> Iterator[None]:
         assign(model, learned)
         evaluators.clear()  # they hold the model, which is to go now
         trained.extend(map(weakref.ref, model.modules()))
+        seen["autocast"] = sorted(modes)
         return gather(model)
 
     def look_and_serve(*arguments: Any) -> Any:

@@ -26,6 +26,7 @@ from lora_api.status import AdapterStatus
 from lora_trainer.errors import GateRefusedError
 from lora_trainer.loss import IGNORED, add_token_scores
 from lora_trainer.progress import Progress
+from lora_trainer.served import free_memory
 from lora_trainer.servedplan import ServedPlan
 from lora_trainer.settings import Place
 from lora_trainer.stop import StopRequest
@@ -375,6 +376,15 @@ def test_the_plan_knows_how_long_the_records_are_that_are_evaluated(
     _, seen = run_here(make(dataset={"maxSeqLength": 100, "eval": {"uri": f"file://{data}"}}, training={"maxSteps": 1}))
     (trained,) = (int(said[1]) for note in seen.notes if (said := re.search(r"longest record has (\d+)", note)))
     assert trained < 40 < lengths[0]
+
+
+def test_what_the_trained_model_had_is_given_back_on_the_gpu_and_on_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("device"))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: given.append("host"))
+    free_memory(torch.device("cuda"))
+    free_memory(torch.device("cpu"))
+    assert given == ["device", "host"]
 
 
 def test_a_base_that_only_host_memory_holds_is_gathered_from_there(

@@ -225,7 +225,8 @@ def held_bytes(job: Job) -> float:
 def mask_bytes(job: Job) -> float:
     """Bytes of the mask of padded rows, one byte and a value of type c for each pair of positions.
 
-    A row alone has no padding. torch's SDPA makes the values from the bytes; FlashAttention needs neither.
+    A row alone has no padding. torch's SDPA makes the values from the bytes; FlashAttention needs neither. Nor do
+    packed rows that have a kernel (``varlen``), but which GPU it will be is not known here, so they count all the same.
     """
     if not job.stack.padding_mask or (job.rows == 1 and not job.packed):
         return 0.0

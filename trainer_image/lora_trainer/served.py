@@ -92,10 +92,14 @@ def choose_part(records: int, most: int = SERVED_RECORDS) -> list[int] | None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Gives back what nothing refers to any more. Modules and their hooks refer to each other, so they need this."""
+    """Gives back what nothing refers to any more. Modules and their hooks refer to each other, so they need this.
+
+    torch keeps freed memory of a GPU, and page-locked memory of the host, in which offloaded weights were.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()
 
 
 def evaluate_served(
