@@ -225,6 +225,10 @@ class Recorder(Progress):
         super().__init__(enabled=False)
         self.served: list[tuple[int, Any]] = []
         self.notes: list[str] = []
+        self.stages: list[str] = []
+
+    def stage(self, stage: Any) -> None:
+        self.stages.append(stage)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -292,8 +296,9 @@ def test_what_was_trained_on_unquantized_weights_is_not_measured_again(
 
 
 def test_unquantized_weights_of_another_type_are_measured(make: Make, run_here: Start) -> None:
-    adapter, _ = run_here(make(quantization={"type": "none"}, publish={"servedDtype": "bfloat16"}))
+    adapter, seen = run_here(make(quantization={"type": "none"}, publish={"servedDtype": "bfloat16"}))
     assert adapter.served is not None
+    assert seen.stages[-5:] == ["evaluating", "evaluating", "evaluating", "publishing", "done"], "alive after loading"
     assert (adapter.served.same_base, adapter.served.dtype) == (False, "bfloat16")
     assert adapter.served.after.loss != adapter.eval_loss_after
 

@@ -87,17 +87,21 @@ def plan_served(
         return ServedPlan(dtype, same_base=True)
     if job is None:
         return ServedPlan(dtype, problem="how much memory this architecture needs is not known")
-    first: MemoryPlan | None = None
+    plans: list[MemoryPlan] = []
     for candidate in _candidates(job, dtype):
         memory = plan_served_memory(candidate)
-        first = first or memory
+        plans.append(memory)
         on_host = weight_bytes(candidate) / candidate.shards / GIB if candidate.cpu_offload else 0.0
         if (device_gib is None or memory.fits(device_gib)) and (host_gib is None or on_host * 1.1 <= host_gib):
             return ServedPlan(dtype, token_budget=candidate.tokens, offload=candidate.cpu_offload, memory=memory)
-    assert first is not None  # noqa: S101 - there are candidates
+    first, last = plans[0], plans[-1]
+    available = device_gib or 0.0
     where = "process" if job.stack.host else "GPU"
-    least = "" if job.stack.host else ", and its host memory does not hold it either"
-    problem = f"it needs {first.safe:.2f} GiB of each {where} to be safe, and there are {device_gib or 0:.2f}{least}"
+    problem = f"it needs {first.safe:.2f} GiB of each {where} to be safe, and there are {available:.2f}"
+    if not job.stack.host and last.fits(available):
+        problem += ", and its host memory does not hold it either"
+    elif not job.stack.host:
+        problem += f"; with its weights in host memory it needs {last.safe:.2f}"
     return ServedPlan(dtype, memory=first, problem=problem)
 
 

@@ -50,7 +50,11 @@ CASES = {
     ),
     "8B does not fit on 16 GiB, and is kept in host memory": Case(LLAMA_3_8B, 16, 64, want=(True, 4096)),
     "host memory that is too small does not help": Case(
-        LLAMA_3_8B, 16, 12, problem="of each GPU to be safe, and there are 16.00"
+        LLAMA_3_8B, 16, 12,
+        problem="of each GPU to be safe, and there are 16.00, and its host memory does not hold it either",
+    ),
+    "host memory does not help where not even one layer fits": Case(
+        LLAMA_3_70B, 6, problem="GPU to be safe, and there are 6.00; with its weights in host memory it needs"
     ),
     "70B in bfloat16 is spread over 8 GPUs": Case(LLAMA_3_70B, 80, 100, EIGHT, want=(False, 4096)),
     "also where the training is ddp": Case(
