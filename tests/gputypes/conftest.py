@@ -14,6 +14,8 @@ from tests.trainer.runs import build_run
 WORKERS = 4
 MODULE = "tests.gputypes.work"
 RECORDS = 80
+LIMIT_SECONDS = 1200
+"""Of all rows together; four times what they take on two cores of their own."""
 LAST_STEP = 2
 """Of a run that is stopped: the one after which its ranks agree to stop."""
 
@@ -45,7 +47,7 @@ def train_rows(rows: list[Row], directory: Path) -> Results:
         processes = [(free + number) % WORKERS for number in range(row.processes)]
         free = (free + row.processes) % WORKERS
         cases += build_cases(row, sorted(processes), directory)
-    return run_cases(cases, directory / "out")
+    return run_cases(cases, directory / "out", timeout=LIMIT_SECONDS)
 
 
 def make_records(objective: str) -> list[dict[str, str]]:
