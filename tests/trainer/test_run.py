@@ -91,7 +91,7 @@ def test_the_published_directory_is_what_was_evaluated(
     assert [step for step, _ in seen.evaluations] == [0, 4, 6]
     assert seen.stages == [
         "loading", "evaluating", "training", "checkpointing", "training", "evaluating", "training", "checkpointing",
-        "training", "evaluating", "evaluating", "publishing", "done",
+        "training", "evaluating", "evaluating", "evaluating", "publishing", "done",
     ]  # fmt: skip
     measured = measure(model=f"file://{model}", data=f"file://{data}/eval.jsonl", adapter=adapter.uri, max_new_tokens=8)
     assert measured.loss == pytest.approx(adapter.eval_loss_after, abs=1e-5)
