@@ -72,8 +72,9 @@ def test_the_quickstart_learns_its_task_and_publishes_an_adapter(runs: Runs) -> 
     assert served.after.share == pytest.approx(after["exactRate"], abs=0.02)
     assert after["evalLoss"] < before["evalLoss"] / 2
     assert before["exactRate"] < 0.05
-    # docs/publishing.md has the figure of one machine (92 %); another order of sums trains another adapter.
-    assert after["exactRate"] >= 0.75, "on the base model as it is served, not quantized"
+    assert after["exactRate"] >= 0.9, "on the base model as it is served, not quantized"
+    assert served.training.share is not None
+    assert served.training.share > 0.8, "on the base model that it was trained on"
 
     # What a person sees.
     table = runs.kubectl("get", "lft", "tickets")
