@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from lora_api.data import DataReport
 from lora_api.failures import FailureClass
@@ -358,47 +358,3 @@ def _estimate(memory: MemoryPlan, device_gib: float | None) -> MemoryEstimate:
         fits=None if device_gib is None else memory.fits(device_gib),
         parts={name: round(size, 3) for name, size in memory.parts().items()},
     )
-
-
-def to_text(result: PreflightResult) -> str:
-    """The result for people."""
-    lines = [f"preflight {result.outcome}"]
-    for name, pin in (("model", result.pins.base_model), ("train", result.pins.train), ("eval", result.pins.eval)):
-        if pin is not None:
-            lines.append(
-                f"{name}: {pin.uri} at {pin.revision or pin.digest}, {pin.files} files, {pin.size_bytes:,} bytes"
-            )
-    if result.model is not None:
-        types = ", ".join(f"{count:,} {name}" for name, count in result.model.parameters_by_type.items())
-        lines.append(f"weights: {result.model.model_type}, {result.model.parameters:,} parameters ({types})")
-    if result.data is not None:
-        lines.append(f"data: {result.data.to_text()}")
-    if result.plan is not None:
-        lines += _plan_lines(result.plan)
-    lines += [f"warning: {text}" for text in result.warnings]
-    lines += [f"{one.failure_class.value}: {one.message}" for one in result.problems]
-    return "\n".join(lines)
-
-
-def _plan_lines(plan: RunPlan) -> list[str]:
-    micro = "settled when it starts" if plan.micro_batch_size is None else str(plan.micro_batch_size)
-    lines = [
-        f"plan: micro-batch {micro}, {plan.processes} processes, weights over {plan.shard_size}, "
-        f"{plan.total_steps or 'an unknown number of'} steps"
-    ]
-    if plan.memory is not None:
-        lines.append(f"memory of each process: {_memory_line(plan.memory)}")
-    if plan.served_memory is not None:
-        lines.append(f"memory of each process, on the base model as it is served: {_memory_line(plan.served_memory)}")
-    return lines
-
-
-def _memory_line(memory: MemoryEstimate) -> str:
-    fits = {None: "", True: ", which fits", False: ", which does not fit"}[memory.fits]
-    device = "" if memory.device_gib is None else f" of {memory.device_gib:g}"
-    return f"{memory.estimate_gib:.2f} GiB, {memory.safe_gib:.2f}{device} to be safe{fits}"
-
-
-def dump(result: BaseModel) -> str:
-    """One JSON document on one line."""
-    return result.model_dump_json(by_alias=True, exclude_none=True)

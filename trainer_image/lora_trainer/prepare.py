@@ -8,9 +8,8 @@ import hashlib
 import itertools
 import json
 import time
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lora_api.data import DataReport, LengthHistogram
+from lora_api.data import DataReport
 from lora_api.run import RunSpec
 from lora_api.sources import DataFormat
 from lora_trainer.data import (
@@ -32,6 +31,7 @@ from lora_trainer.data import (
     record_position,
     split_limit,
 )
+from lora_trainer.datareport import Side, report_on_data
 from lora_trainer.errors import BadDataError, BadSpecError
 from lora_trainer.formats import Format, Record, is_conversation
 from lora_trainer.newtokens import Unseen
@@ -118,21 +118,6 @@ def check_same_data(data: TrainingData, device: torch.device) -> None:
         )
 
 
-@dataclass
-class _Side:
-    """What is kept in memory of each record of one file of tokens, in its order; of dropped ones apart.
-
-    ``contents`` are hashes of what is left of them (``tokens.Document.content``).
-    """
-
-    whole: "array[int]" = field(default_factory=lambda: array("i"))
-    learned: "array[int]" = field(default_factory=lambda: array("i"))
-    contents: "array[int]" = field(default_factory=lambda: array("Q"))
-    doubled_bos: int = 0
-    dropped_whole: "array[int]" = field(default_factory=lambda: array("i"))
-    dropped_places: "array[float]" = field(default_factory=lambda: array("d"))
-
-
 class _Pass:
     """The pass of one process over all files."""
 
@@ -162,7 +147,7 @@ class _Pass:
             held_out = np.asarray(side.contents)[tokens.places < limit]
             if limit:
                 shown = [record for record in shown if record_position(record) < limit] or shown
-        report = build_report(tokens, side, limit, held_out).model_copy(update={"doubled_bos": doubled})
+        report = report_on_data(tokens, side, limit, held_out).model_copy(update={"doubled_bos": doubled})
         if not report.train_records and not report.dropped_records:
             raise BadDataError(NOTHING_TO_TRAIN_ON)
         self._check_left("train", report.train_records)
@@ -184,11 +169,11 @@ class _Pass:
 
     def _write(
         self, name: str, files: list[Path], declared: DataFormat
-    ) -> tuple[Format, Record, _Side, str, list[Record]]:
+    ) -> tuple[Format, Record, Side, str, list[Record]]:
         dataset = self._run.dataset
         chat = bool(self._tokenizer.chat_template)
         reading = Reading(files, declared, dataset.columns, dataset.system_prompt, chat=chat)
-        side, shown = _Side(), _Shown(0.0 if name == "eval" else eval_fraction(dataset))
+        side, shown = Side(), _Shown(0.0 if name == "eval" else eval_fraction(dataset))
         encoder: Encoder | None = None
         with TokenWriter(self._directory / f"{name}.arrow") as writer:
             for batch in in_batches(reading):
@@ -291,41 +276,6 @@ def _characters(value: object) -> int:
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))
     return sum(map(_characters, value)) if isinstance(value, list) else 0
-
-
-def build_report(tokens: TokenFile, side: _Side, limit: float, held_out: NDArray[np.uint64]) -> DataReport:
-    """The report on the records that are trained on, those at or above ``limit``.
-
-    ``held_out`` has the hashes of the evaluation records.
-    """
-    chosen = tokens.places >= limit
-    whole = np.asarray(side.whole, dtype=np.int64)[chosen]
-    dropped = np.asarray(side.dropped_whole, dtype=np.int64)[np.asarray(side.dropped_places) >= limit]
-    kept = tokens.lengths[chosen].astype(np.int64)
-    lengths = np.concatenate([whole, dropped])
-    total, left = int(lengths.sum()), int(kept.sum())
-    return DataReport(
-        train_records=len(kept),
-        eval_records=len(held_out),
-        leaked_records=int(np.isin(held_out, np.asarray(side.contents)[chosen]).sum()),
-        tokens=left,
-        supervised_tokens=int(np.asarray(side.learned, dtype=np.int64)[chosen].sum()),
-        sequences=len(kept),
-        longest=int(lengths.max(initial=0)),
-        truncated_records=int((whole > kept).sum()),
-        lost_token_share=(total - left) / total if total else 0.0,
-        dropped_records=len(dropped),
-        histogram=build_histogram(lengths),
-    )
-
-
-def build_histogram(lengths: NDArray[np.int64]) -> LengthHistogram:
-    """Lengths (tokens) in steps of powers of two, from 16 up to what holds the longest."""
-    bounds = [16]
-    while bounds[-1] < int(lengths.max(initial=0)):
-        bounds.append(bounds[-1] * 2)
-    counts = np.bincount(np.searchsorted(bounds, lengths, "left"), minlength=len(bounds) + 1)
-    return LengthHistogram(bounds=bounds, counts=counts.tolist())
 
 
 def _open(run: RunSpec, directory: Path, prepared: dict[str, Any]) -> TrainingData:
