@@ -59,6 +59,22 @@ def bit_that_flips_in_step_3(run_file: Path) -> int:
     return run_worker(run_file)
 
 
+def bit_that_flips_after_training(run_file: Path) -> int:
+    """A real worker on whose rank 1 one bit of a packed weight changes when the last checkpoint is written already."""
+    from lora_trainer.sft import SupervisedTrainer
+    from tests.trainer.gang_bits import flip_bit
+
+    train = SupervisedTrainer.train_to_end
+
+    def train_to_end(self: Any, *rest: Any) -> None:
+        train(self, *rest)
+        if os.environ["RANK"] == "1":
+            flip_bit(find_packed(self.model)[0].here)
+
+    SupervisedTrainer.train_to_end = train_to_end
+    return run_worker(run_file)
+
+
 def fail_as_libraries_do(run_file: Path) -> int:
     """A real worker whose training raises what the row GPU_ERROR of the table says, as its library does."""
     import lora_trainer.train

@@ -221,6 +221,17 @@ def test_no_checkpoint_holds_what_was_learned_on_broken_weights(
     assert not [path for path in Store(run.publish.store).sizes("") if path.endswith("manifest.json")]
 
 
+def test_nothing_is_published_that_was_measured_on_broken_weights(
+    make_run: Callable[..., RunSpec], fork: Callable[..., Launched]
+) -> None:
+    run = make_run(parallelism={"nodes": 2}, training={"maxSteps": 2, "globalBatchSize": 8})
+    pod = fork(run, "tests.trainer.entries:bit_that_flips_after_training")
+    assert pod.wait() == RULES[FailureClass.WEIGHTS_CHANGED].exit_code, pod.log.read_text()[-5000:]
+    assert "of rank 1, as seen by rank 0, 1" in pod.words.message
+    assert max(pod.losses) == 2
+    assert not [path for path in Store(run.publish.store).sizes("") if path.endswith("manifest.json")]
+
+
 @pytest.mark.parametrize("case", [name for name in INT8 if name != "alone"])
 def test_int8_learns_the_same_in_shards(case: str, results: Results) -> None:
     (alone,) = results[name_of("int8", "alone")]

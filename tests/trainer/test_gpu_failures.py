@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import torch
 
 from lora_api.failures import RULES, FailureClass
 from lora_api.run import RunSpec
-from lora_trainer.errors import classify
+from lora_trainer.errors import GPUUnsupportedError, classify
 from lora_trainer.gpuerrors import GPU_ERRORS
 from lora_trainer.launch import free_port
 from lora_trainer.model import training_device
@@ -77,3 +78,20 @@ def test_where_there_is_no_gpu_the_driver_says_why(make_run: Make) -> None:
     with pytest.raises(RuntimeError, match="NVIDIA driver") as caught:
         training_device(make_run(**ONE_GPU), 0)
     assert classify(caught.value) == FailureClass.GPU_UNAVAILABLE
+
+
+def test_a_gpu_that_imitates_bfloat16_is_refused_before_anything_is_loaded(
+    make_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's answers on a T4: torch itself would say that it has bfloat16."""
+    answers = {"is_available": True, "device_count": 1, "get_device_name": "Tesla T4", "get_device_capability": (7, 5)}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(GPUUnsupportedError, match=r"Tesla T4 has compute capability 7\.5"):
+        training_device(make_run(**ONE_GPU), 0)
+    assert chosen == []
+    run = make_run(**ONE_GPU, quantization={"computeDtype": "float32"})
+    assert training_device(run, 0) == torch.device("cuda", 0)
+    assert chosen == [0]
