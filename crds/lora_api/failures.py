@@ -189,7 +189,6 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=89,
         charged=True,
         retried=True,
-        node=True,
         meaning="Quantized weights of the base model are not those that were loaded: a device or a copy altered them.",
         remedy=(
             "Nothing to do if it happens once: the next attempt loads the weights anew. If it repeats with ranks of "
