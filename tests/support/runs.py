@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tests.support.api import Api, ApiError, Raw
-from tests.support.wait import eventually
+from tests.support.wait import PATIENCE, eventually
 
 
 def adapter_of(
@@ -96,7 +96,7 @@ class Run:
     def condition(self, kind: str) -> Raw:
         return next((item for item in self.status.get("conditions", []) if item["type"] == kind), {})
 
-    def wait(self, what: str, check: Callable[[Raw], Any], seconds: float = 30.0) -> Raw:
+    def wait(self, what: str, check: Callable[[Raw], Any], seconds: float = PATIENCE) -> Raw:
         def look() -> Raw:
             status = self.status
             assert check(status), json.dumps({k: v for k, v in status.items() if k != "progress"})[:3000]
@@ -104,7 +104,7 @@ class Run:
 
         return eventually(f"{self.name}: {what}", look, seconds)
 
-    def wait_phase(self, phase: str, seconds: float = 30.0) -> Raw:
+    def wait_phase(self, phase: str, seconds: float = PATIENCE) -> Raw:
         return self.wait(f"phase {phase}", lambda status: status.get("phase") == phase, seconds)
 
     def jobs(self) -> list[Raw]:

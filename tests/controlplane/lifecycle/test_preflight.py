@@ -118,10 +118,12 @@ def test_a_deleted_job_is_made_again(run: Run, operator: OperatorThread) -> None
     eventually("another one", lambda: {job["metadata"]["uid"] for job in run.jobs()} - {first["metadata"]["uid"]})
     [second] = run.jobs()
 
-    def owners() -> list[str]:
-        return [pod["metadata"]["ownerReferences"][0]["uid"] for pod in run.preflight_pods(1)]
+    def look() -> bool:
+        owners = [pod["metadata"]["ownerReferences"][0]["uid"] for pod in run.preflight_pods(1)]
+        assert owners == [second["metadata"]["uid"]]
+        return True
 
-    eventually("its pod alone", lambda: owners() == [second["metadata"]["uid"]])
+    eventually("its pod alone", look)
     run.set_preflight(1, ended(0, settled(), "Completed"))
     assert run.wait("attempt 1", lambda status: status.get("attempt") == 1)["failedPreflights"] == 0
 
@@ -186,7 +188,7 @@ def test_an_operator_cut_after_any_call_is_continued_by_the_next(
                         run.set_pod(pod, status)
             return is_over() or run.status.get("attempt") == 1
 
-        eventually("the end of the preflight", look, 60)
+        eventually("the end of the preflight", look)
 
     def pass_with_cut(k: int | None) -> int:
         namespace = make_namespace()
