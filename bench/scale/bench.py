@@ -13,7 +13,7 @@ from bench.scale.client import JOBS, PODS, RUNS, BenchError, Client, Raw, access
 from bench.scale.process import OperatorProcess
 from bench.scale.residents import build_run
 from devcluster import ControlPlane
-from lora_operator.rights import RBAC
+from lora_operator.kube.rights import RBAC
 from tests.support.install import install_crds
 
 _AT_ONCE = 32

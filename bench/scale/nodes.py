@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from bench.scale.client import JOBS, PODS, Client, Raw, RefusedError
-from lora_operator.children.names import CONTROLLER_LABEL, INDEX_LABEL, JOB_NAME_LABEL, RUN_LABEL
+from lora_operator.names import CONTROLLER_LABEL, INDEX_LABEL, JOB_NAME_LABEL, RUN_LABEL
 from tests.support.runs import adapter_of, ended, now, running, termination, unschedulable
 
 WAITING = "0/8 nodes are available: 8 Insufficient nvidia.com/gpu."

@@ -9,7 +9,7 @@ from bench.scale.client import Raw
 from bench.soak.player import has_ended
 from bench.soak.stories import Outcome, Story, compute_outcome
 from lora_api import Phase
-from lora_operator.children.names import RUN_LABEL, child_name, preflight_name
+from lora_operator.names import RUN_LABEL, child_name, preflight_name
 
 
 @dataclass(frozen=True)

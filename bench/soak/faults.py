@@ -15,7 +15,7 @@ from bench.soak.operators import Operators
 from bench.soak.player import Action, is_over
 from bench.soak.world import PatientClient
 from devcluster import ControlPlane
-from lora_operator.children.names import child_name
+from lora_operator.names import child_name
 
 ALL_RUNS = "/apis/lorafinetune.io/v1alpha1/lorafinetunes"
 

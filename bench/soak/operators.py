@@ -27,7 +27,7 @@ FLAGS = (
 
 _REST_SECONDS = 2.0
 _READY = "ready: "
-"""What an operator logs once its cache is complete (lora_operator.app)."""
+"""What an operator logs once its cache is complete (lora_operator.manager.app)."""
 
 _SAMPLE_SECONDS = 1.0
 _WARM_SECONDS = 10.0

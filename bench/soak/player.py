@@ -13,15 +13,8 @@ from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
 from bench.soak import stories
 from bench.soak.stories import Story
 from lora_api import RULES, FailureClass, Phase, ProgressLine
-from lora_operator.children.names import (
-    ATTEMPT_LABEL,
-    INDEX_LABEL,
-    PREFLIGHT_LABEL,
-    RUN_LABEL,
-    child_name,
-    preflight_name,
-)
-from lora_operator.views import parse_time
+from lora_operator.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL, child_name, preflight_name
+from lora_operator.objects import parse_time
 from tests.support.runs import adapter_of, ended, running, settled, termination, waiting
 
 GANG = 2

@@ -30,7 +30,7 @@ from bench.soak.player import Action
 from bench.soak.stories import Story, compute_outcome, make_stories
 from bench.soak.world import PatientClient, World, in_background, play_world
 from devcluster import ControlPlane
-from lora_operator.children.names import RUN_LABEL
+from lora_operator.names import RUN_LABEL
 from tests.support.install import install_crds
 
 Numbers = dict[str, Any]

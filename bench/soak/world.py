@@ -17,7 +17,7 @@ from bench.soak.kubelets import ADDRESS, run_kubelets
 from bench.soak.player import NODES, Action, Seen, compute_log, decide_actions
 from bench.soak.stories import MICRO_BATCH, Story
 from devcluster.pki import Authority
-from lora_operator.children.names import RUN_LABEL, child_name
+from lora_operator.names import RUN_LABEL, child_name
 
 RUNTIMES = "/apis/lorafinetune.io/v1alpha1/clusterloraruntimes"
 _RUNTIME_SPECS: dict[str, Raw] = {

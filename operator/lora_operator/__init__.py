@@ -1,1 +1,1 @@
-"""The LoRAFineTune operator. Start reading at :mod:`lora_operator.reconcile`."""
+"""The LoRAFineTune operator. Start reading at :mod:`lora_operator.controller.reconcile`."""

@@ -10,12 +10,12 @@ from typing import cast
 
 import uvloop
 
-from lora_operator.app import Operator
-from lora_operator.endpoints import serve
-from lora_operator.fill import StartError
-from lora_operator.gate import open_gate
-from lora_operator.logs import configure_logging
+from lora_operator.logformat import configure_logging
+from lora_operator.manager.app import Operator
+from lora_operator.manager.endpoints import serve
+from lora_operator.manager.gate import open_gate
 from lora_operator.settings import Settings
+from lora_operator.watched.fill import StartError
 
 logger = logging.getLogger(__name__)
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from lora_api.status import STATUS_VERSION
-from lora_operator.lifecycle import decide
-from lora_operator.observed import Reports
-from lora_operator.parse import InvalidRunError, parse_run
-from lora_operator.runtimes import resolve
+from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
-from lora_operator.status import compute_status
-from lora_operator.trainers import choose_trainer, keep_trainer
-from lora_operator.views import parse_job, parse_pod
+from lora_operator.state.reading import InvalidRunError, parse_run
+from lora_operator.state.reports import Reports
+from lora_operator.state.runtimes import resolve
+from lora_operator.state.trainers import choose_trainer, keep_trainer
+from lora_operator.status.compute import compute_status
+from lora_operator.watched.views import parse_job, parse_pod
 from tests.skew.nextrelease import NEW_CLASS, NEW_FIELD, NEW_PHASE
 from tests.skew.releases import RECORDED
 from tests.skew.story import STATES

@@ -81,7 +81,7 @@ subjects:
 {{- end -}}
 
 {{/*
-What the operator may do, by purpose. The same table is lora_operator.rights.RBAC; a test compares the two.
+What the operator may do, by purpose. The same table is lora_operator.kube.rights.RBAC; a test compares the two.
 */}}
 {{- define "lora-operator.rules.runs" -}}
 # What is asked for.

@@ -7,9 +7,9 @@ from lora_operator.children.configmap import build_configmap, build_preflight_co
 from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.networkpolicy import build_network_policy
 from lora_operator.children.service import build_service
-from lora_operator.plan import Plan
+from lora_operator.objects import Raw
 from lora_operator.settings import Settings
-from lora_operator.views import Raw
+from lora_operator.state.plan import Plan
 
 
 def build_children(

@@ -8,7 +8,7 @@ from typing import Any
 from lora_api import RUN_VERSION, LoRAFineTune, build_run_spec
 from lora_api.run import RUN_FILE
 from lora_api.runversions import to_version
-from lora_operator.children.names import build_metadata, child_labels, child_name, preflight_labels, preflight_name
+from lora_operator.names import build_metadata, child_labels, child_name, preflight_labels, preflight_name
 
 
 def build_configmap(

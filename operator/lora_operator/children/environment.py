@@ -14,7 +14,7 @@ from lora_api.endpoints import Endpoints
 from lora_api.environment import SECRET_KEYS, is_harmless
 from lora_api.run import WORK_DIRECTORY
 from lora_api.runtime import taken_runtime
-from lora_operator.upgrades import began_before_endpoints
+from lora_operator.state.upgrades import began_before_endpoints
 
 STORE_ENDPOINT, HUB_ENDPOINT = "AWS_ENDPOINT_URL", "HF_ENDPOINT"
 

@@ -12,7 +12,9 @@ from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
 from lora_api.run import MASTER_PORT, RUN_FILE
 from lora_operator.children.environment import build_env
-from lora_operator.children.names import (
+from lora_operator.children.pod import build_pod_template
+from lora_operator.children.podgroup import build_podgroup, join_gang
+from lora_operator.names import (
     INDEX_LABEL,
     RUN_VERSION_ANNOTATION,
     build_metadata,
@@ -21,10 +23,8 @@ from lora_operator.children.names import (
     preflight_labels,
     preflight_name,
 )
-from lora_operator.children.pod import build_pod_template
-from lora_operator.children.podgroup import build_podgroup, join_gang
-from lora_operator.queueing import uses_kueue
 from lora_operator.settings import Settings
+from lora_operator.state.workload import uses_kueue
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"

@@ -10,7 +10,7 @@ from typing import Any
 from lora_api import LoRAFineTune
 from lora_api.network import EgressRule, Identity
 from lora_api.runtime import taken_runtime
-from lora_operator.children.names import MANAGED_BY_LABEL, MANAGER, RUN_LABEL, UID_LABEL, build_metadata
+from lora_operator.names import MANAGED_BY_LABEL, MANAGER, RUN_LABEL, UID_LABEL, build_metadata
 
 Rule = dict[str, Any]
 

@@ -9,7 +9,7 @@ from lora_api import LoRAFineTune
 from lora_api.pods import SecretRef
 from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
 from lora_operator.children.environment import source_uris
-from lora_operator.children.names import UID_LABEL
+from lora_operator.names import UID_LABEL
 from lora_operator.settings import Settings
 
 COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]

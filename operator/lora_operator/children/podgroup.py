@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 from lora_api import LoRAFineTune
-from lora_operator.children.names import build_metadata, child_labels, child_name
+from lora_operator.names import build_metadata, child_labels, child_name
 from lora_operator.settings import Settings
 
 

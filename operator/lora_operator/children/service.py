@@ -4,7 +4,7 @@ from typing import Any
 
 from lora_api import LoRAFineTune
 from lora_api.run import MASTER_PORT
-from lora_operator.children.names import JOB_NAME_LABEL, build_metadata, child_labels, child_name
+from lora_operator.names import JOB_NAME_LABEL, build_metadata, child_labels, child_name
 
 
 def build_service(run: LoRAFineTune, attempt: int) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 import devcluster
-from lora_operator.app import utc_now
-from lora_operator.kube import KubeClient, KubeError
+from lora_operator.clock import utc_now
+from lora_operator.kube.client import KubeClient, KubeError
 from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import check_end, jobs_created, live
 from tests.support.api import Api
@@ -76,7 +76,7 @@ def _kind(path: str) -> str:
 def test_each_kind_of_call_may_fail(
     run: Run, settings: Settings, cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    monkeypatch.setattr("lora_operator.fill.DELAYS", (0.1,) * 6)
+    monkeypatch.setattr("lora_operator.watched.fill.DELAYS", (0.1,) * 6)
     faulty = Faulty(fault)
     with OperatorThread(settings, wrap=faulty.wrap):
         run.create()
@@ -160,7 +160,7 @@ def test_watches_begin_though_the_first_looks_hang(
     api: Api, run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both workers wait for an answer that never comes, and a third run is due."""
-    monkeypatch.setattr("lora_operator.app.FIRST_LOOKS_SECONDS", 1.0)
+    monkeypatch.setattr("lora_operator.manager.app.FIRST_LOOKS_SECONDS", 1.0)
     for name in ("first", "second", "third"):
         Run(api, run.namespace, name).create()
 
@@ -287,8 +287,8 @@ def test_what_pods_need_to_start_is_put_back(
     run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch, resource: str
 ) -> None:
     """Nobody watches these; a pod without its ConfigMap would wait for ever."""
-    monkeypatch.setattr("lora_operator.observed.RESTORE_DELAY", 1.0)
-    monkeypatch.setattr("lora_operator.observed.RESTORE_INTERVAL", 1.0)
+    monkeypatch.setattr("lora_operator.state.observed.RESTORE_DELAY", 1.0)
+    monkeypatch.setattr("lora_operator.state.observed.RESTORE_INTERVAL", 1.0)
     with OperatorThread(settings) as operator:
         run.create()
         for pod in run.gang(1):
@@ -342,7 +342,7 @@ def test_the_crd_is_upgraded_under_a_run(
     def set_policy(value: str) -> None:
         run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"onOutOfMemory": value}}})
 
-    monkeypatch.setattr("lora_operator.reconcile.INVALID_RETRY", 0.5)
+    monkeypatch.setattr("lora_operator.controller.reconcile.INVALID_RETRY", 0.5)
     text = (CRDS / "lorafinetunes.lorafinetune.io.yaml").read_text()
     later = yaml.safe_load(text)
     whole = later["spec"]["versions"][0]["schema"]["openAPIV3Schema"]

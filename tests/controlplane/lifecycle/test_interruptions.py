@@ -18,10 +18,10 @@ import pytest
 
 import devcluster
 from devcluster.ports import PortLease
-from lora_operator.cache import Resource
-from lora_operator.kube import KubeClient
-from lora_operator.rights import RBAC
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.rights import RBAC
 from lora_operator.settings import Settings
+from lora_operator.watched.cache import Resource
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run, termination

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lora_operator.app import utc_now
+from lora_operator.clock import utc_now
+from lora_operator.objects import parse_time
 from lora_operator.settings import Settings
-from lora_operator.views import parse_time
 from tests.support.api import Api, ApiError, Raw
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run, now

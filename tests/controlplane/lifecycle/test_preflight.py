@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 import devcluster
-from lora_operator.cache import Resource
-from lora_operator.kube import KubeClient
+from lora_operator.kube.client import KubeClient
 from lora_operator.settings import Settings
+from lora_operator.watched.cache import Resource
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api
 from tests.support.operators import OperatorThread

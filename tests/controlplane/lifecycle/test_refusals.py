@@ -8,7 +8,7 @@ import pytest
 
 import devcluster
 from lora_operator.children.configmap import build_configmap
-from lora_operator.rights import RBAC
+from lora_operator.kube.rights import RBAC
 from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api, ApiError
@@ -23,7 +23,7 @@ ADMISSION = "/apis/admissionregistration.k8s.io/v1"
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_operator.verdicts._RETRY_SECONDS", 0.5)
+    monkeypatch.setattr("lora_operator.lifecycle.outcomes._RETRY_SECONDS", 0.5)
 
 
 def wait_for(run: Run, reason: str, words: str) -> None:
@@ -162,7 +162,7 @@ def test_a_policy_against_the_job_ends_the_run_in_time(run: Run, settings: Setti
 def test_a_gang_that_starts_goes_on_where_a_child_cannot_be_put_back(
     run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_operator.observed.RESTORE_DELAY", 1.0)
+    monkeypatch.setattr("lora_operator.state.observed.RESTORE_DELAY", 1.0)
     for module in ("observed", "reconcile"):
         monkeypatch.setattr(f"lora_operator.{module}.RESTORE_INTERVAL", 1.0)
     core = f"/api/v1/namespaces/{run.namespace}"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lora_operator.cache import Resource
-from lora_operator.kube import KubeClient
+from lora_operator.kube.client import KubeClient
 from lora_operator.settings import Settings
+from lora_operator.watched.cache import Resource
 from tests.support.api import Api, Raw
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run, ended, settled

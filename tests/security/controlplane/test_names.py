@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_operator.children.job import build_job, build_preflight_job
-from lora_operator.children.names import JOB_NAME_LABEL, child_name, preflight_name
 from lora_operator.children.service import build_service
+from lora_operator.names import JOB_NAME_LABEL, child_name, preflight_name
+from lora_operator.objects import Raw
 from lora_operator.settings import Settings
-from lora_operator.views import Raw
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run

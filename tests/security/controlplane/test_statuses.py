@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from lora_api import AdapterStatus
 from lora_api.messages import parse_progress_line, parse_termination
-from lora_operator.claims import find_foreign
+from lora_operator.objects import Raw
 from lora_operator.settings import Settings
-from lora_operator.views import Raw, parse_pod
+from lora_operator.status.claims import find_foreign
+from lora_operator.watched.views import parse_pod
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
 from tests.support.runs import SPEC, Run, adapter_of, ended, now, termination

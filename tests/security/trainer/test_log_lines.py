@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_api.messages import ProgressLine, Termination, parse_progress_line, parse_termination
-from lora_operator.progress import keep_believable, parse_progress
+from lora_operator.status.progress import keep_believable, parse_progress
 from lora_trainer.relay import MAX_LINE, Lines
 from tests.trainer.runs import ROOT, SOURCES, build_run
 

@@ -23,7 +23,7 @@ from bench.soak.faults import OPERATOR_KILLED, plan_faults
 from bench.soak.player import Seen, compute_log, decide_actions
 from bench.soak.stories import ENDINGS, KINDS, Outcome, Story, compute_outcome, make_stories
 from lora_api import FailureClass, Phase
-from lora_operator.progress import parse_progress
+from lora_operator.status.progress import parse_progress
 from tests.support.runs import ended, running, waiting
 
 Raw = dict[str, Any]

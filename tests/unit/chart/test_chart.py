@@ -15,7 +15,7 @@ import yaml
 
 from lora_api import ClusterLoRARuntimeSpec
 from lora_api.crd import RESOURCES, build_crd
-from lora_operator.rights import GANG_RBAC, RBAC, REVIEW_RBAC, Rule
+from lora_operator.kube.rights import GANG_RBAC, RBAC, REVIEW_RBAC, Rule
 from lora_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]

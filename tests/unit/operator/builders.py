@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from lora_api import ClusterLoRARuntime, LoRAFineTune
-from lora_operator.observed import Observed, Reports
-from lora_operator.views import Ended, JobView, PodView
+from lora_operator.state.observed import Observed
+from lora_operator.state.reports import Reports
+from lora_operator.watched.views import Ended, JobView, PodView
 
 NOW = datetime(2026, 11, 23, 12, 0, 0, tzinfo=UTC)
 ADAPTER = {

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_api import ConditionType, FailureClass
-from lora_operator.lifecycle import decide
-from lora_operator.observed import Observed
-from lora_operator.plan import Plan
-from lora_operator.queueing import QueueReport
+from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
+from lora_operator.state.observed import Observed
+from lora_operator.state.plan import Plan
+from lora_operator.state.workload import QueueReport
 from tests.unit.operator.builders import (
     NOW,
     a_job,

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from lora_operator.applied import encode
+from lora_operator.kube.yamlbody import encode
 
 
 @pytest.mark.parametrize(

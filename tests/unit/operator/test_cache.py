@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from lora_api.finetune import ObjectMeta
-from lora_operator.cache import Cache, Resource
-from lora_operator.views import parse_indexes, parse_job, parse_pod
+from lora_operator.watched.cache import Cache, Resource
+from lora_operator.watched.views import parse_indexes, parse_job, parse_pod
 from tests.unit.operator.builders import NOW
 
 AT = "2026-11-23T12:00:00Z"

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from lora_api import RULES, FailureClass, Phase
-from lora_operator.diagnose import diagnose_pod, diagnose_pods, diagnose_root, with_remedy
-from lora_operator.observed import Observed, Refusal, Reports
-from lora_operator.obstacles import diagnose_obstacle, diagnose_refusal
+from lora_operator.diagnosis.diagnose import diagnose_pod, diagnose_pods, diagnose_root
+from lora_operator.diagnosis.obstacles import diagnose_obstacle, diagnose_refusal
+from lora_operator.lifecycle.outcomes import decide_obstructed
 from lora_operator.settings import Settings
-from lora_operator.verdicts import decide_obstructed
-from lora_operator.views import PodView
+from lora_operator.state.observed import Observed
+from lora_operator.state.reports import Refusal, Reports
+from lora_operator.watched.views import PodView
+from lora_operator.wording import with_remedy
 from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, running, said, waiting
 
 GRACE = 20.0

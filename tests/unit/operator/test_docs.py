@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_api import FAILURE_RULES, ConditionType, FailureRule
-from lora_operator.lifecycle import decide
+from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
 from tests.unit.operator import test_lifecycle, test_preflight
 from tests.unit.operator.builders import NOW

@@ -8,9 +8,9 @@ from lora_api import LoRAFineTune
 from lora_api.environment import SECRET_KEYS
 from lora_operator.children.environment import find_left_out
 from lora_operator.children.job import build_job, build_preflight_job
-from lora_operator.events import describe_left_out
-from lora_operator.runtimes import build_snapshot, fill_in
 from lora_operator.settings import Settings
+from lora_operator.state.runtimes import build_snapshot, fill_in
+from lora_operator.status.events import describe_left_out
 from tests.unit.operator.builders import a_run, a_runtime
 
 SECRET = {"credentials": {"secretRef": {"name": "lora-store"}}}

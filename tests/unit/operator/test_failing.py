@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from lora_api import RULES, ConditionType, FailureClass, Phase, build_run_spec
-from lora_operator.lifecycle import decide
-from lora_operator.observed import Reports
-from lora_operator.status import compute_status
-from lora_operator.views import PodView
+from lora_operator.lifecycle.decide import decide
+from lora_operator.state.reports import Reports
+from lora_operator.status.compute import compute_status
+from lora_operator.watched.views import PodView
 from tests.unit.operator.builders import (
     NOW,
     a_job,

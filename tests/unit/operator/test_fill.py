@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from kubernetes.aio.client import Configuration
 
-from lora_operator.cache import Cache
-from lora_operator.fill import StartError, fill
-from lora_operator.kube import KubeClient
-from lora_operator.ratelimit import RateLimit
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.settings import Settings
+from lora_operator.watched.cache import Cache
+from lora_operator.watched.fill import StartError, fill
 from tests.unit.operator.test_cache import KEY, raw
 
 
@@ -68,7 +68,7 @@ def fill_with(failures: list[int]) -> Cache:
 
 @pytest.mark.parametrize("status", [410, 429, 500, 503, 504])
 def test_a_list_that_fails_is_begun_anew(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    monkeypatch.setattr("lora_operator.fill.DELAYS", (0.0, 0.0))
+    monkeypatch.setattr("lora_operator.watched.fill.DELAYS", (0.0, 0.0))
     failures = [status, status]
     assert fill_with(failures).run_keys() == [KEY]
     assert failures == []
@@ -83,6 +83,6 @@ def test_a_refusal_that_stays_ends_it_at_once(status: int, advice: str) -> None:
 
 
 def test_there_is_an_end_to_trying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_operator.fill.DELAYS", (0.0, 0.0))
+    monkeypatch.setattr("lora_operator.watched.fill.DELAYS", (0.0, 0.0))
     with pytest.raises(StartError, match="500: no;"):
         fill_with([500] * 3)

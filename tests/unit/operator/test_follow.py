@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from lora_operator.follow import REFUSAL_DELAY, compute_next_look, forgotten_pods, unseen_ends, wants_refusal
-from lora_operator.observed import Refusal, Reports, hear_refusal
-from lora_operator.plan import NOTHING
+from lora_operator.evidence.follow import REFUSAL_DELAY, compute_next_look, forgotten_pods, unseen_ends, wants_refusal
 from lora_operator.settings import Settings
-from lora_operator.views import JobView, PodView
+from lora_operator.state.plan import NOTHING
+from lora_operator.state.reports import Refusal, Reports, hear_refusal
+from lora_operator.watched.views import JobView, PodView
 from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, condition, ended, seen
 
 STARTED = {"attempt": 1, "phase": "Starting"}

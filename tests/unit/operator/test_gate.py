@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from kubernetes.aio.client import Configuration
 
-from lora_operator.gate import ALLOWED, Gate, Verdict, Verdicts, parse_token
-from lora_operator.kube import KubeClient, KubeError
-from lora_operator.ratelimit import RateLimit
+from lora_operator.kube.client import KubeClient, KubeError
+from lora_operator.kube.ratelimit import RateLimit
+from lora_operator.manager.gate import ALLOWED, Gate, Verdict, Verdicts, parse_token
 
 PROMETHEUS = {
     "username": "system:serviceaccount:monitoring:prometheus",

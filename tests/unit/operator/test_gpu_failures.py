@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lora_api import RULES, FailureClass
-from lora_operator.diagnose import diagnose_pods, diagnose_root
+from lora_operator.diagnosis.diagnose import diagnose_pods, diagnose_root
 from lora_trainer.gpuerrors import GPU_ERRORS, Blame, GpuError
 from tests.support.gpuwords import key_of, read_words, termination_at
 from tests.unit.operator.builders import NOW, a_job, ago, ended, said

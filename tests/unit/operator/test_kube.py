@@ -10,9 +10,9 @@ import yaml
 from kubernetes.aio.client import Configuration
 
 from lora_operator.children.service import build_service
-from lora_operator.kube import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
-from lora_operator.ratelimit import RateLimit
-from lora_operator.rights import RBAC, REVIEW_RBAC
+from lora_operator.kube.client import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
+from lora_operator.kube.ratelimit import RateLimit
+from lora_operator.kube.rights import RBAC, REVIEW_RBAC
 from tests.unit.operator.builders import a_run
 
 ROOT = Path(__file__).parents[3]

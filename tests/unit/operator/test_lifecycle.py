@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
-from lora_operator.lifecycle import decide
-from lora_operator.observed import Observed, Refusal, Reports
-from lora_operator.runtimes import build_snapshot
+from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
-from lora_operator.status import compute_status
-from lora_operator.views import JobView
+from lora_operator.state.observed import Observed
+from lora_operator.state.reports import Refusal, Reports
+from lora_operator.state.runtimes import build_snapshot
+from lora_operator.status.compute import compute_status
+from lora_operator.watched.views import JobView
 from tests.unit.operator.builders import (
     ADAPTER,
     NOW,

@@ -7,8 +7,8 @@ import pytest
 from lora_api import ClusterLoRARuntime, FailureClass
 from lora_api.pods import ResourceRequirements
 from lora_api.runtime import LabelSelector
-from lora_operator.admission import decide_runtime, find_refusal
-from lora_operator.limits import (
+from lora_operator.lifecycle.runtime import decide_runtime, find_refusal
+from lora_operator.policies.limits import (
     allows_name,
     check_limits,
     count_gpus,
@@ -17,8 +17,8 @@ from lora_operator.limits import (
     parse_quantity,
     selects,
 )
-from lora_operator.observed import Observed
 from lora_operator.settings import Settings
+from lora_operator.state.observed import Observed
 from tests.unit.operator.builders import NOW, a_run, a_runtime
 
 WHOSE = "ClusterLoRARuntime h100"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lora_api import LoRAFineTuneStatus
-from lora_operator.cache import Cache, Resource
-from lora_operator.logs import JsonFormatter, current_run
+from lora_operator.logformat import JsonFormatter, current_run
 from lora_operator.metrics import Metrics, Readings
+from lora_operator.watched.cache import Cache, Resource
 from tests.unit.operator.builders import NOW, ago, condition, failure, stamp
 
 NAMESPACE = {"namespace": "team"}

@@ -7,7 +7,7 @@ import pytest
 from lora_api import LoRAFineTune
 from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.children.networkpolicy import build_network_policy
-from lora_operator.runtimes import build_snapshot
+from lora_operator.state.runtimes import build_snapshot
 from tests.unit.operator.builders import a_run, a_runtime
 from tests.unit.operator.cases import SETTINGS
 from tests.unit.operator.test_children import check_golden

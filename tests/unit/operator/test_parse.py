@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lora_operator.parse import InvalidRunError, check_taken_rules, parse_run, parse_runtime
+from lora_operator.state.reading import InvalidRunError, check_taken_rules, parse_run, parse_runtime
 from tests.unit.operator.builders import a_run
 
 

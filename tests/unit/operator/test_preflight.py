@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from lora_api import ConditionType, Failure, FailureClass, LoRAFineTune, Phase
-from lora_operator.events import compute_events
-from lora_operator.lifecycle import decide
-from lora_operator.observed import Reports
-from lora_operator.queueing import QueueReport
-from lora_operator.runtimes import build_snapshot
+from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
-from lora_operator.status import compute_status
-from lora_operator.views import JobView, PodView
+from lora_operator.state.reports import Reports
+from lora_operator.state.runtimes import build_snapshot
+from lora_operator.state.workload import QueueReport
+from lora_operator.status.compute import compute_status
+from lora_operator.status.events import compute_events
+from lora_operator.watched.views import JobView, PodView
 from tests.unit.operator import cases
 from tests.unit.operator.builders import (
     NOW,

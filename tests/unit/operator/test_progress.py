@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_api import Progress, ProgressLine
-from lora_operator.observed import Reports, hear
-from lora_operator.progress import (
+from lora_operator.state.reports import Reports, hear
+from lora_operator.status.progress import (
     compute_progress,
     compute_stage,
     compute_stopped_progress,
     find_first_step,
-    format_duration,
     merge_history,
     parse_progress,
     shorten,
 )
+from lora_operator.wording import format_duration
 from tests.unit.operator.builders import NOW, ago
 
 

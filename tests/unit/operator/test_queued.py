@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
-from lora_operator.observed import Refusal, Reports
+from lora_operator.state.reports import Refusal, Reports
 from tests.unit.operator.builders import (
     NOW,
     a_job,

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from lora_operator.follow import QUEUE_INTERVAL, REFUSAL_DELAY, compute_next_look, wants_queue, wants_refusal
-from lora_operator.observed import Reports, hear_queue
-from lora_operator.plan import Plan
-from lora_operator.queueing import QueueReport, describe_queue, find_position, parse_workload
+from lora_operator.evidence.follow import QUEUE_INTERVAL, REFUSAL_DELAY, compute_next_look, wants_queue, wants_refusal
+from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import Settings
+from lora_operator.state.plan import Plan
+from lora_operator.state.reports import Reports, hear_queue
+from lora_operator.state.workload import QueueReport, find_position, parse_workload
 from tests.unit.operator.builders import NOW, a_job, a_run, ago, running, seen
 
 SETTINGS = Settings(log_interval=10.0)

@@ -1,6 +1,6 @@
 """The client's own speed limit."""
 
-from lora_operator.ratelimit import TokenBucket
+from lora_operator.kube.ratelimit import TokenBucket
 
 
 def test_a_burst_is_free_and_then_the_rate_holds() -> None:

@@ -6,11 +6,12 @@ import pytest
 
 from lora_api import ClusterLoRARuntime, FailureClass, LoRAFineTune, build_run_spec
 from lora_api.run import Device
-from lora_operator.admission import find_refusal
 from lora_operator.children.job import build_job
-from lora_operator.limits import check_limits
-from lora_operator.runtimes import build_snapshot, fill_in, resolve, runtime_name
+from lora_operator.lifecycle.runtime import find_refusal
+from lora_operator.policies.limits import check_limits
 from lora_operator.settings import Settings
+from lora_operator.state.runtimes import build_snapshot, fill_in, resolve
+from lora_operator.watched.documents import runtime_name
 from tests.unit.operator.builders import a_run, a_runtime
 
 SETTINGS = Settings(trainer_image="trainer:of-the-operator", termination_grace=120)

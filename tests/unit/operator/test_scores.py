@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import AdapterStatus, ConditionType
-from lora_operator.verdicts import decide_success, describe_scores
+from lora_operator.lifecycle.outcomes import decide_success, describe_scores
 from tests.skew.releases import RECORDED
 
 ADAPTER: dict[str, Any] = {

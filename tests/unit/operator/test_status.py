@@ -7,12 +7,12 @@ import pytest
 
 from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress, ProgressLine
 from lora_api.status import MAX_FAILURES, STATUS_VERSION, AdapterStatus
-from lora_operator.events import build_event, compute_events
-from lora_operator.lifecycle import decide_success
-from lora_operator.observed import Reports
-from lora_operator.plan import NOTHING, Mark, Plan
-from lora_operator.progress import compute_progress
-from lora_operator.status import compute_conditions, compute_invalid_status, compute_status, is_progress_only
+from lora_operator.lifecycle.decide import decide_success
+from lora_operator.state.plan import NOTHING, Mark, Plan
+from lora_operator.state.reports import Reports
+from lora_operator.status.compute import compute_conditions, compute_invalid_status, compute_status, is_progress_only
+from lora_operator.status.events import build_event, compute_events
+from lora_operator.status.progress import compute_progress
 from tests.unit.operator.builders import ADAPTER, NOW, a_run, ago, condition, failure, stamp
 
 RUNNING = Plan(

@@ -8,12 +8,12 @@ import pytest
 from lora_api import RUN_VERSION, TrainerPin
 from lora_api.preflight import PreflightOutcome
 from lora_operator.children.assembly import build_children
-from lora_operator.children.names import RUN_VERSION_ANNOTATION
-from lora_operator.controlkeys import ControlKeys
-from lora_operator.plan import Plan
+from lora_operator.children.controlkeys import ControlKeys
+from lora_operator.names import RUN_VERSION_ANNOTATION
 from lora_operator.settings import Settings
-from lora_operator.trainers import choose_trainer, describe_unknown, keep_trainer
-from lora_operator.views import JobView, parse_job
+from lora_operator.state.plan import Plan
+from lora_operator.state.trainers import choose_trainer, describe_unknown, keep_trainer
+from lora_operator.watched.views import JobView, parse_job
 from tests.unit.operator.builders import a_job, a_preflight, a_run, failure, seen
 
 OWN = "trainer:2"

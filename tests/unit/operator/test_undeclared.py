@@ -1,6 +1,6 @@
 """The CRD is older than the operator: what it does not have is left out of statuses."""
 
-from lora_operator.undeclared import Undeclared
+from lora_operator.kube.undeclared import Undeclared
 
 MESSAGE = (
     "failed to create typed patch object (team/run; lorafinetune.io/v1alpha1, Kind=LoRAFineTune): errors:\n"

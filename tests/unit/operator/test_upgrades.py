@@ -7,11 +7,11 @@ import pytest
 from lora_api import LoRAFineTuneStatus, Phase
 from lora_operator.children.environment import find_left_out
 from lora_operator.children.job import build_job, build_preflight_job
-from lora_operator.observed import Reports
-from lora_operator.plan import Plan
 from lora_operator.settings import Settings
-from lora_operator.status import compute_status
-from lora_operator.upgrades import began_before_endpoints
+from lora_operator.state.plan import Plan
+from lora_operator.state.reports import Reports
+from lora_operator.state.upgrades import began_before_endpoints
+from lora_operator.status.compute import compute_status
 from tests.unit.operator.builders import NOW, a_run, condition, failure
 
 SNAPSHOT = {"name": "default", "spec": {}}

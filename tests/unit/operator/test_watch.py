@@ -12,9 +12,9 @@ from kopf._cogs.clients.auth import APIContext
 from kopf._cogs.structs.credentials import Vault
 from kubernetes.aio.client import Configuration
 
-from lora_operator.cache import Cache, ObjectKey, Resource
 from lora_operator.settings import Settings
-from lora_operator.watch import (
+from lora_operator.watched.cache import Cache, ObjectKey, Resource
+from lora_operator.watched.watch import (
     Confirmations,
     apply_event,
     build_connection,

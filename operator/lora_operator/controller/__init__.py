@@ -1,0 +1,1 @@
+"""One look at one object: observe, ask, decide, act, write the status."""

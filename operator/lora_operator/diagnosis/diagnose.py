@@ -1,0 +1,284 @@
+"""Why an attempt failed, or does not start: from what Kubernetes and the pods say to one Failure. All pure."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
+from lora_operator.watched.views import JobView, PodView
+from lora_operator.wording import with_remedy
+
+ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
+"""What the innocent pods of a gang say after another one failed or was asked to stop."""
+
+PEER_SILENT = "PeerSilent"
+"""Reason of a failure that is blamed on a pod for saying nothing."""
+
+_NODE_LOST = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost"})
+_EVICTED = frozenset(
+    {"PreemptionByScheduler", "EvictionByEvictionAPI", "TerminationByKubelet", "Evicted", "Preempting", "Shutdown",
+     "NodeShutdown", "Terminated"}
+)  # fmt: skip
+_DISK_FULL = ("ephemeral local storage usage exceeds", "usage of emptydir volume", "usage exceeds the limit")
+_NOT_STARTED = frozenset({"StartError", "ContainerCannotRun", "ContainerStatusUnknown"})
+_NEVER_RAN = frozenset({"UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "NodeAffinity"})
+_KILLED = 128 + 9
+_TERMINATED = 128 + 15
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """What is wrong with one pod."""
+
+    failure_class: FailureClass
+    reason: str
+    message: str
+    pod: PodView | None = None
+    remedy: str = ""
+    rank: int | None = None
+    step: int | None = None
+    micro_batch_size: int | None = None
+    at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an attempt does not start.
+
+    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
+    others do can change it, so there is no waiting.
+    """
+
+    reason: str
+    message: str
+    remedy: str
+    since: datetime
+    failure_class: FailureClass | None = None
+    scheduling: bool = False
+    permanent: bool = False
+
+    @property
+    def text(self) -> str:
+        """For a condition's message."""
+        return with_remedy(self.message, self.remedy)
+
+    def seconds_left(self, now: datetime, limit: float) -> float | None:
+        """Seconds until the run fails because this has lasted for ``limit`` seconds, or ``None``."""
+        if self.failure_class is None:
+            return None
+        return 0.0 if self.permanent else limit - (now - self.since).total_seconds()
+
+    def to_failure(self, attempt: int, now: datetime) -> Failure:
+        """The failure of ``attempt`` that this became.
+
+        Raises:
+            ValueError: it is one that is waited for.
+        """
+        if self.failure_class is None:
+            raise ValueError(f"{self.reason} ends no attempt")
+        lasted = "" if self.permanent else f" (for {(now - self.since).total_seconds():.0f} s)"
+        return Failure(
+            attempt=attempt, failure_class=self.failure_class, reason=self.reason,
+            message=f"{self.message}{lasted}", remedy=self.remedy, at=now,
+        )  # fmt: skip
+
+
+def termination_of(pod: PodView) -> Termination | None:
+    """The trainer's last words in ``pod``."""
+    return parse_termination(pod.ended.message) if pod.ended else None
+
+
+def diagnose_pods(
+    pods: Sequence[PodView], job: JobView, now: datetime, *, grace: float, processes_per_node: int
+) -> list[Symptom]:
+    """What is wrong with the pods of ``job``, in the order of their indexes. Pods that run or succeeded are well."""
+    symptoms = [symptom for pod in pods if (symptom := diagnose_pod(pod, now, grace=grace)) is not None]
+    seen = {pod.index for pod in pods}
+    symptoms += [
+        Symptom(FailureClass.POD_LOST, "PodGone", f"Pod {index} of Job {job.name} failed and is gone", at=job.created)
+        for index in sorted(job.failed_indexes - seen)
+    ]
+    if 0 in job.completed_indexes - seen:
+        message = f"Pod 0 of Job {job.name} succeeded and is gone, and with it the word of what came of it"
+        symptoms.append(Symptom(FailureClass.POD_LOST, "PodGone", message, at=job.created))
+    if job.failure and not symptoms:
+        symptoms.append(Symptom(FailureClass.POD_LOST, "JobFailed", f"Job {job.name} was ended: {job.failure}"))
+    if processes_per_node == 1:
+        symptoms = [
+            replace(symptom, rank=symptom.pod.index) if symptom.rank is None and symptom.pod else symptom
+            for symptom in symptoms
+        ]
+    return symptoms
+
+
+def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None:
+    """What is wrong with ``pod``, or ``None``.
+
+    A pod that was asked to stop is well until it ends, because it may be saving a checkpoint; it is lost when it is
+    still there ``grace`` seconds after the kubelet had to have ended it.
+    """
+    ended = pod.ended
+    if ended is not None and ended.exit_code == 0:
+        return _diagnose_silent_success(pod)
+    if ended is not None:
+        return _diagnose_exit(pod, ended.exit_code)
+    if pod.phase == "Failed" or pod.gone:
+        return _diagnose_without_exit(pod)
+    if pod.deleting_at is not None and (now - pod.deleting_at).total_seconds() > grace:
+        message = f"Node of pod {pod.name} does not answer: the pod was to be gone at {pod.deleting_at:%H:%M:%S} UTC"
+        return Symptom(FailureClass.NODE_LOST, "NodeLost", message, pod, at=pod.deleting_at)
+    return None
+
+
+def seconds_to_lost(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+    """Seconds until the first of the ``pods`` that are asked to stop counts as lost; ``None`` where none is."""
+    due = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
+    return max(1.0, (min(due) - now).total_seconds() + grace + 1) if due else None
+
+
+def _diagnose_silent_success(pod: PodView) -> Symptom | None:
+    """Rank 0 has to say what it published, and a preflight what it settled; other pods have nothing to say."""
+    termination = termination_of(pod)
+    said = termination is not None and (termination.adapter or termination.preflight)
+    if pod.index != 0 or (termination is not None and termination.outcome == "succeeded" and said):
+        return None
+    message = f"Pod {pod.name} ended with success but did not say what came of it"
+    return Symptom(FailureClass.INTERNAL, "NoTerminationMessage", message, pod, at=pod.ended.at if pod.ended else None)
+
+
+def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
+    ended, termination = pod.ended, termination_of(pod)
+    if ended is None:
+        raise ValueError(f"pod {pod.name} has not ended")
+    at = ended.at
+    if ended.reason == "OOMKilled":
+        message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
+        size = termination.micro_batch_size if termination else None
+        return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
+    said = termination.failure_class if termination else None
+    if said is None or said in ECHOES or said == FailureClass.POD_LOST:
+        taken = _diagnose_disruption(pod)
+        if taken is not None:
+            return replace(taken, at=at)
+    if termination is not None and said is not None:
+        message = termination.message or RULES[said].meaning
+        remedy = termination.remedy or ""
+        if not said.known:  # of a newer trainer: what is known of it is that the trainer failed
+            said, message = FailureClass.INTERNAL, f"{said}: {message}"
+        if RULES[said].node and pod.node:
+            message = f"Node {pod.node}, {message}"
+        return Symptom(
+            said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
+            termination.micro_batch_size, termination.at,
+        )  # fmt: skip
+    if ended.reason in _NOT_STARTED:
+        message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
+        return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
+    if exit_code in (_KILLED, _TERMINATED):
+        return Symptom(FailureClass.POD_LOST, "Killed", f"Pod {pod.name} was killed from outside", pod, at=at)
+    known = CLASS_BY_EXIT_CODE.get(exit_code)
+    if known is not None:
+        return Symptom(known, ended.reason, f"Pod {pod.name}: {RULES[known].meaning}", pod, at=at)
+    message = f"Pod {pod.name} ended with exit code {exit_code} and no word why"
+    return Symptom(FailureClass.INTERNAL, ended.reason or "Error", message, pod, at=at)
+
+
+def _diagnose_without_exit(pod: PodView) -> Symptom:
+    """A pod that is gone or failed without an exit code of its container."""
+    taken = _diagnose_disruption(pod)
+    if taken is not None:
+        return taken
+    if pod.reason in _NEVER_RAN:
+        message = f"Node refused pod {pod.name}: {pod.message or pod.reason}"
+        return Symptom(FailureClass.POD_LOST, pod.reason, message, pod, at=pod.deleting_at)
+    message = f"Pod {pod.name} was deleted" if pod.gone or pod.deleting_at else f"Pod {pod.name} failed: {pod.message}"
+    return Symptom(FailureClass.POD_LOST, pod.reason or "Deleted", message, pod, at=pod.deleting_at)
+
+
+def _diagnose_disruption(pod: PodView) -> Symptom | None:
+    """Kubernetes itself took the pod away."""
+    detail = pod.disruption_message or pod.message
+    reason = pod.disruption or pod.reason
+    if any(text in pod.message.lower() for text in _DISK_FULL):
+        message = f"Pod {pod.name} was evicted: {pod.message}"
+        return Symptom(FailureClass.DISK_FULL, reason or "Evicted", message, pod, at=pod.deleting_at)
+    if reason in _NODE_LOST:
+        message = f"Pod {pod.name} lost its node: {detail or reason}"
+        return Symptom(FailureClass.NODE_LOST, reason, message, pod, at=pod.deleting_at)
+    if reason in _EVICTED:
+        message = f"Pod {pod.name} was taken off its node: {detail or reason}"
+        return Symptom(FailureClass.EVICTED, reason, message, pod, at=pod.deleting_at)
+    return None
+
+
+def find_silent(symptoms: Sequence[Symptom], pods: Sequence[PodView]) -> list[PodView]:
+    """The pods that say nothing while their peers have only lost a peer: hung, or on a node that is gone.
+
+    Those whose node does not answer come first: its node controller marks pods as not ready once it has not heard from
+    the kubelet for 50 s (--node-monitor-grace-period, Kubernetes 1.32).
+    """
+    if any(symptom.failure_class != FailureClass.PEER_LOST for symptom in symptoms):
+        return []
+    return sorted((pod for pod in pods if not pod.has_ended), key=lambda pod: not is_off(pod))
+
+
+def is_off(pod: PodView) -> bool:
+    """Whether the node of a pod that runs no longer answers."""
+    return pod.running and pod.unready and pod.deleting_at is None
+
+
+def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt: int, now: datetime) -> Failure:
+    """The failure that explains all ``symptoms``: the earliest that is no echo of another pod's.
+
+    Where every pod only lost a peer, the pod that says nothing is the suspect: in a hang, those that report the
+    time-out are the innocent ones.
+    """
+    causes = _drop_echoes([symptom for symptom in symptoms if symptom.failure_class not in ECHOES])
+    lost = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.PEER_LOST]
+    asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
+    silent = find_silent(symptoms, pods)
+    if causes:
+        root = _earliest(causes, now)
+    elif asked:
+        root = next((symptom for symptom in asked if symptom.pod and symptom.pod.deleting_at), _earliest(asked, now))
+    elif silent and is_off(silent[0]):
+        first = _earliest(lost, now)
+        message = f"Node of pod {silent[0].name} does not answer; {_words(first)}"
+        root = Symptom(FailureClass.NODE_LOST, "NodeNotReady", message, silent[0], step=first.step, at=first.at)
+    elif silent:
+        first = _earliest(lost, now)
+        message = f"Pod {silent[0].name} stopped answering its peers and says nothing itself; {_words(first)}"
+        root = replace(first, message=message, reason=PEER_SILENT, pod=silent[0], rank=None, remedy="")
+    else:
+        root = _earliest(lost, now)
+    ended = root.pod.ended if root.pod else None
+    return Failure(
+        attempt=attempt,
+        failure_class=root.failure_class,
+        reason=root.reason,
+        message=root.message,
+        remedy=root.remedy or RULES[root.failure_class].remedy,
+        pod=root.pod.name if root.pod else None,
+        node=(root.pod.node or None) if root.pod else None,
+        rank=root.rank,
+        step=root.step,
+        micro_batch_size=root.micro_batch_size,
+        exit_code=ended.exit_code if ended else None,
+        log_tail=None,
+        at=root.at or now,
+    )
+
+
+def _drop_echoes(causes: Sequence[Symptom]) -> list[Symptom]:
+    """``causes`` without those that another one of them brings about."""
+    found = {symptom.failure_class for symptom in causes}
+    return [symptom for symptom in causes if MAY_FOLLOW.get(symptom.failure_class) not in found]
+
+
+def _earliest(symptoms: Iterable[Symptom], now: datetime) -> Symptom:
+    return min(symptoms, key=lambda symptom: symptom.at or now)
+
+
+def _words(symptom: Symptom) -> str:
+    name = symptom.pod.name if symptom.pod else "a peer"
+    return f"{name} reports: {symptom.message}"

@@ -1,0 +1,1 @@
+"""What no watch shows, read beside the looks: logs, Events, queues."""

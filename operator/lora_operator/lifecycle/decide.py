@@ -1,0 +1,267 @@
+r"""The state machine of a run: ``decide(observed, now, settings) -> Plan``. No IO and no clock.
+
+The state is derived from what exists. Of the status only facts are read that cannot be derived again: the attempt,
+the failures so far, the restarts used up, the time that the gang has run, what was suspended, and the terminal
+condition, which is sticky.
+
+    preflight -> launch -> [queued] -> wait for pods -> run -> succeed
+                 |              |
+                 +--- fail -----+--> record -> end the Job -> wait for its pods -> launch the next attempt
+                 +--- suspend --/                             \-> while suspended: wait
+                                 \-> record as final -> end the pods that still run, keep the others for their logs
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+
+from lora_api import AdapterStatus, ConditionType, Phase
+from lora_operator.diagnosis.diagnose import (
+    Symptom,
+    diagnose_pods,
+    diagnose_root,
+    find_silent,
+    is_off,
+    seconds_to_lost,
+    termination_of,
+)
+from lora_operator.diagnosis.obstacles import diagnose_obstacle
+from lora_operator.lifecycle.finished import decide_finished
+from lora_operator.lifecycle.outcomes import (
+    decide_failure,
+    decide_success,
+    decide_suspended,
+    decide_wait,
+    job_lost,
+    scheduled_mark,
+)
+from lora_operator.lifecycle.preflight import decide_preflight, needs_preflight
+from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_queue, plan_queued
+from lora_operator.lifecycle.runtime import decide_runtime
+from lora_operator.policies.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
+from lora_operator.settings import Settings
+from lora_operator.state.facts import is_finished, is_over
+from lora_operator.state.observed import Observed, seconds_to_leaving
+from lora_operator.state.plan import NOTHING, Mark, Plan
+from lora_operator.state.workload import uses_kueue
+from lora_operator.status.claims import disown
+from lora_operator.watched.views import JobView, PodView
+
+
+def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """What to do next."""
+    status = observed.run.status
+    if observed.run.metadata.deletion_timestamp:
+        return NOTHING
+    if is_finished(status):
+        return decide_finished(observed, now, settings)
+    unsettled = decide_runtime(observed, now, settings)
+    if unsettled is not None:
+        return unsettled
+    if needs_preflight(observed, settings):
+        return decide_preflight(observed, now, settings)
+    attempt = max(status.attempt, 1)
+    if is_over(status, attempt):
+        if attempt + 1 not in observed.jobs:
+            return _decide_replacement(observed, attempt, now, settings)
+        attempt += 1
+    job = observed.jobs.get(attempt)
+    if job is not None:
+        return _decide_attempt(observed, job, now, settings)
+    if status.attempt == attempt:
+        return decide_failure(observed, attempt, job_lost(attempt, now), settings)
+    return _decide_launch(observed, attempt, now, settings)
+
+
+def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
+    """Creates the children of ``attempt``, once the pods of earlier Jobs are gone: they hold GPUs and names."""
+    if observed.run.spec.run_policy.suspend:
+        return decide_suspended(observed)
+    overrun = find_overrun(observed.run, max(attempt - 1, 1), now)
+    if overrun is not None:
+        return decide_failure(observed, overrun.attempt, overrun, settings)
+    waiting = _wait_for_leftovers(observed, now, settings)
+    if waiting is not None:
+        return waiting
+    retry_time = observed.run.status.retry_time
+    if retry_time is not None and retry_time > now:
+        return Plan(requeue_after=(retry_time - now).total_seconds())
+    if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
+        return plan_queued(attempt, describe_queue("", None), launch=attempt)
+    return replace(_plan_start(attempt, scheduled=False), launch=attempt)
+
+
+def _plan_start(attempt: int, *, scheduled: bool) -> Plan:
+    """The pods of ``attempt`` are to start. The same before and after they are seen: any change would be a write."""
+    phase = Phase.RESTARTING if attempt > 1 else Phase.STARTING
+    return Plan(
+        phase=phase,
+        reason=str(phase),
+        message="Waiting for the pods to start",
+        attempt=attempt,
+        conditions={
+            ConditionType.SCHEDULED: scheduled_mark(value=scheduled),
+            ConditionType.RUNNING: Mark(value=False, reason=str(phase), message="The pods do not run yet"),
+        },
+    )
+
+
+def _decide_suspension(job: JobView) -> Plan:
+    """Puts on record that ``job`` is ended by the user's wish, so that its end counts as no failure."""
+    message = "The pods are asked to save a checkpoint and end"
+    return Plan(
+        phase=Phase.SUSPENDED,
+        reason="Suspending",
+        message=message,
+        attempt=job.attempt,
+        suspended=job.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason="Suspending", message=message)},
+    )
+
+
+def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
+    """Ends what is left of an attempt that is over, then launches the next one."""
+    job = observed.jobs.get(attempt)
+    if job is not None:
+        return Plan(delete=None if job.deleting else job)
+    return _decide_launch(observed, attempt + 1, now, settings)
+
+
+def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+    """Waits for the pods of Jobs that are gone, but not for one that the kubelet had to have ended long ago."""
+    wait = seconds_to_leaving(observed.leftovers(), now, settings.failure_grace)
+    if wait is None:
+        return None
+    if observed.run.status.attempt > 0:
+        return Plan(requeue_after=wait)  # the status says why the run restarts, which is worth more
+    return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", wait)
+
+
+def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
+    """Follows a Job: succeeded, failed, running, or on the way there."""
+    pods = observed.gang(job)
+    adapter = published_adapter(pods)
+    if adapter is not None:
+        return decide_success(job.attempt, adapter, disown(observed.run, adapter))
+    if job.deleting:
+        return decide_failure(observed, job.attempt, job_lost(job.attempt, now), settings)
+    stopping = observed.stopping(job)
+    symptoms = diagnose_pods(
+        [*pods, *stopping],
+        job,
+        now,
+        grace=settings.failure_grace,
+        processes_per_node=observed.run.spec.parallelism.processes_per_node,
+    )
+    if symptoms:
+        return _decide_failing(observed, job, pods, symptoms, now, settings)
+    if observed.run.spec.run_policy.suspend:
+        return _decide_suspension(job)
+    if job.suspended and job.completed_indexes:
+        return decide_failure(observed, job.attempt, broken_gang(job, now), settings)
+    if job.suspended:
+        return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
+    return _decide_healthy(observed, job, pods, now, settings)
+
+
+def _decide_failing(
+    observed: Observed, job: JobView, pods: list[PodView], symptoms: list[Symptom], now: datetime, settings: Settings
+) -> Plan:
+    """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
+
+    A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
+
+    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
+    """
+    nodes = observed.run.spec.parallelism.nodes
+    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
+    since = observed.reports.failing_since or now
+    silent = find_silent(symptoms, pods)
+    grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
+    left = grace - (now - since).total_seconds()
+    if job.failure or len(ended) >= nodes or left <= 0:
+        failure = diagnose_root(symptoms, pods, job.attempt, now)
+        return decide_failure(observed, job.attempt, failure, settings)
+    awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
+    message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
+    return Plan(
+        phase=Phase.RUNNING,
+        reason="PodFailed",
+        message=message,
+        attempt=job.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason="PodFailed", message=message)},
+        failing=True,
+        requeue_after=left,
+    )
+
+
+def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: Settings) -> Plan:
+    nodes = observed.run.spec.parallelism.nodes
+    scheduled = len(pods) == nodes and all(pod.scheduled for pod in pods)
+    if len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods):
+        running = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
+        marks = {ConditionType.SCHEDULED: scheduled_mark(value=True), ConditionType.RUNNING: running}
+        return _decide_running(observed, job, marks, pods, settings, now)
+    obstacle = diagnose_obstacle(pods, job, observed.reports)
+    start = _plan_start(job.attempt, scheduled=scheduled)
+    if obstacle is None:
+        due = observed.seconds_to_restoring(job, now)
+        lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
+        wait = min((seconds for seconds in (due, lost) if seconds), default=None)
+        return replace(start, restore=job if due == 0 else None, requeue_after=wait)
+    left = obstacle.seconds_left(now, settings.start_timeout)
+    if left is not None and left <= 0:
+        return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)
+    mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
+    marks = {**start.conditions, ConditionType.RUNNING: mark}
+    if obstacle.scheduling:
+        marks[ConditionType.SCHEDULED] = mark
+    return replace(start, reason=obstacle.reason, message=obstacle.text, conditions=marks, requeue_after=left)
+
+
+_STAGE_REASONS = {
+    "loading": "LoadingModel",
+    "evaluating": "Evaluating",
+    "training": "Training",
+    "checkpointing": "Checkpointing",
+    "publishing": "Publishing",
+    "done": "Publishing",
+}
+
+
+def _decide_running(
+    observed: Observed,
+    job: JobView,
+    marks: Mapping[ConditionType, Mark],
+    pods: list[PodView],
+    settings: Settings,
+    now: datetime,
+) -> Plan:
+    run, reports = observed.run, observed.reports
+    overdue = find_overrun(run, job.attempt, now) or find_stall(run, reports, job.attempt, now)
+    if overdue is not None:
+        return decide_failure(observed, job.attempt, overdue, settings)
+    reason = _STAGE_REASONS.get(reports.stage, "Running")
+    waits = [
+        seconds_to_lost(pods, now, settings.failure_grace),
+        seconds_to_deadline(run, now),
+        seconds_to_stall(run, reports, now),
+    ]
+    return Plan(
+        phase=Phase.PUBLISHING if reason == "Publishing" else Phase.RUNNING,
+        reason=reason,
+        message="The gang is training",
+        attempt=job.attempt,
+        conditions=marks,
+        requeue_after=min((seconds for seconds in waits if seconds is not None), default=None),
+    )
+
+
+def published_adapter(pods: list[PodView]) -> AdapterStatus | None:
+    """The adapter that rank 0 says it published. Once it is in the store, no other pod can take it back."""
+    for pod in pods:
+        if pod.index == 0 and pod.ended is not None and pod.ended.exit_code == 0:
+            termination = termination_of(pod)
+            if termination is not None and termination.outcome == "succeeded":
+                return termination.adapter
+    return None

@@ -1,0 +1,108 @@
+"""After the end: pods that run on are ended, and after a while all that the run was made of is deleted. Pure."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from lora_api import ConditionType
+from lora_operator.names import child_name, preflight_name
+from lora_operator.settings import Settings
+from lora_operator.state.facts import has_passed, holds
+from lora_operator.state.observed import Observed, seconds_to_leaving
+from lora_operator.state.plan import NOTHING, Mark, Plan
+from lora_operator.status.claims import disown
+
+
+def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """What to do about a run that has ended for good.
+
+    Of its status only two things are still decided: CleanedUp, and whose the adapter is, since a status may have been
+    restored, or written by hand, with that of another run.
+    """
+    left = seconds_to_cleanup(observed, now)
+    if left is not None and left <= 0:
+        return _decide_ending(observed, now, settings) or _disown(observed, _decide_cleanup(observed))
+    plan = _disown(observed, _decide_running_on(observed, now, settings))
+    return plan if left is None else replace(plan, requeue_after=min(left, plan.requeue_after or left))
+
+
+def _disown(observed: Observed, plan: Plan) -> Plan:
+    """``plan``, which also says so where the adapter in the status is another run's.
+
+    The adapter itself stays in the status: a field that somebody else has applied is not the operator's to take away.
+    """
+    adapter = observed.run.status.adapter
+    marks = disown(observed.run, adapter) if adapter is not None else {}
+    return replace(plan, conditions={**plan.conditions, **marks})
+
+
+def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:
+    """Seconds until runPolicy.ttlSecondsAfterFinished has passed; ``None`` without one."""
+    ttl, ended_at = observed.run.spec.run_policy.ttl_seconds_after_finished, observed.run.status.completion_time
+    if ttl is None or ended_at is None:
+        return None
+    return (ended_at + timedelta(seconds=ttl) - now).total_seconds()
+
+
+def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str]]:
+    """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched.
+
+    The NetworkPolicy comes last, and also where none is made any more: one may be left from before.
+    """
+    run, status = observed.run.metadata.name, observed.run.status
+    passed = 1 if has_passed(status) else 0
+    numbers = {*range(1, status.failed_preflights + passed + 1), *observed.preflights}
+    preflights = [preflight_name(run, number) for number in sorted(numbers)]
+    attempts = [child_name(run, attempt) for attempt in range(1, status.attempt + 1)]
+    kinds = ["configmaps", "services"]
+    if settings.gang_scheduler != "none":
+        kinds.append(f"podgroups.{settings.gang_scheduler}")
+    made = [("configmaps", name) for name in preflights] + [(kind, name) for kind in kinds for name in attempts]
+    return [*made, ("networkpolicies", run)] if made else []
+
+
+def _decide_ending(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+    """Ends pods that still run before the rest goes: without the NetworkPolicy they could speak to anybody."""
+    alive, job = [pod for pod in observed.pods if not pod.has_ended], observed.current_job()
+    if alive and job is not None and not job.deleting:
+        return Plan(delete=job)
+    wait = seconds_to_leaving(alive, now, settings.failure_grace)
+    return None if wait is None else Plan(requeue_after=wait)
+
+
+def _decide_cleanup(observed: Observed) -> Plan:
+    """Deletes what is left, and puts on record that it did: nothing of it but Jobs and pods is watched.
+
+    Some may be left where no Job is: one that has no log worth keeping goes at the end, and people delete Jobs too.
+    """
+    policy = observed.run.spec.run_policy
+    if policy.ttl_deletes == "run":
+        return Plan(delete_run=True)
+    if holds(observed.run.status, ConditionType.CLEANED_UP) and not observed.all_jobs():
+        return NOTHING
+    message = (
+        f"ttlSecondsAfterFinished ({policy.ttl_seconds_after_finished} s) is over: "
+        "pods and their logs, Jobs, Services, ConfigMaps and the NetworkPolicy were deleted"
+    )
+    mark = Mark(value=True, reason="TimeToLiveOver", message=message)
+    return Plan(clean_up=True, conditions={ConditionType.CLEANED_UP: mark})
+
+
+def _decide_running_on(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """Ends pods that run on after the end of their run; the others are kept for their logs.
+
+    A Job with a failed index is ended by lowering maxFailedIndexes, which leaves its ended pods alone. Another one has
+    no log worth keeping and is deleted.
+    """
+    job = observed.current_job()
+    ended_at = observed.run.status.completion_time
+    if job is None or job.deleting or job.stopping or job.finished:
+        return NOTHING
+    if all(pod.has_ended for pod in observed.gang(job)) and not observed.is_short_of_pods(job):
+        return NOTHING
+    left = settings.failure_grace - (now - ended_at).total_seconds() if ended_at else 0.0
+    succeeded = observed.run.status.adapter is not None
+    if succeeded and left > 0:
+        return Plan(requeue_after=left)
+    if job.failed_indexes:
+        return Plan(stop=job)
+    return Plan(delete=job)

@@ -1,0 +1,195 @@
+"""What comes of a run: success, failure and whether another try follows, waiting, suspension. All pure."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+
+from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_api.served import Score
+from lora_operator.diagnosis.diagnose import Obstacle
+from lora_operator.policies.policy import (
+    SAME_FAILURES,
+    compute_backoff,
+    find_micro_batch,
+    is_repetition,
+    shrink_micro_batch,
+)
+from lora_operator.settings import Settings
+from lora_operator.state.observed import Observed
+from lora_operator.state.plan import Mark, Plan
+from lora_operator.wording import with_remedy
+
+PREFLIGHT = 0
+"""The attempt that failures of a preflight belong to."""
+
+CLEANUP_DELAY = 2.0
+"""Seconds until what is on its way out is looked at again."""
+
+_RETRY_SECONDS = 30.0
+"""Until something that was refused is asked for again: no event tells when a quota or a policy changes."""
+
+
+def decide_failure(observed: Observed, attempt: int, failure: Failure, settings: Settings) -> Plan:
+    """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows."""
+    status, rule = observed.run.status, RULES[failure.failure_class]
+    smaller = shrink_micro_batch(observed.run, failure)
+    retried = rule.retried or smaller is not None
+    limit = observed.run.spec.run_policy.max_restarts
+    free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts
+    refusal = ""
+    if rule.retried and rule.charged and status.charged_restarts >= limit:
+        refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
+    elif retried and not rule.charged and free >= settings.max_uncharged_restarts:
+        refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
+    elif is_repetition(status.failures, failure):
+        refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
+    elif retried and smaller is not None:
+        failure = failure.model_copy(update={"remedy": _shrunk(observed.run, failure, smaller)})
+    text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
+    reason = str(failure.failure_class)
+    mark = Mark(value=False, reason=reason, message=text)
+    kind, retry = ConditionType.RUNNING, Phase.RESTARTING
+    if attempt == PREFLIGHT:
+        kind, retry = ConditionType.PREFLIGHT_PASSED, Phase.PREFLIGHT
+    if retried and not refusal:
+        return Plan(
+            phase=retry, reason=reason, message=text, attempt=attempt, failure=failure,
+            charged=rule.charged, micro_batch_size=smaller, conditions={kind: mark},
+            backoff=compute_backoff(status.charged_restarts, settings.restart_backoff) if rule.charged else 0.0,
+        )  # fmt: skip
+    return Plan(
+        phase=Phase.FAILED,
+        reason=reason,
+        message=text,
+        attempt=attempt,
+        failure=failure,
+        conditions={kind: mark, ConditionType.FAILED: replace(mark, value=True)},
+        ended=True,
+    )
+
+
+def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
+    """The remedy of a failure that the next attempt tries by itself."""
+    return (
+        f"Nothing to do: the next attempt has micro-batches of {smaller} instead of {find_micro_batch(run, failure)} "
+        "(runPolicy.onOutOfMemory: shrinkMicroBatch); globalBatchSize stays."
+    )
+
+
+def decide_success(attempt: int, adapter: AdapterStatus, disowned: Mapping[ConditionType, Mark] = {}) -> Plan:
+    """The end that everybody wants. ``disowned`` is what there is to say where the adapter is not the run's."""
+    message = f"Published {adapter.uri} as {adapter.served_name}{describe_scores(adapter)}"
+    if disowned:
+        message = f"The pods ended with success, but {disowned[ConditionType.PUBLISHED].message}"
+    done = Mark(value=True, reason="Succeeded", message=message)
+    return Plan(
+        phase=Phase.SUCCEEDED,
+        reason="Succeeded",
+        message=message,
+        attempt=attempt,
+        conditions={
+            ConditionType.SCHEDULED: scheduled_mark(value=True),
+            ConditionType.RUNNING: Mark(value=False, reason="Succeeded", message="The run has ended"),
+            ConditionType.PUBLISHED: done,
+            ConditionType.COMPLETE: done,
+            **disowned,
+        },
+        adapter=adapter,
+        ended=True,
+    )
+
+
+def describe_scores(adapter: AdapterStatus) -> str:
+    """How good ``adapter`` is, as the end of a sentence: on its base model as it is served first.
+
+    Empty where the trainer said nothing of it: it had no evaluation records, or is of an earlier release.
+    """
+    served = adapter.served
+    if served is None:
+        return ""
+    trained = Score(loss=adapter.eval_loss_after, share=adapter.eval_share_after)
+    if not served.is_measured:
+        why = served.problem or "its loss is missing"
+        return f". On the base model that was trained on: {_show(trained)}; not measured as it is served: {why}"
+    base = f". On the base model as it is served ({served.dtype}, {served.describe_records()}): {_show(served.after)}"
+    return base if served.same_base else f"{base}; on the one that was trained on: {_show(served.training)}"
+
+
+def _show(score: Score) -> str:
+    share = "" if score.share is None else f", {score.share:.1%} right"
+    return "no loss" if score.loss is None else f"loss {score.loss:.4f}{share}"
+
+
+def decide_suspended(observed: Observed) -> Plan:
+    """Nothing runs, and nothing is launched."""
+    ending = bool(observed.leftovers())
+    reason = "Suspending" if ending else "Suspended"
+    message = (
+        "Waiting for the pods to save a checkpoint and end" if ending else "Set runPolicy.suspend to false to go on"
+    )
+    return Plan(
+        phase=Phase.SUSPENDED,
+        reason=reason,
+        message=message,
+        attempt=observed.run.status.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason=reason, message=message)},
+    )
+
+
+def decide_wait(reason: str, message: str, requeue_after: float | None) -> Plan:
+    """Nothing can be created yet. ``requeue_after`` None: an event will say when."""
+    return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
+
+
+def decide_obstructed(observed: Observed, attempt: int, obstacle: Obstacle, now: datetime, settings: Settings) -> Plan:
+    """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
+    left = obstacle.seconds_left(now, settings.start_timeout)
+    if left is not None and left <= 0:
+        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), settings)
+    wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
+    return replace(wait, attempt=observed.run.status.attempt, obstructed=left is not None)
+
+
+def decide_no_podgroups(observed: Observed, settings: Settings) -> Plan:
+    """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
+    message = with_remedy(
+        f"The cluster knows no PodGroup of {settings.gang_scheduler}",
+        "Install the scheduler, or set operator.gangScheduler of the chart to none. The run starts by itself then.",
+    )
+    return replace(decide_wait("NoPodGroups", message, _RETRY_SECONDS), attempt=observed.run.status.attempt)
+
+
+def job_lost(attempt: int, now: datetime) -> Failure:
+    """The failure of an attempt whose Job was deleted by somebody else."""
+    return Failure(
+        attempt=attempt,
+        failure_class=FailureClass.POD_LOST,
+        reason="JobDeleted",
+        message=f"The Job of attempt {attempt} was deleted from outside",
+        remedy=RULES[FailureClass.POD_LOST].remedy,
+        at=now,
+    )
+
+
+def scheduled_mark(*, value: bool) -> Mark:
+    """What the condition Scheduled says of a gang."""
+    if value:
+        return Mark(value=True, reason="PodsScheduled", message="Every pod has a node")
+    return Mark(value=False, reason="PodsPending", message="Waiting for the pods")
+
+
+def decide_conflict(
+    observed: Observed, attempt: int, message: str, now: datetime, settings: Settings, *, passing: bool
+) -> Plan:
+    """A child's name is taken, as ``message`` says. ``passing``: by something that is about to go."""
+    if passing:
+        return decide_wait("WaitingForCleanup", f"{message} and is on its way out", CLEANUP_DELAY)
+    failure = Failure(
+        attempt=attempt,
+        failure_class=FailureClass.NAME_CONFLICT,
+        reason="NameConflict",
+        message=message,
+        remedy=RULES[FailureClass.NAME_CONFLICT].remedy,
+        at=now,
+    )
+    return decide_failure(observed, attempt, failure, settings)

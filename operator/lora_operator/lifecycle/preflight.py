@@ -1,0 +1,118 @@
+"""Before the first attempt: one pod without a GPU looks at everything that can be known beforehand. All pure.
+
+    launch -> passed: pins and plan are put on record, and the first attempt follows
+           -> failed: by the rules that attempts have, the next preflight follows, or the run has failed
+
+Of the status only the number of preflights that failed and the condition PreflightPassed are read: the preflight that
+counts is the one after those that failed.
+"""
+
+from dataclasses import replace
+from datetime import datetime
+
+from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
+from lora_operator.diagnosis.diagnose import diagnose_pods, diagnose_root, termination_of
+from lora_operator.diagnosis.obstacles import diagnose_obstacle
+from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
+from lora_operator.lifecycle.queued import describe_queue
+from lora_operator.settings import Settings
+from lora_operator.state.facts import has_passed
+from lora_operator.state.observed import Observed
+from lora_operator.state.plan import Mark, Plan
+from lora_operator.watched.views import JobView, PodView
+
+_CHECKING = "A pod without a GPU checks the model, every record, the store and the memory plan"
+
+
+def needs_preflight(observed: Observed, settings: Settings) -> bool:
+    """Whether the first attempt has to wait for a preflight. One that was launched without is not held up."""
+    status = observed.run.status
+    return settings.preflight == "on" and not (status.attempt or observed.jobs or has_passed(status))
+
+
+def decide_preflight(observed: Observed, now: datetime, settings: Settings) -> Plan:
+    """What to do next about the preflight of a run that needs one."""
+    number = observed.run.status.failed_preflights + 1
+    suspended = observed.run.spec.run_policy.suspend
+    for job in observed.preflights.values():
+        if (job.preflight < number or suspended) and not job.deleting:
+            return Plan(delete=job)
+    if suspended:
+        return decide_suspended(observed)
+    current = observed.preflights.get(number)
+    if current is None:
+        return _decide_launch(observed, number, now)
+    return _decide_job(observed, current, now, settings)
+
+
+def _decide_launch(observed: Observed, number: int, now: datetime) -> Plan:
+    retry_time = observed.run.status.retry_time
+    if retry_time is not None and retry_time > now:
+        return Plan(requeue_after=(retry_time - now).total_seconds())
+    return _waiting("Preflight", _CHECKING, launch=number)
+
+
+def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
+    """Follows the preflight's Job: passed, failed, running, or on the way there."""
+    pods = observed.gang(job)
+    passed = _find_passed(pods)
+    if passed is not None:
+        mark = Mark(value=True, reason="PreflightPassed", message=passed.message)
+        return Plan(
+            phase=Phase.PREFLIGHT, reason="PreflightPassed", message=passed.message,
+            conditions={ConditionType.PREFLIGHT_PASSED: mark}, passed=passed.preflight,
+        )  # fmt: skip
+    if job.deleting:
+        return _waiting("Preflight", "The Job of the preflight was deleted; another one follows")
+    symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0)
+    if symptoms:
+        return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now), settings)
+    if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
+        return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
+    obstacle = diagnose_obstacle(pods, job, observed.reports)
+    if obstacle is not None:
+        left = obstacle.seconds_left(now, settings.start_timeout)
+        if left is not None and left <= 0:
+            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), settings)
+        return _waiting(obstacle.reason, obstacle.text, requeue_after=left)
+    started = next((pod.started for pod in pods if pod.started), None)
+    left = None if started is None else settings.preflight_timeout - (now - started).total_seconds()
+    if left is not None and left <= 0:
+        return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
+    if started is None:
+        due = observed.seconds_to_restoring(job, now)
+        return replace(_waiting("Preflight", _CHECKING, requeue_after=due or None), restore=job if due == 0 else None)
+    return _waiting("Preflight", _CHECKING, requeue_after=left)
+
+
+def _waiting(reason: str, message: str, *, launch: int | None = None, requeue_after: float | None = None) -> Plan:
+    return Plan(
+        phase=Phase.PREFLIGHT,
+        reason=reason,
+        message=message,
+        conditions={ConditionType.PREFLIGHT_PASSED: Mark(value=False, reason=reason, message=message)},
+        launch_preflight=launch,
+        requeue_after=requeue_after,
+    )
+
+
+def _find_passed(pods: list[PodView]) -> Termination | None:
+    """The last words of a preflight that passed."""
+    for pod in pods:
+        termination = termination_of(pod)
+        passed = pod.ended is not None and pod.ended.exit_code == 0
+        if passed and termination is not None and termination.outcome == "succeeded" and termination.preflight:
+            return termination
+    return None
+
+
+def _overdue(pod: PodView, settings: Settings, now: datetime) -> Failure:
+    return Failure(
+        attempt=PREFLIGHT,
+        failure_class=FailureClass.STALLED,
+        reason=str(FailureClass.STALLED),
+        message=f"The preflight did not end within {settings.preflight_timeout:.0f} s",
+        remedy=f"{RULES[FailureClass.STALLED].remedy} The time of a preflight is the operator's --preflight-timeout.",
+        pod=pod.name,
+        at=now,
+    )

@@ -1,0 +1,1 @@
+"""Rules that people may want to look up, one a file. All pure."""

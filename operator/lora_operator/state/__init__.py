@@ -1,0 +1,1 @@
+"""A run as it was observed, and what may be decided about it. All pure."""

@@ -1,0 +1,115 @@
+"""Observed: all that a decision about one run may look at."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from lora_api import ClusterLoRARuntime, LoRAFineTune
+from lora_operator.state.facts import has_passed, has_started, is_finished, is_over
+from lora_operator.state.reports import Reports
+from lora_operator.watched.views import JobView, PodView
+
+RESTORE_DELAY = 30.0
+RESTORE_INTERVAL = 60.0
+"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A run, its Jobs by attempt, those of its preflights by number, and every pod that carries its name.
+
+    ``runtime`` is looked up for a run that has not begun, and the labels of its namespace where the runtime asks for
+    them; ``None``: they could not be read.
+    """
+
+    run: LoRAFineTune
+    jobs: Mapping[int, JobView] = field(default_factory=dict)
+    preflights: Mapping[int, JobView] = field(default_factory=dict)
+    pods: tuple[PodView, ...] = ()
+    job_uids: frozenset[str] = frozenset()
+    reports: Reports = field(default_factory=Reports)
+    runtime: ClusterLoRARuntime | None = None
+    namespace_labels: Mapping[str, str] | None = None
+
+    def has_begun(self) -> bool:
+        """Whether the run has taken its runtime, or something was created for it without one."""
+        return self.run.status.runtime is not None or self.has_launched()
+
+    def has_launched(self) -> bool:
+        """Whether a Job was created for the run."""
+        status = self.run.status
+        return bool(has_started(status) or self.all_jobs())
+
+    def gang(self, job: JobView) -> list[PodView]:
+        """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
+
+        A Job controller that does not see a pod which it has made makes another one, and takes one of them away later.
+        Pods that were taken back with the quota of ``job`` are left out.
+        """
+        latest: dict[int, PodView] = {}
+        for pod in sorted(self.pods, key=lambda pod: (_stays(pod), pod.created, pod.name)):
+            if pod.job_uid == job.uid and not is_taken_back(pod, job):
+                latest[pod.index] = pod
+        return [latest[index] for index in sorted(latest)]
+
+    def stopping(self, job: JobView) -> list[PodView]:
+        """Pods that were taken back with the quota of ``job``, and have not ended yet."""
+        return [pod for pod in self.pods if pod.job_uid == job.uid and is_taken_back(pod, job) and not pod.has_ended]
+
+    def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
+        """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
+
+        Somebody may have deleted what it needs, and no watch would tell: Services and ConfigMaps are not watched.
+        """
+        if not any(pod.scheduled and not (pod.running or pod.has_ended) for pod in self.gang(job)):
+            return None
+        last, started = self.reports.restored_at, job.started or job.created
+        due = started + timedelta(seconds=RESTORE_DELAY) if last is None else last + timedelta(seconds=RESTORE_INTERVAL)
+        return max(0.0, (due - now).total_seconds())
+
+    def leftovers(self) -> list[PodView]:
+        """Pods of Jobs that are still there though their Job is not."""
+        return [pod for pod in self.pods if pod.job_uid and not pod.gone and pod.job_uid not in self.job_uids]
+
+    def all_jobs(self) -> list[JobView]:
+        """Every Job of the run, in the order in which they were made."""
+        return [jobs[number] for jobs in (self.preflights, self.jobs) for number in sorted(jobs)]
+
+    def current_job(self) -> JobView | None:
+        """The Job that runs, or that ran last."""
+        return next(reversed(self.all_jobs()), None)
+
+    def live_job(self) -> JobView | None:
+        """The Job that has no verdict yet."""
+        job, status = self.current_job(), self.run.status
+        if job is None or is_finished(status):
+            return None
+        if job.preflight:
+            return None if job.preflight <= status.failed_preflights or has_passed(status) else job
+        return None if is_over(status, job.attempt) else job
+
+    def is_short_of_pods(self, job: JobView) -> bool:
+        """Whether the Job controller has not made all pods of ``job``."""
+        indexes = {pod.index for pod in self.gang(job)} | job.failed_indexes | job.completed_indexes
+        return len(indexes) < job.size
+
+
+def is_taken_back(pod: PodView, job: JobView) -> bool:
+    """Whether ``pod`` was deleted because ``job`` was suspended, so that its end counts for nothing.
+
+    The Job controller lets go of the pods that it deletes, and their indexes run again once the Job is let go. One that
+    ended before it could be deleted is counted, and so is one that somebody else deletes.
+    """
+    let_go = (pod.gone or pod.deleting_at is not None) and not pod.tracked
+    counted = pod.index in job.failed_indexes | job.completed_indexes
+    return job.was_suspended and let_go and not counted
+
+
+def seconds_to_leaving(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+    """Seconds until the last of ``pods`` is given up on, which the kubelet had to have ended ``grace`` before."""
+    waits = [((pod.deleting_at or now) + timedelta(seconds=grace) - now).total_seconds() for pod in pods]
+    return max((wait for wait in waits if wait > 0), default=None)
+
+
+def _stays(pod: PodView) -> bool:
+    return not pod.gone and pod.deleting_at is None

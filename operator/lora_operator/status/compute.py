@@ -1,0 +1,191 @@
+"""From a plan to the status that people and machines read. All pure."""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Literal
+
+from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase, TrainerPin
+from lora_api.status import MAX_FAILURES, STATUS_VERSION
+from lora_operator.policies.policy import compute_active_seconds, running_since
+from lora_operator.state.facts import is_finished
+from lora_operator.state.plan import Mark, Plan
+from lora_operator.state.reports import Reports
+from lora_operator.state.upgrades import began_before_endpoints
+from lora_operator.status.progress import compute_stopped_progress
+
+_ORDER = [str(kind) for kind in ConditionType]
+_WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
+"""Conditions whose reason tells what a run waits for."""
+_MAX_MESSAGE = 8192
+
+
+def compute_status(
+    run: LoRAFineTune, plan: Plan, reports: Reports, now: datetime, trainer: TrainerPin | None = None
+) -> LoRAFineTuneStatus:
+    """The status of ``run`` once ``plan`` is done. What another version has written into it stays.
+
+    ``trainer`` is what there is to be on record of it.
+    """
+    old = run.status
+    if is_finished(old):
+        return _compute_finished(run, plan, now)
+    if plan.phase is None:
+        return _sign(old, old.model_copy(update={"trainer": trainer or old.trainer}))
+    progress = reports.progress or old.progress
+    failures = [*old.failures, plan.failure][-MAX_FAILURES:] if plan.failure else old.failures
+    stopped = plan.ended or plan.failure is not None or plan.suspended is not None or plan.phase == Phase.QUEUED
+    new = old.model_copy(
+        update={
+            "observed_generation": run.metadata.generation,
+            "phase": plan.phase,
+            "reason": plan.reason,
+            "attempt": plan.attempt,
+            "runtime": plan.runtime or old.runtime,
+            "trainer": trainer or old.trainer,
+            "listed_keys": None if began_before_endpoints(old) else True,
+            "start_time": old.start_time or (now if plan.attempt else None),
+            "completion_time": now if plan.ended else None,
+            "conditions": compute_conditions(old.conditions, _all_marks(plan), run.metadata.generation, now),
+            "progress": compute_stopped_progress(progress, succeeded=plan.phase == Phase.SUCCEEDED)
+            if stopped
+            else progress,
+            "failures": failures,
+            "micro_batch_size": plan.micro_batch_size or old.micro_batch_size,
+            "failed_preflights": old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
+            "pins": plan.passed.pins if plan.passed else old.pins,
+            "plan": plan.passed.plan if plan.passed else old.plan,
+            "charged_restarts": old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+            "preemptions": old.preemptions + (1 if _loses_quota(old, plan) else 0),
+            "retry_time": _retry_time(old, plan, now),
+            "suspended_attempt": plan.suspended or old.suspended_attempt,
+            "adapter": plan.adapter or old.adapter,
+        }
+    )
+    return _sign(old, new if new == old else _count_time(run, new, now))
+
+
+def _sign(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> LoRAFineTuneStatus:
+    """``new`` with the version of the newest that has written to it, where it is to be written."""
+    return new if new == old else new.model_copy(update={"version": max(old.version, STATUS_VERSION)})
+
+
+def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
+    """The status of a run that has ended. It follows the specification, which GitOps waits for, until it is deleted.
+
+    What sums it up is said again each time: an operator that could not read the run may have said something else.
+    """
+    old, generation = run.status, run.metadata.generation
+    if run.metadata.deletion_timestamp:
+        return old
+    end = _end_of(old)
+    update: dict[str, object] = {
+        "observed_generation": generation,
+        "conditions": compute_conditions(old.conditions, {**_all_marks(end), **plan.conditions}, generation, now),
+    }
+    if old.phase is None or old.phase.known:
+        update |= {"phase": end.phase, "reason": end.reason}
+    return _sign(old, old.model_copy(update=update))
+
+
+def _end_of(status: LoRAFineTuneStatus) -> Plan:
+    """What the condition says that ended the run."""
+    ends = {ConditionType.COMPLETE: Phase.SUCCEEDED, ConditionType.FAILED: Phase.FAILED}
+    phase, end = next((ends[kind], item) for kind in ends for item in status.conditions if _is_true(item, kind))
+    return Plan(phase=phase, reason=end.reason, message=end.message)
+
+
+def _is_true(condition: Condition, kind: ConditionType) -> bool:
+    return condition.type == kind and condition.status == "True"
+
+
+def _loses_quota(old: LoRAFineTuneStatus, plan: Plan) -> bool:
+    """Whether an attempt that had left its queue is back in it."""
+    left = old.phase in (Phase.STARTING, Phase.RESTARTING, Phase.RUNNING, Phase.PUBLISHING)
+    return plan.phase == Phase.QUEUED and left and plan.attempt == old.attempt
+
+
+def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime | None:
+    """When the next attempt may start; it is of no interest once that has."""
+    if plan.failure is not None and plan.backoff and not plan.ended:
+        return now + timedelta(seconds=plan.backoff)
+    launched = plan.launch is not None or plan.launch_preflight is not None
+    return None if launched or plan.ended or plan.failure is not None else old.retry_time
+
+
+def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> LoRAFineTuneStatus:
+    """``new`` with the time that the gang has run, once it stops running.
+
+    While it runs, the time goes on by itself: the condition Running says since when.
+    """
+    if running_since(run.status) is None or running_since(new) is not None:
+        return new
+    active = compute_active_seconds(run.status, now)
+    parallelism = run.spec.parallelism
+    return new.model_copy(
+        update={"active_seconds": active, "gpu_seconds": active * parallelism.nodes * parallelism.gpus_per_node}
+    )
+
+
+def _all_marks(plan: Plan) -> dict[ConditionType, Mark]:
+    """The plan's conditions, and the three of kstatus that sum them up."""
+    succeeded, failed = plan.phase == Phase.SUCCEEDED, plan.phase == Phase.FAILED
+    under_way = not (succeeded or failed)
+    stalled = Mark(failed, plan.reason if failed else "AsExpected", plan.message if failed else "")
+    return {
+        ConditionType.READY: Mark(succeeded, plan.reason, plan.message),
+        ConditionType.RECONCILING: Mark(under_way, plan.reason, plan.message if under_way else ""),
+        ConditionType.STALLED: stalled,
+        **plan.conditions,
+    }
+
+
+def compute_conditions(
+    old: list[Condition], marks: Mapping[ConditionType, Mark], generation: int, now: datetime
+) -> list[Condition]:
+    """``old`` with ``marks``; the time of a condition changes with its value only."""
+    conditions = {condition.type: condition for condition in old}
+    for kind, mark in marks.items():
+        value: Literal["True", "False"] = "True" if mark.value else "False"
+        before = conditions.get(kind)
+        since = before.last_transition_time if before and before.status == value else now
+        new = Condition(
+            type=kind,
+            status=value,
+            reason=mark.reason,
+            message=mark.message[:_MAX_MESSAGE],
+            last_transition_time=since,
+            observed_generation=generation,
+        )
+        conditions[kind] = before.model_copy(update=dict(new)) if before and before.model_extra else new
+    return sorted(conditions.values(), key=lambda item: _ORDER.index(item.type) if item.type in _ORDER else len(_ORDER))
+
+
+def compute_invalid_status(run: LoRAFineTuneStatus, generation: int, message: str, now: datetime) -> LoRAFineTuneStatus:
+    """The status of a run that has not begun, and does not, since this operator cannot read its specification."""
+    marks = {
+        ConditionType.READY: Mark(value=False, reason="InvalidSpec", message=message),
+        ConditionType.RECONCILING: Mark(value=False, reason="InvalidSpec"),
+        ConditionType.STALLED: Mark(value=True, reason="InvalidSpec", message=message),
+    }
+    new = run.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": run.phase or Phase.PENDING,
+            "reason": "InvalidSpec",
+            "conditions": compute_conditions(run.conditions, marks, generation, now),
+        }
+    )
+    return _sign(run, new)
+
+
+def is_progress_only(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> bool:
+    """Whether ``new`` differs from ``old`` only in what changes all the time: numbers and wording, not state."""
+    return _state(old) == _state(new)
+
+
+def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
+    conditions = tuple(
+        (item.type, item.status, item.reason if item.type in _WAITS else "") for item in status.conditions
+    )
+    counts = status.attempt, len(status.failures), status.failed_preflights, status.charged_restarts
+    return status.phase, *counts, status.adapter, status.runtime is not None, conditions
