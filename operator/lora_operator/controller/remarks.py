@@ -71,12 +71,13 @@ class Remarks:
 
     async def say_trainer(self, observed: Observed, plan: Plan, trainer: TrainerPin) -> None:
         """What there is to know of the trainer that an attempt is about to get."""
-        if plan.launch is None:
+        attempt = plan.launched_attempt
+        if attempt is None:
             return
         metadata, unknown = observed.run.metadata, describe_unknown(observed, plan, trainer)
         if unknown:
             await self.say(metadata, "TrainerUnknown", unknown)
-        left_out = to_version(build_run_spec(observed.run, plan.launch), trainer.run_version).left_out
+        left_out = to_version(build_run_spec(observed.run, attempt), trainer.run_version).left_out
         if left_out:
             message = f"{', '.join(left_out)}: the run's trainer, {trainer.image}, is too old for that and goes without"
             await self.say(metadata, "FieldsLeftOut", message)

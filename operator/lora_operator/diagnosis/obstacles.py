@@ -27,6 +27,15 @@ _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by i
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
 _WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
 _POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make an exception for the namespace."
+_EVENT_REMEDY = "See kubectl describe pod. The run starts by itself once its pods do."
+_EVENT_REMEDIES = {
+    "FailedMount": "Make what the message names: a claim, a Secret or a volume. The run starts by itself then.",
+    "FailedAttachVolume": "Free the volume on its other node, or take one that many nodes may mount. The run starts by "
+    "itself then.",
+    "FailedCreatePodSandBox": "See the node's network plugin and container runtime; the run starts by itself once they "
+    "work, or once the pod is deleted and made on another node.",
+}
+"""By the reason of the newest warning about a pod that has a node and does not start."""
 _SIZE_REMEDY = "Shorten what the specification says at length, and create the run again."
 
 
@@ -41,6 +50,16 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports) -
             return _fatal(FailureClass.POD_NOT_STARTED, "Container of", pod)
     if reports.refusal:
         return _refused(job, reports.refusal)
+    for pod in starting:
+        words = reports.pod_events.get(pod.uid)
+        if pod.scheduled and words:
+            reason = words.partition(":")[0]
+            return Obstacle(
+                reason=reason if reason.isalnum() else "PodNotReady",
+                message=f"Pod {pod.name} does not start: {words}",
+                remedy=_EVENT_REMEDIES.get(reason, _EVENT_REMEDY),
+                since=pod.created,
+            )
     for pod in starting:
         if pod.unscheduled_reason:
             return Obstacle(

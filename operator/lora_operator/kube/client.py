@@ -293,6 +293,13 @@ class KubeClient:
         events = sorted(page.get("items") or (), key=lambda event: int(event["metadata"]["resourceVersion"]))
         return str(events[-1].get("note", "")) if events else None
 
+    async def fetch_warning(self, namespace: str, pod_uid: str) -> str:
+        """Reason and note of the newest warning about a pod; empty if there is none."""
+        query = {"fieldSelector": f"regarding.kind=Pod,regarding.uid={pod_uid},type=Warning"}
+        page = await self._call_json("GET", "list", "events", namespace, query=query)
+        events = sorted(page.get("items") or (), key=lambda event: int(event["metadata"]["resourceVersion"]))
+        return f"{events[-1].get('reason', '')}: {events[-1].get('note', '')}" if events else ""
+
     async def emit_event(self, event: Raw) -> None:
         """Posts an Event. One that was posted already is left as it is."""
         try:

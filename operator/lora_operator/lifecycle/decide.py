@@ -42,7 +42,7 @@ from lora_operator.policies.policy import find_overrun, find_stall, seconds_to_d
 from lora_operator.settings import Settings
 from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed, seconds_to_leaving
-from lora_operator.state.plan import NOTHING, Mark, Plan
+from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, Plan
 from lora_operator.state.workload import uses_kueue
 from lora_operator.status.claims import disown
 from lora_operator.watched.views import JobView, PodView
@@ -87,8 +87,8 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
     if retry_time is not None and retry_time > now:
         return Plan(requeue_after=(retry_time - now).total_seconds())
     if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
-        return plan_queued(attempt, describe_queue("", None), launch=attempt)
-    return replace(_plan_start(attempt, scheduled=False), launch=attempt)
+        return plan_queued(attempt, describe_queue("", None), actions=(LaunchAttempt(attempt),))
+    return replace(_plan_start(attempt, scheduled=False), actions=(LaunchAttempt(attempt),))
 
 
 def _plan_start(attempt: int, *, scheduled: bool) -> Plan:
@@ -123,7 +123,7 @@ def _decide_replacement(observed: Observed, attempt: int, now: datetime, setting
     """Ends what is left of an attempt that is over, then launches the next one."""
     job = observed.jobs.get(attempt)
     if job is not None:
-        return Plan(delete=None if job.deleting else job)
+        return NOTHING if job.deleting else Plan(actions=(DeleteJob(job),))
     return _decide_launch(observed, attempt + 1, now, settings)
 
 
@@ -205,10 +205,8 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     obstacle = diagnose_obstacle(pods, job, observed.reports)
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
-        due = observed.seconds_to_restoring(job, now)
         lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
-        wait = min((seconds for seconds in (due, lost) if seconds), default=None)
-        return replace(start, restore=job if due == 0 else None, requeue_after=wait)
+        return replace(start, requeue_after=lost)
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
         return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)
@@ -242,10 +240,11 @@ def _decide_running(
     if overdue is not None:
         return decide_failure(observed, job.attempt, overdue, settings)
     reason = _STAGE_REASONS.get(reports.stage, "Running")
+    stall = seconds_to_stall(run, reports, now)
     waits = [
         seconds_to_lost(pods, now, settings.failure_grace),
         seconds_to_deadline(run, now),
-        seconds_to_stall(run, reports, now),
+        None if stall is None else max(1.0, stall),  # it may be overdue, and its log is read once more
     ]
     return Plan(
         phase=Phase.PUBLISHING if reason == "Publishing" else Phase.RUNNING,

@@ -8,7 +8,7 @@ from lora_operator.names import child_name, preflight_name
 from lora_operator.settings import Settings
 from lora_operator.state.facts import has_passed, holds
 from lora_operator.state.observed import Observed, seconds_to_leaving
-from lora_operator.state.plan import NOTHING, Mark, Plan
+from lora_operator.state.plan import NOTHING, DeleteChildren, DeleteJob, DeleteRun, Mark, Plan, StopJob
 from lora_operator.status.claims import disown
 
 
@@ -64,7 +64,7 @@ def _decide_ending(observed: Observed, now: datetime, settings: Settings) -> Pla
     """Ends pods that still run before the rest goes: without the NetworkPolicy they could speak to anybody."""
     alive, job = [pod for pod in observed.pods if not pod.has_ended], observed.current_job()
     if alive and job is not None and not job.deleting:
-        return Plan(delete=job)
+        return Plan(actions=(DeleteJob(job),))
     wait = seconds_to_leaving(alive, now, settings.failure_grace)
     return None if wait is None else Plan(requeue_after=wait)
 
@@ -76,7 +76,7 @@ def _decide_cleanup(observed: Observed) -> Plan:
     """
     policy = observed.run.spec.run_policy
     if policy.ttl_deletes == "run":
-        return Plan(delete_run=True)
+        return Plan(actions=(DeleteRun(),))
     if holds(observed.run.status, ConditionType.CLEANED_UP) and not observed.all_jobs():
         return NOTHING
     message = (
@@ -84,7 +84,7 @@ def _decide_cleanup(observed: Observed) -> Plan:
         "pods and their logs, Jobs, Services, ConfigMaps and the NetworkPolicy were deleted"
     )
     mark = Mark(value=True, reason="TimeToLiveOver", message=message)
-    return Plan(clean_up=True, conditions={ConditionType.CLEANED_UP: mark})
+    return Plan(actions=(DeleteChildren(),), conditions={ConditionType.CLEANED_UP: mark})
 
 
 def _decide_running_on(observed: Observed, now: datetime, settings: Settings) -> Plan:
@@ -104,5 +104,5 @@ def _decide_running_on(observed: Observed, now: datetime, settings: Settings) ->
     if succeeded and left > 0:
         return Plan(requeue_after=left)
     if job.failed_indexes:
-        return Plan(stop=job)
-    return Plan(delete=job)
+        return Plan(actions=(StopJob(job),))
+    return Plan(actions=(DeleteJob(job),))

@@ -147,7 +147,7 @@ def decide_obstructed(observed: Observed, attempt: int, obstacle: Obstacle, now:
     if left is not None and left <= 0:
         return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), settings)
     wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
-    return replace(wait, attempt=observed.run.status.attempt, obstructed=left is not None)
+    return replace(wait, attempt=observed.run.status.attempt)
 
 
 def decide_no_podgroups(observed: Observed, settings: Settings) -> Plan:

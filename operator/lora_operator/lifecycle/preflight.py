@@ -7,7 +7,6 @@ Of the status only the number of preflights that failed and the condition Prefli
 counts is the one after those that failed.
 """
 
-from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
@@ -18,7 +17,7 @@ from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import Settings
 from lora_operator.state.facts import has_passed
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import Mark, Plan
+from lora_operator.state.plan import DeleteJob, LaunchPreflight, Mark, Plan
 from lora_operator.watched.views import JobView, PodView
 
 _CHECKING = "A pod without a GPU checks the model, every record, the store and the memory plan"
@@ -36,7 +35,7 @@ def decide_preflight(observed: Observed, now: datetime, settings: Settings) -> P
     suspended = observed.run.spec.run_policy.suspend
     for job in observed.preflights.values():
         if (job.preflight < number or suspended) and not job.deleting:
-            return Plan(delete=job)
+            return Plan(actions=(DeleteJob(job),))
     if suspended:
         return decide_suspended(observed)
     current = observed.preflights.get(number)
@@ -49,7 +48,7 @@ def _decide_launch(observed: Observed, number: int, now: datetime) -> Plan:
     retry_time = observed.run.status.retry_time
     if retry_time is not None and retry_time > now:
         return Plan(requeue_after=(retry_time - now).total_seconds())
-    return _waiting("Preflight", _CHECKING, launch=number)
+    return _waiting("Preflight", _CHECKING, actions=(LaunchPreflight(number),))
 
 
 def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
@@ -80,18 +79,19 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     if left is not None and left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
     if started is None:
-        due = observed.seconds_to_restoring(job, now)
-        return replace(_waiting("Preflight", _CHECKING, requeue_after=due or None), restore=job if due == 0 else None)
+        return _waiting("Preflight", _CHECKING)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
 
 
-def _waiting(reason: str, message: str, *, launch: int | None = None, requeue_after: float | None = None) -> Plan:
+def _waiting(
+    reason: str, message: str, *, actions: tuple[LaunchPreflight, ...] = (), requeue_after: float | None = None
+) -> Plan:
     return Plan(
         phase=Phase.PREFLIGHT,
         reason=reason,
         message=message,
         conditions={ConditionType.PREFLIGHT_PASSED: Mark(value=False, reason=reason, message=message)},
-        launch_preflight=launch,
+        actions=actions,
         requeue_after=requeue_after,
     )
 

@@ -15,7 +15,7 @@ from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import seconds_to_lost
-from lora_operator.state.plan import Mark, Plan
+from lora_operator.state.plan import LaunchAttempt, Mark, Plan
 from lora_operator.state.workload import QueueReport
 from lora_operator.watched.views import JobView, PodView
 from lora_operator.wording import with_remedy
@@ -64,11 +64,11 @@ def is_stopping(pod: PodView) -> bool:
     return not pod.has_ended and (pod.running or pod.deleting_at is not None)
 
 
-def plan_queued(attempt: int, message: str, *, reason: str = "Queued", launch: int | None = None) -> Plan:
+def plan_queued(attempt: int, message: str, *, reason: str = "Queued", actions: tuple[LaunchAttempt, ...] = ()) -> Plan:
     """``attempt`` waits in a queue, for the reason in ``message``."""
     mark = Mark(value=False, reason=reason, message=message)
     return Plan(
-        phase=Phase.QUEUED, reason=reason, message=message, attempt=attempt, launch=launch,
+        phase=Phase.QUEUED, reason=reason, message=message, attempt=attempt, actions=actions,
         conditions={ConditionType.SCHEDULED: mark, ConditionType.RUNNING: mark},
     )  # fmt: skip
 

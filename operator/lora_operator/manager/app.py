@@ -9,16 +9,20 @@ from datetime import datetime
 from typing import Any
 
 from lora_operator.clock import utc_now
+from lora_operator.controller.finetunes import FineTunes
 from lora_operator.controller.reconcile import Reconciler
+from lora_operator.evidence.collector import Collector
+from lora_operator.evidence.memory import Memory
+from lora_operator.evidence.reader import Reader
 from lora_operator.kube.client import KubeClient, KubeError, NotFoundError, load_configuration
 from lora_operator.kube.ratelimit import RateLimit
-from lora_operator.manager.workqueue import WorkQueue
 from lora_operator.metrics import Metrics, Readings
 from lora_operator.objects import Key
 from lora_operator.settings import Settings
 from lora_operator.watched.cache import Cache, ObjectKey, Resource
 from lora_operator.watched.fill import fill, scopes
 from lora_operator.watched.watch import Confirmations, apply_event, run_watches
+from lora_operator.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +60,12 @@ class Operator:
         configuration = await load_configuration(self.settings.kubeconfig)
         limit = RateLimit(self.settings.api_qps, self.settings.api_burst)
         kube = self._make_client(configuration, limit, self.settings.api_timeout, self.count_call)
-        reconciler = Reconciler(self.cache, kube, self.settings, self.metrics, self._clock, socket.gethostname())
-        self._queue = queue = WorkQueue(self._timed(reconciler), self.settings.concurrency)
+        memory = Memory()
+        collector = Collector(Reader(self.cache, kube, self._clock), memory, self._wake, self._clock)
+        runs = FineTunes(
+            self.cache, kube, memory, collector, self.settings, self.metrics, self._clock, socket.gethostname()
+        )
+        self._queue = queue = WorkQueue(self._timed(Reconciler(runs, self._clock)), self.settings.concurrency)
         self._confirmations = confirmations = Confirmations(
             self.cache,
             self.settings.confirm_after,
@@ -66,6 +74,7 @@ class Operator:
         )
         try:
             await fill(self.cache, kube, self.settings)
+            collector.start()
             queue.start()
             for key in self.cache.run_keys():
                 queue.wake(key)
@@ -80,6 +89,7 @@ class Operator:
         finally:
             self.ready = False
             await queue.stop(self.drain_seconds)
+            await collector.stop(0.0)
             await confirmations.stop()
             await kube.close()
 
@@ -111,7 +121,7 @@ class Operator:
         except KubeError as error:
             logger.warning("%s %s/%s: not looked up: %s", *key, error)
 
-    def _timed(self, reconciler: Reconciler) -> Callable[[Key], Any]:
+    def _timed(self, reconciler: Reconciler[Any, Any]) -> Callable[[Key], Any]:
         """``reconcile``, with its duration counted."""
 
         async def handle(key: Key) -> float | None:

@@ -109,7 +109,7 @@ def seconds_to_stall(run: LoRAFineTune, reports: Reports, now: datetime) -> floa
 def find_stall(run: LoRAFineTune, reports: Reports, attempt: int, now: datetime) -> Failure | None:
     """The failure of a gang that has not said a word for too long, or ``None``."""
     left = seconds_to_stall(run, reports, now)
-    if left is None or left > 0:
+    if left is None or left > 0 or not _has_looked(reports, left, now):
         return None
     progress = reports.progress or run.status.progress
     last = f"the last it said is step {progress.step} of {progress.total_steps}" if progress else "it never said any"
@@ -117,6 +117,11 @@ def find_stall(run: LoRAFineTune, reports: Reports, attempt: int, now: datetime)
     message = f"No word of progress for {run.spec.run_policy.stall_timeout_seconds} s{stage}; {last}"
     found = _failure(FailureClass.STALLED, attempt, message, now)
     return found.model_copy(update={"step": progress.step if progress else None})
+
+
+def _has_looked(reports: Reports, left: float, now: datetime) -> bool:
+    """Whether the log was read once more after the gang was due to say something."""
+    return reports.log_read_at is not None and reports.log_read_at >= now + timedelta(seconds=left)
 
 
 def _failure(failure_class: FailureClass, attempt: int, message: str, now: datetime) -> Failure:

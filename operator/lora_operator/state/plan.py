@@ -1,11 +1,53 @@
-"""What a decision is: a plan."""
+"""What a decision is: what to do, and what to say about it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from lora_api import AdapterStatus, ConditionType, Failure, Phase, RuntimeSnapshot
 from lora_api.preflight import PreflightOutcome
-from lora_operator.watched.views import JobView
+from lora_operator.watched.views import JobView, PodView
+
+
+@dataclass(frozen=True)
+class LaunchPreflight:
+    """Creates what preflight ``number`` is made of."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class LaunchAttempt:
+    """Creates what attempt ``number`` is made of."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Deletes ``job`` and its pods, with their logs."""
+
+    job: JobView
+
+
+@dataclass(frozen=True)
+class StopJob:
+    """Ends the pods of ``job`` that still run; it has a failed index, and the others keep their logs."""
+
+    job: JobView
+
+
+@dataclass(frozen=True)
+class DeleteChildren:
+    """Deletes all that the run was made of."""
+
+
+@dataclass(frozen=True)
+class DeleteRun:
+    """Deletes the run itself, and with it all that belongs to it."""
+
+
+Action: TypeAlias = LaunchPreflight | LaunchAttempt | DeleteJob | StopJob | DeleteChildren | DeleteRun
 
 
 @dataclass(frozen=True)
@@ -19,29 +61,25 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do about a run, and what to say about it.
+    """What to do about a run, and the one change of its status.
 
-    ``launch_preflight``, ``launch``, ``restore``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in
-    this order, then the status is written. ``phase`` None: nothing is to be said that is not in the status already.
-    ``restore`` is the Job whose other children are to be made again if they are gone, ``suspended`` the attempt that
-    runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the
-    preflight settled, ``micro_batch_size`` what the next attempt is to have, ``runtime`` what the run takes of its
-    runtime. ``failing``: a pod has failed, and the others get time for their last words; ``obstructed``: something
-    that was to be created was refused, and the run fails if that lasts.
+    ``actions`` are done in their order, then the status is written. ``phase`` None: nothing is to be said that is not
+    in the status already.
+
+    ``suspended`` is the attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a
+    successor, ``passed`` what the preflight settled, ``micro_batch_size`` what the next attempt is to have,
+    ``runtime`` what the run takes of its runtime.
+
+    Three things are remembered for the next look: ``failing``, that a pod has failed and the others get time for their
+    last words; ``words_of``, the pods whose logs are to be read before a failure is put on record.
     """
 
+    actions: tuple[Action, ...] = ()
     phase: Phase | None = None
     reason: str = ""
     message: str = ""
     attempt: int = 0
     conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
-    launch_preflight: int | None = None
-    launch: int | None = None
-    restore: JobView | None = None
-    delete: JobView | None = None
-    stop: JobView | None = None
-    clean_up: bool = False
-    delete_run: bool = False
     suspended: int | None = None
     backoff: float = 0.0
     runtime: RuntimeSnapshot | None = None
@@ -52,11 +90,23 @@ class Plan:
     passed: PreflightOutcome | None = None
     ended: bool = False
     failing: bool = False
-    obstructed: bool = False
+    words_of: tuple[PodView, ...] = ()
     requeue_after: float | None = None
+
+    @property
+    def launch(self) -> LaunchAttempt | LaunchPreflight | None:
+        """What is launched, if anything is."""
+        return next((one for one in self.actions if isinstance(one, LaunchAttempt | LaunchPreflight)), None)
+
+    @property
+    def launched_attempt(self) -> int | None:
+        """The attempt that is launched, if one is."""
+        return next((one.number for one in self.actions if isinstance(one, LaunchAttempt)), None)
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether an attempt or a preflight is over with it, so that the next step follows at once."""
+        return bool(self.failure or self.passed or self.ended or self.suspended is not None)
 
 
 NOTHING = Plan()
-
-OUTDATED = Plan(requeue_after=0.0)
-"""Nothing, but a new decision at once."""

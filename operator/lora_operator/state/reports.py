@@ -1,6 +1,11 @@
-"""What was read on top of the watches, and when. All pure."""
+"""What was read on top of the watches, and when. All pure.
 
-from dataclasses import dataclass, replace
+It is kept in memory alone and read again after a restart. Each ``hear_`` takes what there was and what was read, and
+returns what there is now.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lora_api import Progress, ProgressLine
@@ -24,26 +29,61 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class RefusedChild:
+    """The answer of the API server to an object that was to be created, at ``at`` and of this kind since ``since``.
+
+    ``conflict``: its name is taken, and ``passing``: by something that is about to go.
+    """
+
+    kind: str
+    name: str
+    status: int
+    words: str
+    since: datetime
+    at: datetime
+    conflict: bool = False
+    passing: bool = False
+
+    @property
+    def sort(self) -> tuple[str, int, bool]:
+        """What tells refusals of one sort: the words may name what is used by now."""
+        return self.kind, self.status, self.passing
+
+
+@dataclass(frozen=True)
 class Reports:
-    """What was read on top of the watches, and when; kept in memory only, and read again after a restart."""
+    """What was read on top of the watches, and when.
+
+    ``epoch`` counts what it was about: what is read of pods that others have taken the place of is dropped.
+    ``denied`` has, by what was to be done or read, the answer of an API server that does not allow it.
+    ``last_words`` are ends of logs by the uid of the pod; ``None``: it could not be read.
+    """
 
     run_uid: str = ""
+    epoch: int = 0
     stage: str = ""
+    stage_since: datetime | None = None
     progress: Progress | None = None
     first_step: ProgressLine | None = None
     last_word: str = ""
+    last_output: str = ""
     heard_at: datetime | None = None
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
-    restored_at: datetime | None = None
+    last_words: Mapping[str, str | None] = field(default_factory=dict)
     refusal: Refusal | None = None
     refusal_read_at: datetime | None = None
+    pod_events: Mapping[str, str] = field(default_factory=dict)
+    pod_events_read_at: datetime | None = None
     forgotten_since: datetime | None = None
     queue: QueueReport | None = None
     queue_read_at: datetime | None = None
     queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
-    obstructed_since: datetime | None = None
+    awaiting_since: datetime | None = None
+    refused_child: RefusedChild | None = None
+    denied: Mapping[str, str] = field(default_factory=dict)
+    denied_at: datetime | None = None
     status_written_at: datetime | None = None
 
 
@@ -57,6 +97,23 @@ def hear(reports: Reports, word: str | None, now: datetime) -> Reports:
     return replace(reports, last_word=word, heard_at=now) if word not in ("", reports.last_word) else reports
 
 
+def hear_output(reports: Reports, output: str, now: datetime, limit: float) -> Reports:
+    """``reports`` after a look at the log that ends with ``output``, a line which tells of no progress.
+
+    It is life for the first ``limit`` seconds of a stage only: a library may warn of the same thing for ever.
+    """
+    if output in ("", reports.last_output):
+        return reports
+    since = reports.stage_since or now
+    alive = (now - since).total_seconds() < limit
+    return replace(reports, last_output=output, stage_since=since, heard_at=now if alive else reports.heard_at)
+
+
+def hear_stage(reports: Reports, stage: str, now: datetime) -> Reports:
+    """``reports`` once the trainer is known to be at ``stage``."""
+    return reports if stage == reports.stage else replace(reports, stage=stage, stage_since=now)
+
+
 def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Reports:
     """``reports`` after a look at ``now`` for why pods are missing. Empty: nobody has said why.
 
@@ -68,19 +125,53 @@ def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Report
     return replace(reports, refusal=new, refusal_read_at=now)
 
 
+def hear_pod_events(reports: Reports, words: Mapping[str, str], now: datetime) -> Reports:
+    """``reports`` after a look at ``now`` for why pods do not start: the newest warning by the uid of its pod."""
+    return replace(reports, pod_events={**reports.pod_events, **words}, pod_events_read_at=now)
+
+
 def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None) -> Reports:
     """``reports`` after Kueue was asked at ``now``. Without an answer and a time: it need not be asked any more."""
     changed = reports.queue_changed_at if queue == reports.queue and reports.queue_changed_at else now
     return replace(reports, queue=queue, queue_read_at=now, queue_changed_at=changed if now else None)
 
 
+def hear_refused_child(reports: Reports, child: RefusedChild) -> Reports:
+    """``reports`` after ``child`` was refused; the time of a refusal goes on while it is of one sort."""
+    old = reports.refused_child
+    same = old is not None and old.sort == child.sort
+    return replace(reports, refused_child=replace(child, since=old.since) if old is not None and same else child)
+
+
+def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime) -> Reports:
+    """``reports`` after ``what`` was tried, and is not allowed as ``answer`` says; ``None``: it is."""
+    if answer is None and what not in reports.denied:
+        return reports
+    others = {other: words for other, words in reports.denied.items() if other != what}
+    return replace(reports, denied=others if answer is None else others | {what: answer}, denied_at=now)
+
+
 def forget_pods(reports: Reports) -> Reports:
     """``reports`` without what the pods have said: others take their place."""
-    return Reports(
+    kept = Reports(
         run_uid=reports.run_uid,
+        epoch=reports.epoch,
         progress=reports.progress,
         status_written_at=reports.status_written_at,
         queue=reports.queue,
         queue_read_at=reports.queue_read_at,
         queue_changed_at=reports.queue_changed_at,
+    )
+    return reports if kept == reports else replace(kept, epoch=reports.epoch + 1)
+
+
+def forget_attempt(reports: Reports) -> Reports:
+    """``reports`` for an attempt that is about to begin."""
+    return Reports(
+        run_uid=reports.run_uid,
+        epoch=reports.epoch + 1,
+        progress=reports.progress,
+        status_written_at=reports.status_written_at,
+        denied=reports.denied,
+        denied_at=reports.denied_at,
     )

@@ -31,8 +31,11 @@ def keep_trainer(observed: Observed, plan: Plan, trainer: TrainerPin) -> Trainer
     """What of ``trainer`` is to be on record after ``plan``; ``None`` while the run has no pods."""
     if plan.passed is not None:
         return _as_said(trainer, plan.passed)
-    launches = plan.launch is not None or plan.launch_preflight is not None
-    return trainer if launches or observed.run.status.trainer or observed.current_job() is not None else None
+    return (
+        trainer
+        if plan.launch is not None or observed.run.status.trainer or observed.current_job() is not None
+        else None
+    )
 
 
 def _as_said(trainer: TrainerPin, passed: PreflightOutcome) -> TrainerPin:
@@ -42,9 +45,9 @@ def _as_said(trainer: TrainerPin, passed: PreflightOutcome) -> TrainerPin:
 def describe_unknown(observed: Observed, plan: Plan, trainer: TrainerPin) -> str:
     """What to say where an attempt gets a trainer that need not be that of the attempts before it; else nothing."""
     status = observed.run.status
-    if plan.launch is None or not status.attempt or status.trainer or observed.current_job() is not None:
+    if plan.launched_attempt is None or not status.attempt or status.trainer or observed.current_job() is not None:
         return ""
     return (
-        f"Attempt {plan.launch} gets the image {trainer.image}: that of attempt {status.attempt} is not on record, and "
-        "its Job, which had it, is gone"
+        f"Attempt {plan.launched_attempt} gets the image {trainer.image}: that of attempt {status.attempt} is not on "
+        "record, and its Job, which had it, is gone"
     )

@@ -108,8 +108,7 @@ def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime 
     """When the next attempt may start; it is of no interest once that has."""
     if plan.failure is not None and plan.backoff and not plan.ended:
         return now + timedelta(seconds=plan.backoff)
-    launched = plan.launch is not None or plan.launch_preflight is not None
-    return None if launched or plan.ended or plan.failure is not None else old.retry_time
+    return None if plan.launch is not None or plan.ended or plan.failure is not None else old.retry_time
 
 
 def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> LoRAFineTuneStatus:

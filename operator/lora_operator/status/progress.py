@@ -46,6 +46,12 @@ def compute_stage(lines: Sequence[ProgressLine], previous: str = "") -> str:
     return previous
 
 
+def find_last_output(log: str) -> str:
+    """The last line of ``log`` that is no progress line; empty without one."""
+    texts = (text.strip() for text in reversed(log.split("\n")))
+    return next((text for text in texts if text and parse_progress_line(text) is None), "")
+
+
 def describe_last(lines: Sequence[ProgressLine]) -> str:
     """What tells the last of ``lines`` from any other; empty without lines."""
     return f"{lines[-1].at.isoformat()} {lines[-1].event} {lines[-1].stage} {lines[-1].step}" if lines else ""

@@ -76,6 +76,11 @@ class PodView:
         return self.namespace, self.run
 
     @property
+    def is_starting(self) -> bool:
+        """It has a node, and its container does not run yet."""
+        return self.scheduled and not (self.running or self.has_ended)
+
+    @property
     def has_ended(self) -> bool:
         """Nothing of the pod runs any more."""
         return self.gone or self.ended is not None or self.phase in ("Succeeded", "Failed")

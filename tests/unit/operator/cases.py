@@ -7,7 +7,15 @@ from lora_api import ConditionType, FailureClass
 from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import Plan
+from lora_operator.state.plan import (
+    DeleteChildren,
+    DeleteJob,
+    DeleteRun,
+    LaunchAttempt,
+    LaunchPreflight,
+    Plan,
+    StopJob,
+)
 from lora_operator.state.workload import QueueReport
 from tests.unit.operator.builders import (
     NOW,
@@ -59,10 +67,26 @@ RUNTIME = a_runtime("h100", generation=3, image="trainer:7", limits={"maxNodes":
 REFERENCE = {"runtimeRef": {"name": "h100"}}
 
 
+_NUMBERED = {"launch": LaunchAttempt, "launch_preflight": LaunchPreflight}
+_OF_JOBS = {"delete": DeleteJob, "stop": StopJob}
+_DONE = {"clean_up": DeleteChildren, "delete_run": DeleteRun}
+
+
+def value_of(plan: Plan, name: str) -> Any:
+    """A field of ``plan``; or what it does, in a word: the number, the Job, or whether."""
+    if name in _NUMBERED:
+        return next((one.number for one in plan.actions if isinstance(one, _NUMBERED[name])), None)
+    if name in _OF_JOBS:
+        return next((one.job for one in plan.actions if isinstance(one, _OF_JOBS[name])), None)
+    if name in _DONE:
+        return any(isinstance(one, _DONE[name]) for one in plan.actions)
+    return getattr(plan, name)
+
+
 def check(case: Case, settings: Settings = SETTINGS) -> Plan:
     """Fails where ``decide`` does not say what ``case`` wants; returns what it says."""
     plan = decide(case.observed, NOW, settings)
-    assert {name: getattr(plan, name) for name in case.want} == case.want
+    assert {name: value_of(plan, name) for name in case.want} == case.want
     assert (plan.failure.failure_class if plan.failure else None) == case.failure
     found = {kind: (mark.value, mark.reason) for kind, mark in plan.conditions.items() if kind in case.marks}
     assert found == case.marks

@@ -178,10 +178,18 @@ CASES = [
         "a gang that says nothing is stalled",
         seen(
             a_run(status={**STARTED, "conditions": [condition("Running", at=ago(900))]}, runPolicy=IMPATIENT),
-            JOB, running(0), running(1), reports=Reports(heard_at=ago(60)),
+            JOB, running(0), running(1), reports=Reports(heard_at=ago(60), log_read_at=NOW),
         ),
         {"phase": Phase.RESTARTING, "charged": True},
         FailureClass.STALLED,
+    ),
+    Case(
+        "but not before its log was read once more",
+        seen(
+            a_run(status={**STARTED, "conditions": [condition("Running", at=ago(900))]}, runPolicy=IMPATIENT),
+            JOB, running(0), running(1), reports=Reports(heard_at=ago(70), log_read_at=ago(11)),
+        ),
+        {"phase": Phase.RUNNING, "requeue_after": 1.0},
     ),
     Case(
         "a gang that spoke lately is not",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from lora_operator.manager.workqueue import MAX_DELAY, Schedule, WorkQueue
+from lora_operator.workqueue import MAX_DELAY, Schedule, WorkQueue
 
 
 def make_schedule(jitter: float = 0.0) -> Schedule[str]:

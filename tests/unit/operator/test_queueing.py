@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lora_operator.evidence.follow import QUEUE_INTERVAL, REFUSAL_DELAY, compute_next_look, wants_queue, wants_refusal
+from lora_operator.evidence.wants import QUEUE_INTERVAL, REFUSAL_DELAY, compute_next_look, wants_queue, wants_refusal
 from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import Settings
 from lora_operator.state.plan import Plan

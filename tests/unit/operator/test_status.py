@@ -8,7 +8,7 @@ import pytest
 from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress, ProgressLine
 from lora_api.status import MAX_FAILURES, STATUS_VERSION, AdapterStatus
 from lora_operator.lifecycle.decide import decide_success
-from lora_operator.state.plan import NOTHING, Mark, Plan
+from lora_operator.state.plan import NOTHING, LaunchAttempt, Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_conditions, compute_invalid_status, compute_status, is_progress_only
 from lora_operator.status.events import build_event, compute_events
@@ -217,7 +217,11 @@ OBSTACLE = Mark(value=False, reason="ImagePullFailed", message="no such image")
 @pytest.mark.parametrize(
     ("old", "plan", "want"),
     [
-        ({}, Plan(phase=Phase.STARTING, reason="Starting", attempt=1, launch=1), [("Normal", "Started", "1")]),
+        (
+            {},
+            Plan(phase=Phase.STARTING, reason="Starting", attempt=1, actions=(LaunchAttempt(1),)),
+            [("Normal", "Started", "1")],
+        ),
         (STARTED, RUNNING, [("Normal", "Running", "1")]),
         ({**STARTED, "conditions": [condition("Running")]}, RUNNING, []),
         (

@@ -11,7 +11,7 @@ from lora_operator.children.assembly import build_children
 from lora_operator.children.controlkeys import ControlKeys
 from lora_operator.names import RUN_VERSION_ANNOTATION
 from lora_operator.settings import Settings
-from lora_operator.state.plan import Plan
+from lora_operator.state.plan import LaunchAttempt, LaunchPreflight, Plan
 from lora_operator.state.trainers import choose_trainer, describe_unknown, keep_trainer
 from lora_operator.watched.views import JobView, parse_job
 from tests.unit.operator.builders import a_job, a_preflight, a_run, failure, seen
@@ -36,9 +36,11 @@ class Case:
 
 CASES = {
     "a new run gets that of the operator": Case(NEW),
-    "and keeps it once it has pods": Case(NEW, plan=Plan(launch=1), kept=NEW),
-    "the preflight's pods are the first": Case(NEW, plan=Plan(launch_preflight=1), kept=NEW),
-    "an image of a runtime may be old": Case(OF_RUNTIME, image="of/runtime:1", plan=Plan(launch=1), kept=OF_RUNTIME),
+    "and keeps it once it has pods": Case(NEW, plan=Plan(actions=(LaunchAttempt(1),)), kept=NEW),
+    "the preflight's pods are the first": Case(NEW, plan=Plan(actions=(LaunchPreflight(1),)), kept=NEW),
+    "an image of a runtime may be old": Case(
+        OF_RUNTIME, image="of/runtime:1", plan=Plan(actions=(LaunchAttempt(1),)), kept=OF_RUNTIME
+    ),
     "until its preflight says what it reads": Case(
         OF_RUNTIME,
         image="of/runtime:1",
@@ -55,7 +57,9 @@ CASES = {
     ),
     "a Job says what its operator knew": Case(NEW, {}, (a_job(image=OWN, run_version=2),), kept=NEW),
     "a preflight's Job is one too": Case(OLD, {}, (a_preflight(image="trainer:1"),), kept=OLD),
-    "without a Job the operator's": Case(NEW, {"attempt": 1, "failures": [failure(1)]}, plan=Plan(launch=2), kept=NEW),
+    "without a Job the operator's": Case(
+        NEW, {"attempt": 1, "failures": [failure(1)]}, plan=Plan(actions=(LaunchAttempt(2),)), kept=NEW
+    ),
 }
 
 
@@ -71,19 +75,19 @@ def test_which_trainer_a_run_has(case: str) -> None:
 def test_it_is_said_where_an_attempt_may_get_another_trainer_than_those_before() -> None:
     status = {"attempt": 1, "failures": [failure(1)]}
     lost = seen(a_run(status=status))
-    assert "that of attempt 1 is not on record" in describe_unknown(lost, Plan(launch=2), NEW)
+    assert "that of attempt 1 is not on record" in describe_unknown(lost, Plan(actions=(LaunchAttempt(2),)), NEW)
     for quiet, plan in (
         (lost, Plan()),
-        (seen(a_run()), Plan(launch=1)),
-        (seen(a_run(status=status), a_job(image="trainer:1")), Plan(launch=2)),
-        (seen(a_run(status={**status, "trainer": OLD.to_wire()})), Plan(launch=2)),
+        (seen(a_run()), Plan(actions=(LaunchAttempt(1),))),
+        (seen(a_run(status=status), a_job(image="trainer:1")), Plan(actions=(LaunchAttempt(2),))),
+        (seen(a_run(status={**status, "trainer": OLD.to_wire()})), Plan(actions=(LaunchAttempt(2),))),
     ):
         assert describe_unknown(quiet, plan, NEW) == ""
 
 
 def test_the_pods_have_the_runs_trainer_and_the_document_that_it_reads() -> None:
     for trainer, version, annotations in ((OLD, 1, None), (NEW, 2, {RUN_VERSION_ANNOTATION: "2"})):
-        (policy, service, configmap), (job,) = build_children(a_run(), Plan(launch=3), SETTINGS, trainer, KEY)
+        (policy, service, configmap), (job,) = build_children(a_run(), LaunchAttempt(3), SETTINGS, trainer, KEY)
         assert (policy["kind"], service["kind"]) == ("NetworkPolicy", "Service")
         assert job["spec"]["template"]["spec"]["containers"][0]["image"] == trainer.image
         assert job["metadata"].get("annotations") == annotations
@@ -93,14 +97,14 @@ def test_the_pods_have_the_runs_trainer_and_the_document_that_it_reads() -> None
 
 
 def test_a_preflight_has_no_key() -> None:
-    (_, configmap), (job,) = build_children(a_run(), Plan(launch_preflight=1), SETTINGS, NEW, KEY)
+    (_, configmap), (job,) = build_children(a_run(), LaunchPreflight(1), SETTINGS, NEW, KEY)
     assert KEY not in configmap["data"]["run.json"]
     assert '"version": 1' in configmap["data"]["run.json"], "there is nothing new in it: any trainer may check it"
     assert job["metadata"]["annotations"] == {RUN_VERSION_ANNOTATION: "2"}
 
 
 def test_a_job_is_read_back_as_it_was_made() -> None:
-    _, (job,) = build_children(a_run(), Plan(launch=1), SETTINGS, NEW, KEY)
+    _, (job,) = build_children(a_run(), LaunchAttempt(1), SETTINGS, NEW, KEY)
     job["metadata"] |= {"uid": "u", "resourceVersion": "1"}
     job["spec"]["template"]["spec"]["containers"].insert(0, {"name": "sidecar", "image": "of/others"})
     view = parse_job(job)

@@ -1,25 +1,41 @@
-"""What is looked up before it is acted upon: watches are late, and another operator may be at work."""
+"""Looks up what is asked: watches are late, and another operator may be at work. IO only."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lora_api import PLURAL, LoRAFineTune
-from lora_operator.evidence.follow import missing_attempt
+from lora_api import PLURAL
+from lora_operator.controller.questions import JobOf, Leftovers, NamespaceLabels, PodsOf, Question, RunAsItIs
 from lora_operator.kube.client import KubeClient, KubeError, NotFoundError
 from lora_operator.names import JOB_NAME_LABEL, RUN_LABEL, child_name
 from lora_operator.objects import Key
 from lora_operator.state.observed import Observed
 from lora_operator.watched.cache import Cache, Resource
-from lora_operator.watched.views import JobView, PodView
 
 FORBIDDEN = 403
 
 
-class Lookups:
+class Answerer:
     """Brings the cache up to date where it cannot be right, or must be."""
 
     def __init__(self, cache: Cache, kube: KubeClient) -> None:
         self._cache = cache
         self._kube = kube
+
+    async def answer(self, key: Key, observed: Observed, question: Question) -> Any:
+        """Looks up the answer to ``question``; it is ``None`` where the cache has it."""
+        match question:
+            case NamespaceLabels():
+                return await self._fetch_labels(key[0])
+            case RunAsItIs():
+                await self.fetch_run(key)
+            case JobOf(attempt):
+                await self._fetch_job(key, attempt)
+            case PodsOf(job):
+                names = [pod.name for pod in observed.gang(job)]
+                await self._fetch_pods(key, f"{JOB_NAME_LABEL}={job.name}", names)
+            case Leftovers(names):
+                await self._fetch_pods(key, f"{RUN_LABEL}={key[1]}", sorted(names))
+        return None
 
     async def fetch_run(self, key: Key) -> None:
         """The run itself, that somebody else has written."""
@@ -28,7 +44,7 @@ class Lookups:
         except NotFoundError:
             self._cache.forget_run(key)
 
-    async def fetch_labels(self, namespace: str) -> Mapping[str, str] | None:
+    async def _fetch_labels(self, namespace: str) -> Mapping[str, str] | None:
         """The labels of ``namespace``; ``None`` where the operator's role does not allow to read them."""
         try:
             found = await self._kube.fetch_object("namespaces", None, namespace)
@@ -38,33 +54,15 @@ class Lookups:
             return None
         return dict(found["metadata"].get("labels") or {})
 
-    async def is_current(self, key: Key, run: LoRAFineTune) -> bool:
-        """Whether ``run`` is still as it was seen."""
-        await self.fetch_run(key)
-        return self._cache.is_current(run.metadata)
-
-    async def find_job(self, key: Key, observed: Observed) -> bool:
-        """Whether a Job that has to be there is: another operator may have made it."""
-        attempt = missing_attempt(observed)
-        if attempt is None:
-            return False
+    async def _fetch_job(self, key: Key, attempt: int) -> None:
         try:
             job = await self._kube.fetch_object("jobs", key[0], child_name(key[1], attempt))
         except NotFoundError:
-            return False
+            return
         self._cache.put(Resource.JOBS, job)
-        return True
 
-    async def fetch_pods(self, key: Key, observed: Observed, job: JobView) -> None:
-        """The pods of ``job``, where no watch has shown what became of some of them."""
-        await self._fetch_pods(key, f"{JOB_NAME_LABEL}={job.name}", observed.gang(job))
-
-    async def fetch_leftovers(self, key: Key, leftovers: Sequence[PodView]) -> None:
-        """Pods that stay though their Job is gone: no watch may have told that they went."""
-        await self._fetch_pods(key, f"{RUN_LABEL}={key[1]}", leftovers)
-
-    async def _fetch_pods(self, key: Key, selector: str, known: Sequence[PodView]) -> None:
-        missing = {pod.name for pod in known}
+    async def _fetch_pods(self, key: Key, selector: str, known: Sequence[str]) -> None:
+        missing = set(known)
         async for pod in self._kube.fetch_list("pods", key[0], selector):
             self._cache.put(Resource.PODS, pod)
             missing.discard(pod["metadata"]["name"])

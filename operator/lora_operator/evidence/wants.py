@@ -1,13 +1,14 @@
-"""What to read on top of the watches, and when: logs, Events, queues, objects that should be there. All pure."""
+"""What to read beside the looks, and when: logs, Events and queues, which no watch shows. All pure."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeAlias
 
 from lora_operator.clock import is_due
-from lora_operator.lifecycle.preflight import needs_preflight
 from lora_operator.lifecycle.queued import is_stopping
 from lora_operator.policies.policy import seconds_to_stall
 from lora_operator.settings import Settings
-from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
 from lora_operator.watched.views import JobView, PodView
@@ -15,42 +16,70 @@ from lora_operator.watched.views import JobView, PodView
 REFUSAL_DELAY = 3.0
 """Seconds that the Job controller has to make a Job's pods before the operator asks why it does not."""
 
+POD_DELAY = 5.0
+"""Seconds that a pod which has a node has to start before the operator asks why it does not."""
+
+ASKED_PODS = 3
+"""Of so many pods of a gang the Events are read: what keeps one from starting keeps most of the others."""
+
 QUEUE_INTERVAL = 600.0
 """Longest time in seconds between two questions to Kueue about a run that waits."""
 
 
-def missing_attempt(observed: Observed) -> int | None:
-    """The attempt whose Job was made and is not there, though nothing says that the attempt has ended."""
-    status = observed.run.status
-    over = is_finished(status) or is_over(status, status.attempt)
-    if observed.run.metadata.deletion_timestamp or over or not status.attempt or status.attempt in observed.jobs:
-        return None
-    return status.attempt
+@dataclass(frozen=True)
+class ProgressOf:
+    """How far a gang is, by the end of rank 0's log."""
+
+    pod: PodView
 
 
-def lacks_preflight(observed: Observed, settings: Settings) -> bool:
-    """Whether the preflight that counts is not there, though somebody has looked at the run before.
+@dataclass(frozen=True)
+class LastWordsOf:
+    """The end of a pod's log, which goes on record with a failure."""
 
-    It may have failed: the watch of runs, which tells so, may be later than that of Jobs, if another operator is there.
-    """
-    status = observed.run.status
-    if observed.run.metadata.deletion_timestamp or is_finished(status) or not status.conditions:
-        return False
-    number = status.failed_preflights + 1
-    return needs_preflight(observed, settings) and all(other > number for other in observed.preflights)
+    pod: PodView
 
 
-def unseen_ends(observed: Observed) -> JobView | None:
-    """A Job without a verdict that has failed pods which nobody has seen end, or such a rank 0 that has succeeded.
+@dataclass(frozen=True)
+class EventsOfPods:
+    """Why ``pods`` do not start, by their Events."""
 
-    The watches of Jobs and of pods are apart, so news of a Job may come before those of its pods, most of all at start.
-    A pod that is taken to be gone, or to be running, has no last words, and its gang would be judged without them.
-    """
-    job = observed.live_job()
-    if job is None:
-        return None
-    heard = job.failed_indexes | (job.completed_indexes & {0})
-    return None if heard <= {pod.index for pod in observed.gang(job) if pod.has_ended} else job
+    job: JobView
+    pods: tuple[PodView, ...]
+
+
+@dataclass(frozen=True)
+class RefusalOf:
+    """Why pods of a Job are not made, by its Events."""
+
+    job: JobView
+
+
+@dataclass(frozen=True)
+class QueueOf:
+    """Why a suspended Job waits, by what Kueue says."""
+
+    job: JobView
+
+
+Want: TypeAlias = ProgressOf | LastWordsOf | EventsOfPods | RefusalOf | QueueOf
+
+
+def compute_wants(observed: Observed, plan: Plan, now: datetime, settings: Settings) -> Iterator[Want]:
+    """What is to be read now."""
+    pod = wants_log(observed, now, settings)
+    if pod is not None:
+        yield ProgressOf(pod)
+    yield from (LastWordsOf(pod) for pod in plan.words_of)
+    job = wants_refusal(observed, now, settings)
+    if job is not None:
+        yield RefusalOf(job)
+    job = wants_queue(observed, now, settings)
+    if job is not None:
+        yield QueueOf(job)
+    starting = wants_events(observed, now, settings)
+    if starting is not None:
+        yield starting
 
 
 def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
@@ -80,12 +109,15 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
-def forgotten_pods(observed: Observed) -> list[PodView]:
-    """Pods that hold up the next attempt, and that nobody deletes though their Job is gone: they may be gone too."""
-    run = observed.run
-    if run.metadata.deletion_timestamp or is_finished(run.status):
-        return []
-    return [pod for pod in observed.leftovers() if pod.deleting_at is None]
+def wants_events(observed: Observed, now: datetime, settings: Settings) -> EventsOfPods | None:
+    """The pods whose Events are to be read now, because they have a node and do not start."""
+    job = observed.live_job()
+    if job is None or job.suspended:
+        return None
+    pods = tuple(pod for pod in observed.gang(job) if pod.is_starting and pod.deleting_at is None)[:ASKED_PODS]
+    late = bool(pods) and is_due(max(pod.created for pod in pods), now, POD_DELAY)
+    due = is_due(observed.reports.pod_events_read_at, now, 3 * settings.log_interval)
+    return EventsOfPods(job, pods) if late and due else None
 
 
 def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
@@ -111,7 +143,7 @@ def _queue_interval(observed: Observed, settings: Settings) -> float:
 def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
     """Seconds until the run is to be looked at again without an event, or ``None``."""
     times = [] if plan.requeue_after is None else [plan.requeue_after]
-    if plan.launch is not None or plan.launch_preflight is not None:
+    if plan.launch is not None:
         times.append(REFUSAL_DELAY)
     job = observed.live_job()
     if job is not None and not plan.ended:
@@ -123,6 +155,8 @@ def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> flo
             times.append(min(settings.log_interval, float(observed.run.spec.run_policy.stall_timeout_seconds)))
         elif job.started is not None and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
+        elif any(pod.is_starting for pod in observed.gang(job)):
+            times.append(POD_DELAY if observed.reports.pod_events_read_at is None else 3 * settings.log_interval)
     return min(times, default=None)
 
 

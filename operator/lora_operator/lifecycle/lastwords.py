@@ -1,0 +1,50 @@
+"""The last words that go on record with a failure: the ends of logs, which are read first. All pure."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+
+from lora_api import Failure, FailureClass
+from lora_operator.state.observed import Observed
+from lora_operator.state.plan import Plan
+from lora_operator.watched.views import PodView
+
+PATIENCE = 15.0
+"""Seconds after which a failure goes on record without the words that nobody could read."""
+
+CHARACTERS = 4000
+SPEAKERS = 8
+"""Of a gang that stalled, so many pods are heard."""
+
+
+def await_words(observed: Observed, plan: Plan, now: datetime) -> Plan:
+    """``plan`` with the last words of the pods that its failure is about, or the wish to read them first."""
+    if plan.failure is None:
+        return plan
+    pods, reports = find_speakers(observed, plan.failure), observed.reports
+    unread = tuple(pod for pod in pods if pod.uid not in reports.last_words)
+    waited = (now - (reports.awaiting_since or now)).total_seconds()
+    if unread and waited < PATIENCE:
+        return Plan(words_of=unread, failing=reports.failing_since is not None, requeue_after=PATIENCE - waited)
+    words = {pod.name: reports.last_words.get(pod.uid) for pod in pods}
+    return replace(plan, failure=plan.failure.model_copy(update={"log_tail": compute_log_tail(plan.failure, words)}))
+
+
+def find_speakers(observed: Observed, failure: Failure) -> list[PodView]:
+    """The pods whose logs tell of ``failure``: the one that it names; of a gang that stalled, those that run."""
+    if failure.failure_class is FailureClass.STALLED and failure.pod is None:
+        return [pod for pod in observed.pods if pod.running and not pod.gone][:SPEAKERS]
+    pod = next((pod for pod in observed.pods if pod.name == failure.pod and not pod.gone), None)
+    return [pod] if pod is not None and (pod.running or pod.ended) else []
+
+
+def compute_log_tail(failure: Failure, words: Mapping[str, str | None]) -> str | None:
+    """What goes on record of ``words``, by the names of their pods: an equal share of what there is room for."""
+    if failure.failure_class is not FailureClass.STALLED or failure.pod is not None:
+        return next((text[-CHARACTERS:] for text in words.values() if text), None)
+    share = CHARACTERS // max(1, len(words))
+    lines = []
+    for name, text in words.items():
+        head = f"{name}: "
+        lines.append(head + (text or "no log").strip()[-max(0, share - len(head) - 1) :])
+    return "\n".join(lines) or None
