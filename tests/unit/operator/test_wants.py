@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
+
 from lora_operator.controller.questions import forgotten_pods, unseen_ends
 from lora_operator.evidence.wants import REFUSAL_DELAY, compute_next_look, wants_refusal
-
 from lora_operator.settings import Settings
 from lora_operator.state.plan import NOTHING
 from lora_operator.state.reports import Refusal, Reports, hear_refusal
