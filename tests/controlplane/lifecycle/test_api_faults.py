@@ -342,7 +342,7 @@ def test_the_crd_is_upgraded_under_a_run(
     def set_policy(value: str) -> None:
         run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"onOutOfMemory": value}}})
 
-    monkeypatch.setattr("lora_operator.controller.reconcile.INVALID_RETRY", 0.5)
+    monkeypatch.setattr("lora_operator.controller.finetunes.INVALID_RETRY", 0.5)
     text = (CRDS / "lorafinetunes.lorafinetune.io.yaml").read_text()
     later = yaml.safe_load(text)
     whole = later["spec"]["versions"][0]["schema"]["openAPIV3Schema"]

@@ -1,0 +1,89 @@
+"""The ends of logs that go on record with a failure, and how long they are waited for."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lora_api import Failure
+from lora_operator.lifecycle.lastwords import CHARACTERS, PATIENCE, SPEAKERS, await_words, compute_log_tail
+from lora_operator.state.observed import Observed
+from lora_operator.state.plan import Plan
+from lora_operator.state.reports import Reports
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, running, seen
+
+
+def failed(failure_class: str = "Internal", pod: str | None = "tickets-1-1") -> Plan:
+    words = {"attempt": 1, "class": failure_class, "reason": "X", "message": "m", "remedy": "r", "pod": pod, "at": NOW}
+    return Plan(failure=Failure.model_validate(words), ended=True)
+
+
+def of(*pods: Any, **reports: Any) -> Observed:
+    return seen(a_run(status={"attempt": 1}), a_job(), *pods, reports=Reports(run_uid="run-uid", **reports))
+
+
+@dataclass(frozen=True)
+class Case:
+    """``want``: the words on record, or the names of the pods that are to be heard first."""
+
+    plan: Plan
+    pods: tuple[Any, ...]
+    want: str | list[str] | None
+    reports: dict[str, Any] = field(default_factory=dict)
+
+
+ENDED = (running(0), ended(1))
+CASES = {
+    "the log of the pod that failed is read first": Case(failed(), ENDED, ["tickets-1-1"]),
+    "and goes on record": Case(failed(), ENDED, "boom", {"last_words": {"pod-1-1": "boom"}}),
+    "one that cannot be read holds nothing up": Case(failed(), ENDED, None, {"last_words": {"pod-1-1": None}}),
+    "nor does one that nobody reads in time": Case(failed(), ENDED, None, {"awaiting_since": ago(PATIENCE)}),
+    "until then it is waited for": Case(failed(), ENDED, ["tickets-1-1"], {"awaiting_since": ago(PATIENCE - 1)}),
+    "a pod that is gone has no log": Case(failed(), (running(0), ended(1, gone=True)), None),
+    "nor has one that never ran": Case(failed(), (running(0), a_pod(1)), None),
+    "a failure without a pod has none": Case(failed(pod=None), ENDED, None),
+    "of a gang that stalled all that run are heard": Case(
+        failed("Stalled", None), (running(0), running(1)), ["tickets-1-0", "tickets-1-1"]
+    ),
+    "but not all of a large one": Case(
+        failed("Stalled", None), tuple(running(n) for n in range(64)), [f"tickets-1-{n}" for n in range(SPEAKERS)]
+    ),
+    "each with its name": Case(
+        failed("Stalled", None), (running(0), running(1)), "tickets-1-0: a\ntickets-1-1: no log",
+        {"last_words": {"pod-1-0": "a", "pod-1-1": None}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_last_words(name: str) -> None:
+    case = CASES[name]
+    plan = await_words(of(*case.pods, **case.reports), case.plan, NOW)
+    if isinstance(case.want, list):
+        assert [pod.name for pod in plan.words_of] == case.want
+        assert plan.failure is None, "nothing is on record yet"
+        assert plan.requeue_after is not None
+        assert plan.requeue_after > 0
+    else:
+        assert plan.failure is not None
+        assert plan.failure.log_tail == case.want
+        assert plan.ended
+
+
+def test_the_wait_for_words_forgets_no_failing_pod() -> None:
+    plan = await_words(of(*ENDED, failing_since=ago(5)), failed(), NOW)
+    assert plan.failing, "else the grace of its peers would begin anew"
+
+
+def test_no_plan_without_a_failure_waits_for_words() -> None:
+    plan = Plan(requeue_after=5.0)
+    assert await_words(of(*ENDED), plan, NOW) is plan
+
+
+def test_words_have_no_more_room_than_there_is() -> None:
+    failure = failed("Stalled", None).failure
+    assert failure is not None
+    tail = compute_log_tail(failure, {f"tickets-1-{n}": "x" * CHARACTERS for n in range(SPEAKERS)})
+    assert tail is not None
+    assert len(tail) <= CHARACTERS
+    assert tail.count("tickets-1-") == SPEAKERS
