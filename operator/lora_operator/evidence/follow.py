@@ -5,7 +5,7 @@ from datetime import datetime
 from lora_operator.clock import is_due
 from lora_operator.lifecycle.preflight import needs_preflight
 from lora_operator.lifecycle.queued import is_stopping
-from lora_operator.policies.policy import seconds_to_stall
+from lora_operator.policies.stall import seconds_to_stall
 from lora_operator.settings import Settings
 from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed
