@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from lora_operator.clock import is_due
 from lora_operator.lifecycle.queued import is_stopping
-from lora_operator.policies.policy import seconds_to_stall
+from lora_operator.policies.stall import seconds_to_stall
 from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan

@@ -38,7 +38,8 @@ from lora_operator.lifecycle.outcomes import (
 from lora_operator.lifecycle.preflight import decide_preflight, needs_preflight
 from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_queue, plan_queued
 from lora_operator.lifecycle.runtime import decide_runtime
-from lora_operator.policies.policy import find_overrun, find_stall, seconds_to_deadline, seconds_to_stall
+from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
+from lora_operator.policies.stall import find_stall, seconds_to_stall
 from lora_operator.settings import Settings
 from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed, seconds_to_leaving

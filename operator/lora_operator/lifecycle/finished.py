@@ -1,10 +1,11 @@
 """After the end: pods that run on are ended, and after a while all that the run was made of is deleted. Pure."""
 
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from lora_api import ConditionType
 from lora_operator.names import child_name, preflight_name
+from lora_operator.policies.ttl import seconds_to_cleanup
 from lora_operator.settings import Settings
 from lora_operator.state.facts import has_passed, holds
 from lora_operator.state.observed import Observed, seconds_to_leaving
@@ -33,14 +34,6 @@ def _disown(observed: Observed, plan: Plan) -> Plan:
     adapter = observed.run.status.adapter
     marks = disown(observed.run, adapter) if adapter is not None else {}
     return replace(plan, conditions={**plan.conditions, **marks})
-
-
-def seconds_to_cleanup(observed: Observed, now: datetime) -> float | None:
-    """Seconds until runPolicy.ttlSecondsAfterFinished has passed; ``None`` without one."""
-    ttl, ended_at = observed.run.spec.run_policy.ttl_seconds_after_finished, observed.run.status.completion_time
-    if ttl is None or ended_at is None:
-        return None
-    return (ended_at + timedelta(seconds=ttl) - now).total_seconds()
 
 
 def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str]]:

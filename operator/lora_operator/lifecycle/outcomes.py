@@ -7,14 +7,10 @@ from datetime import datetime
 from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
 from lora_operator.diagnosis.diagnose import Obstacle
-from lora_operator.policies.policy import (
-    SAME_FAILURES,
-    compute_backoff,
-    find_micro_batch,
-    is_repetition,
-    shrink_micro_batch,
-)
+from lora_operator.policies.memory import find_micro_batch, shrink_micro_batch
+from lora_operator.policies.restarts import SAME_FAILURES, compute_backoff, is_repetition
 from lora_operator.settings import Settings
+from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Mark, Plan
 from lora_operator.wording import with_remedy
@@ -161,14 +157,8 @@ def decide_no_podgroups(observed: Observed, settings: Settings) -> Plan:
 
 def job_lost(attempt: int, now: datetime) -> Failure:
     """The failure of an attempt whose Job was deleted by somebody else."""
-    return Failure(
-        attempt=attempt,
-        failure_class=FailureClass.POD_LOST,
-        reason="JobDeleted",
-        message=f"The Job of attempt {attempt} was deleted from outside",
-        remedy=RULES[FailureClass.POD_LOST].remedy,
-        at=now,
-    )
+    message = f"The Job of attempt {attempt} was deleted from outside"
+    return new_failure(FailureClass.POD_LOST, attempt, message, now, "JobDeleted")
 
 
 def scheduled_mark(*, value: bool) -> Mark:
@@ -184,12 +174,5 @@ def decide_conflict(
     """A child's name is taken, as ``message`` says. ``passing``: by something that is about to go."""
     if passing:
         return decide_wait("WaitingForCleanup", f"{message} and is on its way out", CLEANUP_DELAY)
-    failure = Failure(
-        attempt=attempt,
-        failure_class=FailureClass.NAME_CONFLICT,
-        reason="NameConflict",
-        message=message,
-        remedy=RULES[FailureClass.NAME_CONFLICT].remedy,
-        at=now,
-    )
+    failure = new_failure(FailureClass.NAME_CONFLICT, attempt, message, now)
     return decide_failure(observed, attempt, failure, settings)

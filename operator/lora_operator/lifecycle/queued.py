@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import RULES, ConditionType, Failure, FailureClass, Phase
+from lora_api import ConditionType, Failure, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import seconds_to_lost
+from lora_operator.state.failures import new_failure
 from lora_operator.state.plan import LaunchAttempt, Mark, Plan
 from lora_operator.state.workload import QueueReport
 from lora_operator.watched.views import JobView, PodView
@@ -38,11 +39,8 @@ _INADMISSIBLE_REMEDY = (
 
 def broken_gang(job: JobView, now: datetime) -> Failure:
     """The end of an attempt whose Job was suspended when some of its pods had done their work, and others had not."""
-    return Failure(
-        attempt=job.attempt, failure_class=FailureClass.EVICTED, reason="JobSuspended",
-        message=f"Job {job.name} was suspended while its last pods were ending",
-        remedy=RULES[FailureClass.EVICTED].remedy, at=now,
-    )  # fmt: skip
+    message = f"Job {job.name} was suspended while its last pods were ending"
+    return new_failure(FailureClass.EVICTED, job.attempt, message, now, "JobSuspended")
 
 
 def decide_queued(

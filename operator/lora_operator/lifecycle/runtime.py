@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import RULES, ClusterLoRARuntime, Failure, FailureClass, LoRAFineTune
+from lora_api import ClusterLoRARuntime, FailureClass, LoRAFineTune
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_wait
 from lora_operator.policies.limits import check_limits, describe_selector, selects
 from lora_operator.settings import Settings
+from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
 from lora_operator.state.runtimes import build_snapshot
@@ -51,7 +52,10 @@ def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Pla
     snapshot = build_snapshot(runtime) if runtime is not None else None
     refusal = find_refusal(run, runtime, observed.namespace_labels)
     if refusal is not None:
-        return replace(decide_failure(observed, PREFLIGHT, _failure(*refusal, now), settings), runtime=snapshot)
+        return replace(
+            decide_failure(observed, PREFLIGHT, new_failure(refusal[0], PREFLIGHT, refusal[1], now), settings),
+            runtime=snapshot,
+        )
     if snapshot is None:
         return None
     message = f"Takes ClusterLoRARuntime {snapshot.name} as it is now (generation {snapshot.generation})"
@@ -61,19 +65,8 @@ def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Pla
 def _decide_lost(observed: Observed, now: datetime, settings: Settings) -> Plan:
     """Ends a run that began with a store of its runtime, and whose snapshot somebody has taken away."""
     message = "spec.publish.store is not set, and status.runtime, which had one when the run began, is gone"
-    failure = _failure(FailureClass.BAD_SPEC, message, now).model_copy(update={"attempt": observed.run.status.attempt})
+    failure = new_failure(FailureClass.BAD_SPEC, observed.run.status.attempt, message, now)
     return decide_failure(observed, failure.attempt, failure, settings)
-
-
-def _failure(failure_class: FailureClass, message: str, now: datetime) -> Failure:
-    return Failure(
-        attempt=PREFLIGHT,
-        failure_class=failure_class,
-        reason=str(failure_class),
-        message=message,
-        remedy=RULES[failure_class].remedy,
-        at=now,
-    )
 
 
 def find_refusal(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase, TrainerPin
 from lora_api.status import MAX_FAILURES, STATUS_VERSION
-from lora_operator.policies.policy import compute_active_seconds, running_since
+from lora_operator.policies.deadline import compute_active_seconds, running_since
 from lora_operator.state.facts import is_finished
 from lora_operator.state.plan import Mark, Plan
 from lora_operator.state.reports import Reports
