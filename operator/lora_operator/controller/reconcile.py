@@ -25,7 +25,7 @@ from lora_api import (
 from lora_api.finetune import ObjectMeta
 from lora_api.reading import Reading
 from lora_operator.children.assembly import build_children
-from lora_operator.children.controlkeys import ControlKeys
+from lora_operator.children.controlkeys import draw_control_key
 from lora_operator.clock import is_due
 from lora_operator.controller.lookups import Lookups
 from lora_operator.controller.remarks import Remarks
@@ -53,7 +53,7 @@ from lora_operator.names import child_name
 from lora_operator.objects import Key, Raw
 from lora_operator.settings import Settings
 from lora_operator.state.facts import has_started, is_finished
-from lora_operator.state.observed import RESTORE_INTERVAL, Observed
+from lora_operator.state.observed import Observed
 from lora_operator.state.plan import OUTDATED, Plan
 from lora_operator.state.reading import InvalidRunError, check_taken_rules, parse_run, parse_runtime
 from lora_operator.state.reports import Reports, forget_pods, hear, hear_queue, hear_refusal
@@ -102,7 +102,6 @@ class Reconciler:
         self._lookups = Lookups(cache, kube)
         self._logs = PodLogs(cache, kube)
         self._remarks = Remarks(kube, clock, instance)
-        self._keys = ControlKeys()
         self._reports: dict[Key, Reports] = {}
 
     async def reconcile(self, key: Key) -> float | None:
@@ -110,8 +109,7 @@ class Reconciler:
         current_run.set("/".join(key))
         raw = self._cache.run(key)
         if raw is None:
-            for memory in (self._keys, self._remarks):
-                memory.forget(key)
+            self._remarks.forget(key)
             self._reports.pop(key, None)
             return None
         try:
@@ -146,7 +144,6 @@ class Reconciler:
         plan = await self._apply(observed, plan, settings, trainer)
         wait = await self._patch_status(key, observed, plan, keep_trainer(observed, plan, trainer))
         if is_finished(run.status):
-            self._keys.forget(key)
             self._reports.pop(key, None)
         waits = [wait, compute_next_look(observed, plan, self._settings)]
         return min((seconds for seconds in waits if seconds is not None), default=None)
@@ -239,8 +236,7 @@ class Reconciler:
         """
         run = observed.run
         try:
-            attempt = plan.launch or (plan.restore.attempt if plan.restore else PREFLIGHT)
-            control_key = None if attempt == PREFLIGHT else self._keys.of(run, attempt)
+            control_key = None if plan.launch is None else draw_control_key()
             for together in build_children(run, plan, settings, trainer, control_key):
                 if not self._cache.is_current(run.metadata):
                     return OUTDATED
@@ -253,8 +249,7 @@ class Reconciler:
                     if child["kind"] == "Job":
                         self._cache.put(Resource.JOBS, applied)
         except NameConflictError as conflict:
-            restored = plan.restore.attempt if plan.restore else PREFLIGHT
-            attempt, now = plan.launch or restored, self._clock()
+            attempt, now = plan.launch or PREFLIGHT, self._clock()
             return decide_conflict(observed, attempt, str(conflict), now, settings, passing=conflict.passing)
         if plan.delete is not None:
             await self._delete_podgroup(run, plan.delete.attempt)
@@ -298,9 +293,6 @@ class Reconciler:
         obstacle = diagnose_refusal(kind, name, error.status, error.message, observed.reports.obstructed_since or now)
         if obstacle is None:
             raise error
-        if plan.restore is not None:  # the pods may do without it
-            logger.warning("%s/%s: %s", observed.run.metadata.namespace, observed.run.metadata.name, obstacle.message)
-            return replace(plan, requeue_after=RESTORE_INTERVAL)
         return decide_obstructed(observed, plan.launch or PREFLIGHT, obstacle, now, settings)
 
     async def _patch_status(self, key: Key, observed: Observed, plan: Plan, trainer: TrainerPin | None) -> float | None:
@@ -338,8 +330,6 @@ class Reconciler:
             )
         if plan.phase == Phase.QUEUED:
             return forget_pods(reports)
-        if plan.restore is not None:
-            reports = replace(reports, restored_at=now)
         return replace(
             reports,
             failing_since=(reports.failing_since or now) if plan.failing else None,
@@ -404,4 +394,6 @@ class Reconciler:
 
 def _is_kept(child: Raw, observed: Observed) -> bool:
     """Whether ``child`` is there already, unless somebody has deleted it: it is the run's and not an attempt's."""
+    if child["kind"] == "Service":
+        return bool(observed.run.status.attempt or observed.jobs)
     return child["kind"] == "NetworkPolicy" and observed.has_launched()

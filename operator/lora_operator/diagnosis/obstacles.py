@@ -27,7 +27,10 @@ _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by i
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
 _WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
 _POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make an exception for the namespace."
-_SIZE_REMEDY = "Shorten what the specification says at length, and create the run again."
+_SIZE_REMEDY = (
+    "Shorten what the specification says at length, such as dataset.chatTemplate or podTemplate.annotations, and "
+    "create the run again."
+)
 
 
 def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports) -> Obstacle | None:
@@ -114,6 +117,6 @@ def _describe_refusal(kind: str, status: int, words: str) -> tuple[str, str, Fai
         return "QuotaExceeded", _QUOTA_REMEDY, None
     if status == 403 and 'User "' in words and "cannot create" in words:
         return "OperatorForbidden", _ROLE_REMEDY, None
-    if status == 413 or (kind == "ConfigMap" and "Too long" in words):
+    if status == 413 or "template.annotations: Too long" in words:
         return str(FailureClass.BAD_SPEC), _SIZE_REMEDY, FailureClass.BAD_SPEC
     return str(FailureClass.POD_NOT_STARTED), _POLICY_REMEDY, FailureClass.POD_NOT_STARTED

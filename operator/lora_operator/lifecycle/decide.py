@@ -205,10 +205,7 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     obstacle = diagnose_obstacle(pods, job, observed.reports)
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
-        due = observed.seconds_to_restoring(job, now)
-        lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
-        wait = min((seconds for seconds in (due, lost) if seconds), default=None)
-        return replace(start, restore=job if due == 0 else None, requeue_after=wait)
+        return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
         return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)

@@ -7,7 +7,6 @@ Of the status only the number of preflights that failed and the condition Prefli
 counts is the one after those that failed.
 """
 
-from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
@@ -79,9 +78,6 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     left = None if started is None else settings.preflight_timeout - (now - started).total_seconds()
     if left is not None and left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
-    if started is None:
-        due = observed.seconds_to_restoring(job, now)
-        return replace(_waiting("Preflight", _CHECKING, requeue_after=due or None), restore=job if due == 0 else None)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
 
 

@@ -9,10 +9,6 @@ from lora_operator.state.facts import has_passed, has_started, is_finished, is_o
 from lora_operator.state.reports import Reports
 from lora_operator.watched.views import JobView, PodView
 
-RESTORE_DELAY = 30.0
-RESTORE_INTERVAL = 60.0
-"""Seconds that pods have to start before their other children are looked after, and between two such looks."""
-
 
 @dataclass(frozen=True)
 class Observed:
@@ -55,17 +51,6 @@ class Observed:
     def stopping(self, job: JobView) -> list[PodView]:
         """Pods that were taken back with the quota of ``job``, and have not ended yet."""
         return [pod for pod in self.pods if pod.job_uid == job.uid and is_taken_back(pod, job) and not pod.has_ended]
-
-    def seconds_to_restoring(self, job: JobView, now: datetime) -> float | None:
-        """Seconds until the other children of ``job`` are looked after, because a pod has a node and does not start.
-
-        Somebody may have deleted what it needs, and no watch would tell: Services and ConfigMaps are not watched.
-        """
-        if not any(pod.scheduled and not (pod.running or pod.has_ended) for pod in self.gang(job)):
-            return None
-        last, started = self.reports.restored_at, job.started or job.created
-        due = started + timedelta(seconds=RESTORE_DELAY) if last is None else last + timedelta(seconds=RESTORE_INTERVAL)
-        return max(0.0, (due - now).total_seconds())
 
     def leftovers(self) -> list[PodView]:
         """Pods of Jobs that are still there though their Job is not."""

@@ -35,7 +35,6 @@ class Reports:
     heard_at: datetime | None = None
     log_read_at: datetime | None = None
     log_read_to_end: bool = False
-    restored_at: datetime | None = None
     refusal: Refusal | None = None
     refusal_read_at: datetime | None = None
     forgotten_since: datetime | None = None
