@@ -11,7 +11,7 @@ from typing import IO
 OPERATOR = "lora-operator"
 """User of the operator under test."""
 
-_CHILDREN = ("jobs", "services", "configmaps")
+_CHILDREN = ("jobs", "services")
 _READS = ("get", "list", "watch")
 
 

@@ -79,7 +79,7 @@ class Template:
 
 
 async def fetch_template(client: Client, namespace: str, name: str) -> Template:
-    """What there is of the run ``name``, but for Service, ConfigMap and Events, which the operator never reads."""
+    """What there is of the run ``name``, but for Service and Events, which the operator never reads."""
     run = await client.call("GET", f"{RUNS.format(namespace)}/{name}")
     if run["status"]["phase"] == "Succeeded":
         run["status"]["progress"] = build_progress()

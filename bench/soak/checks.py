@@ -20,12 +20,11 @@ class Found:
     jobs: Sequence[Raw] = ()
     pods: Sequence[Raw] = ()
     services: Sequence[Raw] = ()
-    configmaps: Sequence[Raw] = ()
     policies: Sequence[Raw] = ()
 
     def all(self) -> list[Raw]:
         """Every object."""
-        return [*self.runs, *self.jobs, *self.pods, *self.services, *self.configmaps, *self.policies]
+        return [*self.runs, *self.jobs, *self.pods, *self.services, *self.policies]
 
 
 def find_wrong_ends(told: Sequence[Story], found: Found) -> list[str]:
@@ -86,7 +85,7 @@ def find_leftovers(told: Sequence[Story], found: Found) -> list[str]:
     """Jobs of attempts that others followed, pods that run on after the end, and children that a TTL had to take."""
     stories = {story.name: story for story in told}
     wrong = [f"{_name(pod)} runs on" for pod in found.pods if not has_ended(pod)]
-    for item in (*found.jobs, *found.services, *found.configmaps, *found.policies):
+    for item in (*found.jobs, *found.services, *found.policies):
         story = stories[item["metadata"]["labels"][RUN_LABEL]]
         outcome = compute_outcome(story)
         last = (child_name(story.name, outcome.attempt), preflight_name(story.name, len(story.preflights)))

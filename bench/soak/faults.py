@@ -15,7 +15,7 @@ from bench.soak.operators import Operators
 from bench.soak.player import Action, is_over
 from bench.soak.world import PatientClient
 from devcluster import ControlPlane
-from lora_operator.names import child_name
+from lora_operator.names import service_name
 
 ALL_RUNS = "/apis/lorafinetune.io/v1alpha1/lorafinetunes"
 
@@ -34,7 +34,7 @@ LASTING = {
 }
 """Faults, each with the shortest and the longest time that it lasts, in seconds."""
 
-HANDS = ("ConfigMap deleted", "Service deleted", "status edited")
+HANDS = ("Service deleted", "status edited")
 """What people do to objects that are the operator's."""
 
 KINDS = (*LASTING, *HANDS)
@@ -174,9 +174,7 @@ class Faults:
             body: Raw = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "status": _NONSENSE}
             path = f"{RUNS.format(metadata['namespace'])}/{metadata['name']}/status"
             return await self._client.try_call(Action("PATCH", path, body, MERGE))
-        plural = "configmaps" if kind == "ConfigMap deleted" else "services"
-        name = child_name(metadata["name"], run["status"]["attempt"])
-        path = f"/api/v1/namespaces/{metadata['namespace']}/{plural}/{name}"
+        path = f"/api/v1/namespaces/{metadata['namespace']}/services/{service_name(metadata['name'])}"
         return await self._client.try_call(Action("DELETE", path))
 
 

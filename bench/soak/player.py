@@ -13,7 +13,7 @@ from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
 from bench.soak import stories
 from bench.soak.stories import Story
 from lora_api import RULES, FailureClass, Phase, ProgressLine
-from lora_operator.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL, child_name, preflight_name
+from lora_operator.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL, child_name
 from lora_operator.objects import parse_time
 from tests.support.runs import adapter_of, ended, running, settled, termination, waiting
 
@@ -48,12 +48,11 @@ class Action:
 
 @dataclass(frozen=True)
 class Seen:
-    """What there is of one run. ``configmaps`` are names."""
+    """What there is of one run."""
 
     run: Raw | None
     jobs: Sequence[Raw] = ()
     pods: Sequence[Raw] = ()
-    configmaps: frozenset[str] = frozenset()
 
     def gang(self, attempt: int, preflight: int = 0) -> list[Raw]:
         """The pods of an attempt or a preflight, rank by rank.
@@ -109,7 +108,6 @@ class _Gang:
     ending: str | None
     step: int
     runs_for: float
-    mounted: bool
     told: bool
 
     def is_time(self, now: datetime) -> bool:
@@ -122,7 +120,6 @@ class _Gang:
 
 def _find_gang(story: Story, number: tuple[int, int], seen: Seen) -> _Gang:
     attempt, preflight = number
-    name = preflight_name(story.name, preflight) if preflight else child_name(story.name, attempt)
     return _Gang(
         pods=seen.gang(attempt, preflight),
         size=1 if preflight else GANG,
@@ -130,7 +127,6 @@ def _find_gang(story: Story, number: tuple[int, int], seen: Seen) -> _Gang:
         # Never the same step twice, but for a run that is stuck.
         step=7 if story.stuck else 10 * (attempt + preflight),
         runs_for=story.runs_for,
-        mounted=name in seen.configmaps,
         told=_progress(seen.run) > _STEPS * attempt,
     )
 
@@ -196,12 +192,9 @@ def _compute_start(pod: Raw, gang: _Gang) -> Raw | None:
     """What becomes of a pod that has a node; ``None``: it stays as it is."""
     if is_asked(pod):
         return {"phase": "Failed"}
-    if not gang.mounted:
-        reason = ("ContainerCreating", "")
-    elif gang.ending in _NEVER_START:
-        reason = _NEVER_START[gang.ending]
-    else:
+    if gang.ending not in _NEVER_START:
         return running()
+    reason = _NEVER_START[gang.ending]
     return None if _waiting_reason(pod) == reason[0] else waiting(*reason)
 
 

@@ -211,7 +211,7 @@ async def _keep_reading(audit: Audit) -> None:
 async def fetch_found(client: PatientClient, told: Sequence[Story]) -> Found:
     """All that there is of the runs."""
     kinds = {"LoRAFineTune": RUNS, "Job": JOBS, "Pod": PODS}
-    kinds |= {"Service": "/api/v1/namespaces/{}/services", "ConfigMap": "/api/v1/namespaces/{}/configmaps"}
+    kinds["Service"] = "/api/v1/namespaces/{}/services"
     kinds["NetworkPolicy"] = "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies"
     lists: dict[str, list[Raw]] = {}
     for kind, path in kinds.items():

@@ -17,7 +17,7 @@ from bench.soak.kubelets import ADDRESS, run_kubelets
 from bench.soak.player import NODES, Action, Seen, compute_log, decide_actions
 from bench.soak.stories import MICRO_BATCH, Story
 from devcluster.pki import Authority
-from lora_operator.names import RUN_LABEL, child_name
+from lora_operator.names import RUN_LABEL, service_name
 
 RUNTIMES = "/apis/lorafinetune.io/v1alpha1/clusterloraruntimes"
 _RUNTIME_SPECS: dict[str, Raw] = {
@@ -174,8 +174,8 @@ class World:
 
     async def _create(self, story: Story) -> None:
         if stories.NAME_TAKEN in story.attempts:
-            taken = {"metadata": {"name": child_name(story.name, 1)}, "data": {"whose": "somebody else's"}}
-            path = f"/api/v1/namespaces/{story.namespace}/configmaps"
+            taken = {"metadata": {"name": service_name(story.name)}, "spec": {"ports": [{"port": 80}]}}
+            path = f"/api/v1/namespaces/{story.namespace}/services"
             await self._client.try_call(Action("POST", path, taken))
         await self._client.try_call(Action("POST", RUNS.format(story.namespace), build_story_run(story)))
         self._created.add(story.name)
@@ -193,21 +193,15 @@ def build_story_run(story: Story) -> Raw:
 async def fetch_seen(client: PatientClient, namespace: str) -> dict[str, Seen]:
     """What there is in ``namespace``, by the name of the run that it belongs to, or belonged to."""
     selector = f"?labelSelector={RUN_LABEL}"
-    runs, jobs, pods, configmaps = await asyncio.gather(
+    runs, jobs, pods = await asyncio.gather(
         client.items(RUNS.format(namespace)),
         client.items(JOBS.format(namespace) + selector),
         client.items(PODS.format(namespace) + selector),
-        client.items(f"/api/v1/namespaces/{namespace}/configmaps{selector}"),
     )
     by_name = {run["metadata"]["name"]: run for run in runs}
-    children = [_by_run(items) for items in (jobs, pods, configmaps)]
+    children = [_by_run(items) for items in (jobs, pods)]
     return {
-        name: Seen(
-            by_name.get(name),
-            children[0].get(name, ()),
-            children[1].get(name, ()),
-            frozenset(item["metadata"]["name"] for item in children[2].get(name, ())),
-        )
+        name: Seen(by_name.get(name), children[0].get(name, ()), children[1].get(name, ()))
         for name in by_name.keys() | set(itertools.chain(*children))
     }
 

@@ -99,7 +99,7 @@ class RunPolicy(ApiModel):
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
-        description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, Services, ConfigMaps and the "
+        description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, the Service and the "
         "NetworkPolicy. run: this LoRAFineTune too. The adapter in the store stays.",
     )
 

@@ -1,4 +1,4 @@
-"""RunSpec: the one document that the operator hands to the trainer's pods (a ConfigMap, mounted as run.json)."""
+"""RunSpec: the one document that the operator hands to the trainer's pods, as an annotation that is a file in them."""
 
 from dataclasses import dataclass
 from typing import Annotated, TypeVar

@@ -15,6 +15,10 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 PREFLIGHT_LABEL = f"{GROUP}/preflight"
 RUN_VERSION_ANNOTATION = f"{GROUP}/run-version"
 """On a Job: newest run document that its trainer reads, where that is not 1."""
+
+RUN_ANNOTATION = f"{GROUP}/run"
+"""On pods: the run document, which they have as a file through the downward API."""
+
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
@@ -22,13 +26,18 @@ CONTROLLER_LABEL = "batch.kubernetes.io/controller-uid"
 
 
 def child_name(run_name: str, attempt: int) -> str:
-    """Name of the Service, ConfigMap and Job of an attempt."""
+    """Name of the Job of an attempt, and of its PodGroup."""
     return f"{run_name}-{attempt}"
 
 
 def preflight_name(run_name: str, number: int) -> str:
-    """Name of the ConfigMap and Job of a preflight. No attempt of any run has it: those end in a hyphen and digits."""
+    """Name of the Job of a preflight. No attempt of any run has it: those end in a hyphen and digits."""
     return f"{run_name}-pre{number}"
+
+
+def service_name(run_name: str) -> str:
+    """Name of the Service of a run. Not the run's own, under which people serve what comes of it."""
+    return f"{run_name}-gang"
 
 
 def child_labels(run_name: str, attempt: int) -> dict[str, str]:

@@ -85,7 +85,7 @@ def test_deleting_a_run_stops_its_pods_within_the_grace_period(runs: Runs) -> No
         assert time.monotonic() - start < 120, "pods still run after the grace period"
         time.sleep(0.5)
 
-    for kind in ("jobs", "services", "configmaps"):
+    for kind in ("jobs", "services"):
         left = json.loads(runs.kubectl("get", kind, f"--selector=lorafinetune.io/name={name}", "--output=json"))
         assert left["items"] == [], kind
 

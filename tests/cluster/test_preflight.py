@@ -66,5 +66,6 @@ def test_what_it_finds_is_in_its_log_and_in_the_status(runs: Runs) -> None:
     assert words is not None
     assert find_condition(run, "PreflightPassed").message == words.message
     assert "lora.newTokens (1): their rows of embedding and output head are trained too" in words.message
-    document = json.loads(runs.kubectl("get", "configmap", f"{name}-1", "--output=jsonpath={.data.run\\.json}"))
+    path = "{.spec.template.metadata.annotations.lorafinetune\\.io/run}"
+    document = json.loads(runs.kubectl("get", "job", f"{name}-1", f"--output=jsonpath={path}"))
     assert document["pins"] == result.pins.to_wire()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import devcluster
+from lora_operator.names import RUN_ANNOTATION
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.skew.nextrelease import NEW_CLASS, NEW_FIELD, NEW_PHASE
 from tests.skew.processes import Operator, running
@@ -112,7 +113,7 @@ def finish(runs: dict[str, Run], release: Release, kubeconfig: Path, namespace: 
             runs[name].wait("attempt 2", lambda status: status.get("attempt") == 2 and status["phase"] == "Running")
         (job,) = (job for job in runs["running"].jobs() if job["metadata"]["name"] == "running-2")
         assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "trainer:before"
-        check_document(runs["running"], "running-2")
+        check_document(runs["running"], 2)
         events = [event["reason"] for event in suspended.events()]
         assert "TrainerUnknown" in events, "the one whose Job was gone gets another trainer, and that is said"
         for name in ("running", "suspended"):
@@ -120,10 +121,9 @@ def finish(runs: dict[str, Run], release: Release, kubeconfig: Path, namespace: 
             runs[name].wait_phase("Succeeded")
 
 
-def check_document(run: Run, name: str) -> None:
-    """The trainer of the release before reads what its second attempt is given."""
-    (configmap,) = (item for item in run.configmaps() if item["metadata"]["name"] == name)
-    document = json.loads(configmap["data"]["run.json"])
+def check_document(run: Run, attempt: int) -> None:
+    """The trainer of the release before reads what its next attempt is given."""
+    document = run.document(attempt)
     assert (document["version"], "controlKey" in document) == (1, False)
 
 
@@ -163,21 +163,64 @@ def test_a_failure_that_only_the_newer_release_knows_outlives_a_rollback(
     assert jobs_created(cp, namespace) == ["early-1", "early-2", "late-1", "late-2"]
 
 
-def test_the_key_of_a_gang_is_in_its_configmap_and_nowhere_else(
+def test_an_attempt_outlives_the_operator_that_launched_it_and_all_is_cleared_up(
+    cp: devcluster.ControlPlane, api: Api, namespace: str, install: Install, log_of: LogOf,
+    before: Release, today: Release,
+) -> None:  # fmt: skip
+    """The release before gives pods a ConfigMap, and each attempt a Service of its own; today's gives neither."""
+    install(today)
+    old, new = Run(api, namespace, "old"), Run(api, namespace, "new")
+    with running(before, cp.kubeconfig, namespace, log_of("before")):
+        old.create()
+        old.set_running(1)
+        old.wait_phase("Running")
+        kept = old.services() + old.configmaps()
+    with running(today, cp.kubeconfig, namespace, log_of("today")) as operator:
+        look_at_all({"old": old}, operator)
+        assert old.services() + old.configmaps() == kept, "what its pods need is as it was"
+        new.create()
+        new.set_running(1)
+        new.wait_phase("Running")
+        old.set_failed(1, "StoreUnavailable", 74)
+        old.set_running(2)
+        old.wait("attempt 2", lambda status: status.get("attempt") == 2 and status["phase"] == "Running")
+        assert [item["metadata"]["name"] for item in old.services()] == ["old-1", "old-gang"]
+        assert [item["metadata"]["name"] for item in old.configmaps()] == ["old-1"]
+    with running(before, cp.kubeconfig, namespace, log_of("back")) as operator:
+        look_at_all({"old": old, "new": new}, operator)
+        new.set_failed(1, "StoreUnavailable", 74)
+        for run in (old, new):
+            run.set_running(2)
+            run.wait("attempt 2", lambda status: status.get("attempt") == 2 and status["phase"] == "Running")
+    assert [item["metadata"]["name"] for item in new.configmaps()] == ["new-2"], "the release before made attempt 2"
+    with running(today, cp.kubeconfig, namespace, log_of("again")):
+        for run in (old, new):
+            run.set_succeeded(2)
+            run.wait_phase("Succeeded")
+            run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"ttlSecondsAfterFinished": 0}}})
+            run.wait("it is cleared up", lambda _, run=run: run.condition("CleanedUp"))
+            assert (run.jobs(), run.services(), run.configmaps()) == ([], [], []), "whoever made it"
+    assert jobs_created(cp, namespace) == ["new-1", "new-2", "old-1", "old-2"]
+
+
+def test_the_key_of_a_gang_is_told_to_its_pods_and_nobody_else(
     cp: devcluster.ControlPlane, api: Api, namespace: str, install: Install, log_of: LogOf, today: Release
 ) -> None:
     install(today)
     run = Run(api, namespace, "keyed").create()
     with running(today, cp.kubeconfig, namespace, log_of("today"), "--log-level=debug") as operator:
         run.set_running(1)
+        documents = [run.document(1)]
         run.set_failed(1, "StoreUnavailable", 74)
         run.set_running(2)
         run.wait("attempt 2", lambda status: status.get("attempt") == 2 and status["phase"] == "Running")
-        documents = [json.loads(item["data"]["run.json"]) for item in run.configmaps()]
+        documents.append(run.document(2))
         keys = {document["controlKey"] for document in documents}
         assert [document["version"] for document in documents] == [2, 2]
-        elsewhere = json.dumps([run.raw, run.jobs(), run.services(), run.events(), *map(run.pods, (1, 2))])
-        elsewhere += operator.log
+        told = [*run.jobs(), *run.pods(2)]
+        templates = [item.get("spec", {}).get("template", item)["metadata"] for item in told]
+        assert all(documents[1]["controlKey"] in each["annotations"].pop(RUN_ANNOTATION) for each in templates)
+        elsewhere = json.dumps([run.raw, told, run.services(), run.events()]) + operator.log
     assert len(keys) == 2, "each attempt has its own"
     assert run.status["trainer"] == {"image": "trainer:today", "runVersion": 2}
     assert not any(key in elsewhere for key in keys)

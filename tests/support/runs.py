@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+from lora_operator.names import RUN_ANNOTATION
 from tests.support.api import Api, ApiError, Raw
 from tests.support.wait import PATIENCE, eventually
 
@@ -113,7 +114,14 @@ class Run:
     def services(self) -> list[Raw]:
         return self._owned(f"/api/v1/namespaces/{self.namespace}/services")
 
+    def document(self, part: int | str) -> Raw:
+        """What the pods of an attempt, or of a preflight such as "pre1", are told, as long as their Job is there."""
+        (job,) = [job for job in self.jobs() if job["metadata"]["name"] == f"{self.name}-{part}"]
+        told: Raw = json.loads(job["spec"]["template"]["metadata"]["annotations"][RUN_ANNOTATION])
+        return told
+
     def configmaps(self) -> list[Raw]:
+        """What earlier releases gave to the pods."""
         return self._owned(f"/api/v1/namespaces/{self.namespace}/configmaps")
 
     def policies(self) -> list[Raw]:

@@ -103,10 +103,14 @@ What the operator may do, by purpose. The same table is lora_operator.kube.right
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [create, delete, get, list, patch, watch]
-# Name and input of the gang.
+# The names by which pods of a gang find each other.
 - apiGroups: [""]
-  resources: [services, configmaps]
+  resources: [services]
   verbs: [create, delete, get]
+# Input that earlier releases gave to pods: it goes with the rest.
+- apiGroups: [""]
+  resources: [configmaps]
+  verbs: [delete, get]
 # Who may speak to the pods of a run, and to whom they may.
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]

@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 from lora_api import LoRAFineTune, TrainerPin
-from lora_operator.children.configmap import build_configmap, build_preflight_configmap
 from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.networkpolicy import build_network_policy
-from lora_operator.children.service import build_service
+from lora_operator.children.service import build_service, needs_service
 from lora_operator.objects import Raw
 from lora_operator.settings import Settings
 from lora_operator.state.plan import LaunchAttempt, LaunchPreflight
@@ -23,8 +22,7 @@ def build_children(
     settings, reads = replace(settings, trainer_image=trainer.image), trainer.run_version
     policy = [build_network_policy(run)] if settings.network_policy == "on" else []
     if isinstance(launch, LaunchPreflight):
-        number = launch.number
-        return [[*policy, build_preflight_configmap(run, number)], [build_preflight_job(run, number, settings, reads)]]
-    *podgroup, job = build_gang(run, launch.number, settings, reads)
-    configmap = build_configmap(run, launch.number, reads, control_key)
-    return [[*policy, build_service(run, launch.number), configmap, *podgroup], [job]]
+        return [policy, [build_preflight_job(run, launch.number, settings, reads)]]
+    service = [build_service(run)] if needs_service(run) else []
+    *podgroup, job = build_gang(run, launch.number, settings, reads, control_key)
+    return [[*policy, *service, *podgroup], [job]]

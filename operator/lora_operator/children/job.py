@@ -11,9 +11,11 @@ from typing import Any
 from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
 from lora_api.run import MASTER_PORT, RUN_FILE
+from lora_operator.children.document import build_document, build_preflight_document
 from lora_operator.children.environment import build_env
 from lora_operator.children.pod import build_pod_template
 from lora_operator.children.podgroup import build_podgroup, join_gang
+from lora_operator.children.service import build_master_address, needs_service
 from lora_operator.names import (
     INDEX_LABEL,
     RUN_VERSION_ANNOTATION,
@@ -22,6 +24,7 @@ from lora_operator.names import (
     child_name,
     preflight_labels,
     preflight_name,
+    service_name,
 )
 from lora_operator.settings import Settings
 from lora_operator.state.workload import uses_kueue
@@ -38,24 +41,30 @@ PREFLIGHT_RESOURCES = {"requests": {"cpu": "500m", "memory": "1Gi"}}
 """Little, so that a preflight finds room on a node whose GPUs are all in use. It may take more where there is more."""
 
 
-def build_gang(run: LoRAFineTune, attempt: int, settings: Settings, run_version: int = 1) -> list[dict[str, Any]]:
+def build_gang(
+    run: LoRAFineTune, attempt: int, settings: Settings, run_version: int = 1, control_key: str | None = None
+) -> list[dict[str, Any]]:
     """The Job of ``attempt``, behind its PodGroup where there is a gang scheduler.
 
     ``run_version`` is the newest run document that the trainer reads.
     """
-    job = _annotate(build_job(run, attempt, settings), run_version)
+    job = _annotate(build_job(run, attempt, settings, run_version, control_key), run_version)
     if settings.gang_scheduler == "none":
         return [job]
     return [build_podgroup(run, attempt, job["spec"]["template"], settings), job]
 
 
-def build_job(run: LoRAFineTune, attempt: int, settings: Settings) -> dict[str, Any]:
+def build_job(
+    run: LoRAFineTune, attempt: int, settings: Settings, run_version: int = 1, control_key: str | None = None
+) -> dict[str, Any]:
     """The Job of ``attempt``. One that names a queue of Kueue is made suspended, and Kueue lets it go."""
     name, labels = child_name(run.metadata.name, attempt), child_labels(run.metadata.name, attempt)
     template = build_pod_template(
-        run, settings, name=name, labels=labels, args=["launch", RUN_FILE],
-        env=_gang_env(run, attempt, settings), resources=_gang_resources(run),
+        run, settings, document=build_document(run, attempt, run_version, control_key), labels=labels,
+        args=["launch", RUN_FILE], env=_gang_env(run, attempt, settings), resources=_gang_resources(run),
     )  # fmt: skip
+    if needs_service(run):
+        template["spec"]["subdomain"] = service_name(run.metadata.name)
     policy = run.spec.run_policy
     if policy.priority_class_name:
         template["spec"]["priorityClassName"] = policy.priority_class_name
@@ -73,7 +82,7 @@ def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings, run_
     """The Job of a preflight: one pod without a GPU, on the nodes and with the credentials that the run would have."""
     name, labels = preflight_name(run.metadata.name, number), preflight_labels(run.metadata.name, number)
     template = build_pod_template(
-        run, settings, name=name, labels=labels, args=["preflight", RUN_FILE],
+        run, settings, document=build_preflight_document(run), labels=labels, args=["preflight", RUN_FILE],
         env=build_env(run, {}), resources=PREFLIGHT_RESOURCES,
     )  # fmt: skip
     return _annotate(_build(run, name, labels, 1, template), run_version)
@@ -106,11 +115,7 @@ def _build(
 
 def _gang_env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[str, Any]]:
     """Rendezvous and library settings."""
-    parallelism = run.spec.parallelism
-    name = child_name(run.metadata.name, attempt)
-    # With the namespace: while rank 0 has no address yet, the resolver goes on with the next search domain, and there
-    # NAME-0.NAME is the Service NAME-0 of a namespace that somebody has called NAME.
-    address = f"{name}-0.{name}.{run.metadata.namespace}.svc"
+    parallelism, address = run.spec.parallelism, build_master_address(run, attempt)
     own = {
         "MASTER_ADDR": address,
         "MASTER_PORT": str(MASTER_PORT),

@@ -9,7 +9,7 @@ from lora_api import LoRAFineTune
 from lora_api.pods import SecretRef
 from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
 from lora_operator.children.environment import source_uris
-from lora_operator.names import UID_LABEL
+from lora_operator.names import RUN_ANNOTATION, UID_LABEL
 from lora_operator.settings import Settings
 
 COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]
@@ -19,31 +19,32 @@ USER_ID = 65532
 _OF_EVERY_CONTAINER = ("cpu", "memory", "ephemeral-storage")
 """Resources that a quota may ask for of every container; devices are the trainer's alone."""
 
+_RUN_ITEM = {
+    "path": PurePosixPath(RUN_FILE).name,
+    "fieldRef": {"fieldPath": f"metadata.annotations['{RUN_ANNOTATION}']"},
+}
+
 
 def build_pod_template(
     run: LoRAFineTune,
     settings: Settings,
     *,
-    name: str,
+    document: str,
     labels: dict[str, str],
     args: Sequence[str],
     env: Sequence[Mapping[str, Any]],
     resources: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """The template of pods whose ConfigMap and, if they have one, Service have ``name``.
-
-    They hold no credentials of the cluster.
-    """
+    """The template of pods that are told ``document``. They hold no credentials of the cluster."""
     template = run.spec.pod_template
     claims, credentials = claims_of(run), run.spec.credentials
     return {
         "metadata": {
             "labels": template.labels | labels | {UID_LABEL: run.metadata.uid},
-            "annotations": template.annotations,
+            "annotations": template.annotations | {RUN_ANNOTATION: document},
         },
         "spec": {
             "restartPolicy": "Never",
-            "subdomain": name,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": settings.termination_grace,
@@ -60,7 +61,7 @@ def build_pod_template(
             **({"initContainers": [_build_gate(credentials.secret_ref, settings, resources)]} if credentials else {}),
             "containers": [_container(settings, args, env, resources, claims)],
             "volumes": [
-                {"name": "run", "configMap": {"name": name}},
+                {"name": "run", "downwardAPI": {"items": [_RUN_ITEM]}},
                 {"name": "work", "emptyDir": {}},
                 {"name": "tmp", "emptyDir": {}},
                 {"name": "shm", "emptyDir": {"medium": "Memory"}},

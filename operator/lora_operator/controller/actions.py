@@ -8,13 +8,13 @@ from datetime import datetime
 from lora_api import PLURAL, LoRAFineTune, TrainerPin
 from lora_api.finetune import ObjectMeta
 from lora_operator.children.assembly import build_children
-from lora_operator.children.controlkeys import ControlKeys
+from lora_operator.children.controlkeys import draw_control_key
 from lora_operator.evidence.memory import Memory
 from lora_operator.kube.client import KubeClient, KubeError, NameConflictError
 from lora_operator.lifecycle.finished import list_children
 from lora_operator.lifecycle.refused import needs_answer, permission_of
 from lora_operator.names import child_name
-from lora_operator.objects import Key, Raw
+from lora_operator.objects import Raw
 from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import (
@@ -46,11 +46,6 @@ class Actor:
         self._memory = memory
         self._settings = settings
         self._clock = clock
-        self._keys = ControlKeys()
-
-    def forget(self, key: Key) -> None:
-        """The run has ended, or is gone."""
-        self._keys.forget(key)
 
     async def act(self, observed: Observed, plan: Plan, settings: Settings, trainer: TrainerPin) -> bool:
         """Does what ``plan`` says; ``False``: not all of it, and there is to be another decision.
@@ -89,7 +84,7 @@ class Actor:
     ) -> bool:
         """Creates what ``launch`` is made of, group by group; ``False``: something of it was refused."""
         run = observed.run
-        control_key = self._keys.of(run, launch.number) if isinstance(launch, LaunchAttempt) else None
+        control_key = draw_control_key() if isinstance(launch, LaunchAttempt) else None
         for together in build_children(run, launch, settings, trainer, control_key):
             if not self._cache.is_current(run.metadata):
                 return False
@@ -160,4 +155,6 @@ class Actor:
 
 def _is_kept(child: Raw, observed: Observed) -> bool:
     """Whether ``child`` is there already, unless somebody has deleted it: it is the run's and not an attempt's."""
+    if child["kind"] == "Service":
+        return bool(observed.run.status.attempt or observed.jobs)
     return child["kind"] == "NetworkPolicy" and observed.has_launched()

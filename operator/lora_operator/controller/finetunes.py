@@ -94,7 +94,6 @@ class FineTunes:
 
     def forget(self, key: Key) -> None:
         """The run is gone."""
-        self._actor.forget(key)
         self._remarks.forget(key)
         self._memory.forget(key)
 
@@ -177,9 +176,8 @@ class FineTunes:
         """Writes the status, and says when the next look is due."""
         key = seen.metadata.namespace, seen.metadata.name
         again = await self._patch_status(key, seen, plan)
-        if is_finished(seen.observed.run.status):
-            self._actor.forget(key)
-            self._memory.forget(key) if not plan.actions and not seen.observed.reports.denied else None
+        if is_finished(seen.observed.run.status) and not plan.actions and not seen.observed.reports.denied:
+            self._memory.forget(key)
         if any(isinstance(action, DeleteJob) for action in plan.actions):
             return 0.0
         waits = [again, compute_next_look(seen.observed, plan, self._settings)]

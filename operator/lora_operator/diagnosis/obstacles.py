@@ -36,7 +36,10 @@ _EVENT_REMEDIES = {
     "work, or once the pod is deleted and made on another node.",
 }
 """By the reason of the newest warning about a pod that has a node and does not start."""
-_SIZE_REMEDY = "Shorten what the specification says at length, and create the run again."
+_SIZE_REMEDY = (
+    "Shorten what the specification says at length, such as dataset.chatTemplate or podTemplate.annotations, and "
+    "create the run again."
+)
 
 
 def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports) -> Obstacle | None:
@@ -133,6 +136,6 @@ def _describe_refusal(kind: str, status: int, words: str) -> tuple[str, str, Fai
         return "QuotaExceeded", _QUOTA_REMEDY, None
     if status == 403 and 'User "' in words and "cannot create" in words:
         return "OperatorForbidden", _ROLE_REMEDY, None
-    if status == 413 or (kind == "ConfigMap" and "Too long" in words):
+    if status == 413 or "template.annotations: Too long" in words:
         return str(FailureClass.BAD_SPEC), _SIZE_REMEDY, FailureClass.BAD_SPEC
     return str(FailureClass.POD_NOT_STARTED), _POLICY_REMEDY, FailureClass.POD_NOT_STARTED

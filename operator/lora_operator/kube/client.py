@@ -60,7 +60,6 @@ PATHS = {
 """Where a resource is. What follows a dot in its name is no part of the path: it tells versions and groups apart."""
 _RESOURCES = {
     ("v1", "Service"): "services",
-    ("v1", "ConfigMap"): "configmaps",
     ("networking.k8s.io/v1", "NetworkPolicy"): "networkpolicies",
     ("batch/v1", "Job"): "jobs",
     ("scheduling.volcano.sh/v1beta1", "PodGroup"): "podgroups.volcano",

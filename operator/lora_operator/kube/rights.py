@@ -31,12 +31,8 @@ RBAC: tuple[Rule, ...] = (
         ("create", "delete", "get", "list", "patch", "watch"),
         "the gang of an attempt: make it, end it, follow it",
     ),
-    Rule(
-        "",
-        ("services", "configmaps"),
-        ("create", "delete", "get"),
-        "name and input of the gang",
-    ),
+    Rule("", ("services",), ("create", "delete", "get"), "the names by which pods of a gang find each other"),
+    Rule("", ("configmaps",), ("delete", "get"), "input that earlier releases gave to pods: it goes with the rest"),
     Rule(
         "networking.k8s.io",
         ("networkpolicies",),

@@ -206,8 +206,7 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
     obstacle = diagnose_obstacle(pods, job, observed.reports)
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
-        lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace)
-        return replace(start, requeue_after=lost)
+        return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
         return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)

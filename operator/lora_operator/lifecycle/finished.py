@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import ConditionType
-from lora_operator.names import child_name, preflight_name
+from lora_operator.names import child_name, preflight_name, service_name
 from lora_operator.policies.ttl import seconds_to_cleanup
 from lora_operator.settings import Settings
 from lora_operator.state.facts import has_passed, holds
@@ -39,7 +39,8 @@ def _disown(observed: Observed, plan: Plan) -> Plan:
 def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str]]:
     """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched.
 
-    The NetworkPolicy comes last, and also where none is made any more: one may be left from before.
+    Earlier releases made a ConfigMap for each Job, and a Service for each attempt. The NetworkPolicy comes last, and
+    also where none is made any more: one may be left from before.
     """
     run, status = observed.run.metadata.name, observed.run.status
     passed = 1 if has_passed(status) else 0
@@ -50,7 +51,8 @@ def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str
     if settings.gang_scheduler != "none":
         kinds.append(f"podgroups.{settings.gang_scheduler}")
     made = [("configmaps", name) for name in preflights] + [(kind, name) for kind in kinds for name in attempts]
-    return [*made, ("networkpolicies", run)] if made else []
+    service = [("services", service_name(run))] if attempts else []
+    return [*made, *service, ("networkpolicies", run)] if made else []
 
 
 def _decide_ending(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
@@ -74,7 +76,7 @@ def _decide_cleanup(observed: Observed) -> Plan:
         return NOTHING
     message = (
         f"ttlSecondsAfterFinished ({policy.ttl_seconds_after_finished} s) is over: "
-        "pods and their logs, Jobs, Services, ConfigMaps and the NetworkPolicy were deleted"
+        "pods and their logs, Jobs, the Service and the NetworkPolicy were deleted"
     )
     mark = Mark(value=True, reason="TimeToLiveOver", message=message)
     return Plan(actions=(DeleteChildren(),), conditions={ConditionType.CLEANED_UP: mark})

@@ -78,8 +78,6 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     left = None if started is None else settings.preflight_timeout - (now - started).total_seconds()
     if left is not None and left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
-    if started is None:
-        return _waiting("Preflight", _CHECKING)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
 
 

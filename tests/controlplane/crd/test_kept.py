@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 import devcluster
-from lora_api import LoRAFineTune, LoRAFineTuneSpec
-from lora_operator.children.configmap import build_configmap
+from lora_api import RUN_VERSION, LoRAFineTune, LoRAFineTuneSpec
 from lora_operator.children.job import build_job
 from lora_operator.children.service import build_service
 from lora_operator.settings import Settings
@@ -96,9 +95,8 @@ def test_what_the_crd_takes_the_kinds_of_the_children_take(dry: DryRun, path: st
     answer["metadata"]["uid"] = "0b3e1b4e-0000-4000-8000-000000000000"
     run = LoRAFineTune.model_validate(answer)
     for kind, body in (
-        ("/api/v1/namespaces/default/services", build_service(run, 999)),
-        ("/api/v1/namespaces/default/configmaps", build_configmap(run, 999)),
-        ("/apis/batch/v1/namespaces/default/jobs", build_job(run, 999, Settings())),
+        ("/api/v1/namespaces/default/services", build_service(run)),
+        ("/apis/batch/v1/namespaces/default/jobs", build_job(run, 999, Settings(), RUN_VERSION, "0f" * 32)),
     ):
         code, answer = dry.create(kind, body)
         assert code == 201, answer["message"]

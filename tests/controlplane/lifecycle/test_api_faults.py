@@ -24,7 +24,7 @@ from tests.controlplane.lifecycle.test_interruptions import check_end, jobs_crea
 from tests.support.api import Api
 from tests.support.install import CRDS
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, termination, waiting
+from tests.support.runs import Run, termination
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -83,16 +83,16 @@ def test_each_kind_of_call_may_fail(
         live(run)
         check_end(run)
     assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
-    writes = {"POST services", "POST configmaps", "POST networkpolicies", "POST jobs", "PATCH lorafinetunes/status"}
+    writes = {"POST services", "POST networkpolicies", "POST jobs", "PATCH lorafinetunes/status"}
     assert writes | {"DELETE jobs"} <= set(faulty.hit)
     assert "POST events" in faulty.hit
-    reads = {"GET pods/log", "GET pods", "GET jobs", "GET lorafinetunes", "GET networkpolicies"}
+    reads = {"GET pods/log", "GET pods", "GET jobs", "GET lorafinetunes", "GET networkpolicies", "GET services"}
     assert fault == "conflict" or reads <= set(faulty.hit)
 
 
 def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, settings: Settings) -> None:
-    """Each of the three is answered only once the others are asked for."""
-    together = {"networkpolicies", "services", "configmaps"}
+    """Each of the two is answered only once the other is asked for."""
+    together = {"networkpolicies", "services"}
     asked, answered = set[str](), list[str]()
 
     def hold(client: KubeClient) -> None:
@@ -103,7 +103,7 @@ def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, setti
             if method == "POST" and kind in together:
                 asked.add(kind)
                 async with asyncio.timeout(20):
-                    while len(asked) < 3:  # noqa: ASYNC110  (three calls of one launch)
+                    while asked != together:  # noqa: ASYNC110  (two calls of one launch)
                         await asyncio.sleep(0.01)
             answer = await send(method, path, *args)
             answered.extend([kind] if method == "POST" else [])
@@ -114,8 +114,8 @@ def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, setti
     with OperatorThread(settings, wrap=hold):
         run.create()
         run.wait_phase("Starting")
-    assert set(answered[:3]) == together
-    assert answered[3] == "jobs"
+    assert set(answered[:2]) == together
+    assert answered[2] == "jobs"
 
 
 @pytest.mark.parametrize("change", ["deleted", "written to"])
@@ -130,7 +130,7 @@ def test_nothing_more_is_made_of_a_run_that_changes_during_a_long_call(
 
         async def held(method: Any, path: str, *args: Any) -> Answer:
             answer = await send(method, path, *args)
-            if (method, _kind(path)) == ("POST", "configmaps"):
+            if (method, _kind(path)) == ("POST", "services"):
                 await asyncio.to_thread(seen.wait, 30)
             return answer
 
@@ -138,7 +138,7 @@ def test_nothing_more_is_made_of_a_run_that_changes_during_a_long_call(
 
     with OperatorThread(settings, wrap=hold) as operator:
         run.create()
-        eventually("its ConfigMap", run.configmaps)
+        eventually("its Service", run.services)
         cache, name, before = operator.operator.cache, f"{run.path}/{run.name}", run.raw["metadata"]["resourceVersion"]
         if change == "deleted":
             run.api.delete(name)
@@ -282,30 +282,20 @@ def test_a_job_that_somebody_shrinks_is_replaced(run: Run, operator: OperatorThr
     assert len(run.gang(2)) == 2
 
 
-@pytest.mark.parametrize("resource", ["configmaps", "services"])
-def test_what_pods_need_to_start_is_put_back(
-    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch, resource: str
-) -> None:
-    """Nobody watches these; a pod without its ConfigMap would wait for ever."""
-    monkeypatch.setattr("lora_operator.state.observed.RESTORE_DELAY", 1.0)
-    monkeypatch.setattr("lora_operator.state.observed.RESTORE_INTERVAL", 1.0)
-    with OperatorThread(settings) as operator:
-        run.create()
-        for pod in run.gang(1):
-            run.set_pod(pod, waiting("ContainerCreating", ""))
-        path = f"/api/v1/namespaces/{run.namespace}/{resource}"
-        before = run.api.get(f"{path}/run-1")
-        run.api.delete(f"{path}/run-1")
-        eventually("it is back", lambda: [item for item in run.api.items(path) if item["metadata"]["name"] == "run-1"])
-        after = run.api.get(f"{path}/run-1")
-        assert after["metadata"]["uid"] != before["metadata"]["uid"]
-        assert after.get("data") == before.get("data"), "the key is the one that pods may know already"
-        run.set_running(1)
-        run.wait_phase("Running")
-        calls = len([call for call in operator.calls if resource in call])
-        run.set_succeeded(1)
-        run.wait_phase("Succeeded")
-        assert len([call for call in operator.calls if resource in call]) == calls, "a gang that runs needs no care"
+def test_the_next_attempt_has_the_service_again_that_somebody_deleted(run: Run, operator: OperatorThread) -> None:
+    """Nobody watches it. A gang that has met needs it no more, and one that cannot meet says so and fails."""
+    services = f"/api/v1/namespaces/{run.namespace}/services"
+    run.create()
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.api.delete(f"{services}/run-gang")
+    run.set_failed(1, "PeerLost", 73, "run-1-0.run-gang.team.svc, the pod of rank 0, has no address")
+    run.gang(2)
+    (again,) = run.services()
+    run.set_running(2)
+    run.set_failed(2, "StoreUnavailable", 74)
+    run.gang(3)
+    assert [item["metadata"]["uid"] for item in run.services()] == [again["metadata"]["uid"]], "it is not made anew"
 
 
 def test_a_namespace_goes_with_all_that_is_in_it(

@@ -95,7 +95,7 @@ def is_at_end(run: Run, life: Life, status: Raw) -> bool:
     if not life.cleared:
         return True
     marked = any(item["type"] == "CleanedUp" for item in status["conditions"])
-    return marked and not (run.jobs() or run.services() or run.configmaps() or run.policies())
+    return marked and not (run.jobs() or run.services() or run.policies())
 
 
 def play(run: Run, life: Life, is_over: Callable[[], bool]) -> None:
@@ -124,9 +124,7 @@ def check_end(run: Run, life: Life) -> None:
     assert tuple(failure["class"] for failure in status.get("failures", [])) == life.failures, status["failures"]
     assert life.status.items() <= status.items()
     if not life.cleared:
-        assert [item["metadata"]["name"] for item in run.configmaps()] == [
-            f"run-{number}" for number in range(1, attempts + 1)
-        ]
+        assert [item["metadata"]["name"] for item in run.services()] == ["run-gang"]
     reasons = [event["reason"] for event in run.events()]
     assert reasons.count(life.phase) <= 1, reasons
 

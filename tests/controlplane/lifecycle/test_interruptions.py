@@ -75,8 +75,7 @@ def check_end(run: Run) -> None:
     assert (status["attempt"], status["chargedRestarts"]) == (2, 1)
     assert [failure["class"] for failure in status["failures"]] == ["StoreUnavailable"]
     assert [job["metadata"]["name"] for job in run.jobs()] == ["run-2"]
-    assert [item["metadata"]["name"] for item in run.services()] == ["run-1", "run-2"]
-    assert [item["metadata"]["name"] for item in run.configmaps()] == ["run-1", "run-2"]
+    assert [item["metadata"]["name"] for item in run.services()] == ["run-gang"], "one for both attempts"
     uid = run.raw["metadata"]["uid"]
     assert {job["metadata"]["ownerReferences"][0]["uid"] for job in run.jobs()} == {uid}
     reasons = [event["reason"] for event in run.events()]

@@ -26,7 +26,7 @@ def own_calls(operator: OperatorThread) -> list[str]:
 def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
     run.create()
     assert run.wait_phase("Starting")["attempt"] == 1
-    assert len(own_calls(operator)) == 5, "NetworkPolicy, Service, ConfigMap, Job, status"
+    assert len(own_calls(operator)) == 4, "NetworkPolicy, Service, Job, status"
     run.set_running(1)
     run.wait_phase("Running")
     assert run.condition("Scheduled")["status"] == "True"
@@ -45,7 +45,17 @@ def test_a_run_that_goes_well(run: Run, operator: OperatorThread) -> None:
     }
     reasons = ["Started", "Running", "Succeeded"]
     eventually("three Events", lambda: [event["reason"] for event in run.events()] == reasons)
-    assert len(own_calls(operator)) <= 12, own_calls(operator)
+    assert len(own_calls(operator)) <= 7, own_calls(operator)
+
+
+def test_a_run_of_one_node_is_launched_with_three_calls(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(parallelism={"nodes": 1, "gpusPerNode": 0}))
+    run.wait_phase("Starting")
+    kinds = [call.split("/")[-1] for call in own_calls(operator)]
+    assert kinds == ["networkpolicies", "jobs", "status"], "there is nobody to find: no Service"
+    [pod] = run.gang(1, size=1)
+    assert "subdomain" not in pod["spec"]
+    assert {"name": "MASTER_ADDR", "value": "localhost"} in pod["spec"]["containers"][0]["env"]
 
 
 def test_whatever_characters_a_pod_says_reach_the_status(run: Run, operator: OperatorThread) -> None:
@@ -62,13 +72,23 @@ def test_the_children_belong_to_the_run_and_are_as_the_builders_made_them(run: R
     run.create()
     run.gang(1)
     uid = run.raw["metadata"]["uid"]
-    for child in (*run.jobs(), *run.services(), *run.configmaps()):
-        assert child["metadata"]["name"] == "run-1"
+    for child, name in ((run.jobs()[0], "run-1"), (run.services()[0], "run-gang")):
+        assert child["metadata"]["name"] == name
         assert [owner["uid"] for owner in child["metadata"]["ownerReferences"]] == [uid]
         assert "lora-operator" in {fields["manager"] for fields in child["metadata"]["managedFields"]}
-    document = json.loads(run.configmaps()[0]["data"]["run.json"])
+    document = run.document(1)
     assert (document["uid"], document["attempt"], document["training"]["maxSteps"]) == (uid, 1, 18)
-    assert run.services()[0]["spec"]["clusterIP"] == "None"
+    (service,) = run.services()
+    assert (service["spec"]["clusterIP"], service["spec"]["selector"]) == ("None", {"lorafinetune.io/uid": uid})
+    for pod in run.gang(1):
+        assert pod["metadata"]["labels"]["lorafinetune.io/uid"] == uid
+        assert pod["spec"]["subdomain"] == "run-gang"
+        assert json.loads(pod["metadata"]["annotations"]["lorafinetune.io/run"]) == document
+        (volume,) = [volume for volume in pod["spec"]["volumes"] if volume["name"] == "run"]
+        (item,) = volume["downwardAPI"]["items"]
+        assert item["path"] == "run.json"
+        assert item["fieldRef"]["fieldPath"] == "metadata.annotations['lorafinetune.io/run']"
+    assert run.configmaps() == []
     job = run.jobs()[0]["spec"]
     assert (job["completions"], job["backoffLimitPerIndex"], job["podReplacementPolicy"]) == (2, 0, "Failed")
 
@@ -267,25 +287,24 @@ def test_pods_that_admission_refuses_end_the_run(run: Run, operator: OperatorThr
     assert "maximum memory usage per Container is 1Gi" in run.condition("Ready")["message"]
 
 
-@pytest.mark.parametrize("kind", ["services", "configmaps", "jobs"])
+@pytest.mark.parametrize(("kind", "name"), [("services", "run-gang"), ("jobs", "run-1")])
 def test_a_foreign_object_with_a_childs_name_is_left_alone(
-    api: Api, run: Run, operator: OperatorThread, kind: str
+    api: Api, run: Run, operator: OperatorThread, kind: str, name: str
 ) -> None:
     foreign: dict[str, Any] = {
         "services": {"spec": {"clusterIP": "None", "ports": [{"port": 80}]}},
-        "configmaps": {"data": {"mine": "yes"}},
         "jobs": {"spec": {"suspend": True, "template": _any_pod()}},
     }[kind]
     group = "/apis/batch/v1" if kind == "jobs" else "/api/v1"
     path = f"{group}/namespaces/{run.namespace}/{kind}"
-    before = api.create(path, {"metadata": {"name": "run-1"}, **foreign})
+    before = api.create(path, {"metadata": {"name": name}, **foreign})
     run.create()
     status = run.wait_phase("Failed")
     assert status["failures"][0]["class"] == "NameConflict"
-    assert "run-1 exists already and belongs to no LoRAFineTune" in run.condition("Ready")["message"]
-    after = api.get(f"{path}/run-1")
+    assert f"{name} exists already and belongs to no LoRAFineTune" in run.condition("Ready")["message"]
+    after = api.get(f"{path}/{name}")
     assert (after["metadata"]["uid"], after["metadata"].get("ownerReferences")) == (before["metadata"]["uid"], None)
-    assert after["spec" if kind != "configmaps" else "data"] == before["spec" if kind != "configmaps" else "data"]
+    assert after["spec"] == before["spec"]
 
 
 def _any_pod() -> dict[str, Any]:
@@ -297,7 +316,7 @@ def test_deleting_the_run_takes_everything_along(run: Run, operator: OperatorThr
     run.set_running(1)
     run.wait_phase("Running")
     run.delete()
-    for look in (run.jobs, run.services, run.configmaps, run.policies):
+    for look in (run.jobs, run.services, run.policies):
         eventually(f"no {look.__name__}", lambda look=look: look() == [])
     eventually("no pods", lambda: run.pods(1) == [])
     with pytest.raises(ApiError):

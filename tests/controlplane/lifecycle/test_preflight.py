@@ -38,22 +38,23 @@ def test_what_it_settled_is_what_every_attempt_gets(run: Run, operator: Operator
     assert container["args"][0] == "preflight"
     assert "nvidia.com/gpu" not in json.dumps(container["resources"])
     kinds = [call.split("/")[-1] for call in operator.calls if not call.startswith("GET ")]
-    assert kinds[:4] == ["networkpolicies", "configmaps", "jobs", "status"]
+    assert kinds[:3] == ["networkpolicies", "jobs", "status"]
     run.set_preflight(1, running())
     assert run.condition("PreflightPassed")["status"] == "False"
     run.set_preflight(1, ended(0, settled(), "Completed"))
+    documents = {"pre1": run.document("pre1")}
     status = run.wait("attempt 1", lambda status: status.get("attempt") == 1)
     assert (status["pins"], status["plan"]["microBatchSize"]) == (SETTLED["pins"], 2)
+    documents["1"] = run.document(1)
     assert run.condition("PreflightPassed")["message"] == "48 records; 18 steps"
     run.set_running(1)
     run.wait_phase("Running")
     run.set_failed(1, "StoreUnavailable", 74)
     run.set_running(2)
-    documents = {item["metadata"]["name"]: json.loads(item["data"]["run.json"]) for item in run.configmaps()}
-    assert sorted(documents) == ["run-1", "run-2", "run-pre1"]
-    for name in ("run-1", "run-2"):
+    documents["2"] = run.document(2)
+    for name in ("1", "2"):
         assert (documents[name]["pins"], documents[name]["training"]["microBatchSize"]) == (SETTLED["pins"], 2)
-    assert "pins" not in documents["run-pre1"]
+    assert "pins" not in documents["pre1"]
     run.set_succeeded(2)
     status = run.wait_phase("Succeeded")
     assert (status["attempt"], status["failedPreflights"], status["chargedRestarts"]) == (2, 0, 1)
@@ -156,12 +157,13 @@ def test_an_operator_that_sees_the_run_late_makes_no_preflight_again(
 
 
 def test_a_stranger_has_its_name(api: Api, run: Run, operator: OperatorThread) -> None:
-    path = f"/api/v1/namespaces/{run.namespace}/configmaps"
-    api.create(path, {"metadata": {"name": "run-pre1"}, "data": {"mine": "yes"}})
+    path = f"/apis/batch/v1/namespaces/{run.namespace}/jobs"
+    pod = {"restartPolicy": "Never", "containers": [{"name": "any", "image": "any"}]}
+    before = api.create(path, {"metadata": {"name": "run-pre1"}, "spec": {"suspend": True, "template": {"spec": pod}}})
     run.create()
     status = run.wait_phase("Failed")
     assert (status["reason"], status["failures"][0]["attempt"]) == ("NameConflict", 0)
-    assert api.get(f"{path}/run-pre1")["data"] == {"mine": "yes"}
+    assert api.get(f"{path}/run-pre1")["metadata"]["uid"] == before["metadata"]["uid"]
 
 
 def test_it_is_cleared_up_with_the_run(run: Run, operator: OperatorThread) -> None:
@@ -169,7 +171,7 @@ def test_it_is_cleared_up_with_the_run(run: Run, operator: OperatorThread) -> No
     run.set_preflight(1, ended(74, termination("StoreUnavailable", "503 Slow Down")))
     run.set_preflight(2, ended(65, termination("BadData", "record 7")))
     run.wait_phase("Failed")
-    eventually("nothing is left", lambda: (run.jobs(), run.configmaps(), run.preflight_pods(2)) == ([], [], []))
+    eventually("nothing is left", lambda: (run.jobs(), run.policies(), run.preflight_pods(2)) == ([], [], []))
 
 
 def test_an_operator_cut_after_any_call_is_continued_by_the_next(

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 import devcluster
-from lora_operator.children.configmap import build_configmap
+from lora_operator.children import document
 from lora_operator.kube.rights import RBAC
 from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, waiting
+from tests.support.runs import Run
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -159,48 +159,31 @@ def test_a_policy_against_the_job_ends_the_run_in_time(run: Run, settings: Setti
     assert "a Job needs a team" in failure["message"]
 
 
-def test_a_gang_that_starts_goes_on_where_a_child_cannot_be_put_back(
-    run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lora_operator.state.observed.RESTORE_DELAY", 1.0)
-    for module in ("observed", "reconcile"):
-        monkeypatch.setattr(f"lora_operator.{module}.RESTORE_INTERVAL", 1.0)
-    core = f"/api/v1/namespaces/{run.namespace}"
-    with OperatorThread(settings) as operator:
+def test_a_quota_of_services_is_waited_for(run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane) -> None:
+    allow_none(api, run.namespace, "count/services", "/api/v1", "services", SERVICE)
+    with OperatorThread(settings):
         run.create()
-        for pod in run.gang(1):
-            run.set_pod(pod, waiting("ContainerCreating", ""))
-        run.wait_phase("Starting")
-        allow_none(api, run.namespace, "count/services", "/api/v1", "services", SERVICE)
-        api.delete(f"{core}/services/run-1")
-        tried = operator.calls.count(f"POST {core}/services")
-        eventually("tried twice", lambda: operator.calls.count(f"POST {core}/services") >= tried + 2)
-        assert run.status["phase"] == "Starting"
-        api.patch(f"{core}/resourcequotas/few", {"spec": {"hard": {"count/services": "5"}}})
-        eventually(
-            "it is back", lambda: "run-1" in [item["metadata"]["name"] for item in api.items(f"{core}/services")]
-        )
+        wait_for(run, "QuotaExceeded", "Service run-gang is refused")
+        quota = f"/api/v1/namespaces/{run.namespace}/resourcequotas/few"
+        api.patch(quota, {"spec": {"hard": {"count/services": "5"}}})
         check_it_starts(run, cp)
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
-def test_a_configmap_that_is_too_large_ends_the_run(
-    run: Run, settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("preflight", "attempt"), [("off", 1), ("on", 0)])
+def test_a_document_that_is_too_large_ends_the_run_at_once(
+    run: Run, fast_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, preflight: str, attempt: int
 ) -> None:
-    """The CRD's limits let no specification become so large; the API server's words are what is tested."""
-
-    def build_too_large(*args: Any) -> dict[str, Any]:
-        configmap = build_configmap(*args)
-        return {**configmap, "data": {**configmap["data"], "large": "x" * 1_100_000}}
-
-    monkeypatch.setattr("lora_operator.children.assembly.build_configmap", build_too_large)
-    with OperatorThread(settings):
+    """A chat template, a system prompt and annotations of the greatest lengths can be more than annotations hold."""
+    write = document._write
+    monkeypatch.setattr(document, "_write", lambda told: write({**told, "large": "x" * 262_144}))
+    with OperatorThread(fast_settings(run.namespace, preflight=preflight)):
         run.create()
         status = run.wait_phase("Failed")
     (failure,) = status["failures"]
-    assert failure["class"] == "BadSpec"
-    assert failure["message"].startswith("ConfigMap run-1 is refused")
-    assert "Too long" in failure["message"]
+    assert (failure["class"], failure["attempt"]) == ("BadSpec", attempt)
+    assert f"Job run-{'pre1' if preflight == 'on' else '1'} is refused" in failure["message"]
+    assert "spec.template.annotations: Too long: may not be more than 262144 bytes" in failure["message"]
+    assert "Remedy: Shorten what the specification says at length" in run.condition("Failed")["message"]
 
 
 def wait_until_refused(api: Api, namespace: str) -> None:

@@ -1,6 +1,5 @@
 """What a run takes from its ClusterLoRARuntime, and keeps, on a real API server and Job controller."""
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -50,15 +49,8 @@ def image(run: Run, attempt: int) -> str:
     return str(run.gang(attempt)[0]["spec"]["containers"][0]["image"])
 
 
-def document(run: Run, attempt: int) -> Raw:
-    """What the pods of ``attempt`` were told."""
-    (found,) = (item for item in run.configmaps() if item["metadata"]["name"] == f"{run.name}-{attempt}")
-    content: Raw = json.loads(found["data"]["run.json"])
-    return content
-
-
 def words(run: Run, attempt: int) -> tuple[str, str]:
-    return image(run, attempt), document(run, attempt)["publish"]["store"]
+    return image(run, attempt), run.document(attempt)["publish"]["store"]
 
 
 def test_a_run_gets_what_its_runtime_says(run: Run, operator: OperatorThread, put_runtime: PutRuntime) -> None:
@@ -84,13 +76,13 @@ def test_a_run_gets_what_its_runtime_says(run: Run, operator: OperatorThread, pu
     assert {"name": "NCCL_IB_HCA", "value": "mlx5"} in container["env"]
     assert (pod["nodeSelector"], pod["terminationGracePeriodSeconds"]) == ({"pool": "training", "gpu": "h100"}, 77)
     assert {"key": "nvidia.com/gpu", "operator": "Exists"} in pod["tolerations"]
-    told = document(run, 1)
+    told = run.document(1)
     assert (told["publish"]["store"], told["checkpoint"]) == ("s3://of/runtime", {"everyMinutes": 15})
     assert told["device"] == {"name": "H100", "memoryGiB": 79.6}
     status = run.wait_phase("Starting")
     assert (status["runtime"]["name"], status["runtime"]["generation"]) == (name, 1)
     kinds = [call.split("/")[-1] for call in operator.calls if not call.startswith("GET ")]
-    assert kinds[:LAUNCH] == ["status", "networkpolicies", "services", "configmaps", "jobs", "status"]
+    assert kinds[:LAUNCH] == ["status", "networkpolicies", "services", "jobs", "status"]
 
 
 def test_an_edit_concerns_no_run_that_has_begun(
@@ -126,7 +118,7 @@ def test_a_run_that_asks_for_too_much_is_refused_by_the_rule(
     assert "(limits.maxGPUs)" in message
     assert "spec.dataset.train.uri is s3://models/train.jsonl, but " in message
     assert "(limits.dataUriPrefixes). Remedy: Stay within the limits" in message
-    assert (run.jobs(), run.services(), run.configmaps(), run.policies()) == ([], [], [], [])
+    assert (run.jobs(), run.services(), run.policies()) == ([], [], [])
     eventually("an Event", lambda: [event["reason"] for event in run.events()] == ["RuntimeRefused"])
     put_runtime(name, limits={"maxGPUs": 64, "dataUriPrefixes": None})
     other = Run(run.api, run.namespace, "other").create(naming(name))
@@ -197,7 +189,7 @@ def test_the_time_to_live_of_the_runtime_clears_up(run: Run, operator: OperatorT
     run.wait_phase("Running")
     run.set_succeeded(1)
     run.wait_phase("Succeeded")
-    eventually("nothing left", lambda: (run.jobs(), run.services(), run.configmaps()) == ([], [], []))
+    eventually("nothing left", lambda: (run.jobs(), run.services()) == ([], []))
 
 
 def test_the_preflight_has_the_same_runtime_as_the_attempts(
@@ -208,13 +200,12 @@ def test_the_preflight_has_the_same_runtime_as_the_attempts(
         run.create(naming(name, publish={}, parallelism={"nodes": 2, "gpusPerNode": 1}))
         (job,) = eventually("the preflight", run.jobs)
         assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "trainer:1"
-        (found,) = run.configmaps()
-        told = json.loads(found["data"]["run.json"])
+        told = run.document("pre1")
         assert (told["device"]["memoryGiB"], told["publish"]["store"]) == (79.6, "s3://one")
         put_runtime(name, image="trainer:2", store="s3://two")
         run.set_preflight(1, ended(0, settled(), "Completed"))
         assert words(run, 1) == ("trainer:1", "s3://one")
-        assert document(run, 1)["device"] == told["device"]
+        assert run.document(1)["device"] == told["device"]
 
 
 @pytest.mark.parametrize(("setting", "said", "phase"), [("on", False, "Starting"), ("off", True, "Preflight")])
@@ -227,8 +218,8 @@ def test_a_runtime_turns_the_preflight_on_or_off(
 
 
 LISTS = len(Resource)
-LAUNCH = 6
-"""Calls of a launch: the snapshot, NetworkPolicy, Service, ConfigMap, Job, status."""
+LAUNCH = 5
+"""Calls of a launch: the snapshot, NetworkPolicy, Service, Job, status."""
 
 
 def test_an_operator_cut_after_any_call_of_a_launch_leaves_one_runtime_for_all_attempts(

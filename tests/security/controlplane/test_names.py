@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.children.service import build_service
-from lora_operator.names import JOB_NAME_LABEL, child_name, preflight_name
+from lora_operator.names import child_name, preflight_name, service_name
 from lora_operator.objects import Raw
 from lora_operator.settings import Settings
 from tests.support.api import Api
@@ -37,7 +37,7 @@ def name_of(child: Child) -> str:
 def hosts_of(child: Child, nodes: int = 3) -> set[str]:
     """Full names of the pods in their namespace, as the Job controller and the Service make them."""
     name = name_of(child)
-    return {f"{name}-{index}.{name}" for index in range(nodes)}
+    return {f"{name}-{index}.{service_name(child[0])}" for index in range(nodes)}
 
 
 @given(CHILD, CHILD)
@@ -48,16 +48,17 @@ def test_no_two_children_of_one_namespace_have_a_name_in_common(one: Child, othe
         assert not hosts_of(one) & hosts_of(other)
 
 
-@given(CHILD, NAME, NUMBER)
-def test_no_service_selects_the_pods_of_another_run(one: Child, run: str, attempt: int) -> None:
+@given(CHILD, NAME)
+def test_no_service_selects_the_pods_of_another_run(one: Child, run: str) -> None:
     """Attack: who may create runs calls one so that its pods answer under the address of another run's rank 0."""
-    spec = a_run(metadata={"name": one[0]})
+    spec = a_run(metadata={"name": one[0], "uid": f"uid of {one[0]}"})
     job = build_job(spec, one[2], Settings()) if one[1] == "attempt" else build_preflight_job(spec, one[2], Settings())
-    # What the Job controller adds to the labels of the template:
-    labels = job["spec"]["template"]["metadata"]["labels"] | {JOB_NAME_LABEL: job["metadata"]["name"]}
-    selector = build_service(a_run(metadata={"name": run}), attempt)["spec"]["selector"]
-    selects = selector.items() <= labels.items()
-    assert selects == (one == (run, "attempt", attempt))
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    service = build_service(a_run(metadata={"name": run, "uid": f"uid of {run}"}))
+    selects = service["spec"]["selector"].items() <= labels.items()
+    assert selects == (one[0] == run)
+    subdomain = job["spec"]["template"]["spec"].get("subdomain")
+    assert (subdomain == service["metadata"]["name"]) == (one[:2] == (run, "attempt"))
 
 
 @given(st.text("ab1-", min_size=50, max_size=50), st.integers(1, 9999), st.integers(0, 127))
@@ -81,7 +82,7 @@ def test_rank_zero_is_looked_for_in_its_own_namespace(name: str, attempt: int, n
     child = child_name(name, attempt)
     for variable in ("MASTER_ADDR", "PET_MASTER_ADDR"):
         address = str(found[variable])
-        assert address == f"{child}-0.{child}.{namespace}.svc"
+        assert address == f"{child}-0.{service_name(name)}.{namespace}.svc"
         searched = [f"{address}.{domain}" for domain in (f"{namespace}.svc.cluster.local", "svc.cluster.local")]
         for other in searched:  # NAME.NAMESPACE.svc.cluster.local, or HOST.NAME.NAMESPACE.svc.cluster.local
             assert len(other.removesuffix(".svc.cluster.local").split(".")) > 3, "the address of nobody"

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.controlplane
 def refusal(run: Run) -> str:
     """What a run says that was refused before anything was made for it."""
     assert run.wait_phase("Failed")["reason"] == "RuntimeRefused"
-    assert (run.jobs(), run.services(), run.configmaps()) == ([], [], [])
+    assert (run.jobs(), run.services()) == ([], [])
     return str(run.condition("Failed")["message"])
 
 

@@ -188,6 +188,7 @@ def test_a_forged_status_deletes_nothing_of_others(api: Api, run: Run, settings:
     owned = f"/api/v1/namespaces/{run.namespace}"
     kept = [
         api.create(f"{owned}/services", {"metadata": {"name": "run-1"}, "spec": {"ports": [{"port": 1}]}}),
+        api.create(f"{owned}/services", {"metadata": {"name": "run-gang"}, "spec": {"ports": [{"port": 1}]}}),
         api.create(f"{owned}/configmaps", {"metadata": {"name": "run-2"}, "data": {"mine": "yes"}}),
         api.create(f"{owned}/configmaps", {"metadata": {"name": "run-pre1"}, "data": {"mine": "yes"}}),
     ]
@@ -195,7 +196,7 @@ def test_a_forged_status_deletes_nothing_of_others(api: Api, run: Run, settings:
     put_status(api, run, {**finished(run.adapter), "failedPreflights": 1})
     with OperatorThread(settings):
         run.wait("cleaned up", lambda status: run.condition("CleanedUp").get("status") == "True")
-    for before, kind in zip(kept, ("services", "configmaps", "configmaps"), strict=True):
+    for before, kind in zip(kept, ("services", "services", "configmaps", "configmaps"), strict=True):
         after = api.get(f"{owned}/{kind}/{before['metadata']['name']}")
         assert after["metadata"]["uid"] == before["metadata"]["uid"]
 

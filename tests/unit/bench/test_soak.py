@@ -168,14 +168,14 @@ def since_long() -> Raw:
     return status
 
 
-def see(*pods: Raw, suspend: bool = False, configmaps: tuple[str, ...] = ("run-0-1",), **status: Any) -> Seen:
+def see(*pods: Raw, suspend: bool = False, **status: Any) -> Seen:
     run = {
         "kind": "LoRAFineTune",
         "metadata": {"name": "run-0", "namespace": "team", "uid": "u"},
         "spec": {"runPolicy": {"suspend": suspend}},
         "status": {"attempt": 1, **status},
     }
-    return Seen(run, pods=pods, configmaps=frozenset(configmaps))
+    return Seen(run, pods=pods)
 
 
 def play(story: Story, seen: Seen) -> list[str]:
@@ -197,13 +197,8 @@ SET_0, SET_1 = f"PATCH {POD_0}/status", f"PATCH {POD_1}/status"
 STEPS: dict[str, tuple[Story, Seen, list[str]]] = {
     "a new pod gets a node": (tell("succeeds"), see(pod(0, NEW, node="")), [f"POST {POD_0}/binding"]),
     "a pod with a node starts": (tell("succeeds"), see(pod(0, NEW)), [f"{SET_0} running"]),
-    "but not without its ConfigMap": (tell("succeeds"), see(pod(0, NEW), configmaps=()), [f"{SET_0} waiting"]),
-    "for which it waits": (
-        tell("succeeds"),
-        see(pod(0, waiting("ContainerCreating", "")), configmaps=()),
-        [],
-    ),
-    "nor without an image": (tell("no image"), see(pod(0, NEW)), [f"{SET_0} waiting"]),
+    "but not without an image": (tell("no image"), see(pod(0, NEW)), [f"{SET_0} waiting"]),
+    "for which it waits": (tell("no image"), see(pod(0, waiting("ErrImagePull", "manifest unknown"))), []),
     "a gang that has run for long enough succeeds": (
         tell("succeeds", runs_for=30.0),
         see(pod(0, since_long()), pod(1, since_long())),

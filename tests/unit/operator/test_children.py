@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from lora_api import LoRAFineTune
+from lora_api import RUN_VERSION, LoRAFineTune, TrainerPin
 from lora_api.pods import PodTemplate
-from lora_operator.children.configmap import build_configmap, build_preflight_configmap
+from lora_operator.children.assembly import build_children
+from lora_operator.children.document import build_document
 from lora_operator.children.job import build_gang, build_job, build_preflight_job, omp_threads
 from lora_operator.children.podgroup import multiply_quantity
 from lora_operator.children.service import build_service
+from lora_operator.names import RUN_ANNOTATION
 from lora_operator.settings import Settings
+from lora_operator.state.plan import LaunchAttempt
 from tests.unit.operator.builders import a_run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -66,7 +69,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def build_all(run: LoRAFineTune, attempt: int) -> list[dict[str, Any]]:
-    return [build_service(run, attempt), build_configmap(run, attempt), build_job(run, attempt, SETTINGS)]
+    return [build_service(run), build_job(run, attempt, SETTINGS, RUN_VERSION)]
 
 
 QUEUED = a_run(
@@ -81,17 +84,13 @@ QUEUED = a_run(
 )
 
 
-def build_preflight(run: LoRAFineTune) -> list[dict[str, Any]]:
-    return [build_preflight_configmap(run, 2), build_preflight_job(run, 2, SETTINGS)]
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_the_children_are_as_their_file_says(name: str) -> None:
     check_golden(name, build_all(*RUNS[name]))
 
 
 def test_the_children_of_a_preflight_are_as_their_file_says() -> None:
-    check_golden("preflight", build_preflight(RUNS["gpu"][0]))
+    check_golden("preflight", [build_preflight_job(RUNS["gpu"][0], 2, SETTINGS)])
 
 
 def test_a_job_that_names_a_queue_waits_for_it_and_its_preflight_does_not() -> None:
@@ -147,9 +146,25 @@ def test_a_user_cannot_take_over_the_operators_labels() -> None:
     assert labels["app.kubernetes.io/managed-by"] == "lora-operator"
 
 
+def test_a_runtime_cannot_take_the_place_of_the_run_document() -> None:
+    run = a_run(podTemplate={"annotations": {RUN_ANNOTATION: "{}", "example.com/cost": "42"}})
+    annotations = build_job(run, 1, SETTINGS)["spec"]["template"]["metadata"]["annotations"]
+    assert annotations == {RUN_ANNOTATION: build_document(run, 1, 1), "example.com/cost": "42"}
+
+
+def test_a_run_of_one_node_has_no_service_and_finds_itself() -> None:
+    run = a_run(parallelism={"nodes": 1, "gpusPerNode": 8}, training={"maxSteps": 1, "globalBatchSize": 8})
+    (policy,), (job,) = build_children(run, LaunchAttempt(1), SETTINGS, TrainerPin(image="a", run_version=1), None)
+    pod = job["spec"]["template"]["spec"]
+    environment = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert policy["kind"] == "NetworkPolicy"
+    assert (environment["MASTER_ADDR"], environment["PET_MASTER_ADDR"]) == ("localhost", "localhost")
+    assert "subdomain" not in pod
+
+
 def test_names_fit_where_kubernetes_is_strictest() -> None:
     run = a_run(metadata={"name": "n" * 52})
-    (service, _, job) = build_all(run, 121)
+    service, job = build_all(run, 121)
     assert len(service["metadata"]["name"]) <= 63
     assert len(f"{job['metadata']['name']}-63") <= 63, "the host name of a pod"
     assert len(f"{build_preflight_job(run, 121, SETTINGS)['metadata']['name']}-0") <= 63

@@ -233,6 +233,7 @@ def test_the_words_of_a_full_quota_are_the_same_whichever_pod_was_tried() -> Non
 QUOTA = 'jobs.batch "tickets-1" is forbidden: exceeded quota: few, requested: count/jobs.batch=1, used: 0, limited: 0'
 ROLE = 'jobs.batch is forbidden: User "system:serviceaccount:lora-system:lora-operator" cannot create resource "jobs"'
 WEBHOOK = 'Internal error occurred: failed calling webhook "jobs.example.com": connection refused'
+TOO_LONG = 'Job.batch "run-1" is invalid: spec.template.annotations: Too long: may not be more than 262144 bytes'
 DENIED = 'admission webhook "jobs.example.com" denied the request: every Job needs a team'
 GOING = (
     'jobs.batch "tickets-1" is forbidden: unable to create new content in namespace team because it is being terminated'
@@ -249,13 +250,8 @@ GOING = (
         ("Job", 400, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Service", 403, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 422, "spec.template: Too long", ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
-        (
-            "ConfigMap",
-            422,
-            "[]: Too long: may not be more than 1048576 bytes",
-            ("BadSpec", FailureClass.BAD_SPEC, True),
-        ),
-        ("ConfigMap", 413, "Request entity too large", ("BadSpec", FailureClass.BAD_SPEC, True)),
+        ("Job", 422, TOO_LONG, ("BadSpec", FailureClass.BAD_SPEC, True)),
+        ("Job", 413, "Request entity too large", ("BadSpec", FailureClass.BAD_SPEC, True)),
         ("Job", 403, GOING, None),
         ("Job", 404, 'namespaces "team" not found', None),
         ("Job", 503, "unavailable", None),

@@ -75,7 +75,7 @@ def test_who_wins(case: str) -> None:
 def test_what_the_operator_needs_wins_over_everything() -> None:
     run = begun({}, variables(MASTER_ADDR="elsewhere", PET_NNODES="9"))
     found = environments(run)[0]
-    assert (found["MASTER_ADDR"], found["PET_NNODES"]) == ("tickets-1-0.tickets-1.team.svc", "2")
+    assert (found["MASTER_ADDR"], found["PET_NNODES"]) == ("tickets-1-0.tickets-gang.team.svc", "2")
 
 
 def test_each_listed_key_of_the_secret_is_mapped_and_may_be_missing() -> None:

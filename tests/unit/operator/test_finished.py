@@ -10,20 +10,20 @@ from tests.unit.operator.builders import a_preflight, a_run, condition, seen
 from tests.unit.operator.cases import SETTINGS
 
 ATTEMPTS = ["configmaps/tickets-1", "configmaps/tickets-2", "services/tickets-1", "services/tickets-2"]
-POLICY = "networkpolicies/tickets"
+SERVICE, POLICY = "services/tickets-gang", "networkpolicies/tickets"
 
 
 @pytest.mark.parametrize(
     ("status", "parts", "want"),
     [
         ({}, [], []),
-        ({"attempt": 2}, [], [*ATTEMPTS, POLICY]),
+        ({"attempt": 2}, [], [*ATTEMPTS, SERVICE, POLICY]),
         ({"failedPreflights": 1}, [], ["configmaps/tickets-pre1", POLICY]),
         ({"failedPreflights": 1}, [a_preflight(2)], ["configmaps/tickets-pre1", "configmaps/tickets-pre2", POLICY]),
         (
             {"attempt": 2, "conditions": [condition("PreflightPassed")]},
             [],
-            ["configmaps/tickets-pre1", *ATTEMPTS, POLICY],
+            ["configmaps/tickets-pre1", *ATTEMPTS, SERVICE, POLICY],
         ),
     ],
     ids=["nothing", "two attempts", "a preflight", "one more that is seen", "one that passed, whose Job is gone"],
@@ -42,5 +42,6 @@ def test_podgroups_are_listed_where_there_may_be_some() -> None:
         ("configmaps", "tickets-1"),
         ("services", "tickets-1"),
         ("podgroups.volcano", "tickets-1"),
+        ("services", "tickets-gang"),
         ("networkpolicies", "tickets"),
     ]

@@ -122,12 +122,12 @@ OWN = {"uid": "run-uid", "controller": True, "kind": "LoRAFineTune", "name": "ti
     ids=["ours", "nobody's", "another kind's", "another run's", "an earlier run's", "ours, being deleted"],
 )
 def test_a_child_is_created_or_found_but_never_adopted(metadata: dict[str, Any], passing: bool | None) -> None:
-    found = {"metadata": {"name": "tickets-1", **metadata}}
+    found = {"metadata": {"name": "tickets-gang", **metadata}}
     run = a_run()
     answers: list[Answer] = [(409, None, {"message": "modified"}), (200, None, found)]
 
     def use(client: KubeClient) -> Any:
-        return client.apply_child(build_service(run, 1), run)
+        return client.apply_child(build_service(run), run)
 
     if passing is None:
         result, client, _ = with_client(answers, use)
@@ -137,7 +137,7 @@ def test_a_child_is_created_or_found_but_never_adopted(metadata: dict[str, Any],
     with pytest.raises(NameConflictError) as raised:
         with_client(answers, use)
     assert raised.value.passing is passing
-    assert "Service tickets-1 exists already and belongs to" in str(raised.value)
+    assert "Service tickets-gang exists already and belongs to" in str(raised.value)
 
 
 def test_a_job_that_is_gone_needs_no_deletion() -> None:

@@ -8,8 +8,8 @@ import pytest
 from lora_api import RUN_VERSION, TrainerPin
 from lora_api.preflight import PreflightOutcome
 from lora_operator.children.assembly import build_children
-from lora_operator.children.controlkeys import ControlKeys
-from lora_operator.names import RUN_VERSION_ANNOTATION
+from lora_operator.children.controlkeys import draw_control_key
+from lora_operator.names import RUN_ANNOTATION, RUN_VERSION_ANNOTATION
 from lora_operator.settings import Settings
 from lora_operator.state.plan import LaunchAttempt, LaunchPreflight, Plan
 from lora_operator.state.trainers import choose_trainer, describe_unknown, keep_trainer
@@ -87,19 +87,20 @@ def test_it_is_said_where_an_attempt_may_get_another_trainer_than_those_before()
 
 def test_the_pods_have_the_runs_trainer_and_the_document_that_it_reads() -> None:
     for trainer, version, annotations in ((OLD, 1, None), (NEW, 2, {RUN_VERSION_ANNOTATION: "2"})):
-        (policy, service, configmap), (job,) = build_children(a_run(), LaunchAttempt(3), SETTINGS, trainer, KEY)
+        (policy, service), (job,) = build_children(a_run(), LaunchAttempt(3), SETTINGS, trainer, KEY)
         assert (policy["kind"], service["kind"]) == ("NetworkPolicy", "Service")
         assert job["spec"]["template"]["spec"]["containers"][0]["image"] == trainer.image
         assert job["metadata"].get("annotations") == annotations
-        document = configmap["data"]["run.json"]
-        assert f'"version": {version}' in document
+        document = job["spec"]["template"]["metadata"]["annotations"][RUN_ANNOTATION]
+        assert f'"version":{version}' in document
         assert (KEY in document) is (version == 2)
 
 
 def test_a_preflight_has_no_key() -> None:
-    (_, configmap), (job,) = build_children(a_run(), LaunchPreflight(1), SETTINGS, NEW, KEY)
-    assert KEY not in configmap["data"]["run.json"]
-    assert '"version": 1' in configmap["data"]["run.json"], "there is nothing new in it: any trainer may check it"
+    (policy,), (job,) = build_children(a_run(), LaunchPreflight(1), SETTINGS, NEW, KEY)
+    document = job["spec"]["template"]["metadata"]["annotations"][RUN_ANNOTATION]
+    assert (policy["kind"], KEY in document) == ("NetworkPolicy", False)
+    assert '"version":1' in document, "there is nothing new in it: any trainer may check it"
     assert job["metadata"]["annotations"] == {RUN_VERSION_ANNOTATION: "2"}
 
 
@@ -111,11 +112,6 @@ def test_a_job_is_read_back_as_it_was_made() -> None:
     assert (view.image, view.run_version) == (OWN, 2)
 
 
-def test_each_attempt_has_a_key_of_its_own_and_keeps_it() -> None:
-    keys, run = ControlKeys(), a_run()
-    first = keys.of(run, 1)
-    assert keys.of(run, 1) == first, "a ConfigMap that is restored has the key that its pods may know already"
-    assert keys.of(run, 2) != first
-    other = a_run(metadata={"uid": "another"})
-    assert len({first, keys.of(run, 1), keys.of(other, 1)}) == 3
-    assert all(len(bytes.fromhex(key)) == 32 for key in (first, keys.of(run, 2)))
+def test_no_two_attempts_have_the_same_key() -> None:
+    keys = {draw_control_key() for _ in range(3)}
+    assert [len(bytes.fromhex(key)) for key in keys] == [32] * 3
