@@ -31,6 +31,7 @@ from lora_operator.controller.lookups import Lookups
 from lora_operator.controller.remarks import Remarks
 from lora_operator.diagnosis.diagnose import PEER_SILENT
 from lora_operator.diagnosis.obstacles import diagnose_refusal
+from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.evidence.follow import (
     compute_next_look,
     forgotten_pods,
@@ -220,6 +221,7 @@ class Reconciler:
         elif reports.refusal and not any(map(observed.is_short_of_pods, observed.all_jobs())):
             reports = replace(reports, refusal=None)
         reports = await self._fetch_queue(replace(observed, reports=reports), now)
+        reports = note_sightings(replace(observed, reports=reports), now)
         self._reports[key] = reports
         return replace(observed, reports=reports)
 

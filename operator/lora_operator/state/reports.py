@@ -1,6 +1,7 @@
 """What was read on top of the watches, and when. All pure."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from lora_api import Progress, ProgressLine
@@ -44,6 +45,8 @@ class Reports:
     queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
     obstructed_since: datetime | None = None
+    seen: Mapping[str, datetime] = field(default_factory=dict)
+    """When this operator saw first what the pods are at (``diagnosis.sightings``)."""
     status_written_at: datetime | None = None
 
 
