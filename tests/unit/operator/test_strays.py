@@ -52,9 +52,9 @@ CASES = [
             "attempt": 1,
             "reason": "OrphanedPods",
             "requeue_after": 20.0,
-            "message": "Pods tickets-1-0, tickets-1-1 are still there though their Job was deleted (orphaned), and may "
-            "train on and write checkpoints. The next attempt waits for them, for 600 s at most. Remedy: kubectl delete "
-            "pod tickets-1-0 tickets-1-1; or let them train to their end: what they publish counts.",
+            "message": "Pods tickets-1-0, tickets-1-1 are still there though their Job was deleted (orphaned), and "
+            "may train on and write checkpoints. The next attempt waits for them, for 600 s at most. Remedy: kubectl "
+            "delete pod tickets-1-0 tickets-1-1; or let them train to their end: what they publish counts.",
         },
         marks={ConditionType.RUNNING: (False, "OrphanedPods")},
     ),
