@@ -1,7 +1,7 @@
 """Prometheus metrics. One registry an operator, so that several can run in one process."""
 
 from collections import Counter as Count
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,6 +23,7 @@ class Readings:
     runs_by_phase: Callable[[], Count[str]]
     tokens_per_second: Callable[[], Mapping[str, float]]
     queue_depth: Callable[[], int]
+    refused_namespaces: Callable[[], Sequence[str]] = tuple
 
 
 class Metrics:
@@ -115,3 +116,11 @@ class _Gauges(Collector):
         depth = GaugeMetricFamily("lora_operator_queue_depth", "Runs that are due to be looked at.")
         depth.add_metric([], self._readings.queue_depth())
         yield depth
+        refused = GaugeMetricFamily(
+            "lora_operator_namespace_refused",
+            "1 for each namespace of --namespaces that the operator may not read, and so does not serve.",
+            labels=["namespace"],
+        )
+        for namespace in self._readings.refused_namespaces():
+            refused.add_metric([namespace], 1)
+        yield refused

@@ -45,7 +45,7 @@ class Settings:
     kubeconfig: str = _setting(
         "", "LORA_KUBECONFIG", "Kubeconfig file. Empty: the pod's service account, else $KUBECONFIG or ~/.kube/config."
     )
-    http_host: str = _setting("0.0.0.0", "LORA_HTTP_HOST", "Address to listen on.")  # noqa: S104
+    http_host: str = _setting("", "LORA_HTTP_HOST", "Address to listen on. Empty: all of them, of IPv4 and of IPv6.")
     http_port: int = _setting(8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one.")
     concurrency: int = _setting(8, "LORA_CONCURRENCY", "Runs that are looked at at the same time.")
     api_qps: float = _setting(500.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")

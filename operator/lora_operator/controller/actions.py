@@ -12,7 +12,7 @@ from lora_operator.children.controlkeys import draw_control_key
 from lora_operator.evidence.memory import Memory
 from lora_operator.kube.client import KubeClient, KubeError, NameConflictError
 from lora_operator.lifecycle.finished import list_children
-from lora_operator.lifecycle.refused import needs_answer, permission_of
+from lora_operator.lifecycle.refusals import needs_answer, permission_of
 from lora_operator.names import child_name
 from lora_operator.objects import Raw
 from lora_operator.settings import Settings

@@ -15,13 +15,14 @@ from lora_operator.controller.answers import Answerer
 from lora_operator.controller.questions import Leftovers, NamespaceLabels, Question, forgotten_pods, questions
 from lora_operator.controller.reconcile import UnreadableError
 from lora_operator.controller.remarks import Remarks
+from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.evidence.collector import Collector
 from lora_operator.evidence.memory import Memory
 from lora_operator.evidence.wants import compute_next_look, compute_wants
 from lora_operator.kube.client import ConflictError, KubeClient, KubeError, NotFoundError
 from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.lastwords import await_words
-from lora_operator.lifecycle.refused import face_refusals
+from lora_operator.lifecycle.refusals import face_refusals
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
 from lora_operator.settings import Settings
@@ -155,8 +156,9 @@ class FineTunes:
 
     def decide(self, seen: Seen, now: datetime) -> Plan:
         """What to do about a run."""
-        plan = decide(seen.observed, now, seen.settings)
-        return await_words(seen.observed, face_refusals(seen.observed, plan, now, seen.settings), now)
+        observed = replace(seen.observed, reports=note_sightings(seen.observed, now))
+        plan = face_refusals(observed, decide(observed, now, seen.settings), now, seen.settings)
+        return await_words(observed, plan, now)
 
     def read_beside(self, seen: Seen, plan: Plan, now: datetime) -> None:
         """Has logs, Events and queues read."""
@@ -260,6 +262,7 @@ def settle(reports: Reports, observed: Observed, plan: Plan, now: datetime) -> R
         return forget_pods(reports)
     if reports.refusal and not any(map(observed.is_short_of_pods, observed.all_jobs())):
         reports = replace(reports, refusal=None)
+    reports = note_sightings(replace(observed, reports=reports), now)
     job = observed.live_job()
     if reports.queue_read_at is not None and not (job is not None and job.suspended):
         reports = replace(reports, queue=None, queue_read_at=None, queue_changed_at=None)

@@ -1,15 +1,19 @@
 """Why an attempt failed, or does not start: from what Kubernetes and the pods say to one Failure. All pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
-from lora_operator.watched.views import JobView, PodView
+from lora_operator.diagnosis.firstseen import can_be, ended_at
+from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
 
 ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
 """What the innocent pods of a gang say after another one failed or was asked to stop."""
+
+INIT_CONTAINER_FAILED = "InitContainerFailed"
+"""Reason of a failure of a container that is to end, or to run, before the trainer starts."""
 
 PEER_SILENT = "PeerSilent"
 """Reason of a failure that is blamed on a pod for saying nothing."""
@@ -20,8 +24,14 @@ _EVICTED = frozenset(
      "NodeShutdown", "Terminated"}
 )  # fmt: skip
 _DISK_FULL = ("ephemeral local storage usage exceeds", "usage of emptydir volume", "usage exceeds the limit")
-_NOT_STARTED = frozenset({"StartError", "ContainerCannotRun", "ContainerStatusUnknown"})
+_NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
 _NEVER_RAN = frozenset({"UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "NodeAffinity"})
+_STATUS_UNKNOWN = "ContainerStatusUnknown"
+"""What the kubelet says of a container that it does not find any more, with exit code 137."""
+
+_UNKNOWN = (255, "Unknown")
+"""Exit code and reason of a container that ran when its node went down: containerd finds it so after the reboot."""
+
 _KILLED = 128 + 9
 _TERMINATED = 128 + 15
 
@@ -39,6 +49,7 @@ class Symptom:
     step: int | None = None
     micro_batch_size: int | None = None
     at: datetime | None = None
+    """By the clock of the node, where the order of ends asks for it; nothing else is to be read into it."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +100,25 @@ def termination_of(pod: PodView) -> Termination | None:
 
 
 def diagnose_pods(
-    pods: Sequence[PodView], job: JobView, now: datetime, *, grace: float, processes_per_node: int
+    pods: Sequence[PodView],
+    job: JobView,
+    now: datetime,
+    *,
+    grace: float,
+    processes_per_node: int,
+    seen: Mapping[str, datetime] = {},
 ) -> list[Symptom]:
-    """What is wrong with the pods of ``job``, in the order of their indexes. Pods that run or succeeded are well."""
+    """What is wrong with the pods of ``job``, in the order of their indexes. Pods that run or succeeded are well.
+
+    ``seen``: when what was seen first (``sightings``).
+    """
     symptoms = [symptom for pod in pods if (symptom := diagnose_pod(pod, now, grace=grace)) is not None]
-    seen = {pod.index for pod in pods}
+    indexes = {pod.index for pod in pods}
     symptoms += [
         Symptom(FailureClass.POD_LOST, "PodGone", f"Pod {index} of Job {job.name} failed and is gone", at=job.created)
-        for index in sorted(job.failed_indexes - seen)
+        for index in sorted(job.failed_indexes - indexes)
     ]
-    if 0 in job.completed_indexes - seen:
+    if 0 in job.completed_indexes - indexes:
         message = f"Pod 0 of Job {job.name} succeeded and is gone, and with it the word of what came of it"
         symptoms.append(Symptom(FailureClass.POD_LOST, "PodGone", message, at=job.created))
     if job.failure and not symptoms:
@@ -108,7 +128,10 @@ def diagnose_pods(
             replace(symptom, rank=symptom.pod.index) if symptom.rank is None and symptom.pod else symptom
             for symptom in symptoms
         ]
-    return symptoms
+    if all(can_be(symptom.at, symptom.pod, job, seen) for symptom in symptoms):
+        return symptoms
+    # The clock of one of the nodes is wrong: what ended first is what was seen first.
+    return [replace(one, at=ended_at(one.pod, seen, now)) if one.pod else one for one in symptoms]
 
 
 def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None:
@@ -118,6 +141,8 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None
     still there ``grace`` seconds after the kubelet had to have ended it.
     """
     ended = pod.ended
+    if ended is not None and ended.init_container:
+        return _diagnose_init_container(pod, ended)
     if ended is not None and ended.exit_code == 0:
         return _diagnose_silent_success(pod)
     if ended is not None:
@@ -171,6 +196,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
             said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
             termination.micro_batch_size, termination.at,
         )  # fmt: skip
+    if _is_lost(ended):
+        return _diagnose_lost(pod, ended)
     if ended.reason in _NOT_STARTED:
         message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
@@ -181,6 +208,46 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         return Symptom(known, ended.reason, f"Pod {pod.name}: {RULES[known].meaning}", pod, at=at)
     message = f"Pod {pod.name} ended with exit code {exit_code} and no word why"
     return Symptom(FailureClass.INTERNAL, ended.reason or "Error", message, pod, at=at)
+
+
+def _is_lost(ended: Ended) -> bool:
+    """Whether the node knows no more how the container ended: it went down, or its runtime lost the container."""
+    return ended.reason == _STATUS_UNKNOWN or (ended.exit_code, ended.reason) == _UNKNOWN
+
+
+def _diagnose_lost(pod: PodView, ended: Ended) -> Symptom:
+    words = f": {ended.message}" if ended.message else ""
+    message = f"Pod {pod.name} was lost: its node restarted, or no longer knows its containers{words}"
+    return Symptom(FailureClass.POD_LOST, ended.reason, message, pod, at=ended.at)
+
+
+def _diagnose_init_container(pod: PodView, ended: Ended) -> Symptom:
+    """A container failed that was to end before the trainer starts.
+
+    What it does is not ours to know, as anybody may have put it there: its exit code is none of the trainer's, and the
+    next try may succeed.
+    """
+    taken = _diagnose_disruption(pod)
+    if taken is not None:
+        return replace(taken, at=ended.at)
+    if _is_lost(ended):
+        return _diagnose_lost(pod, ended)
+    what, words = f"Init container {ended.init_container} of pod {pod.name}", ended.message.strip()
+    if ended.reason in _NOT_STARTED:
+        message = f"{what} did not start: {words or ended.reason}"
+        return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=ended.at)
+    how = f"{what} ended with exit code {ended.exit_code} ({ended.reason or 'Error'})"
+    remedy = describe_init_remedy(pod.name, ended.init_container)
+    message = f"{how}: {words}" if words else how
+    return Symptom(FailureClass.POD_LOST, INIT_CONTAINER_FAILED, message, pod, remedy, at=ended.at)
+
+
+def describe_init_remedy(pod: str, container: str) -> str:
+    """What to do about an init container that fails."""
+    return (
+        f"See its log (kubectl logs {pod} -c {container}): whoever puts it into the pods, a mesh or an agent for "
+        "example, has to mend it. The next attempt starts by itself."
+    )
 
 
 def _diagnose_without_exit(pod: PodView) -> Symptom:
@@ -227,7 +294,13 @@ def is_off(pod: PodView) -> bool:
     return pod.running and pod.unready and pod.deleting_at is None
 
 
-def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt: int, now: datetime) -> Failure:
+def diagnose_root(
+    symptoms: Sequence[Symptom],
+    pods: Sequence[PodView],
+    attempt: int,
+    now: datetime,
+    seen: Mapping[str, datetime] = {},
+) -> Failure:
     """The failure that explains all ``symptoms``: the earliest that is no echo of another pod's.
 
     Where every pod only lost a peer, the pod that says nothing is the suspect: in a hang, those that report the
@@ -265,7 +338,7 @@ def diagnose_root(symptoms: Sequence[Symptom], pods: Sequence[PodView], attempt:
         micro_batch_size=root.micro_batch_size,
         exit_code=ended.exit_code if ended else None,
         log_tail=None,
-        at=root.at or now,
+        at=ended_at(root.pod, seen, now),
     )
 
 

@@ -1,11 +1,12 @@
 """What keeps an attempt from starting: its pods do not run, or what it is made of is refused. Pure."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from lora_api import RULES, FailureClass
-from lora_operator.diagnosis.diagnose import Obstacle
+from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, Obstacle, describe_init_remedy
+from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.watched.views import JobView, PodView
 
@@ -14,6 +15,13 @@ _IMAGE = frozenset(
      "RegistryUnavailable", "SignatureValidationFailed"}
 )  # fmt: skip
 _CONFIG = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"})
+_HOLDS_UP: Mapping[str, FailureClass] = {
+    **dict.fromkeys(_IMAGE, FailureClass.IMAGE_PULL_FAILED),
+    **dict.fromkeys(_CONFIG, FailureClass.POD_NOT_STARTED),
+    "CrashLoopBackOff": FailureClass.POD_LOST,  # of a sidecar before the trainer: that has no second start
+}
+"""What the kubelet says of a container that does not start, and what the run fails with if that lasts."""
+
 _SCHEDULING_REMEDY = (
     "Free or add nodes that have what the pods ask for (kubectl describe pod shows it), or ask for less in "
     "podTemplate.resources or parallelism. The run starts by itself once they fit."
@@ -42,15 +50,26 @@ _SIZE_REMEDY = (
 )
 
 
-def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports) -> Obstacle | None:
-    """What is in the way of ``job``, the worst first."""
-    starting = [pod for pod in pods if not pod.has_ended and not pod.running]
-    for pod in starting:
-        if pod.waiting_reason in _IMAGE:
-            return _fatal(FailureClass.IMAGE_PULL_FAILED, "Image of", pod)
-    for pod in starting:
-        if pod.waiting_reason in _CONFIG:
-            return _fatal(FailureClass.POD_NOT_STARTED, "Container of", pod)
+def find_held_up(pods: Sequence[PodView]) -> Mapping[FailureClass, PodView]:
+    """A pod each for what keeps containers from starting, the worst first."""
+    found = [(_HOLDS_UP.get(pod.waiting_reason), pod) for pod in _starting(pods)]
+    worst = dict.fromkeys(_HOLDS_UP.values())
+    return {kind: next(pod for what, pod in found if what is kind) for kind in worst if kind in dict(found)}
+
+
+def _starting(pods: Sequence[PodView]) -> list[PodView]:
+    return [pod for pod in pods if not pod.has_ended and not pod.running]
+
+
+def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports, now: datetime) -> Obstacle | None:
+    """What is in the way of ``job``, the worst first.
+
+    What keeps containers from starting counts from when it was seen first, and from then anew where it had passed: a
+    pod may have waited long for its node before, and what pulls an image tries again by itself.
+    """
+    starting = _starting(pods)
+    for failure_class, pod in find_held_up(pods).items():
+        return _fatal(failure_class, pod, reports.seen.get(held_up_seen(job, failure_class), now))
     if reports.refusal:
         return _refused(job, reports.refusal)
     for pod in starting:
@@ -83,13 +102,16 @@ def _scheduling_remedy(pod: PodView) -> str:
     return _CLAIM_REMEDY if "persistentvolumeclaim" in pod.unscheduled_message.lower() else _SCHEDULING_REMEDY
 
 
-def _fatal(failure_class: FailureClass, what: str, pod: PodView) -> Obstacle:
+def _fatal(failure_class: FailureClass, pod: PodView, since: datetime) -> Obstacle:
     """``reason`` is the class: Kubernetes' own word changes with every try, and each change would be a write."""
+    crashes = failure_class is FailureClass.POD_LOST
+    what = "Image" if failure_class is FailureClass.IMAGE_PULL_FAILED else "Container"
+    where = f", init container {pod.init_container}" if pod.init_container else ""
     return Obstacle(
-        reason=str(failure_class),
-        message=f"{what} pod {pod.name}: {pod.waiting_reason}: {pod.waiting_message}".rstrip(": "),
-        remedy=RULES[failure_class].remedy,
-        since=pod.created,
+        reason=INIT_CONTAINER_FAILED if crashes else str(failure_class),
+        message=f"{what} of pod {pod.name}{where}: {pod.waiting_reason}: {pod.waiting_message}".rstrip(": "),
+        remedy=describe_init_remedy(pod.name, pod.init_container) if crashes else RULES[failure_class].remedy,
+        since=since,
         failure_class=failure_class,
     )
 

@@ -116,7 +116,8 @@ class Reader:
     async def _fetch_log(self, pod: PodView, lines: int) -> str | None:
         """The end of a log; ``None``: the pod is gone, and no watch said so."""
         try:
-            return await self._kube.fetch_log(pod.namespace, pod.name, CONTAINER_NAME, lines)
+            container = (pod.ended and pod.ended.init_container) or CONTAINER_NAME
+            return await self._kube.fetch_log(pod.namespace, pod.name, container, lines)
         except NotFoundError:
             logger.info("%s/%s: the pod is gone, and no watch said so", pod.namespace, pod.name)
             self._cache.discard((Resource.PODS, pod.namespace, pod.name))

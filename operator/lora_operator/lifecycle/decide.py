@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import AdapterStatus, ConditionType, Phase
+from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.diagnose import (
     Symptom,
     diagnose_pods,
@@ -23,10 +23,17 @@ from lora_operator.diagnosis.diagnose import (
     find_silent,
     is_off,
     seconds_to_lost,
-    termination_of,
 )
 from lora_operator.diagnosis.obstacles import diagnose_obstacle
 from lora_operator.lifecycle.finished import decide_finished
+from lora_operator.lifecycle.orphans import (
+    are_to_be_named,
+    find_published,
+    name_orphans,
+    plan_orphans,
+    published_adapter,
+    seconds_to_letting_go,
+)
 from lora_operator.lifecycle.outcomes import (
     decide_failure,
     decide_success,
@@ -35,7 +42,7 @@ from lora_operator.lifecycle.outcomes import (
     job_lost,
     scheduled_mark,
 )
-from lora_operator.lifecycle.preflight import decide_preflight, needs_preflight
+from lora_operator.lifecycle.preflight import decide_preflight, find_running_on, needs_preflight
 from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_queue, plan_queued
 from lora_operator.lifecycle.runtime import decide_runtime
 from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
@@ -51,6 +58,10 @@ from lora_operator.watched.views import JobView, PodView
 
 def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     """What to do next."""
+    return name_orphans(observed, _decide(observed, now, settings))
+
+
+def _decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     status = observed.run.status
     if observed.run.metadata.deletion_timestamp:
         return NOTHING
@@ -61,6 +72,13 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
         return unsettled
     if needs_preflight(observed, settings):
         return decide_preflight(observed, now, settings)
+    running_on = find_running_on(observed)
+    if running_on is not None:
+        return Plan(actions=(DeleteJob(running_on),))
+    published = find_published(observed)
+    if published is not None:
+        attempt, adapter = published
+        return decide_success(attempt, adapter, disown(observed.run, adapter))
     attempt = max(status.attempt, 1)
     if is_over(status, attempt):
         if attempt + 1 not in observed.jobs:
@@ -129,10 +147,20 @@ def _decide_replacement(observed: Observed, attempt: int, now: datetime, setting
 
 
 def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
-    """Waits for the pods of Jobs that are gone, but not for one that the kubelet had to have ended long ago."""
-    wait = seconds_to_leaving(observed.leftovers(), now, settings.failure_grace)
+    """Waits for the pods of Jobs that are gone, but not for one that the kubelet had to have ended long ago.
+
+    Nor for ever for one that nobody ends.
+    """
+    left, orphans = seconds_to_letting_go(observed, now, settings), observed.orphans()
+    leaving = [pod for pod in observed.leftovers() if pod not in orphans]
+    waits = [seconds_to_leaving(leaving, now, settings.failure_grace), left]
+    wait = max((seconds for seconds in waits if seconds is not None), default=None)
     if wait is None:
         return None
+    if left is not None and are_to_be_named(observed, now, settings):
+        return plan_orphans(observed, settings, left)
+    if orphans and left is not None:
+        wait = min(wait, settings.failure_grace)
     if observed.run.status.attempt > 0:
         return Plan(requeue_after=wait)  # the status says why the run restarts, which is worth more
     return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", wait)
@@ -153,6 +181,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
         now,
         grace=settings.failure_grace,
         processes_per_node=observed.run.spec.parallelism.processes_per_node,
+        seen=observed.reports.seen,
     )
     if symptoms:
         return _decide_failing(observed, job, pods, symptoms, now, settings)
@@ -181,7 +210,7 @@ def _decide_failing(
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
     left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
-        failure = diagnose_root(symptoms, pods, job.attempt, now)
+        failure = diagnose_root(symptoms, pods, job.attempt, now, observed.reports.seen)
         return decide_failure(observed, job.attempt, failure, settings)
     awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
     message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
@@ -203,7 +232,7 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
         running = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
         marks = {ConditionType.SCHEDULED: scheduled_mark(value=True), ConditionType.RUNNING: running}
         return _decide_running(observed, job, marks, pods, settings, now)
-    obstacle = diagnose_obstacle(pods, job, observed.reports)
+    obstacle = diagnose_obstacle(pods, job, observed.reports, now)
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
         return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
@@ -254,13 +283,3 @@ def _decide_running(
         conditions=marks,
         requeue_after=min((seconds for seconds in waits if seconds is not None), default=None),
     )
-
-
-def published_adapter(pods: list[PodView]) -> AdapterStatus | None:
-    """The adapter that rank 0 says it published. Once it is in the store, no other pod can take it back."""
-    for pod in pods:
-        if pod.index == 0 and pod.ended is not None and pod.ended.exit_code == 0:
-            termination = termination_of(pod)
-            if termination is not None and termination.outcome == "succeeded":
-                return termination.adapter
-    return None

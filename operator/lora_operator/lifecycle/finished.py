@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import ConditionType
+from lora_operator.lifecycle.orphans import seconds_to_letting_go
 from lora_operator.names import child_name, preflight_name, service_name
 from lora_operator.policies.ttl import seconds_to_cleanup
 from lora_operator.settings import Settings
@@ -57,10 +58,12 @@ def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str
 
 def _decide_ending(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
     """Ends pods that still run before the rest goes: without the NetworkPolicy they could speak to anybody."""
-    alive, job = [pod for pod in observed.pods if not pod.has_ended], observed.current_job()
+    orphans, job = observed.orphans(), observed.current_job()
+    alive = [pod for pod in observed.pods if pod.job_uid and pod.holds_node and pod not in orphans]
     if alive and job is not None and not job.deleting:
         return Plan(actions=(DeleteJob(job),))
-    wait = seconds_to_leaving(alive, now, settings.failure_grace)
+    waits = [seconds_to_leaving(alive, now, settings.failure_grace), seconds_to_letting_go(observed, now, settings)]
+    wait = min((seconds for seconds in waits if seconds is not None), default=None)
     return None if wait is None else Plan(requeue_after=wait)
 
 
@@ -83,7 +86,7 @@ def _decide_cleanup(observed: Observed) -> Plan:
 
 
 def _decide_running_on(observed: Observed, now: datetime, settings: Settings) -> Plan:
-    """Ends pods that run on after the end of their run; the others are kept for their logs.
+    """Ends pods that run on after the end of their run, by a sidecar perhaps; the others are kept for their logs.
 
     A Job with a failed index is ended by lowering maxFailedIndexes, which leaves its ended pods alone. Another one has
     no log worth keeping and is deleted.
@@ -92,7 +95,7 @@ def _decide_running_on(observed: Observed, now: datetime, settings: Settings) ->
     ended_at = observed.run.status.completion_time
     if job is None or job.deleting or job.stopping or job.finished:
         return NOTHING
-    if all(pod.has_ended for pod in observed.gang(job)) and not observed.is_short_of_pods(job):
+    if not any(pod.holds_node for pod in observed.gang(job)) and not observed.is_short_of_pods(job):
         return NOTHING
     left = settings.failure_grace - (now - ended_at).total_seconds() if ended_at else 0.0
     succeeded = observed.run.status.adapter is not None

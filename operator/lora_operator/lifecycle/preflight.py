@@ -11,6 +11,7 @@ from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
 from lora_operator.diagnosis.diagnose import diagnose_pods, diagnose_root, termination_of
+from lora_operator.diagnosis.firstseen import running_since
 from lora_operator.diagnosis.obstacles import diagnose_obstacle
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
@@ -63,22 +64,32 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
         )  # fmt: skip
     if job.deleting:
         return _waiting("Preflight", "The Job of the preflight was deleted; another one follows")
-    symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0)
+    seen = observed.reports.seen
+    symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0, seen=seen)
     if symptoms:
-        return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now), settings)
+        return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now, seen), settings)
     if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
         return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
-    obstacle = diagnose_obstacle(pods, job, observed.reports)
+    obstacle = diagnose_obstacle(pods, job, observed.reports, now)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
             return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), settings)
         return _waiting(obstacle.reason, obstacle.text, requeue_after=left)
-    started = next((pod.started for pod in pods if pod.started), None)
-    left = None if started is None else settings.preflight_timeout - (now - started).total_seconds()
-    if left is not None and left <= 0:
+    if not any(pod.running for pod in pods):
+        return _waiting("Preflight", _CHECKING)
+    left = settings.preflight_timeout - (now - running_since(job, observed.reports.seen, now)).total_seconds()
+    if left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
+
+
+def find_running_on(observed: Observed) -> JobView | None:
+    """The Job of a preflight that has passed and whose pod runs on, by a sidecar, so that nobody ends it but us."""
+    if not has_passed(observed.run.status):
+        return None
+    jobs = (job for job in observed.preflights.values() if not job.deleting)
+    return next((job for job in jobs if any(pod.runs_on for pod in observed.gang(job))), None)
 
 
 def _waiting(

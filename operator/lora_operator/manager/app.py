@@ -20,7 +20,8 @@ from lora_operator.metrics import Metrics, Readings
 from lora_operator.objects import Key
 from lora_operator.settings import Settings
 from lora_operator.watched.cache import Cache, ObjectKey, Resource
-from lora_operator.watched.fill import fill, scopes
+from lora_operator.watched.fill import fill, fill_namespace, scopes
+from lora_operator.watched.refused import FORBIDDEN, Refused
 from lora_operator.watched.watch import Confirmations, apply_event, run_watches
 from lora_operator.workqueue import WorkQueue
 
@@ -47,7 +48,10 @@ class Operator:
     ) -> None:
         self.settings = settings
         self.cache = Cache()
-        self.metrics = Metrics(Readings(self.cache.runs_by_phase, self.cache.tokens_per_second, self._queue_depth))
+        self.refused = Refused(settings.namespaces)
+        self.metrics = Metrics(
+            Readings(self.cache.runs_by_phase, self.cache.tokens_per_second, self._queue_depth, self.refused.names)
+        )
         self.ready = False
         self.drain_seconds = DRAIN_SECONDS
         self._make_client = make_client
@@ -65,15 +69,17 @@ class Operator:
         runs = FineTunes(
             self.cache, kube, memory, collector, self.settings, self.metrics, self._clock, socket.gethostname()
         )
-        self._queue = queue = WorkQueue(self._timed(Reconciler(runs, self._clock)), self.settings.concurrency)
+        self._queue = queue = WorkQueue(self._timed(Reconciler(runs, self._clock), kube), self.settings.concurrency)
         self._confirmations = confirmations = Confirmations(
             self.cache,
             self.settings.confirm_after,
             lambda key: self._check(kube, key),
             by_namespace=bool(self.settings.namespaces),
         )
+        # Before kopf, which ends with it all that was begun after it.
+        again = asyncio.create_task(self._serve_again(kube, confirmations), name="refused namespaces")
         try:
-            await fill(self.cache, kube, self.settings)
+            await fill(self.cache, kube, self.settings, self.refused)
             collector.start()
             queue.start()
             for key in self.cache.run_keys():
@@ -85,9 +91,11 @@ class Operator:
             for resource in Resource:
                 for namespace in scopes(self.settings, resource):
                     confirmations.expect(resource, namespace)
-            await run_watches(self.settings, self._on_event, stop)
+            await run_watches(self.settings, self._on_event, stop, self.refused)
         finally:
             self.ready = False
+            again.cancel()
+            await asyncio.wait([again])
             await queue.stop(self.drain_seconds)
             await collector.stop(0.0)
             await confirmations.stop()
@@ -121,14 +129,43 @@ class Operator:
         except KubeError as error:
             logger.warning("%s %s/%s: not looked up: %s", *key, error)
 
-    def _timed(self, reconciler: Reconciler[Any, Any]) -> Callable[[Key], Any]:
+    async def _serve_again(self, kube: KubeClient, confirmations: Confirmations) -> None:
+        """Reads namespaces that were refused, from time to time, and looks at their runs once that is allowed again."""
+        while True:
+            await asyncio.sleep(self.refused.retry_seconds)
+            for namespace in filter(self.refused.can_be_watched, self.refused.names()):
+                try:
+                    await fill_namespace(self.cache, kube, namespace)
+                except KubeError as error:
+                    logger.debug("namespace %s is still not served: %s", namespace, error)
+                    continue
+                self.refused.serve(namespace)
+                for resource in filter(lambda kind: kind.namespaced, Resource):
+                    confirmations.expect(resource, namespace)
+                self._wake(*(key for key in self.cache.run_keys() if key[0] == namespace))
+
+    async def _find_refused(self, kube: KubeClient, namespace: str) -> None:
+        """Whether a refusal is of the whole of ``namespace``: a watch that is open stays allowed for minutes."""
+        try:
+            await fill_namespace(self.cache, kube, namespace)
+        except KubeError as error:
+            if error.status == FORBIDDEN:
+                self.refused.refuse(namespace, error.message)
+
+    def _timed(self, reconciler: Reconciler[Any, Any], kube: KubeClient) -> Callable[[Key], Any]:
         """``reconcile``, with its duration counted."""
 
         async def handle(key: Key) -> float | None:
+            if key[0] in self.refused:
+                return None  # what is known of it may be old, and all that is written is refused
             begin, outcome = asyncio.get_running_loop().time(), "error"
             try:
                 again_after = await reconciler.reconcile(key)
                 outcome = "ok"
+            except KubeError as error:
+                if error.status == FORBIDDEN and key[0] in self.settings.namespaces:
+                    await self._find_refused(kube, key[0])
+                raise
             finally:
                 seconds = asyncio.get_running_loop().time() - begin
                 self.metrics.reconciles.labels(outcome).observe(seconds)

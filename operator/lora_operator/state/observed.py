@@ -40,10 +40,10 @@ class Observed:
         """The pods of ``job``, rank by rank; where an index has several, the newest of those that stay.
 
         A Job controller that does not see a pod which it has made makes another one, and takes one of them away later.
-        Pods that were taken back with the quota of ``job`` are left out.
+        Pods that were taken back with the quota of ``job`` are left out, and so are copies beside what they are of.
         """
         latest: dict[int, PodView] = {}
-        for pod in sorted(self.pods, key=lambda pod: (_stays(pod), pod.created, pod.name)):
+        for pod in sorted(self.pods, key=lambda pod: (not pod.copied, _stays(pod), pod.created, pod.name)):
             if pod.job_uid == job.uid and not is_taken_back(pod, job):
                 latest[pod.index] = pod
         return [latest[index] for index in sorted(latest)]
@@ -53,8 +53,16 @@ class Observed:
         return [pod for pod in self.pods if pod.job_uid == job.uid and is_taken_back(pod, job) and not pod.has_ended]
 
     def leftovers(self) -> list[PodView]:
-        """Pods of Jobs that are still there though their Job is not."""
-        return [pod for pod in self.pods if pod.job_uid and not pod.gone and pod.job_uid not in self.job_uids]
+        """Pods that still hold nodes though their Job is gone.
+
+        The orphan of a preflight is none: it holds no GPU and writes no checkpoint.
+        """
+        lost = [pod for pod in self.pods if pod.job_uid and pod.holds_node and pod.job_uid not in self.job_uids]
+        return [pod for pod in lost if pod.attempt or not pod.orphaned]
+
+    def orphans(self) -> list[PodView]:
+        """Leftovers that nobody deletes."""
+        return [pod for pod in self.leftovers() if pod.deleting_at is None]
 
     def all_jobs(self) -> list[JobView]:
         """Every Job of the run, in the order in which they were made."""

@@ -84,6 +84,8 @@ class Reports:
     refused_child: RefusedChild | None = None
     denied: Mapping[str, str] = field(default_factory=dict)
     denied_at: datetime | None = None
+    seen: Mapping[str, datetime] = field(default_factory=dict)
+    """When this operator saw first what the pods are at (``diagnosis.sightings``)."""
     status_written_at: datetime | None = None
 
 

@@ -85,7 +85,7 @@ def compute_progress(
 
     ``first`` is the first step of the attempt that is known. The time that is left is estimated by the pace since then,
     with all evaluations and checkpoints: how many of these the last few steps had says little of how many are to come.
-    ``read_at`` is when the log was read: the clock of a node may be ahead, and nothing was said later than that.
+    ``read_at`` is when the log was read, which is when a step is told by our clock: that of the node may be hours off.
     """
     old = previous or Progress()
     steps = _steps_of(lines)
@@ -95,6 +95,7 @@ def compute_progress(
     last = steps[-1]
     step, total = last.step or 0, last.total_steps or old.total_steps
     percent = min(100, 100 * step // total) if total else 0
+    known = old.at is not None and (old.step, old.total_steps) == (step, total)
     eta = _estimate_seconds(first or steps[0], last, total)
     return old.model_copy(
         update={
@@ -110,7 +111,7 @@ def compute_progress(
             "tokens_per_second": last.tokens_per_second,
             "eta_seconds": eta,
             "eta": None if eta is None else format_duration(eta),
-            "at": last.at if read_at is None else min(last.at, read_at),
+            "at": old.at if known else read_at or last.at,
             "history": merge_history(old.history, steps, logging_steps),
         }
     )

@@ -8,6 +8,7 @@ from lora_api.runtime import DEFAULT_RUNTIME
 from lora_operator.kube.client import KubeClient, KubeError
 from lora_operator.settings import Settings
 from lora_operator.watched.cache import Cache, Resource
+from lora_operator.watched.refused import FORBIDDEN, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,19 @@ def scopes(settings: Settings, resource: Resource) -> tuple[str | None, ...]:
     return (resource.namespaced and settings.namespaces) or (None,)
 
 
-async def fill(cache: Cache, kube: KubeClient, settings: Settings) -> None:
+async def fill(cache: Cache, kube: KubeClient, settings: Settings, refused: Refused | None = None) -> None:
     """Writes the default runtime, if there is one, and lists each kind into ``cache``.
 
-    All of it, before the first decision: a run without its Job looks as if it failed.
+    All of it, before the first decision: a run without its Job looks as if it failed. Namespaces that may not be read,
+    while others may, are put into ``refused``.
 
     Raises:
         StartError: the API server refused, or there is no answer after so many tries.
     """
+    refused = refused or Refused(settings.namespaces)
     for delay in (*DELAYS, None):
         try:
-            await _fill_once(cache, kube, settings)
+            await _fill_once(cache, kube, settings, refused)
         except KubeError as error:
             if delay is None or error.status not in _PASSING:
                 raise StartError(describe_refusal(error)) from error
@@ -59,19 +62,45 @@ async def fill(cache: Cache, kube: KubeClient, settings: Settings) -> None:
             return
 
 
-async def _fill_once(cache: Cache, kube: KubeClient, settings: Settings) -> None:
+async def fill_namespace(cache: Cache, kube: KubeClient, namespace: str) -> None:
+    """Lists each kind in ``namespace`` into ``cache``.
+
+    Raises:
+        KubeError: the API server refused, or did not answer.
+    """
+    for resource in Resource:
+        if resource.namespaced:
+            await _fill_kind(cache, kube, resource, namespace)
+
+
+async def _fill_kind(cache: Cache, kube: KubeClient, resource: Resource, namespace: str | None) -> None:
+    async for raw in kube.fetch_list(resource, namespace):
+        cache.put(resource, raw)
+
+
+async def _fill_once(cache: Cache, kube: KubeClient, settings: Settings, refused: Refused) -> None:
     """What an earlier try has put into the cache may stay there: nothing older replaces it."""
     if settings.default_runtime:
         spec = ClusterLoRARuntimeSpec.model_validate_json(settings.default_runtime)
         await kube.apply_runtime(DEFAULT_RUNTIME, spec)
 
+    errors: dict[str, KubeError] = {}
+
     async def fill_kind(resource: Resource) -> None:
         for namespace in scopes(settings, resource):
-            async for raw in kube.fetch_list(resource, namespace):
-                cache.put(resource, raw)
+            try:
+                await _fill_kind(cache, kube, resource, namespace)
+            except KubeError as error:
+                if namespace is None or error.status != FORBIDDEN:
+                    raise
+                errors[namespace] = error
 
     # All kinds side by side: one page is read while the API server makes those of others. None is cut off in the middle
     # of an answer, of which uvloop would tell in a stack trace.
     for result in await asyncio.gather(*map(fill_kind, Resource), return_exceptions=True):
         if result is not None:
             raise result
+    if errors and len(errors) == len(settings.namespaces):
+        raise next(iter(errors.values()))
+    for namespace, error in errors.items():
+        refused.refuse(namespace, error.message)

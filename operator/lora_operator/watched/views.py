@@ -17,6 +17,7 @@ from lora_operator.names import (
     PREFLIGHT_LABEL,
     RUN_LABEL,
     RUN_VERSION_ANNOTATION,
+    UID_LABEL,
     child_name,
     preflight_name,
 )
@@ -27,17 +28,25 @@ _TRACKING_FINALIZER = "batch.kubernetes.io/job-tracking"
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a container ended."""
+    """How a container ended: the trainer, or the init container of that name, after which no trainer starts.
+
+    ``at`` is by the clock of the node.
+    """
 
     exit_code: int
     reason: str
     message: str
     at: datetime | None
+    init_container: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PodView:
-    """A pod of a gang. ``index`` is its number in the Job, which is its node rank."""
+    """A pod of a gang. ``index`` is its number in the Job, which is its node rank.
+
+    Others may have put containers beside the trainer: a mesh, an agent, a sidecar. ``waiting_reason``, ``running`` and
+    ``ended`` are of the trainer, or of the init container that keeps it from starting.
+    """
 
     namespace: str
     name: str
@@ -47,12 +56,19 @@ class PodView:
     attempt: int
     index: int
     job_uid: str
+    """Empty: a copy that somebody made, for debugging, say. It is none of the gang."""
     created: datetime
+    orphaned: bool = False
+    """Somebody deleted its Job and let it live (--cascade=orphan): nobody deletes it any more."""
+    copied: bool = False
+    """A copy that the Job controller has taken for one of its own pods; it takes one of the two away."""
+    run_uid: str = ""
     deleting_at: datetime | None = None
     phase: str = "Pending"
     reason: str = ""
     message: str = ""
     scheduled: bool = False
+    scheduled_at: datetime | None = None
     node: str = ""
     unscheduled_reason: str = ""
     unscheduled_message: str = ""
@@ -60,10 +76,11 @@ class PodView:
     disruption_message: str = ""
     waiting_reason: str = ""
     waiting_message: str = ""
+    init_container: str = ""
+    """The init container that waits, or runs, before the trainer."""
     running: bool = False
     unready: bool = False
-    """Kubernetes says that it is not ready. Nothing probes it, so while it runs this is the node's fault."""
-    started: datetime | None = None
+    """Kubernetes says that it is not ready, and no container of it is why. While it runs this is the node's fault."""
     ended: Ended | None = None
     tracked: bool = True
     """The Job controller will count how the pod ends. It lets go of pods that it deletes itself."""
@@ -82,8 +99,18 @@ class PodView:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing of the pod runs any more."""
-        return self.gone or self.ended is not None or self.phase in ("Succeeded", "Failed")
+        """The trainer has ended, or will never start. A sidecar may run on."""
+        return self.ended is not None or not self.holds_node
+
+    @property
+    def holds_node(self) -> bool:
+        """Something of the pod runs or is to run, and it holds the GPUs that it asked for."""
+        return not (self.gone or self.phase in ("Succeeded", "Failed"))
+
+    @property
+    def runs_on(self) -> bool:
+        """The trainer has ended, and a sidecar keeps the pod and its GPUs."""
+        return self.has_ended and self.holds_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +157,23 @@ class JobView:
 
 def parse_pod(raw: Mapping[str, Any]) -> PodView:
     """The view of a pod."""
-    metadata, status = raw["metadata"], raw.get("status") or {}
-    node = (raw.get("spec") or {}).get("nodeName") or ""
+    metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
+    node = spec.get("nodeName") or ""
     labels = metadata.get("labels") or {}
+    index = _number(labels.get(INDEX_LABEL))
     conditions = {condition["type"]: condition for condition in status.get("conditions") or ()}
     scheduled = conditions.get("PodScheduled") or {}
+    has_node = scheduled.get("status") == "True"
     disruption = conditions.get("DisruptionTarget") or {}
     disrupted = disruption.get("status") == "True"
-    state, first = _state(status, "containerStatuses"), _state(status, "initContainerStatuses")
-    # While the init container waits for an image or a Secret, or where it fails, the trainer says PodInitializing.
-    waiting = first.get("waiting") or state.get("waiting") or {}
-    refused = first.get("terminated") if (first.get("terminated") or {}).get("exitCode") else None
+    state = _trainer_state(status)
+    first = _InitContainers(spec, status) if "running" not in state and "terminated" not in state else None
+    waiting, init_container = state.get("waiting") or {}, ""
+    if first is not None and waiting.get("reason") in _INITIALIZING:
+        init_container, waiting = first.find_waiting() or (first.find_running(), waiting)
+    refused = first.find_failed() if first is not None else None
+    owned = bool(controller_of(metadata))
+    made_by_job = str(metadata.get("generateName") or "").endswith(f"-{index}-")
     return PodView(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -148,14 +181,18 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         version=int(metadata["resourceVersion"]),
         run=labels.get(RUN_LABEL, ""),
         attempt=_number(labels.get(ATTEMPT_LABEL)),
-        index=_number(labels.get(INDEX_LABEL)),
-        job_uid=_job_uid(metadata),
+        index=index,
+        job_uid=_job_uid(metadata) if owned or made_by_job else "",
         created=_created(metadata),
+        orphaned=not owned,
+        copied=owned and not made_by_job,
+        run_uid=labels.get(UID_LABEL, ""),
         deleting_at=parse_time(metadata.get("deletionTimestamp")),
         phase=status.get("phase") or "Pending",
         reason=status.get("reason") or "",
         message=status.get("message") or "",
-        scheduled=bool(node) or scheduled.get("status") == "True",
+        scheduled=bool(node) or has_node,
+        scheduled_at=parse_time(scheduled.get("lastTransitionTime")) if has_node else None,
         node=node,
         unscheduled_reason=scheduled.get("reason", "") if scheduled.get("status") == "False" else "",
         unscheduled_message=scheduled.get("message", "") if scheduled.get("status") == "False" else "",
@@ -163,21 +200,67 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         disruption_message=disruption.get("message", "") if disrupted else "",
         waiting_reason=waiting.get("reason") or "",
         waiting_message=waiting.get("message") or "",
+        init_container=init_container,
         running="running" in state,
-        unready=(conditions.get("Ready") or {}).get("status") == "False",
-        started=parse_time((state.get("running") or {}).get("startedAt")),
-        ended=_parse_ended(state.get("terminated") or refused),
+        unready=_is_unready(conditions),
+        ended=refused or _parse_ended(state.get("terminated")),
         tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
 
 
-def _state(status: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-    """The state of the one container of ``kind`` that a pod of ours has."""
-    containers = status.get(kind) or [{}]
-    return containers[0].get("state") or {}
+_INITIALIZING = (None, "", "PodInitializing", "ContainerCreating")
+"""What a container that waits for others says. Of an init container they tell as little as of the trainer."""
+
+_UNREADY_CONTAINERS = ("ContainersNotReady", "ReadinessGatesNotReady")
 
 
-def _parse_ended(terminated: Mapping[str, Any] | None) -> Ended | None:
+def _is_unready(conditions: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the node controller has marked the pod. A container that is not ready is told of by the kubelet.
+
+    The trainer has no probe, but a sidecar may have one.
+    """
+    ready, containers = conditions.get("Ready") or {}, conditions.get("ContainersReady") or {}
+    told_by_kubelet = ready.get("reason") in _UNREADY_CONTAINERS or containers.get("status") == "False"
+    return ready.get("status") == "False" and not told_by_kubelet
+
+
+def _trainer_state(status: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of the trainer's container. The kubelet sorts them by name, and a pod may have others."""
+    states = (item.get("state") for item in status.get("containerStatuses") or () if item.get("name") == CONTAINER_NAME)
+    return next(states, None) or {}
+
+
+class _InitContainers:
+    """What runs before the trainer: our own, and those that others have put into the pod."""
+
+    def __init__(self, spec: Mapping[str, Any], status: Mapping[str, Any]) -> None:
+        # Sidecars, and what else has a restart policy of its own: they start again when they fail, and are ended with
+        # the pod, so that how they end says nothing.
+        self._restarted = {item.get("name") for item in spec.get("initContainers") or () if item.get("restartPolicy")}
+        self._states = [
+            (str(item.get("name", "")), item.get("state") or {}) for item in status.get("initContainerStatuses") or ()
+        ]
+
+    def find_waiting(self) -> tuple[str, Mapping[str, Any]] | None:
+        """The first that waits for something that it says, and what it waits for."""
+        waiting = ((name, state.get("waiting") or {}) for name, state in self._states)
+        return next(((name, wait) for name, wait in waiting if wait.get("reason") not in _INITIALIZING), None)
+
+    def find_running(self) -> str:
+        """The first that runs and is to end before the trainer starts."""
+        running = (name for name, state in self._states if "running" in state and name not in self._restarted)
+        return next(running, "")
+
+    def find_failed(self) -> Ended | None:
+        """How the first ended that failed: the trainer does not start after it."""
+        for name, state in self._states:
+            terminated = state.get("terminated") or {}
+            if terminated.get("exitCode") and name not in self._restarted:
+                return _parse_ended(terminated, name)
+        return None
+
+
+def _parse_ended(terminated: Mapping[str, Any] | None, init_container: str = "") -> Ended | None:
     if terminated is None:
         return None
     return Ended(
@@ -185,6 +268,7 @@ def _parse_ended(terminated: Mapping[str, Any] | None) -> Ended | None:
         reason=terminated.get("reason") or "",
         message=terminated.get("message") or "",
         at=parse_time(terminated.get("finishedAt")),
+        init_container=init_container,
     )
 
 
@@ -240,7 +324,7 @@ def _controller_uid(metadata: Mapping[str, Any]) -> str:
 
 
 def _job_uid(metadata: Mapping[str, Any]) -> str:
-    """Uid of the Job whose controller counts the pod: it goes by this label, and leaves alone what others own.
+    """Uid of the Job that owns the pod, or that made it.
 
     A pod that is only made to look like one of the gang, by labels of ours or by an owner reference, has none.
     """

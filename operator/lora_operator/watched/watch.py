@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
+import aiohttp
 import kopf
 from kopf._cogs.structs.credentials import Vault
 from kopf._core.reactor.inventory import ResourceMemories
@@ -22,8 +23,12 @@ from lora_operator.names import MANAGER, RUN_LABEL
 from lora_operator.objects import Key
 from lora_operator.settings import Settings
 from lora_operator.watched.cache import Cache, ObjectKey, Resource
+from lora_operator.watched.refused import Refused
 
 logger = logging.getLogger(__name__)
+
+Check = Callable[[aiohttp.ClientResponse], Coroutine[None, None, None]]
+"""Looks at an answer of the API server, and may raise an error of its own."""
 
 _CREDENTIALS_LIFETIME = timedelta(minutes=10)
 _SELECTORS: dict[Resource, tuple[str, str, str]] = {
@@ -59,13 +64,20 @@ class _NoMemories(ResourceMemories):
 
 
 async def run_watches(
-    settings: Settings, on_event: Callable[[Resource, str | None, dict[str, Any]], None], stop: asyncio.Event
+    settings: Settings,
+    on_event: Callable[[Resource, str | None, dict[str, Any]], None],
+    stop: asyncio.Event,
+    refused: Refused | None = None,
 ) -> None:
-    """Passes each watch event to ``on_event`` until ``stop`` is set, a signal comes, or the watches fail for good."""
+    """Passes each watch event to ``on_event`` until ``stop`` is set, a signal comes, or the watches fail for good.
+
+    A namespace of ``settings.namespaces`` that may not be read goes to ``refused``, and the others are watched on.
+    """
+    check = refused.check if refused is not None and settings.namespaces else None
     vault = Vault()
     try:
         await kopf.operator(
-            registry=build_registry(on_event, lambda: load_configuration(settings.kubeconfig)),
+            registry=build_registry(on_event, lambda: load_configuration(settings.kubeconfig), check),
             settings=build_kopf_settings(settings),
             memories=_NoMemories(),
             clusterwide=not settings.namespaces,
@@ -102,8 +114,12 @@ def build_kopf_settings(settings: Settings) -> kopf.OperatorSettings:
 def build_registry(
     on_event: Callable[[Resource, str | None, dict[str, Any]], None],
     login: Callable[[], Coroutine[None, None, kubernetes_client.Configuration]],
+    check: Check | None = None,
 ) -> kopf.OperatorRegistry:
-    """Handlers that pass each watch event to ``on_event(resource, type, object)``. Type None: from a LIST."""
+    """Handlers that pass each watch event to ``on_event(resource, type, object)``. Type None: from a LIST.
+
+    ``check`` looks at each answer of the API server before kopf does.
+    """
     registry = kopf.OperatorRegistry()
 
     def watch(resource: Resource) -> None:
@@ -115,8 +131,9 @@ def build_registry(
         watch(resource)
 
     @kopf.on.login(registry=registry)
-    async def login_as_client(**_: Any) -> kopf.ConnectionInfo:
-        return build_connection(await login(), datetime.now(UTC))
+    async def login_as_client(**_: Any) -> kopf.ConnectionInfo | kopf.AiohttpSession:
+        connection = build_connection(await login(), datetime.now(UTC))
+        return connection if check is None else open_session(connection, check)
 
     return registry
 
@@ -137,6 +154,17 @@ def build_connection(configuration: kubernetes_client.Configuration, now: dateti
         proxy_url=configuration.proxy,
         expiration=now + _CREDENTIALS_LIFETIME if token else None,
     )
+
+
+def open_session(connection: kopf.ConnectionInfo, check: Check) -> kopf.AiohttpSession:
+    """The session that kopf would make for ``connection``, where ``check`` looks at each answer. kopf closes it."""
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=connection.as_ssl_context()),
+        headers=connection.as_http_headers(),
+        proxy=connection.proxy_url,
+        raise_for_status=check,
+    )
+    return kopf.AiohttpSession(server=connection.server, expiration=connection.expiration, aiohttp_session=session)
 
 
 class Confirmations:

@@ -101,7 +101,13 @@ def waiting(index: int, reason: str, message: str = "", **changes: Any) -> PodVi
 
 
 def ended(
-    index: int = 0, code: int = 70, message: str = "", *, reason: str = "Error", at: datetime = NOW, **changes: Any
+    index: int = 0,
+    code: int = 70,
+    message: str = "",
+    *,
+    reason: str = "Error",
+    at: datetime | None = NOW,
+    **changes: Any,
 ) -> PodView:
     return a_pod(
         index,
@@ -118,6 +124,11 @@ def said(failure_class: str, message: str = "it broke", at: datetime = NOW, **mo
     """A termination message of a failure."""
     words = {"version": 1, "outcome": "failed", "class": failure_class, "message": message, "at": stamp(at)}
     return json.dumps({**words, **more})
+
+
+def sighted(what: str, seconds: float) -> Reports:
+    """An operator that saw ``what`` first so many seconds ago."""
+    return Reports(run_uid="run-uid", seen={what: ago(seconds)})
 
 
 def published() -> str:

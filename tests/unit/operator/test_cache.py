@@ -98,7 +98,7 @@ def test_the_last_sight_of_a_pod_is_kept_with_its_job() -> None:
     cache = Cache()
     cache.put(Resource.JOBS, raw("tickets-1", 1))
     cache.put(Resource.PODS, a_raw_pod())
-    words = {"containerStatuses": [{"state": {"terminated": {"exitCode": 75, "message": "words"}}}]}
+    words = {"containerStatuses": [{"name": "trainer", "state": {"terminated": {"exitCode": 75, "message": "words"}}}]}
     assert cache.remove(Resource.PODS, a_raw_pod(version=8, status=words)) == KEY
     (pod,) = cache.pods(KEY)
     assert (pod.gone, pod.ended and pod.ended.exit_code) == (True, 75)
@@ -150,7 +150,10 @@ def test_parse_pod_reads_what_the_kubelet_writes() -> None:
                     {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": "low"},
                 ],
                 "containerStatuses": [
-                    {"state": {"terminated": {"exitCode": 137, "reason": "OOMKilled", "finishedAt": AT}}}
+                    {
+                        "name": "trainer",
+                        "state": {"terminated": {"exitCode": 137, "reason": "OOMKilled", "finishedAt": AT}},
+                    }
                 ],
             }
         )
@@ -187,7 +190,10 @@ STATES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, str, bool]]] 
 @pytest.mark.parametrize("case", STATES)
 def test_parse_pod_sees_what_the_init_container_waits_for(case: str) -> None:
     first, trainer, want = STATES[case]
-    status = {"initContainerStatuses": [{"state": first}], "containerStatuses": [{"state": trainer}]}
+    status = {
+        "initContainerStatuses": [{"name": "credentials", "state": first}],
+        "containerStatuses": [{"name": "trainer", "state": trainer}],
+    }
     pod = parse_pod(raw("tickets-1-0", 1, status=status))
     assert (pod.waiting_reason, pod.ended.reason if pod.ended else "", pod.running) == want
 

@@ -1,6 +1,6 @@
 """From pods to the one failure that explains all of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 
 from lora_api import RULES, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import diagnose_pod, diagnose_pods, diagnose_root
+from lora_operator.diagnosis.firstseen import end_seen, job_seen
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, diagnose_refusal
 from lora_operator.lifecycle.outcomes import decide_obstructed
 from lora_operator.settings import Settings
@@ -18,6 +19,15 @@ from lora_operator.wording import with_remedy
 from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, running, said, waiting
 
 GRACE = 20.0
+
+
+def init_ended(code: int, message: str = "", **changes: Any) -> PodView:
+    """A pod whose first init container, of a mesh, has failed."""
+    pod = ended(1, code, message, **changes)
+    assert pod.ended is not None
+    return replace(pod, ended=replace(pod.ended, init_container="istio-init"))
+
+
 DISRUPTED: dict[str, Any] = {"disruption": "PreemptionByScheduler", "disruption_message": "preempting"}
 
 
@@ -45,6 +55,53 @@ CASES = [
     Case("out of memory as PID 1", ended(1, 137, reason="OOMKilled"), FailureClass.HOST_OUT_OF_MEMORY),
     Case("killed from outside", ended(1, 137), FailureClass.POD_LOST, "Killed"),
     Case("ended by SIGTERM without a word", ended(1, 143), FailureClass.POD_LOST, "Killed"),
+    Case(
+        "the kubelet lost the container",
+        ended(1, 137, "The container could not be located", reason="ContainerStatusUnknown", at=None),
+        FailureClass.POD_LOST,
+        "ContainerStatusUnknown",
+        "its node restarted, or no longer knows its containers: The container could not be located",
+    ),
+    Case("the node restarted", ended(1, 255, reason="Unknown"), FailureClass.POD_LOST, "Unknown"),
+    Case(
+        "the node restarted as the pod was evicted",
+        ended(1, 255, reason="Unknown", **DISRUPTED),
+        FailureClass.EVICTED,
+        "PreemptionByScheduler",
+    ),
+    Case("a program that ends with 255", ended(1, 255), FailureClass.INTERNAL, "", "exit code 255"),
+    Case(
+        "an init container of a mesh failed",
+        init_ended(1, "iptables: no such table"),
+        FailureClass.POD_LOST,
+        "InitContainerFailed",
+        "Init container istio-init of pod tickets-1-1 ended with exit code 1 (Error): iptables: no such table",
+    ),
+    Case(
+        "its exit code is none of the trainer's",
+        init_ended(67),
+        FailureClass.POD_LOST,
+        "InitContainerFailed",
+        "Init container istio-init of pod tickets-1-1 ended with exit code 67 (Error)",
+    ),
+    Case(
+        "its memory is none of the run's",
+        init_ended(137, reason="OOMKilled"),
+        FailureClass.POD_LOST,
+        "InitContainerFailed",
+        "istio-init of pod tickets-1-1 ended with exit code 137 (OOMKilled)",
+    ),
+    Case(
+        "and it may be lost", init_ended(137, reason="ContainerStatusUnknown"), FailureClass.POD_LOST, "StatusUnknown"
+    ),
+    Case("or evicted", init_ended(137, **DISRUPTED), FailureClass.EVICTED),
+    Case(
+        "an init container that cannot be started",
+        init_ended(128, "exec format error", reason="StartError"),
+        FailureClass.POD_NOT_STARTED,
+        "StartError",
+        "Init container istio-init of pod tickets-1-1 did not start: exec format error",
+    ),
     Case("an exit code of the table without a word", ended(1, 74), FailureClass.STORE_UNAVAILABLE),
     Case("another exit code without a word", ended(1, 3), FailureClass.INTERNAL, "", "exit code 3"),
     Case("words of another program", ended(1, 65, "Traceback"), FailureClass.BAD_DATA),
@@ -168,6 +225,33 @@ ROOTS = [
 ]
 
 
+JOB = a_job()
+PODS = [ended(0, 74, said("StoreUnavailable", at=ago(5))), ended(1, 65, said("BadData", at=ago(6)))]
+
+# A sentence that says the case: by how many seconds the clock of pod 1's node is ahead, and how long ago this operator
+# saw the ends of pods 0 and 1 and the Job first. Pod 1 ended a second before pod 0.
+CLOCKS: dict[str, tuple[float, tuple[float, float, float], int]] = {
+    "both clocks are right": (0, (4, 4, 90), 1),
+    "they are a minute late, and nobody can know": (-60, (4, 4, 90), 1),
+    "one is two hours ahead, and was seen first": (7200, (3, 4, 90), 1),
+    "one is two hours ahead, and was seen last": (7200, (4, 3, 90), 0),
+    "one is two hours behind, and was seen last": (-7200, (4, 3, 90), 0),
+    "all was over when this operator began": (0, (1, 1, 1), 1),
+    "and one is behind the making of the Job": (-7200, (1, 1, 1), 0),
+}
+
+
+@pytest.mark.parametrize("case", CLOCKS)
+def test_the_clock_of_a_node_is_believed_where_it_can_be_right(case: str) -> None:
+    ahead, (first, second, began), want = CLOCKS[case]
+    pods = [PODS[0], ended(1, 65, said("BadData", at=ago(6 - ahead)))]
+    seen = {end_seen(pods[0]): ago(first), end_seen(pods[1]): ago(second), job_seen(JOB): ago(began)}
+    symptoms = diagnose_pods(pods, JOB, NOW, grace=GRACE, processes_per_node=1, seen=seen)
+    found = diagnose_root(symptoms, pods, 1, NOW, seen)
+    assert found.pod == f"tickets-1-{want}"
+    assert found.at == ago((first, second)[want]), "when it was seen, by our clock"
+
+
 @pytest.mark.parametrize("case", ROOTS, ids=lambda case: case.name)
 def test_diagnose_root(case: Root) -> None:
     symptoms = diagnose_pods(case.pods, a_job(), NOW, grace=GRACE, processes_per_node=1)
@@ -213,7 +297,7 @@ def test_a_job_that_was_ended_from_outside_is_a_symptom() -> None:
     ],
 )
 def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str | None) -> None:
-    obstacle = diagnose_obstacle(pods, a_job(), Reports(refusal=Refusal(refused, NOW) if refused else None))
+    obstacle = diagnose_obstacle(pods, a_job(), Reports(refusal=Refusal(refused, NOW) if refused else None), NOW)
     assert (obstacle.reason if obstacle else None) == want
     if obstacle is not None:
         assert obstacle.remedy
@@ -225,7 +309,7 @@ def test_the_words_of_a_full_quota_are_the_same_whichever_pod_was_tried() -> Non
     full = "exceeded quota: few, requested: pods=1, used: pods=2, limited: pods=2"
     for pod in ("tickets-1-0-x7k2p", "tickets-1-1-9qbwl"):
         refusal = Refusal(f'Error creating: pods "{pod}" is forbidden: {full}', NOW)
-        obstacle = diagnose_obstacle([], a_job(), Reports(refusal=refusal))
+        obstacle = diagnose_obstacle([], a_job(), Reports(refusal=refusal), NOW)
         assert obstacle is not None
         assert obstacle.message == f"Pods of Job tickets-1 are refused: Error creating: {full}"
 
@@ -296,7 +380,7 @@ def test_what_is_refused_is_asked_for_again_until_it_has_lasted(
 )
 def test_a_claim_that_is_in_the_way_has_a_remedy_of_its_own(message: str, remedy: str) -> None:
     pod = a_pod(0, unscheduled_reason="Unschedulable", unscheduled_message=message)
-    obstacle = diagnose_obstacle([pod], a_job(), Reports())
+    obstacle = diagnose_obstacle([pod], a_job(), Reports(), NOW)
     assert obstacle is not None
     assert message in obstacle.message
     assert obstacle.remedy.startswith(remedy)

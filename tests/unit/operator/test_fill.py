@@ -12,6 +12,7 @@ from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.settings import Settings
 from lora_operator.watched.cache import Cache
 from lora_operator.watched.fill import StartError, fill
+from lora_operator.watched.refused import Refused
 from tests.unit.operator.test_cache import KEY, raw
 
 
@@ -86,3 +87,42 @@ def test_there_is_an_end_to_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_operator.watched.fill.DELAYS", (0.0, 0.0))
     with pytest.raises(StartError, match="500: no;"):
         fill_with([500] * 3)
+
+
+class NamespacesClient(KubeClient):
+    """Nothing is there; what lies in ``forbidden`` may not be listed."""
+
+    forbidden: tuple[str, ...]
+    status = 403
+
+    async def _send(self, method: Any, path: str, *_: Any) -> Any:
+        if any(f"/namespaces/{namespace}/" in path for namespace in self.forbidden):
+            return self.status, None, b'{"message": "jobs is forbidden"}'
+        return 200, None, b'{"metadata": {}, "items": []}'
+
+
+def refused_of(forbidden: tuple[str, ...], status: int = 403) -> list[str]:
+    settings = Settings(namespaces=("a", "b"))
+    refused = Refused(settings.namespaces)
+
+    async def main() -> None:
+        client = NamespacesClient(Configuration(host="http://none"), RateLimit(1e6, 1000), 1.0)
+        client.forbidden, client.status = forbidden, status
+        try:
+            await fill(Cache(), client, settings, refused)
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+    return refused.names()
+
+
+def test_a_namespace_that_may_not_be_read_takes_no_other_down() -> None:
+    assert refused_of(()) == []
+    assert refused_of(("b",)) == ["b"]
+
+
+@pytest.mark.parametrize(("forbidden", "status"), [(("a", "b"), 403), (("b",), 401), (("b",), 404)])
+def test_what_is_wrong_with_all_of_them_is_an_end(forbidden: tuple[str, ...], status: int) -> None:
+    with pytest.raises(StartError, match=f"{status}: jobs is forbidden"):
+        refused_of(forbidden, status)

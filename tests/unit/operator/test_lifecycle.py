@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
+from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
@@ -27,6 +28,7 @@ from tests.unit.operator.builders import (
     running,
     said,
     seen,
+    sighted,
     waiting,
 )
 from tests.unit.operator.cases import (
@@ -172,18 +174,38 @@ CASES = [
     Case(
         "an image that cannot be pulled is shown at once",
         seen(a_run(status=STARTED), JOB, waiting(0, "ErrImagePull", "not found"), running(1)),
-        {"phase": Phase.STARTING, "reason": "ImagePullFailed", "requeue_after": 510.0, "failure": None},
+        {"phase": Phase.STARTING, "reason": "ImagePullFailed", "requeue_after": 600.0, "failure": None},
         marks={ConditionType.RUNNING: (False, "ImagePullFailed")},
     ),
     Case(
         "an image that cannot be pulled for long ends the run",
-        seen(a_run(status=STARTED), JOB, waiting(0, "ImagePullBackOff", created=ago(601)), running(1)),
+        seen(
+            a_run(status=STARTED), JOB, waiting(0, "ImagePullBackOff"), running(1),
+            reports=sighted(held_up_seen(JOB, "ImagePullFailed"), 601),
+        ),
         {"phase": Phase.FAILED, "ended": True},
         FailureClass.IMAGE_PULL_FAILED,
     ),
     Case(
+        "an image that fails once after a long wait for a node is no end",
+        seen(a_run(status=STARTED), JOB, waiting(0, "ErrImagePull", "429", created=ago(9000)), running(1)),
+        {"phase": Phase.STARTING, "requeue_after": 600.0},
+    ),
+    Case(
+        "a sidecar before the trainer that does not come up ends the attempt, and is tried again",
+        seen(
+            a_run(status=STARTED), JOB, waiting(0, "CrashLoopBackOff", init_container="istio-proxy"), running(1),
+            reports=sighted(held_up_seen(JOB, "PodLost"), 601),
+        ),
+        {"phase": Phase.RESTARTING, "charged": False},
+        FailureClass.POD_LOST,
+    ),
+    Case(
         "a missing Secret ends the run after a while",
-        seen(a_run(status=STARTED), JOB, waiting(0, "CreateContainerConfigError", created=ago(601)), running(1)),
+        seen(
+            a_run(status=STARTED), JOB, waiting(0, "CreateContainerConfigError"), running(1),
+            reports=sighted(held_up_seen(JOB, "PodNotStarted"), 601),
+        ),
         {"phase": Phase.FAILED},
         FailureClass.POD_NOT_STARTED,
     ),

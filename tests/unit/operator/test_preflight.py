@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_operator.diagnosis.firstseen import held_up_seen, run_seen
 from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
 from lora_operator.state.reports import Reports
@@ -31,12 +32,14 @@ from tests.unit.operator.builders import (
     said,
     seen,
     settled,
+    sighted,
     stamp,
     waiting,
 )
 
 SETTINGS = Settings(failure_grace=20.0, start_timeout=600.0, max_uncharged_restarts=3, preflight_timeout=300.0)
 JOB = a_preflight()
+NO_IMAGE = held_up_seen(JOB, "ImagePullFailed")
 PASSED = ConditionType.PREFLIGHT_PASSED
 CHECKING = (False, "Preflight")
 RUNTIME = a_runtime(limits={"maxNodes": 2})
@@ -107,11 +110,13 @@ CASES = [
     Case("its Job is there, and no pod yet", seen(a_run(), JOB), {"launch_preflight": None}, mark=CHECKING),
     Case(
         "it runs, and has an end to run to",
-        seen(a_run(), JOB, of(JOB, running(started=ago(100)))), {"requeue_after": 200.0}, mark=CHECKING,
+        seen(a_run(), JOB, of(JOB, running()), reports=sighted(run_seen(JOB), 100)),
+        {"requeue_after": 200.0}, mark=CHECKING,
     ),
     Case(
         "it does not end",
-        seen(a_run(), JOB, of(JOB, running(started=ago(301)))), {"phase": Phase.PREFLIGHT, "charged": True},
+        seen(a_run(), JOB, of(JOB, running()), reports=sighted(run_seen(JOB), 301)),
+        {"phase": Phase.PREFLIGHT, "charged": True},
         FailureClass.STALLED, mark=(False, "Stalled"),
     ),
     Case(
@@ -125,12 +130,13 @@ CASES = [
     ),
     Case(
         "its image is not there",
-        seen(a_run(), JOB, of(JOB, waiting(0, "ImagePullBackOff", created=ago(590)))), {"requeue_after": 10.0},
+        seen(a_run(), JOB, of(JOB, waiting(0, "ImagePullBackOff")), reports=sighted(NO_IMAGE, 590)),
+        {"requeue_after": 10.0},
         mark=(False, "ImagePullFailed"),
     ),
     Case(
         "its image has not been there for long",
-        seen(a_run(), JOB, of(JOB, waiting(0, "ImagePullBackOff", created=ago(601)))),
+        seen(a_run(), JOB, of(JOB, waiting(0, "ImagePullBackOff")), reports=sighted(NO_IMAGE, 601)),
         {"phase": Phase.FAILED, "ended": True}, FailureClass.IMAGE_PULL_FAILED, mark=(False, "ImagePullFailed"),
     ),
     Case(

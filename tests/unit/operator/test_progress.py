@@ -181,3 +181,13 @@ def test_a_run_that_has_ended_has_no_time_left() -> None:
 )
 def test_numbers_have_as_many_digits_as_a_person_reads(value: float | None, want: float | None) -> None:
     assert shorten(value) == want
+
+
+@pytest.mark.parametrize("hours", [-2, 0, 2])
+def test_a_step_was_told_when_it_was_read_whatever_the_clock_of_its_node_says(hours: int) -> None:
+    line = ProgressLine(event="step", at=NOW + timedelta(hours=hours), step=3, total_steps=100)
+    first = compute_progress(None, [line], logging_steps=1, read_at=NOW)
+    assert first.at == NOW
+    later = NOW + timedelta(seconds=10)
+    assert compute_progress(first, [line], logging_steps=1, read_at=later).at == NOW, "it is no news"
+    assert compute_progress(first, [line, step(4)], logging_steps=1, read_at=later).at == later

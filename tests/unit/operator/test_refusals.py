@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
-from lora_operator.lifecycle.refused import DENIED_SECONDS, face_refusals, needs_answer
+from lora_operator.lifecycle.refusals import DENIED_SECONDS, face_refusals, needs_answer
 from lora_operator.settings import Settings
 from lora_operator.state.plan import DeleteJob, DeleteRun, LaunchAttempt, LaunchPreflight, Mark, Plan, StopJob
 from lora_operator.state.reports import RefusedChild, Reports, hear_denied, hear_refused_child

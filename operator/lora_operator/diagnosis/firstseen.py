@@ -1,0 +1,67 @@
+"""Since when something is so, by the operator's own clock. All pure.
+
+The kubelet writes when a container began and ended, and the trainer when it said something: by the clock of their node,
+which may be hours off. So none of that is compared with our time. What counts is when this operator saw it first, kept
+in memory (``Reports.seen``). An operator that starts anew sees it anew, and rather waits once more than too short.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+
+from lora_operator.watched.views import JobView, PodView
+
+ORPHANS = "orphans"
+"""The sighting of pods that hold up the next attempt, and that nobody deletes."""
+
+_BELIEVED = 120.0
+"""Seconds before an end was seen within which a time that a node tells is taken to put ends into their order."""
+
+
+def job_seen(job: JobView) -> str:
+    """The sighting of ``job`` itself."""
+    return f"job/{job.uid}"
+
+
+def run_seen(job: JobView) -> str:
+    """The sighting of a pod of ``job`` that runs."""
+    return f"run/{job.uid}"
+
+
+def held_up_seen(job: JobView, reason: str) -> str:
+    """The sighting of pods of ``job`` that do not start, for ``reason``."""
+    return f"{reason}/{job.uid}"
+
+
+def end_seen(pod: PodView) -> str:
+    """The sighting of the end of ``pod``."""
+    return f"end/{pod.uid}"
+
+
+def could_run_since(job: JobView, pod: PodView, now: datetime) -> datetime:
+    """When a pod that runs already at our first look may have begun: by the clocks of the control plane."""
+    made = job.started or job.created
+    return min(now, max(made, pod.scheduled_at or made))
+
+
+def running_since(job: JobView, seen: Mapping[str, datetime], now: datetime) -> datetime:
+    """Since when a pod of ``job`` runs, which does ``now``."""
+    return seen.get(run_seen(job), now)
+
+
+def ended_at(pod: PodView | None, seen: Mapping[str, datetime], now: datetime) -> datetime:
+    """When it was seen that ``pod`` has ended."""
+    return now if pod is None else min(now, seen.get(end_seen(pod), now))
+
+
+def can_be(at: datetime | None, pod: PodView | None, job: JobView, seen: Mapping[str, datetime]) -> bool:
+    """Whether ``pod`` can have ended at ``at``, by the clock of its node.
+
+    Such times put the ends of several pods into their order, finer than they can be seen. Of an end from before our
+    first look at the Job we only know that the Job was made before it.
+    """
+    first = seen.get(end_seen(pod)) if pod is not None else None
+    if at is None or first is None:
+        return True
+    before = seen.get(job_seen(job)) == first
+    earliest = min(first, job.created) if before else first - timedelta(seconds=_BELIEVED)
+    return earliest <= at <= first

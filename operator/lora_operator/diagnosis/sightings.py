@@ -1,0 +1,39 @@
+"""What there is to be seen of a run for the first time (``firstseen`` says why). All pure."""
+
+from dataclasses import replace
+from datetime import datetime
+
+from lora_operator.diagnosis.firstseen import (
+    ORPHANS,
+    could_run_since,
+    end_seen,
+    held_up_seen,
+    job_seen,
+    run_seen,
+)
+from lora_operator.diagnosis.obstacles import find_held_up
+from lora_operator.state.observed import Observed
+from lora_operator.state.reports import Reports
+
+
+def note_sightings(observed: Observed, now: datetime) -> Reports:
+    """The reports of ``observed`` with the time of what is seen for the first time, and without what is so no more."""
+    old = observed.reports.seen
+    new = {what: old.get(what, since) for what, since in _find(observed, now).items()}
+    return observed.reports if new == old else replace(observed.reports, seen=new)
+
+
+def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
+    found = {ORPHANS: now} if observed.orphans() else {}
+    job = observed.live_job()
+    if job is None:
+        return found
+    pods = observed.gang(job)
+    found[job_seen(job)] = now
+    found |= {end_seen(pod): now for pod in pods if pod.has_ended}
+    found |= {held_up_seen(job, reason): now for reason in find_held_up(pods)}
+    runs = next((pod for pod in pods if pod.running), None)
+    if job.preflight and runs is not None:
+        first_look = job_seen(job) not in observed.reports.seen
+        found[run_seen(job)] = could_run_since(job, runs, now) if first_look else now
+    return found
