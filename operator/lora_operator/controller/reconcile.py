@@ -52,6 +52,7 @@ from lora_operator.metrics import Metrics
 from lora_operator.names import child_name
 from lora_operator.objects import Key, Raw
 from lora_operator.settings import Settings
+from lora_operator.state.checkpoints import hear_checkpoint
 from lora_operator.state.facts import has_started, is_finished
 from lora_operator.state.observed import RESTORE_INTERVAL, Observed
 from lora_operator.state.plan import OUTDATED, Plan
@@ -211,6 +212,9 @@ class Reconciler:
                     read_at=read_at,
                 ) if lines else reports.progress,
                 first_step=first_step,
+                checkpoint_step=hear_checkpoint(
+                    lines, reports.checkpoint_step, observed.run.spec.training.logging_steps
+                ),
                 log_read_at=now,
                 log_read_to_end=pod.ended is not None,
             )  # fmt: skip
@@ -344,6 +348,7 @@ class Reconciler:
             reports,
             failing_since=(reports.failing_since or now) if plan.failing else None,
             obstructed_since=(reports.obstructed_since or now) if plan.obstructed else None,
+            short_of_room_since=(reports.short_of_room_since or now) if plan.short_of_room else None,
         )
 
     async def _write(self, key: Key, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> bool:

@@ -66,19 +66,20 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
         return _waiting("Preflight", "The Job of the preflight was deleted; another one follows")
     symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0)
     if symptoms:
-        return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now), settings)
+        failure = diagnose_root(symptoms, pods, PREFLIGHT, now)
+        return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
     if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
         return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
     obstacle = diagnose_obstacle(pods, job, observed.reports)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
-            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), settings)
+            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), now, settings)
         return _waiting(obstacle.reason, obstacle.text, requeue_after=left)
     started = next((pod.started for pod in pods if pod.started), None)
     left = None if started is None else settings.preflight_timeout - (now - started).total_seconds()
     if left is not None and left <= 0:
-        return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
+        return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), now, settings)
     if started is None:
         due = observed.seconds_to_restoring(job, now)
         return replace(_waiting("Preflight", _CHECKING, requeue_after=due or None), restore=job if due == 0 else None)

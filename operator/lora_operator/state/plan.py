@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from lora_api import AdapterStatus, ConditionType, Failure, Phase, RuntimeSnapshot
 from lora_api.preflight import PreflightOutcome
+from lora_api.status import AvoidedNode
 from lora_operator.watched.views import JobView
 
 
@@ -18,6 +20,18 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a run has used up since its newest complete checkpoint.
+
+    ``charged``: restarts of runPolicy.maxRestarts. ``count``: failures of every kind, which began at ``since``.
+    """
+
+    charged: int = 0
+    count: int = 0
+    since: datetime | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do about a run, and what to say about it.
 
@@ -27,7 +41,10 @@ class Plan:
     runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the
     preflight settled, ``micro_batch_size`` what the next attempt is to have, ``runtime`` what the run takes of its
     runtime. ``failing``: a pod has failed, and the others get time for their last words; ``obstructed``: something
-    that was to be created was refused, and the run fails if that lasts.
+    that was to be created was refused, and the run fails if that lasts; ``short_of_room``: pods hold nodes while
+    others find none, and give them back if that lasts; ``waiting_since``: when the gang began to wait for its nodes.
+    With a failure come the ``budget``, the ``checkpoint`` that it is counted from, and the nodes that are ``avoided``
+    from now on.
     """
 
     phase: Phase | None = None
@@ -47,12 +64,17 @@ class Plan:
     runtime: RuntimeSnapshot | None = None
     failure: Failure | None = None
     charged: bool = False
+    budget: Budget | None = None
+    checkpoint: int | None = None
+    avoided: tuple[AvoidedNode, ...] | None = None
     micro_batch_size: int | None = None
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False
     failing: bool = False
     obstructed: bool = False
+    short_of_room: bool = False
+    waiting_since: datetime | None = None
     requeue_after: float | None = None
 
 
