@@ -163,7 +163,7 @@ def test_a_gang_that_starts_goes_on_where_a_child_cannot_be_put_back(
     run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_operator.state.observed.RESTORE_DELAY", 1.0)
-    for module in ("observed", "reconcile"):
+    for module in ("state.observed", "controller.reconcile"):
         monkeypatch.setattr(f"lora_operator.{module}.RESTORE_INTERVAL", 1.0)
     core = f"/api/v1/namespaces/{run.namespace}"
     with OperatorThread(settings) as operator:
