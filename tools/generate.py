@@ -105,13 +105,12 @@ def _columns(resource: CustomResource) -> str:
 
 def _failures() -> str:
     return _table(
-        ("Class", "Exit code", "Charged", "Retried", "Meaning", "Remedy"),
+        ("Class", "Exit code", "Then", "Meaning", "Remedy"),
         (
             (
                 f"`{rule.failure_class}`",
                 "" if rule.exit_code is None else str(rule.exit_code),
-                "yes" if rule.charged else "no",
-                "yes" if rule.retried else "never",
+                rule.follows,
                 _prose(rule.meaning),
                 _prose(rule.remedy),
             )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from bench.scale.client import BenchError
 from bench.scale.process import OperatorProcess
-from bench.soak.stories import MAX_FREE_RESTARTS
 from bench.soak.world import in_background
 
 FLAGS = (
@@ -21,7 +20,6 @@ FLAGS = (
     "--restart-backoff=0.5",
     "--log-interval=5",
     "--confirm-after=10",
-    f"--max-uncharged-restarts={MAX_FREE_RESTARTS}",
 )
 """Shorter times than the defaults, so that 200 runs live their lives in half an hour."""
 

@@ -30,6 +30,8 @@ _NEVER_START = {
     stories.NO_SECRET: ("CreateContainerConfigError", 'secret "store" not found'),
 }
 
+_NOTHING_NEW = 0
+"""Step of the newest checkpoint. With a newer one each time, what is charged would depend on whose words are read."""
 _STEPS = 1000
 """Steps of an attempt at most: no two attempts tell of the same one."""
 
@@ -180,7 +182,10 @@ def _decide_kubelet(pod: Raw, gang: _Gang, now: datetime) -> Action | None:
     if _started(pod) is None:
         return _set(pod, _compute_start(pod, gang))
     if any(map(is_asked, gang.pods)):
-        return _set(pod, ended(75, termination("Checkpointed", "Saved a checkpoint", rank=index, step=gang.step)))
+        words = termination(
+            "Checkpointed", "Saved a checkpoint", rank=index, step=gang.step, checkpointStep=_NOTHING_NEW
+        )
+        return _set(pod, ended(75, words))
     if gang.ending is None or gang.ending in _UNTIL_ASKED:
         return None
     if not (any(map(has_ended, gang.pods)) or gang.is_time(now)):
@@ -224,7 +229,7 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     code = RULES[FailureClass(ending)].exit_code
     if code is None:
         raise ValueError(f"no trainer ends with {ending}")
-    return ended(code, termination(ending, "It broke", rank=index, step=gang.step))
+    return ended(code, termination(ending, "It broke", rank=index, step=gang.step, checkpointStep=_NOTHING_NEW))
 
 
 def compute_log(story: Story, pod: Raw, now: datetime) -> str:

@@ -12,9 +12,6 @@ from typing import Any
 from lora_api import RULES, FailureClass, Phase
 from lora_api.finetune import RunPolicy
 
-MAX_FREE_RESTARTS = 5
-"""--max-uncharged-restarts of the soak's operators."""
-
 MICRO_BATCH = 4
 """training.microBatchSize of every run. Each process has four sequences in a step, which every half of it divides."""
 
@@ -58,8 +55,8 @@ a pod that is gone before any operator has seen its last words is lost. What cou
 _IMPATIENT = {"stallTimeoutSeconds": 10}
 """The shortest that there is. All pods speak each second, but for those that stall."""
 
-_CHARGED = ("StoreUnavailable", "Internal", "PeerLost", CRASHES)
-_FREE = (KILLED, EVICTED, NODE_LOST, POD_DELETED, JOB_DELETED, "Checkpointed")
+_CHARGED = ("Internal", "PeerLost", "GPUKernelFailed", CRASHES)
+_FREE = (KILLED, EVICTED, NODE_LOST, POD_DELETED, JOB_DELETED, "Checkpointed", "StoreUnavailable")
 _FINAL = tuple(
     str(rule.failure_class)
     for rule in RULES.values()
@@ -133,8 +130,7 @@ def compute_outcome(story: Story) -> Outcome:
             failures.append((attempt, ending))
             rule = RULES[ENDINGS[ending][0]]
             half = _halve(ending, micro_batch or MICRO_BATCH) if policy.on_out_of_memory != "fail" else None
-            free = max(attempt - 1, 0) + sum(1 for number, _ in failures[:-1] if not number) - charged
-            used_up = charged >= policy.max_restarts if rule.charged else free >= MAX_FREE_RESTARTS
+            used_up = rule.charged and charged >= policy.max_restarts
             if (rule.retried or half) and not used_up and not (rule.charged and _repeats(story, failures)):
                 charged, micro_batch = charged + rule.charged, half or micro_batch
                 continue
@@ -200,9 +196,7 @@ _KINDS: Mapping[str, Callable[[Draw], dict[str, Any]]] = {
     "fails for good": lambda draw: {"attempts": (draw.choice(_FINAL),)},
     "fails for good later": lambda draw: {"attempts": (*_some(draw, _CHARGED + _FREE, 1, 2), draw.choice(_FINAL))},
     "has no restarts left": _exhausted,
-    "is interrupted too often": lambda draw: {
-        "attempts": _some(draw, _FREE, MAX_FREE_RESTARTS + 1, MAX_FREE_RESTARTS + 1)
-    },
+    "is interrupted again and again": lambda draw: {"attempts": (*_some(draw, _FREE, 5, 6), SUCCEEDS)},
     "fails at one step": lambda draw: {
         "attempts": (draw.choice(_CHARGED[:-1]),) * _REPETITIONS, "policy": {"maxRestarts": 9}, "stuck": True
     },

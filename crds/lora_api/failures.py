@@ -41,6 +41,8 @@ class FailureClass(OpenEnum):
     RUNTIME_REFUSED = "RuntimeRefused"
     STALLED = "Stalled"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
+    NOT_PLACED = "NotPlaced"
+    NO_PROGRESS = "NoProgress"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class FailureRule:
     ``runPolicy.maxRestarts``. ``retried`` starts another attempt from the last complete checkpoint. The rule that
     counts is that of the root cause: a peer that lost its connection to a pod that failed by itself is not looked at.
     ``node``: the failure speaks of the node of its pod, so that another node may do what this one did not.
+    ``outage``: a run that has had a first success waits for a day for this to pass, without being charged, since what
+    is refused or away was right once; ``waiting_remedy`` is what helps meanwhile, if it is not the remedy.
     """
 
     failure_class: FailureClass
@@ -60,6 +64,17 @@ class FailureRule:
     meaning: str
     remedy: str
     node: bool = False
+    outage: bool = False
+    waiting_remedy: str = ""
+
+    @property
+    def follows(self) -> str:
+        """What follows such a failure, for people."""
+        if self.outage and not self.retried:
+            return "ends the run; once that has worked, restarts for a day"
+        if self.outage:
+            return "restarts for a day"
+        return "ends the run" if not self.retried else "restarts, counts" if self.charged else "restarts"
 
 
 FAILURE_RULES: tuple[FailureRule, ...] = (
@@ -100,6 +115,11 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
             "Check the Secret in spec.credentials.secretRef: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, and "
             "that they may read the model and the data and write to publish.store. Which servers were asked is decided "
             "by endpoints of the run's ClusterLoRARuntime."
+        ),
+        outage=True,
+        waiting_remedy=(
+            "Put credentials that are valid into the Secret in spec.credentials.secretRef (kubectl apply). The next "
+            "attempt reads them and goes on from the last checkpoint."
         ),
     ),
     FailureRule(
@@ -146,7 +166,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
     FailureRule(
         failure_class=FailureClass.STORE_UNAVAILABLE,
         exit_code=74,
-        charged=True,
+        charged=False,
         retried=True,
         meaning="The object store or the model hub did not answer, or kept failing.",
         remedy=(
@@ -154,6 +174,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
             "(kubectl get clr) is right as seen from the pods. Where the message names a model hub: that the pods "
             "reach it (endpoints.hub, endpoints.proxy)."
         ),
+        outage=True,
     ),
     FailureRule(
         failure_class=FailureClass.CHECKPOINTED,
@@ -362,6 +383,28 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         remedy=(
             "Create the run again with a larger runPolicy.activeDeadlineSeconds, fewer steps or more GPUs. While a run "
             "lives, its deadline can be raised, up to limits.maxActiveDeadlineSeconds of its runtime."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.NOT_PLACED,
+        exit_code=None,
+        charged=False,
+        retried=True,
+        meaning="Some pods of the gang had a node, and for others there was no room.",
+        remedy=(
+            "Free or add nodes that have what the pods ask for, or ask for less in podTemplate.resources or "
+            "parallelism. A gang scheduler or Kueue starts all pods or none (docs/scheduling.md)."
+        ),
+    ),
+    FailureRule(
+        failure_class=FailureClass.NO_PROGRESS,
+        exit_code=None,
+        charged=False,
+        retried=False,
+        meaning="For a day every attempt was ended from outside before it had completed a newer checkpoint.",
+        remedy=(
+            "Look at status.failures for what ends the attempts, and at the nodes that they name. Save checkpoints "
+            "more often (checkpoint.everyMinutes), or give the run a higher priority; then create it again."
         ),
     ),
 )

@@ -43,9 +43,8 @@ class RunPolicy(ApiModel):
 
     queue_name: QueueName | None = Field(
         None,
-        description="Queue in which the run waits for its quota: a LocalQueue of Kueue in the run's namespace, or a "
-        "queue of Volcano where the operator works with that. The pods are made once the queue lets the run go. "
-        "Default: no queue.",
+        description="Queue in which the run waits for quota: a LocalQueue of Kueue in its namespace, or a queue of "
+        "Volcano where the operator works with that. Default: none.",
     )
     priority_class_name: ObjectName | None = Field(
         None,
@@ -61,46 +60,52 @@ class RunPolicy(ApiModel):
         3,
         ge=0,
         le=100,
-        description="Restarts of the whole gang that failures of the run itself may use up. Restarts after a lost "
-        "node, an eviction or a preemption are not counted.",
+        description="Restarts of the whole gang that failures of the run itself may use up until a newer checkpoint "
+        "is complete. Lost nodes, evictions and preemptions are not counted.",
     )
     on_out_of_memory: Literal["fail", "shrinkMicroBatch"] = Field(
         "fail",
-        description="What follows when a GPU or a pod runs out of memory. fail: the run ends. shrinkMicroBatch: the "
-        "gang is restarted from its last checkpoint with half the micro-batch and the same globalBatchSize, down to "
-        "one sequence; these restarts are not counted.",
+        description="What follows when a GPU or a pod runs out of memory. fail: the run ends. shrinkMicroBatch: it "
+        "goes on from its last checkpoint with half the micro-batch and the same globalBatchSize, down to one "
+        "sequence; this is not counted.",
     )
     suspend: bool = Field(
         default=False,
-        description="Set to true to save a checkpoint and free the pods, and to false to go on from there. It can be "
-        "changed at any time.",
+        description="Set to true to save a checkpoint and free the pods, and to false to go on. It can be changed.",
     )
     active_deadline_seconds: int | None = Field(
         None,
         ge=1,
         le=315_360_000,
-        description="Seconds that all pods of the gang may run, over all attempts; then the run ends with "
-        "DeadlineExceeded. Waiting for nodes does not count. It can be changed at any time. Default and most: "
-        "limits.maxActiveDeadlineSeconds of the runtime, else no limit.",
+        description="Seconds that the whole gang may run, over all attempts; then the run ends with "
+        "DeadlineExceeded. It can be changed. Default and most: limits.maxActiveDeadlineSeconds of the "
+        "runtime, else no limit.",
     )
     stall_timeout_seconds: int = Field(
         3600,
         ge=10,
         le=604_800,
-        description="Seconds without a word of progress from a gang that runs, after which it counts as stalled and is "
-        "restarted (Stalled). Leave room for loading the model and for the evaluation.",
+        description="Seconds without a word of progress after which a gang that runs is restarted (Stalled). Leave "
+        "room for loading the model and for the evaluation.",
+    )
+    placement_timeout_seconds: int | None = Field(
+        None,
+        ge=1,
+        le=604_800,
+        description="Seconds that pods keep their nodes while others of the gang find none; then all are ended, and "
+        "tried again later. Default: 600.",
     )
     ttl_seconds_after_finished: int | None = Field(
         None,
         ge=0,
         le=MAX_TTL_SECONDS,
-        description="Seconds after the end of the run until its pods, and their logs with them, are deleted. It can be "
-        "changed at any time. Default: that of the runtime, else never.",
+        description="Seconds after the end of the run until its pods, and with them their logs, are deleted. It can be "
+        "changed. Default: that of the runtime, else never.",
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
-        description="What ttlSecondsAfterFinished deletes. children: pods, Jobs, the Service and the "
-        "NetworkPolicy. run: this LoRAFineTune too. The adapter in the store stays.",
+        description="What ttlSecondsAfterFinished deletes. children: all that was made for the run. run: this "
+        "LoRAFineTune too. The adapter in the store stays.",
     )
 
     cel_rules = (
@@ -161,7 +166,7 @@ _NEAREST_SIZES = _with_chunk(
 )
 
 
-MUTABLE = ("suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished")
+MUTABLE = ("suspend", "activeDeadlineSeconds", "placementTimeoutSeconds", "ttlSecondsAfterFinished")
 """Fields of runPolicy that can be changed while the run lives."""
 
 SECTIONS = (
@@ -190,7 +195,7 @@ def _unchanged() -> str:
 
 
 class LoRAFineTuneSpec(ApiModel):
-    """One fine-tune. But for three fields of runPolicy it cannot be changed once created."""
+    """One fine-tune. But for four fields of runPolicy it cannot be changed once created."""
 
     base_model: BaseModelSource = Field(description="The model that the adapter is trained on.")
     dataset: Dataset = Field(description="What to learn from, and what to measure with.")
@@ -206,8 +211,8 @@ class LoRAFineTuneSpec(ApiModel):
     credentials: Credentials | None = Field(None, description="How the pods reach the store and the model hub.")
     runtime_ref: RuntimeRef | None = Field(
         None,
-        description="What an administrator has settled for runs like this one: image, GPUs, store, defaults, limits. "
-        "Default: the ClusterLoRARuntime called default, if there is one.",
+        description="What an administrator has settled: image, GPUs, store, defaults, limits. Default: the "
+        "ClusterLoRARuntime called default, if there is one.",
     )
     run_policy: RunPolicy = Field(
         default_factory=RunPolicy,
@@ -303,7 +308,7 @@ class LoRAFineTune(ApiModel):
         CelRule(
             rule=_unchanged(),
             message="spec cannot be changed once created: delete this LoRAFineTune and create another one. Only "
-            "runPolicy.suspend, activeDeadlineSeconds and ttlSecondsAfterFinished can be",
+            "runPolicy.suspend, activeDeadlineSeconds, placementTimeoutSeconds and ttlSecondsAfterFinished can be",
             field_path=".spec",
         ),
     )

@@ -41,6 +41,7 @@ class ProgressLine(RecordModel):
     process that needed most (GiB; ``host_gib`` is its resident memory).
     Rewards are those of preference pairs (objective dpo): the mean margin between chosen and rejected, and the share of
     pairs (0 to 1) whose chosen answer has the larger one.
+    ``checkpoint_step`` is in every line once there is a complete checkpoint, which was saved after that step.
     """
 
     event: Word
@@ -70,6 +71,7 @@ class ProgressLine(RecordModel):
     skipped_steps: int | None = Field(None, ge=0)
     reward_margin: Measure = None
     reward_accuracy: Measure = None
+    checkpoint_step: int | None = Field(None, ge=0)
 
     def to_line(self) -> str:
         """The line, without a line end."""
@@ -107,7 +109,8 @@ def _parse_integer(text: str) -> int:
 class Termination(RecordModel):
     """The trainer's last words (``/dev/termination-log``).
 
-    After success rank 0 says which ``adapter`` it published, and a preflight what it settled.
+    After success rank 0 says which ``adapter`` it published, and a preflight what it settled. ``checkpoint_step`` is
+    that of the newest complete checkpoint.
     """
 
     version: int = Field(1, ge=1)
@@ -118,6 +121,7 @@ class Termination(RecordModel):
     rank: int | None = Field(None, ge=0)
     step: int | None = Field(None, ge=0)
     micro_batch_size: int | None = Field(None, ge=1)
+    checkpoint_step: int | None = Field(None, ge=0)
     at: Time
     adapter: AdapterStatus | None = None
     preflight: PreflightOutcome | None = None

@@ -21,7 +21,7 @@ class SourcePin(RecordModel):
 
     uri: str = Field(description="Where it is.")
     revision: str | None = Field(None, description="Commit on the model hub.")
-    digest: Digest | None = Field(None, description="Digest over names, sizes and contents of the files, sha256:HEX.")
+    digest: Digest | None = Field(None, description="Over names, sizes and contents of the files, sha256:HEX.")
     files: int = Field(ge=0, description="Files that are read.")
     size_bytes: int = Field(ge=0, description="Their size in bytes.")
 

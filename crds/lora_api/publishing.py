@@ -81,8 +81,8 @@ class Publish(ApiModel):
     gate: Gate | None = Field(None, description="What the adapter must reach to be published. Default: nothing.")
     served_dtype: ServedDtype | None = Field(
         None,
-        description="Type of the unquantized base weights that the adapter is going to be served on. After training it "
-        "is evaluated on them too. Default: bfloat16 on GPUs, float32 on CPUs.",
+        description="Type of the unquantized base weights that the adapter is served on. It is evaluated on them too. "
+        "Default: bfloat16 on GPUs, float32 on CPUs.",
     )
     merge_base: bool = Field(
         default=False,

@@ -45,7 +45,7 @@ class BaseModelSource(ApiModel):
         "Hugging Face layout: config.json, tokenizer files and *.safetensors."
     )
     revision: ShortText | None = Field(
-        None, description="Commit, branch or tag on the model hub. Only with hf://. Default: the hub's main branch."
+        None, description="Commit, branch or tag of the hub (hf://). Default: its main branch."
     )
 
     cel_rules = (_SOURCE_FORM, _SOURCE_STAYS_INSIDE, _REVISION_NEEDS_HUB)
@@ -55,16 +55,14 @@ class DataSource(ApiModel):
     """One set of records."""
 
     uri: DataUri = Field(
-        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
-        ".json (one array), .csv, .parquet or .arrow file, a directory of such files, read in the order of their "
-        "names, or a directory that datasets' save_to_disk wrote."
+        description="hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, .json (one array), .csv, "
+        ".parquet or .arrow file, a directory of such files, read in the order of their names, or one that datasets' "
+        "save_to_disk wrote."
     )
     revision: ShortText | None = Field(
-        None, description="Commit, branch or tag on the hub. Only with hf://. Default: the hub's main branch."
+        None, description="Commit, branch or tag of the hub (hf://). Default: its main branch."
     )
-    split: ShortText | None = Field(
-        None, description="Split, of a hub dataset or of a saved one that has splits. Default: train."
-    )
+    split: ShortText | None = Field(None, description="Split, of a dataset that has some. Default: train.")
 
     cel_rules = (_SOURCE_FORM, _SOURCE_STAYS_INSIDE, _REVISION_NEEDS_HUB)
 
@@ -107,8 +105,8 @@ class Dataset(ApiModel):
     )
     columns: Annotated[dict[str, ShortText], Field(min_length=1, max_length=8)] | None = Field(
         None,
-        description="Names of the fields in the files, by the names that the format has, such as {prompt: question, "
-        "completion: answer}. Holds for train and eval. Default: the names of the format.",
+        description="Names of the fields in the files of train and eval, by those of the format, such as {prompt: "
+        "question, completion: answer}. Default: the names of the format.",
     )
     system_prompt: Annotated[str, StringConstraints(min_length=1, max_length=16384)] | None = Field(
         None,

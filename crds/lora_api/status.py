@@ -11,10 +11,13 @@ from lora_api.reading import OpenEnum
 from lora_api.served import ServedEvaluation
 
 __all__ = [
+    "MAX_AVOIDED_NODES",
     "MAX_FAILURES",
     "MAX_HISTORY",
     "STATUS_VERSION",
     "AdapterStatus",
+    "AvoidedNode",
+    "CheckpointStatus",
     "Condition",
     "ConditionType",
     "Failure",
@@ -32,6 +35,7 @@ STATUS_VERSION = 2
 
 MAX_FAILURES = 10
 MAX_HISTORY = 100
+MAX_AVOIDED_NODES = 20
 
 
 def _up_to(entries: int) -> dict[str, Any]:
@@ -144,8 +148,8 @@ class AdapterStatus(RecordModel):
     eval_loss_after: Measure = Field(None, description="The same after training.")
     eval_share_after: Measure = Field(
         None,
-        description="Share of the evaluation records (0 to 1) that the adapter then writes to the letter; of "
-        "preference pairs, of those whose chosen answer has the larger reward.",
+        description="Share of the evaluation records (0 to 1) that the adapter writes to the letter; of preference "
+        "pairs, of those whose chosen answer has the larger reward.",
     )
     served: ServedEvaluation | None = Field(
         None, description="The adapter on its base model as it is served (publish.servedDtype)."
@@ -175,6 +179,21 @@ class TrainerPin(RecordModel):
     run_version: int = Field(1, ge=1, description="Newest version of the run document that this image reads.")
 
 
+class CheckpointStatus(RecordModel):
+    """The newest complete checkpoint."""
+
+    step: int = Field(ge=0, description="Optimizer step that it was saved after.")
+    at: Time = Field(description="When the operator learned of it.")
+
+
+class AvoidedNode(RecordModel):
+    """A node where the run failed."""
+
+    name: str = Field(description="Its name.")
+    reason: str = Field("", description="Class of the failure.")
+    since: Time = Field(description="When it failed; forgotten a day later.")
+
+
 class LoRAFineTuneStatus(RecordModel):
     """What the operator has seen."""
 
@@ -182,8 +201,8 @@ class LoRAFineTuneStatus(RecordModel):
     observed_generation: int = Field(0, ge=0, description="Generation of the resource that this status is about.")
     phase: Phase | None = Field(
         None,
-        description="Where the run is, in one word, for people: Pending, Preflight, Queued, Starting, Running, "
-        "Restarting, Publishing, Succeeded, Failed, Suspended. A later version may know more.",
+        description="In one word, for people: Pending, Preflight, Queued, Starting, Running, Restarting, Publishing, "
+        "Succeeded, Failed, Suspended.",
     )
     reason: str | None = Field(None, description="Why the run is in this phase, in one word.")
     attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
@@ -191,8 +210,8 @@ class LoRAFineTuneStatus(RecordModel):
     trainer: TrainerPin | None = Field(None, description="The trainer that the run began with, and keeps.")
     listed_keys: Literal[True] | None = Field(
         None,
-        description="The pods get the listed keys of their Secret only. Absent in a run that began under an older "
-        "version: its pods get AWS_ENDPOINT_URL from there too.",
+        description="The pods get the listed keys of their Secret only. Absent in a run of an older version: they get "
+        "AWS_ENDPOINT_URL too.",
     )
     start_time: Time | None = Field(None, description="When the first attempt was created.")
     completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
@@ -213,15 +232,31 @@ class LoRAFineTuneStatus(RecordModel):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Sequences that each process takes at once, since memory ran out with more."
     )
-    charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
+    charged_restarts: int = Field(
+        0, ge=0, description="Restarts used up of runPolicy.maxRestarts since lastCheckpoint."
+    )
     preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back.")
-    retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
+    last_checkpoint: CheckpointStatus | None = Field(
+        None, description="Newest complete checkpoint. A newer one sets chargedRestarts to 0."
+    )
+    recent_failures: int = Field(
+        0, ge=0, description="Failures since lastCheckpoint. Each doubles the pause before the next attempt."
+    )
+    failing_since: Time | None = Field(
+        None, description="When the first of them was seen. Time without room or quota is added."
+    )
+    avoided_nodes: list[AvoidedNode] = Field(
+        [],
+        description="Nodes that no pod goes to, the newest 20.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic", **_up_to(10 * MAX_AVOIDED_NODES)},
+    )
+    retry_time: Time | None = Field(None, description="When the next attempt starts.")
     suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")
     active_seconds: int = Field(
         0,
         ge=0,
-        description="Seconds that the whole gang has run, over all attempts. While it runs, the time since the last "
-        "transition of the condition Running comes on top.",
+        description="Seconds that the whole gang has run, over all attempts. While it runs, the time since Running "
+        "became True comes on top.",
     )
     gpu_seconds: int = Field(0, ge=0, description="activeSeconds times the GPUs of the gang.")
     adapter: AdapterStatus | None = Field(None, description="The published adapter.")

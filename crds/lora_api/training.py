@@ -41,24 +41,23 @@ class LoRA(ApiModel):
     use_rslora: bool = Field(
         default=False,
         description="Scale by alpha / sqrt(r) in place of alpha / r, so that large ranks learn as fast as small ones "
-        "(rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).",
+        "(rsLoRA, arXiv:2312.03732).",
     )
     rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=512)]], Field(max_length=32)] = Field(
         {},
         description="Other ranks for some modules, by the last part or parts of their name, such as {down_proj: 8}. "
-        "The published adapter has one rank, the largest; smaller ones are filled up with zeros, which change nothing.",
+        "The published adapter has the largest; smaller ones are filled up with zeros.",
     )
     alpha_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], Field(max_length=32)] = Field(
         {},
-        description="Other values of alpha for some modules, as in rankPattern. In the published adapter they are "
-        "folded into the weights, so that it has one alpha.",
+        description="Other values of alpha for some modules, as in rankPattern. They are folded into the weights that "
+        "are published.",
     )
     new_tokens: Annotated[list[NewToken], Field(max_length=64)] = Field(
         [],
         description="Tokens that the model is to learn, such as <|ticket|>: ones that its tokenizer has in reserve, or "
         "new ones where the model has rows to spare. Their rows of embedding and output head are trained too, which "
-        "costs a wider adapter and a server that loads it (docs/newtokens.md). Nothing else of the embeddings is ever "
-        "trained.",
+        "costs a wider adapter and a server that loads it (docs/newtokens.md).",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     cel_rules = (
@@ -104,7 +103,7 @@ class DPO(ApiModel):
     beta: float = Field(0.1, gt=0.0, le=10.0, description="How strongly the model is held to the reference (0 to 10).")
     loss: DPOLoss = Field(
         "sigmoid",
-        description="sigmoid: the DPO paper. ipo: Azar et al. 2023, arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425. "
+        description="sigmoid: the DPO paper. ipo: arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425. "
         "ipo takes means over tokens in place of sums.",
     )
     label_smoothing: float = Field(

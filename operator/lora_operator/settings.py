@@ -99,15 +99,10 @@ class Settings:
     termination_grace: int = _setting(
         120, "LORA_TERMINATION_GRACE", "Time that a pod has between SIGTERM and SIGKILL, to save a checkpoint."
     )
-    max_uncharged_restarts: int = _setting(
-        20,
-        "LORA_MAX_UNCHARGED_RESTARTS",
-        "Restarts of one run after evictions, lost nodes and the like, which runPolicy.maxRestarts does not count.",
-    )
     restart_backoff: float = _setting(
         10.0,
         "LORA_RESTART_BACKOFF",
-        "Pause before the first restart that is charged. Each further one doubles it, up to 10 minutes.",
+        "Pause before the first restart after a complete checkpoint. Each further one doubles it, up to 10 minutes.",
     )
     log_interval: float = _setting(10.0, "LORA_LOG_INTERVAL", "Shortest time between two looks at a run's log.")
     progress_interval: float = _setting(

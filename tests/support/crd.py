@@ -105,6 +105,7 @@ MAXIMAL: Spec = {
         "suspend": True,
         "activeDeadlineSeconds": 3600,
         "stallTimeoutSeconds": 600,
+        "placementTimeoutSeconds": 60,
         "ttlSecondsAfterFinished": 86400,
         "ttlDeletes": "run",
         "queueName": "team-a",

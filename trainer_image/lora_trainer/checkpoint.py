@@ -86,14 +86,22 @@ class Checkpoints:
     ) -> None:
         self.catalog = Catalog(store, run)
         self.before: Evaluation | None = None
-        self.saved: int | None = None
-        """Step of the newest complete checkpoint that this process knows of."""
+        self._saved: int | None = None
         self.failures = 0
         """Checkpoints in a row that could not be saved."""
         self._store, self._run, self._place, self._progress = store, run, place, progress
         self._directory = directory
         self._stopping = False
         self._stop, self._clock, self._tried_at = stop or StopRequest(), clock, clock()
+
+    @property
+    def saved(self) -> int | None:
+        """Step of the newest complete checkpoint that this process knows of."""
+        return self._saved
+
+    def _note_saved(self, step: int) -> None:
+        """A checkpoint is complete. From now on every line of progress says so, and the last words do."""
+        self._saved = self._progress.checkpoint_step = step
 
     # -- writing
 
@@ -173,7 +181,8 @@ class Checkpoints:
                 marker = self._marker(step, everyone)
                 problem = self._agree(self._attempt(lambda: self.catalog.complete(marker)) if main else None)
             if problem is None:
-                self.saved, self.failures = step, 0
+                self._note_saved(step)
+                self.failures = 0
                 if main:
                     self._attempt(self.catalog.prune)
         shutil.rmtree(local)
@@ -263,7 +272,7 @@ class Checkpoints:
             assign_full(parameter, saved[name])
         loop = json.loads((directory / LOOP_STATE).read_text())
         self.before = Evaluation.from_wire(loop["before"])
-        self.saved = marker.step
+        self._note_saved(marker.step)
         return Resume(marker.step, directory, self.before, loop["skipped"][0])
 
     def load_optimizer(self, trainer: "LoRATrainer", directory: Path) -> None:

@@ -82,7 +82,11 @@ def conclude(pod: PodEnd, state: Path) -> tuple[int, Termination]:
     if pod.gpus:
         message = with_gpu(message, cause.failure_class, cause.rank - pod.first_rank, visible)
     words = make_words(cause.failure_class, message, cause.remedy, rank=cause.rank, step=cause.step).model_copy(
-        update={"micro_batch_size": cause.micro_batch_size, "at": datetime.fromtimestamp(cause.at, UTC)}
+        update={
+            "micro_batch_size": cause.micro_batch_size,
+            "checkpoint_step": max((error.checkpoint_step or 0 for error in errors), default=0) or None,
+            "at": datetime.fromtimestamp(cause.at, UTC),
+        }
     )
     return exit_code(cause.failure_class), words
 

@@ -16,7 +16,8 @@ BENIGN = (FailureClass.PEER_LOST, FailureClass.CHECKPOINTED)
 class WorkerError:
     """Why one process ended. ``at`` is seconds since the epoch, ``step`` the last optimizer step that is known.
 
-    ``micro_batch_size`` is unset until it is settled. ``remedy`` is set where more is known than of its whole class.
+    ``micro_batch_size`` is unset until it is settled, ``checkpoint_step`` until a checkpoint is complete. ``remedy`` is
+    set where more is known than of its whole class.
     """
 
     rank: int
@@ -26,6 +27,7 @@ class WorkerError:
     step: int | None = None
     micro_batch_size: int | None = None
     remedy: str = ""
+    checkpoint_step: int | None = None
 
 
 def write_error(directory: Path, error: WorkerError) -> None:

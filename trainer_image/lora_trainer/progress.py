@@ -27,6 +27,8 @@ class Progress:
         """Last optimizer step that was reported."""
         self.micro_batch_size: int | None = None
         """Sequences that this process takes at once, once that is settled."""
+        self.checkpoint_step: int | None = None
+        """Step of the newest complete checkpoint that this process knows of."""
 
     def note(self, text: str) -> None:
         """Says something to people who read the log."""
@@ -68,7 +70,7 @@ class Progress:
 
     def _write(self, event: Literal["stage", "step", "eval", "memory", "served"], **fields: Any) -> None:
         if self.enabled:
-            line = ProgressLine(event=event, at=datetime.now(UTC), **fields)
+            line = ProgressLine(event=event, at=datetime.now(UTC), checkpoint_step=self.checkpoint_step, **fields)
             text = line.to_line() + "\n"
             if self._descriptor is None:
                 sys.stdout.write(text)

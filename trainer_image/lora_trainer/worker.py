@@ -50,10 +50,12 @@ class Ending:
 
     def record(self, found: Finding, message: str) -> None:
         """Leaves the reason for the launcher."""
-        step = self._progress.step or None
-        micro_batch = self._progress.micro_batch_size
-        kind, remedy = found.failure_class, found.remedy
-        write_error(self._directory, WorkerError(self._rank, kind, message, time.time(), step, micro_batch, remedy))
+        progress = self._progress
+        error = WorkerError(
+            self._rank, found.failure_class, message, time.time(), step=progress.step or None,
+            micro_batch_size=progress.micro_batch_size, remedy=found.remedy, checkpoint_step=progress.checkpoint_step,
+        )  # fmt: skip
+        write_error(self._directory, error)
 
 
 def run_worker(run_file: Path) -> int:

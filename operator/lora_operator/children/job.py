@@ -11,6 +11,7 @@ from typing import Any
 from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
 from lora_api.run import MASTER_PORT, RUN_FILE
+from lora_operator.children.affinity import keep_away
 from lora_operator.children.document import build_document, build_preflight_document
 from lora_operator.children.environment import build_env
 from lora_operator.children.pod import build_pod_template
@@ -108,7 +109,7 @@ def _build(
             "parallelism": pods,
             "backoffLimitPerIndex": 0,
             "podReplacementPolicy": "Failed",
-            "template": template,
+            "template": keep_away(template, run.status.avoided_nodes),
         },
     }
 

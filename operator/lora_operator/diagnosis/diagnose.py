@@ -57,7 +57,7 @@ class Obstacle:
     """Why an attempt does not start.
 
     ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
-    others do can change it, so there is no waiting.
+    others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
     """
 
     reason: str
@@ -67,6 +67,7 @@ class Obstacle:
     failure_class: FailureClass | None = None
     scheduling: bool = False
     permanent: bool = False
+    limit: float | None = None
 
     @property
     def text(self) -> str:
@@ -77,7 +78,7 @@ class Obstacle:
         """Seconds until the run fails because this has lasted for ``limit`` seconds, or ``None``."""
         if self.failure_class is None:
             return None
-        return 0.0 if self.permanent else limit - (now - self.since).total_seconds()
+        return 0.0 if self.permanent else (self.limit or limit) - (now - self.since).total_seconds()
 
     def to_failure(self, attempt: int, now: datetime) -> Failure:
         """The failure of ``attempt`` that this became.

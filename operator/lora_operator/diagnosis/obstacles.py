@@ -33,6 +33,11 @@ _CLAIM_REMEDY = (
 _GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
+_PRIORITY_REMEDY = "Create the PriorityClass that the message names. The run starts by itself then."
+_PATIENCE = 86_400.0
+"""Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
+_MOST_NAMES = 5
+"""Pods that a message names; of more it gives the number."""
 _WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
 _POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make an exception for the namespace."
 _EVENT_REMEDY = "See kubectl describe pod. The run starts by itself once its pods do."
@@ -86,7 +91,7 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports, n
         if pod.unscheduled_reason:
             return Obstacle(
                 reason=pod.unscheduled_reason,
-                message=f"No node takes pod {pod.name}: {pod.unscheduled_message}",
+                message=describe_unscheduled(starting),
                 remedy=_scheduling_remedy(pod),
                 since=pod.created,
                 scheduling=True,
@@ -94,12 +99,34 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports, n
     return None
 
 
+def describe_unscheduled(pods: Sequence[PodView]) -> str:
+    """Which of ``pods`` wait for a node, and why: the scheduler's words, each of them once."""
+    waiting: dict[str, list[str]] = {}
+    for pod in pods:
+        if pod.unscheduled_reason and not pod.has_ended:
+            waiting.setdefault(pod.unscheduled_message, []).append(pod.name)
+    *others, last = [f"No node takes {_name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
+    return "; ".join([*(text.rstrip(".") for text in others), last])
+
+
+def _name_pods(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"pod {names[0]}"
+    more = len(names) - _MOST_NAMES
+    return f"pods {', '.join(names[:_MOST_NAMES])}" + (f" and {more} more" if more > 0 else "")
+
+
+def waits_for_claim(pod: PodView) -> bool:
+    """Whether ``pod`` has no node because a claim of it is missing or not bound: room would not help it."""
+    # The scheduler has one reason for all; of claims it says 'persistentvolumeclaim "x" not found' or "pod has unbound
+    # immediate PersistentVolumeClaims" (Kubernetes 1.37).
+    return "persistentvolumeclaim" in pod.unscheduled_message.lower()
+
+
 def _scheduling_remedy(pod: PodView) -> str:
     if pod.unscheduled_reason == "SchedulingGated":
         return _GATED_REMEDY
-    # The scheduler has one reason for all; of claims it says 'persistentvolumeclaim "x" not found' or "pod has unbound
-    # immediate PersistentVolumeClaims" (Kubernetes 1.37).
-    return _CLAIM_REMEDY if "persistentvolumeclaim" in pod.unscheduled_message.lower() else _SCHEDULING_REMEDY
+    return _CLAIM_REMEDY if waits_for_claim(pod) else _SCHEDULING_REMEDY
 
 
 def _fatal(failure_class: FailureClass, pod: PodView, since: datetime) -> Obstacle:
@@ -119,14 +146,25 @@ def _fatal(failure_class: FailureClass, pod: PodView, since: datetime) -> Obstac
 def _refused(job: JobView, refusal: Refusal) -> Obstacle:
     """Each try of the Job controller is of another pod: its name is left out, as each change would be a write."""
     words = re.sub(rf'pods "{re.escape(job.name)}-[^"]*" is forbidden: ', "", refusal.message)
+    reason, remedy, limit = _REFUSALS[refusal.kind]
     return Obstacle(
-        reason="QuotaExceeded" if refusal.by_quota else str(FailureClass.POD_NOT_STARTED),
+        reason=reason,
         message=f"Pods of Job {job.name} are refused: {words}",
-        remedy=_QUOTA_REMEDY if refusal.by_quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
+        remedy=remedy,
         since=refusal.since,
-        failure_class=None if refusal.by_quota else FailureClass.POD_NOT_STARTED,
+        failure_class=None if refusal.kind == "quota" else FailureClass.POD_NOT_STARTED,
         scheduling=True,
+        limit=limit,
     )
+
+
+_REFUSALS = {
+    "quota": ("QuotaExceeded", _QUOTA_REMEDY, None),
+    "webhook": ("WebhookFailed", _WEBHOOK_REMEDY, _PATIENCE),
+    "priority": ("PriorityClassNotFound", _PRIORITY_REMEDY, _PATIENCE),
+    "policy": (str(FailureClass.POD_NOT_STARTED), RULES[FailureClass.POD_NOT_STARTED].remedy, None),
+}
+"""Reason and remedy of pods that are refused, and for how long that is waited for, where it is not the usual time."""
 
 
 def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:

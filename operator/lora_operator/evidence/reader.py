@@ -11,6 +11,7 @@ from lora_operator.evidence.kueue import fetch_queue_report
 from lora_operator.evidence.memory import Change
 from lora_operator.evidence.wants import EventsOfPods, LastWordsOf, ProgressOf, QueueOf, RefusalOf, Want
 from lora_operator.kube.client import KubeClient, NotFoundError
+from lora_operator.state.checkpoints import hear_checkpoint
 from lora_operator.state.reports import (
     Reports,
     hear,
@@ -145,6 +146,7 @@ def _add_progress(run: LoRAFineTune, reports: Reports, lines: Sequence[ProgressL
     if not lines:
         return reports
     first = find_first_step(reports.first_step, lines)
+    step = hear_checkpoint(lines, reports.checkpoint_step, run.spec.training.logging_steps)
     progress = compute_progress(
         reports.progress or run.status.progress,
         lines,
@@ -152,4 +154,4 @@ def _add_progress(run: LoRAFineTune, reports: Reports, lines: Sequence[ProgressL
         first=first,
         read_at=read_at,
     )
-    return replace(reports, progress=progress, first_step=first)
+    return replace(reports, progress=progress, first_step=first, checkpoint_step=step)

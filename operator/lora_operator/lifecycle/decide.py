@@ -46,6 +46,13 @@ from lora_operator.lifecycle.preflight import decide_preflight, find_running_on,
 from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_queue, plan_queued
 from lora_operator.lifecycle.runtime import decide_runtime
 from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
+from lora_operator.policies.placement import (
+    explain_by_room,
+    is_short_of_room,
+    not_placed,
+    not_started,
+    seconds_to_giving_back,
+)
 from lora_operator.policies.stall import find_stall, seconds_to_stall
 from lora_operator.settings import Settings
 from lora_operator.state.facts import is_finished, is_over
@@ -88,7 +95,7 @@ def _decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     if job is not None:
         return _decide_attempt(observed, job, now, settings)
     if status.attempt == attempt:
-        return decide_failure(observed, attempt, job_lost(attempt, now), settings)
+        return decide_failure(observed, attempt, job_lost(attempt, now), now, settings)
     return _decide_launch(observed, attempt, now, settings)
 
 
@@ -98,7 +105,7 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Se
         return decide_suspended(observed)
     overrun = find_overrun(observed.run, max(attempt - 1, 1), now)
     if overrun is not None:
-        return decide_failure(observed, overrun.attempt, overrun, settings)
+        return decide_failure(observed, overrun.attempt, overrun, now, settings)
     waiting = _wait_for_leftovers(observed, now, settings)
     if waiting is not None:
         return waiting
@@ -173,7 +180,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
     if adapter is not None:
         return decide_success(job.attempt, adapter, disown(observed.run, adapter))
     if job.deleting:
-        return decide_failure(observed, job.attempt, job_lost(job.attempt, now), settings)
+        return decide_failure(observed, job.attempt, job_lost(job.attempt, now), now, settings)
     stopping = observed.stopping(job)
     symptoms = diagnose_pods(
         [*pods, *stopping],
@@ -188,10 +195,10 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
     if observed.run.spec.run_policy.suspend:
         return _decide_suspension(job)
     if job.suspended and job.completed_indexes:
-        return decide_failure(observed, job.attempt, broken_gang(job, now), settings)
+        return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
         return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
-    return _decide_healthy(observed, job, pods, now, settings)
+    return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=job.created)
 
 
 def _decide_failing(
@@ -206,12 +213,18 @@ def _decide_failing(
     nodes = observed.run.spec.parallelism.nodes
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
     since = observed.reports.failing_since or now
-    silent = find_silent(symptoms, pods)
+    waiting = not_started(pods)
+    silent = find_silent(symptoms, [pod for pod in pods if pod not in waiting])
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
     left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
-        failure = diagnose_root(symptoms, pods, job.attempt, now, observed.reports.seen)
-        return decide_failure(observed, job.attempt, failure, settings)
+        failure = diagnose_root(
+            symptoms, [pod for pod in pods if pod not in waiting], job.attempt, now, observed.reports.seen
+        )
+        incomplete = bool(waiting) or observed.is_short_of_pods(job)
+        if incomplete:
+            failure = explain_by_room(failure, observed, job, pods, now)
+        return decide_failure(observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete)
     awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
     message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
     return Plan(
@@ -238,12 +251,21 @@ def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: 
         return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), settings)
+        return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), now, settings)
+    short = is_short_of_room(observed, job, pods)
+    if short:
+        back = seconds_to_giving_back(observed, now)
+        if back <= 0:
+            failure = not_placed(observed, job, pods, now)
+            return decide_failure(observed, job.attempt, failure, now, settings)
+        left = back if left is None else min(left, back)
     mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
     marks = {**start.conditions, ConditionType.RUNNING: mark}
     if obstacle.scheduling:
         marks[ConditionType.SCHEDULED] = mark
-    return replace(start, reason=obstacle.reason, message=obstacle.text, conditions=marks, requeue_after=left)
+    return replace(
+        start, reason=obstacle.reason, message=obstacle.text, conditions=marks, requeue_after=left, short_of_room=short
+    )
 
 
 _STAGE_REASONS = {
@@ -267,7 +289,7 @@ def _decide_running(
     run, reports = observed.run, observed.reports
     overdue = find_overrun(run, job.attempt, now) or find_stall(run, reports, job.attempt, now)
     if overdue is not None:
-        return decide_failure(observed, job.attempt, overdue, settings)
+        return decide_failure(observed, job.attempt, overdue, now, settings)
     reason = _STAGE_REASONS.get(reports.stage, "Running")
     stall = seconds_to_stall(run, reports, now)
     waits = [

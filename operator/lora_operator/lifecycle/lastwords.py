@@ -25,7 +25,7 @@ def await_words(observed: Observed, plan: Plan, now: datetime) -> Plan:
     unread = tuple(pod for pod in pods if pod.uid not in reports.last_words)
     waited = (now - (reports.awaiting_since or now)).total_seconds()
     if unread and waited < PATIENCE:
-        return Plan(words_of=unread, failing=reports.failing_since is not None, requeue_after=PATIENCE - waited)
+        return Plan(words_of=unread, requeue_after=PATIENCE - waited)
     words = {pod.name: reports.last_words.get(pod.uid) for pod in pods}
     return replace(plan, failure=plan.failure.model_copy(update={"log_tail": compute_log_tail(plan.failure, words)}))
 

@@ -1,15 +1,17 @@
 """What comes of a run: success, failure and whether another try follows, waiting, suspension. All pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_api import AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
-from lora_operator.diagnosis.diagnose import Obstacle
+from lora_operator.diagnosis.diagnose import Obstacle, Symptom
 from lora_operator.policies.memory import find_micro_batch, shrink_micro_batch
-from lora_operator.policies.restarts import SAME_FAILURES, compute_backoff, is_repetition
+from lora_operator.policies.nodes import avoid
+from lora_operator.policies.restarts import judge
 from lora_operator.settings import Settings
+from lora_operator.state.checkpoints import find_checkpoint
 from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Mark, Plan
@@ -25,33 +27,42 @@ _RETRY_SECONDS = 30.0
 """Until something that was refused is asked for again: no event tells when a quota or a policy changes."""
 
 
-def decide_failure(observed: Observed, attempt: int, failure: Failure, settings: Settings) -> Plan:
-    """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows."""
-    status, rule = observed.run.status, RULES[failure.failure_class]
-    smaller = shrink_micro_batch(observed.run, failure)
-    retried = rule.retried or smaller is not None
-    limit = observed.run.spec.run_policy.max_restarts
-    free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts
-    refusal = ""
-    if rule.retried and rule.charged and status.charged_restarts >= limit:
-        refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
-    elif retried and not rule.charged and free >= settings.max_uncharged_restarts:
-        refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
-    elif is_repetition(status.failures, failure):
-        refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
-    elif retried and smaller is not None:
-        failure = failure.model_copy(update={"remedy": _shrunk(observed.run, failure, smaller)})
-    text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
+def decide_failure(
+    observed: Observed,
+    attempt: int,
+    failure: Failure,
+    now: datetime,
+    settings: Settings,
+    *,
+    symptoms: Sequence[Symptom] = (),
+    incomplete: bool = False,
+) -> Plan:
+    """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows.
+
+    ``symptoms`` are all that was wrong with the pods, ``incomplete`` whether some of them had not started.
+    """
+    run, checkpoint = observed.run, find_checkpoint(observed, attempt)
+    smaller = shrink_micro_batch(run, failure)
+    verdict = judge(
+        run, failure, now, base=settings.restart_backoff, checkpoint=checkpoint, shrinks=smaller is not None,
+        incomplete=incomplete,
+    )  # fmt: skip
+    failure = verdict.failure
+    if verdict.retried and smaller is not None:
+        failure = failure.model_copy(update={"remedy": _shrunk(run, failure, smaller)})
+    text = with_remedy(failure.message.strip().rstrip(".") + verdict.refusal, failure.remedy)
     reason = str(failure.failure_class)
     mark = Mark(value=False, reason=reason, message=text)
     kind, retry = ConditionType.RUNNING, Phase.RESTARTING
     if attempt == PREFLIGHT:
         kind, retry = ConditionType.PREFLIGHT_PASSED, Phase.PREFLIGHT
-    if retried and not refusal:
+    if verdict.retried:
+        placed = failure.failure_class is not FailureClass.NOT_PLACED
         return Plan(
             phase=retry, reason=reason, message=text, attempt=attempt, failure=failure,
-            charged=rule.charged, micro_batch_size=smaller, conditions={kind: mark},
-            backoff=compute_backoff(status.charged_restarts, settings.restart_backoff) if rule.charged else 0.0,
+            charged=verdict.charged, micro_batch_size=smaller, conditions={kind: mark}, backoff=verdict.backoff,
+            budget=verdict.budget, checkpoint=checkpoint,
+            avoided=avoid(run.status, failure, symptoms, now) if placed else (),
         )  # fmt: skip
     return Plan(
         phase=Phase.FAILED,
@@ -60,6 +71,8 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
         attempt=attempt,
         failure=failure,
         conditions={kind: mark, ConditionType.FAILED: replace(mark, value=True)},
+        budget=verdict.budget,
+        checkpoint=checkpoint,
         ended=True,
     )
 
@@ -141,7 +154,7 @@ def decide_obstructed(observed: Observed, attempt: int, obstacle: Obstacle, now:
     """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), settings)
+        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), now, settings)
     wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
     return replace(wait, attempt=observed.run.status.attempt)
 
@@ -175,4 +188,4 @@ def decide_conflict(
     if passing:
         return decide_wait("WaitingForCleanup", f"{message} and is on its way out", CLEANUP_DELAY)
     failure = new_failure(FailureClass.NAME_CONFLICT, attempt, message, now)
-    return decide_failure(observed, attempt, failure, settings)
+    return decide_failure(observed, attempt, failure, now, settings)

@@ -67,20 +67,21 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     seen = observed.reports.seen
     symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0, seen=seen)
     if symptoms:
-        return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now, seen), settings)
+        failure = diagnose_root(symptoms, pods, PREFLIGHT, now, seen)
+        return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
     if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
         return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
     obstacle = diagnose_obstacle(pods, job, observed.reports, now)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
-            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), settings)
+            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), now, settings)
         return _waiting(obstacle.reason, obstacle.text, requeue_after=left)
     if not any(pod.running for pod in pods):
         return _waiting("Preflight", _CHECKING)
     left = settings.preflight_timeout - (now - running_since(job, observed.reports.seen, now)).total_seconds()
     if left <= 0:
-        return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
+        return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), now, settings)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
 
 

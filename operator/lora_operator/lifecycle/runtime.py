@@ -53,7 +53,7 @@ def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Pla
     refusal = find_refusal(run, runtime, observed.namespace_labels)
     if refusal is not None:
         return replace(
-            decide_failure(observed, PREFLIGHT, new_failure(refusal[0], PREFLIGHT, refusal[1], now), settings),
+            decide_failure(observed, PREFLIGHT, new_failure(refusal[0], PREFLIGHT, refusal[1], now), now, settings),
             runtime=snapshot,
         )
     if snapshot is None:
@@ -66,7 +66,7 @@ def _decide_lost(observed: Observed, now: datetime, settings: Settings) -> Plan:
     """Ends a run that began with a store of its runtime, and whose snapshot somebody has taken away."""
     message = "spec.publish.store is not set, and status.runtime, which had one when the run began, is gone"
     failure = new_failure(FailureClass.BAD_SPEC, observed.run.status.attempt, message, now)
-    return decide_failure(observed, failure.attempt, failure, settings)
+    return decide_failure(observed, failure.attempt, failure, now, settings)
 
 
 def find_refusal(

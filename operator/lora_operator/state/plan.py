@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TypeAlias
 
 from lora_api import AdapterStatus, ConditionType, Failure, Phase, RuntimeSnapshot
 from lora_api.preflight import PreflightOutcome
+from lora_api.status import AvoidedNode
 from lora_operator.watched.views import JobView, PodView
 
 
@@ -60,6 +62,18 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a run has used up since its newest complete checkpoint.
+
+    ``charged``: restarts of runPolicy.maxRestarts. ``count``: failures of every kind, which began at ``since``.
+    """
+
+    charged: int = 0
+    count: int = 0
+    since: datetime | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do about a run, and the one change of its status.
 
@@ -70,8 +84,12 @@ class Plan:
     successor, ``passed`` what the preflight settled, ``micro_batch_size`` what the next attempt is to have,
     ``runtime`` what the run takes of its runtime.
 
+    With a failure come the ``budget``, the ``checkpoint`` that it is counted from, and the nodes that are ``avoided``
+    from now on. ``waiting_since`` is when the gang began to wait for its nodes.
+
     Three things are remembered for the next look: ``failing``, that a pod has failed and the others get time for their
-    last words; ``words_of``, the pods whose logs are to be read before a failure is put on record.
+    last words; ``short_of_room``, that pods hold nodes while others find none, and give them back if that lasts;
+    ``words_of``, the pods whose logs are to be read before a failure is put on record.
     """
 
     actions: tuple[Action, ...] = ()
@@ -85,12 +103,17 @@ class Plan:
     runtime: RuntimeSnapshot | None = None
     failure: Failure | None = None
     charged: bool = False
+    budget: Budget | None = None
+    checkpoint: int | None = None
+    avoided: tuple[AvoidedNode, ...] | None = None
     micro_batch_size: int | None = None
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False
     failing: bool = False
     words_of: tuple[PodView, ...] = ()
+    short_of_room: bool = False
+    waiting_since: datetime | None = None
     requeue_after: float | None = None
 
     @property

@@ -7,6 +7,7 @@ returns what there is now.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Literal
 
 from lora_api import Progress, ProgressLine
 from lora_operator.state.workload import QueueReport
@@ -23,9 +24,13 @@ class Refusal:
     since: datetime
 
     @property
-    def by_quota(self) -> bool:
-        """Whether a quota is full, which is waited for; what else is refused ends a run that it keeps waiting."""
-        return "exceeded quota" in self.message
+    def kind(self) -> Literal["quota", "webhook", "priority", "policy"]:
+        """Who refuses: a quota that is full, a webhook that does not answer, a missing PriorityClass, or a policy."""
+        if "exceeded quota" in self.message:
+            return "quota"
+        if "failed calling webhook" in self.message:
+            return "webhook"
+        return "priority" if "no PriorityClass with name" in self.message else "policy"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Reports:
     stage_since: datetime | None = None
     progress: Progress | None = None
     first_step: ProgressLine | None = None
+    checkpoint_step: int | None = None
     last_word: str = ""
     last_output: str = ""
     heard_at: datetime | None = None
@@ -81,6 +87,7 @@ class Reports:
     queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
     awaiting_since: datetime | None = None
+    short_of_room_since: datetime | None = None
     refused_child: RefusedChild | None = None
     denied: Mapping[str, str] = field(default_factory=dict)
     denied_at: datetime | None = None
@@ -122,7 +129,7 @@ def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Report
     The words change with every try, as they name the pod and what is used; the time goes on while they are of one kind.
     """
     old, new = reports.refusal, Refusal(message, now) if message else None
-    if old is not None and new is not None and old.by_quota == new.by_quota:
+    if old is not None and new is not None and old.kind == new.kind:
         new = replace(new, since=old.since)
     return replace(reports, refusal=new, refusal_read_at=now)
 

@@ -1,14 +1,24 @@
 """From a plan to the status that people and machines read. All pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Literal
 
-from lora_api import Condition, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase, TrainerPin
-from lora_api.status import MAX_FAILURES, STATUS_VERSION
+from lora_api import (
+    Condition,
+    ConditionType,
+    Failure,
+    FailureClass,
+    LoRAFineTune,
+    LoRAFineTuneStatus,
+    Phase,
+    TrainerPin,
+)
+from lora_api.status import MAX_FAILURES, STATUS_VERSION, CheckpointStatus
 from lora_operator.policies.deadline import compute_active_seconds, running_since
-from lora_operator.state.facts import is_finished
-from lora_operator.state.plan import Mark, Plan
+from lora_operator.policies.restarts import find_budget, is_newer
+from lora_operator.state.facts import holds, is_finished
+from lora_operator.state.plan import Budget, Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.state.upgrades import began_before_endpoints
 from lora_operator.status.progress import compute_stopped_progress
@@ -32,7 +42,7 @@ def compute_status(
     if plan.phase is None:
         return _sign(old, old.model_copy(update={"trainer": trainer or old.trainer}))
     progress = reports.progress or old.progress
-    failures = [*old.failures, plan.failure][-MAX_FAILURES:] if plan.failure else old.failures
+    failures = add_failure(old.failures, plan.failure) if plan.failure else old.failures
     stopped = plan.ended or plan.failure is not None or plan.suspended is not None or plan.phase == Phase.QUEUED
     new = old.model_copy(
         update={
@@ -54,14 +64,47 @@ def compute_status(
             "failed_preflights": old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
             "pins": plan.passed.pins if plan.passed else old.pins,
             "plan": plan.passed.plan if plan.passed else old.plan,
-            "charged_restarts": old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+            **_budget(old, plan, reports, now),
             "preemptions": old.preemptions + (1 if _loses_quota(old, plan) else 0),
             "retry_time": _retry_time(old, plan, now),
             "suspended_attempt": plan.suspended or old.suspended_attempt,
             "adapter": plan.adapter or old.adapter,
         }
     )
+    new = _count_wait(old, new, plan, now)
     return _sign(old, new if new == old else _count_time(run, new, now))
+
+
+def add_failure(failures: Sequence[Failure], failure: Failure) -> list[Failure]:
+    """The last ``failures`` with one more. A gang may look for room for days: of that only the last time is kept."""
+    again = failure.failure_class is FailureClass.NOT_PLACED
+    same = bool(failures) and failures[-1].failure_class is FailureClass.NOT_PLACED
+    return [*(failures[:-1] if again and same else failures), failure][-MAX_FAILURES:]
+
+
+def _budget(old: LoRAFineTuneStatus, plan: Plan, reports: Reports, now: datetime) -> dict[str, object]:
+    """What is used up of what the run may fail, and the checkpoint since which that counts."""
+    step = max((step for step in (plan.checkpoint, reports.checkpoint_step) if step is not None), default=None)
+    budget = plan.budget or find_budget(old, step)
+    if plan.suspended is not None:  # what comes after it is another time
+        budget = Budget(budget.charged)
+    newer = step is not None and is_newer(old, step)
+    return {
+        "last_checkpoint": CheckpointStatus(step=step, at=now) if step is not None and newer else old.last_checkpoint,
+        "charged_restarts": budget.charged,
+        "recent_failures": budget.count,
+        "failing_since": budget.since,
+        "avoided_nodes": old.avoided_nodes if plan.avoided is None else list(plan.avoided),
+    }
+
+
+def _count_wait(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
+    """``new``, where the time that this attempt has waited for room or quota does not count as one of failing."""
+    placed = holds(new, ConditionType.SCHEDULED) and not holds(old, ConditionType.SCHEDULED)
+    if new.failing_since is None or plan.waiting_since is None or not placed:
+        return new
+    waited = now - min(now, max(plan.waiting_since, new.failing_since))
+    return new.model_copy(update={"failing_since": new.failing_since + waited})
 
 
 def _sign(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> LoRAFineTuneStatus:
@@ -186,5 +229,6 @@ def _state(status: LoRAFineTuneStatus) -> tuple[object, ...]:
     conditions = tuple(
         (item.type, item.status, item.reason if item.type in _WAITS else "") for item in status.conditions
     )
-    counts = status.attempt, len(status.failures), status.failed_preflights, status.charged_restarts
+    last = status.failures[-1].attempt if status.failures else 0
+    counts = status.attempt, len(status.failures), last, status.failed_preflights, status.charged_restarts
     return status.phase, *counts, status.adapter, status.runtime is not None, conditions

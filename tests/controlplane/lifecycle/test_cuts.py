@@ -64,9 +64,9 @@ LIVES = {
     "success": Life({1: succeed}, "Succeeded"),
     "what no restart helps": Life({1: fail("BadData", 65)}, "Failed", ("BadData",)),
     "no restarts are left": Life(
-        {1: fail("Internal", 70), 2: fail("StoreUnavailable", 74)},
+        {1: fail("Internal", 70), 2: fail("PeerLost", 73)},
         "Failed",
-        ("Internal", "StoreUnavailable"),
+        ("Internal", "PeerLost"),
         charged=1,
         policy={"maxRestarts": 1},
     ),

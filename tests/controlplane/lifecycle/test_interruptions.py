@@ -37,7 +37,7 @@ def live(run: Run, is_over: Callable[[], bool] = lambda: False) -> None:
     """Plays the nodes for a whole life: attempt 1 fails, attempt 2 succeeds. Stops early when ``is_over``."""
     steps: list[Callable[[], object]] = [
         lambda: _running(run, 1),
-        lambda: run.set_failed(1, "StoreUnavailable", 74, "503 Slow Down"),
+        lambda: run.set_failed(1, "Internal", 70, "503 Slow Down"),
         lambda: _running(run, 2),
         lambda: run.set_succeeded(2),
     ]
@@ -62,7 +62,7 @@ def replay(run: Run) -> None:
         first = eventually("a gang", lambda: (len(run.pods(1)) == 2 and run.pods(1)) or run.pods(2))
         if not run.pods(2) and all(pod["status"]["phase"] in ("Pending", "Running") for pod in first):
             run.set_running(1)
-            run.set_failed(1, "StoreUnavailable", 74, "503 Slow Down")
+            run.set_failed(1, "Internal", 70, "503 Slow Down")
         eventually("attempt 2", lambda: len(run.pods(2)) == 2)
     if any(pod["status"]["phase"] != "Succeeded" for pod in run.pods(2)):
         run.set_running(2)
@@ -73,7 +73,7 @@ def check_end(run: Run) -> None:
     """The one end state, however it was reached."""
     status = run.wait_phase("Succeeded")
     assert (status["attempt"], status["chargedRestarts"]) == (2, 1)
-    assert [failure["class"] for failure in status["failures"]] == ["StoreUnavailable"]
+    assert [failure["class"] for failure in status["failures"]] == ["Internal"]
     assert [job["metadata"]["name"] for job in run.jobs()] == ["run-2"]
     assert [item["metadata"]["name"] for item in run.services()] == ["run-gang"], "one for both attempts"
     uid = run.raw["metadata"]["uid"]
@@ -214,7 +214,7 @@ def test_a_pod_that_went_unseen_holds_nothing_up(run: Run, fast_settings: Callab
         names = {"name": "run-1-0-unseen", "uid": "unseen", "creationTimestamp": "2026-01-01T00:00:00Z"}
         unseen = {**pod, "metadata": {**pod["metadata"], **names}}
         operator.loop.call_soon_threadsafe(operator.operator.cache.put, Resource.PODS, unseen)
-        run.set_failed(1, "StoreUnavailable", 74)
+        run.set_failed(1, "Internal", 70)
         run.set_running(2)
         run.set_succeeded(2)
         run.wait_phase("Succeeded")
@@ -356,7 +356,7 @@ def test_the_process_is_killed_and_started_again_in_the_middle_of_a_run(run: Run
         run.wait_phase("Running")
         assert _get(lease.port, "/healthz") == "ok\n"
     job = run.jobs()[0]["metadata"]["uid"]
-    run.set_failed(1, "StoreUnavailable", 74)  # while nobody looks
+    run.set_failed(1, "Internal", 70)  # while nobody looks
     with process(settings, lease.port) as child:
         run.wait("attempt 2", lambda status: status.get("attempt") == 2)
         run.set_running(2)
@@ -364,7 +364,7 @@ def test_the_process_is_killed_and_started_again_in_the_middle_of_a_run(run: Run
         check_end(run)
         metrics = _get(lease.port, "/metrics")
         assert 'lora_operator_runs{phase="Succeeded"} 1.0' in metrics
-        wanted = f'lora_operator_failures_total{{failure_class="StoreUnavailable",namespace="{run.namespace}"}} 1.0'
+        wanted = f'lora_operator_failures_total{{failure_class="Internal",namespace="{run.namespace}"}} 1.0'
         assert wanted in metrics
         assert 'lora_operator_api_calls_total{code="201",resource="jobs",verb="create"} 1.0' in metrics
         assert "lora_operator_queue_depth 0.0" in metrics

@@ -49,7 +49,7 @@ def test_what_it_settled_is_what_every_attempt_gets(run: Run, operator: Operator
     assert run.condition("PreflightPassed")["message"] == "48 records; 18 steps"
     run.set_running(1)
     run.wait_phase("Running")
-    run.set_failed(1, "StoreUnavailable", 74)
+    run.set_failed(1, "Internal", 70)
     run.set_running(2)
     documents["2"] = run.document(2)
     for name in ("1", "2"):
@@ -76,15 +76,15 @@ def test_a_bad_record_ends_the_run_before_any_gang(run: Run, operator: OperatorT
 
 def test_one_that_is_lost_is_followed_by_another(run: Run, operator: OperatorThread) -> None:
     run.create()
-    run.set_preflight(1, ended(74, termination("StoreUnavailable", "503 Slow Down")))
+    run.set_preflight(1, ended(70, termination("Internal", "503 Slow Down")))
     run.set_preflight(2, {**ended(137), "conditions": [
         {"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}
     ]})  # fmt: skip
     run.set_preflight(3, ended(0, settled(), "Completed"))
     status = run.wait("attempt 1", lambda status: status.get("attempt") == 1)
-    assert [failure["class"] for failure in status["failures"]] == ["StoreUnavailable", "Evicted"]
+    assert [failure["class"] for failure in status["failures"]] == ["Internal", "Evicted"]
     assert (status["failedPreflights"], status["chargedRestarts"]) == (2, 1)
-    reasons = ["Preflight", "StoreUnavailable", "Evicted", "PreflightPassed", "Started"]
+    reasons = ["Preflight", "Internal", "Evicted", "PreflightPassed", "Started"]
     eventually("Events", lambda: [event["reason"] for event in run.events()] == reasons)
 
 
@@ -138,7 +138,7 @@ def test_an_operator_that_sees_the_run_late_makes_no_preflight_again(
         run.set_preflight(1, running())
         run.wait("a condition", lambda _: run.condition("PreflightPassed"))
         late = run.raw
-        run.set_preflight(1, ended(74, termination("StoreUnavailable", "503 Slow Down")))
+        run.set_preflight(1, ended(70, termination("Internal", "503 Slow Down")))
         eventually("the next", lambda: [job["metadata"]["name"] for job in run.jobs()] == ["run-pre2"])
 
     def see_it_late(client: KubeClient) -> None:
@@ -168,7 +168,7 @@ def test_a_stranger_has_its_name(api: Api, run: Run, operator: OperatorThread) -
 
 def test_it_is_cleared_up_with_the_run(run: Run, operator: OperatorThread) -> None:
     run.create(lambda spec: spec.update(runPolicy={"ttlSecondsAfterFinished": 1}))
-    run.set_preflight(1, ended(74, termination("StoreUnavailable", "503 Slow Down")))
+    run.set_preflight(1, ended(70, termination("Internal", "503 Slow Down")))
     run.set_preflight(2, ended(65, termination("BadData", "record 7")))
     run.wait_phase("Failed")
     eventually("nothing is left", lambda: (run.jobs(), run.policies(), run.preflight_pods(2)) == ([], [], []))
@@ -178,7 +178,7 @@ def test_an_operator_cut_after_any_call_is_continued_by_the_next(
     cp: devcluster.ControlPlane, api: Api, make_namespace: Callable[[], str], fast_settings: Callable[..., Settings]
 ) -> None:
     """The first preflight is lost, the second passes: for every k, cut after the k-th call, the same end."""
-    lost, passed = ended(74, termination("StoreUnavailable", "503 Slow Down")), ended(0, settled(), "Completed")
+    lost, passed = ended(70, termination("Internal", "503 Slow Down")), ended(0, settled(), "Completed")
 
     def play(run: Run, is_over: Callable[[], bool]) -> None:
         """Plays the node for what pods there are, until the first attempt is there or ``is_over``."""

@@ -62,7 +62,6 @@ CASES: dict[str, list[str]] = {
         "operator.preflightTimeoutSeconds=7200",
         "operator.networkPolicy=false",
         "operator.terminationGraceSeconds=3000000",
-        "operator.maxUnchargedRestarts=0",
         "operator.logIntervalSeconds=2",
         "operator.progressIntervalSeconds=3",
         'operator.logLevel="debug"',
@@ -193,6 +192,8 @@ def test_the_schema_describes_every_value_and_no_other() -> None:
         for name, child in schema["properties"].items():
             where = f"{path}.{name}".lstrip(".")
             assert child.get("description"), where
+            if child.get("deprecated"):  # of an earlier chart: taken, and not looked at
+                continue
             if "properties" in child:
                 assert child["additionalProperties"] is False, where
                 yield from described(child, where)
@@ -328,7 +329,6 @@ def test_every_setting_arrives(render: Render) -> None:
         termination_grace=3_000_000,
         preflight="off",
         preflight_timeout=7200.0,
-        max_uncharged_restarts=0,
         network_policy="off",
         metrics_auth="none",
         gang_scheduler="volcano",

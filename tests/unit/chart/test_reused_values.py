@@ -56,17 +56,22 @@ def test_no_value_at_all_is_every_default(reuse: Reuse, whole: str) -> None:
     assert reuse({}) == whole
 
 
+def test_a_value_that_the_chart_no_longer_has_changes_nothing(reuse: Reuse, whole: str) -> None:
+    operator = {**VALUES["operator"], "maxUnchargedRestarts": 20}
+    assert reuse({**VALUES, "operator": operator}) == whole
+
+
 def test_a_null_is_no_value(render: Callable[..., str]) -> None:
     assert render("operator.concurrency=null", "metrics=null") == render()
 
 
 def test_what_is_off_or_empty_by_wish_stays_so(render: Callable[..., str]) -> None:
     text = render(
-        "operator.preflight=false", "operator.maxUnchargedRestarts=0", "resources.limits.memory=null",
+        "operator.preflight=false", "operator.restartBackoffSeconds=0", "resources.limits.memory=null",
         "defaultRuntime.spec.podTemplate=null", "rbac.create=false",
     )  # fmt: skip
     assert "--preflight=off" in text
-    assert "--max-uncharged-restarts=0" in text
+    assert "--restart-backoff=0" in text
     assert "--default-runtime={}" in text
     assert "limits: {}" in text
     assert "lora-operator-runs" not in text

@@ -29,7 +29,7 @@ from tests.unit.operator.builders import (
     stamp,
 )
 
-SETTINGS = Settings(preflight="off", failure_grace=20.0, start_timeout=600.0, max_uncharged_restarts=3)
+SETTINGS = Settings(preflight="off", failure_grace=20.0, start_timeout=600.0)
 
 
 @dataclass(frozen=True)

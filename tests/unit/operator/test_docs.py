@@ -19,9 +19,8 @@ END = "<!-- end of failures -->"
 
 
 def row(rule: FailureRule) -> str:
-    follows = "ends the run" if not rule.retried else "restarts, counts" if rule.charged else "restarts"
     code = "" if rule.exit_code is None else f"{rule.exit_code}"
-    return f"| `{rule.failure_class}` | {rule.meaning} | {rule.remedy} | {follows} | {code} |\n"
+    return f"| `{rule.failure_class}` | {rule.meaning} | {rule.remedy} | {rule.follows} | {code} |\n"
 
 
 def test_the_table_of_failures_is_the_table_of_the_code() -> None:
@@ -62,8 +61,7 @@ def test_the_runbook_has_every_condition_and_every_failure() -> None:
 
 
 def first_line(rule: FailureRule) -> str:
-    then = "The run ends." if not rule.retried else "Restarts, which counts." if rule.charged else "Restarts."
-    return f"*{rule.meaning} {then}*"
+    return f"*{rule.meaning} Then: {rule.follows}.*"
 
 
 def _people(found: dict[str, str], rule: FailureRule) -> str:

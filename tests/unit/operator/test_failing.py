@@ -19,6 +19,7 @@ from tests.unit.operator.builders import (
     running,
     said,
     seen,
+    stamp,
 )
 from tests.unit.operator.cases import FAILED_ONCE, IMPATIENT, JOB, NOTHING, SETTINGS, STARTED, Case, check
 
@@ -110,13 +111,13 @@ CASES = [
         FailureClass.INTERNAL,
     ),
     Case(
-        "restarts that are not charged come to an end too",
+        "restarts that are not charged come to an end after a day without a newer checkpoint",
         seen(
-            a_run(status={"attempt": 4}), a_job(4),
+            a_run(status={"attempt": 4, "failingSince": stamp(ago(86_400))}), a_job(4),
             *(ended(index, 75, said("Checkpointed"), attempt=4, job_uid="job-4") for index in (0, 1)),
         ),
         {"phase": Phase.FAILED},
-        FailureClass.CHECKPOINTED,
+        FailureClass.NO_PROGRESS,
     ),
     # Restart
     Case(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import Failure
+from lora_operator.controller.finetunes import settle
 from lora_operator.lifecycle.lastwords import CHARACTERS, PATIENCE, SPEAKERS, await_words, compute_log_tail
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
@@ -70,9 +71,10 @@ def test_last_words(name: str) -> None:
         assert plan.ended
 
 
-def test_the_wait_for_words_forgets_no_failing_pod() -> None:
-    plan = await_words(of(*ENDED, failing_since=ago(5)), failed(), NOW)
-    assert plan.failing, "else the grace of its peers would begin anew"
+def test_the_wait_for_words_forgets_nothing_that_led_to_the_verdict() -> None:
+    observed = of(*ENDED, failing_since=ago(5), short_of_room_since=ago(700))
+    after = settle(observed.reports, observed, await_words(observed, failed(), NOW), NOW)
+    assert (after.failing_since, after.short_of_room_since, after.awaiting_since) == (ago(5), ago(700), NOW)
 
 
 def test_no_plan_without_a_failure_waits_for_words() -> None:

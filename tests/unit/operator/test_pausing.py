@@ -39,7 +39,16 @@ CASES = [
         {"launch": 2},
     ),
     Case(
-        "the pause doubles with each charged restart",
+        "the pause doubles with each failure",
+        seen(
+            a_run(status={"attempt": 3, "recentFailures": 2}), a_job(3),
+            *(ended(index, 70, said("Internal"), attempt=3, job_uid="job-3") for index in (0, 1)),
+        ),
+        {"phase": Phase.RESTARTING, "backoff": 40.0},
+        FailureClass.INTERNAL,
+    ),
+    Case(
+        "and so it does where an older operator has counted those that are charged only",
         seen(
             a_run(status={"attempt": 3, "chargedRestarts": 2}), a_job(3),
             *(ended(index, 70, said("Internal"), attempt=3, job_uid="job-3") for index in (0, 1)),
@@ -48,9 +57,9 @@ CASES = [
         FailureClass.INTERNAL,
     ),
     Case(
-        "a restart that is not charged has no pause",
+        "a restart that is not charged has a pause too",
         seen(a_run(status=STARTED), JOB, *(ended(index, 75, said("Checkpointed")) for index in (0, 1))),
-        {"phase": Phase.RESTARTING, "backoff": 0.0},
+        {"phase": Phase.RESTARTING, "backoff": 10.0},
         FailureClass.CHECKPOINTED,
     ),
     Case(

@@ -37,7 +37,7 @@ from tests.unit.operator.builders import (
     waiting,
 )
 
-SETTINGS = Settings(failure_grace=20.0, start_timeout=600.0, max_uncharged_restarts=3, preflight_timeout=300.0)
+SETTINGS = Settings(failure_grace=20.0, start_timeout=600.0, preflight_timeout=300.0)
 JOB = a_preflight()
 NO_IMAGE = held_up_seen(JOB, "ImagePullFailed")
 PASSED = ConditionType.PREFLIGHT_PASSED
@@ -154,31 +154,39 @@ CASES = [
         mark=(False, "BadData"),
     ),
     Case(
-        "the store does not answer: another one follows, and counts",
+        "the store does not answer: another one follows, and does not count",
         seen(a_run(), JOB, of(JOB, ended(0, 74, said("StoreUnavailable")))),
-        {"phase": Phase.PREFLIGHT, "charged": True, "ended": False, "backoff": 10.0}, FailureClass.STORE_UNAVAILABLE,
+        {"phase": Phase.PREFLIGHT, "charged": False, "ended": False, "backoff": 10.0}, FailureClass.STORE_UNAVAILABLE,
         mark=(False, "StoreUnavailable"),
     ),
     Case(
         "no restarts are left",
         seen(
-            failed_before("StoreUnavailable", chargedRestarts=1).model_copy(
+            failed_before("Internal", chargedRestarts=1).model_copy(
                 update={"spec": a_run(runPolicy={"maxRestarts": 1}).spec}
             ),
-            a_preflight(2), of(a_preflight(2), ended(0, 74, said("StoreUnavailable"))),
+            a_preflight(2), of(a_preflight(2), ended(0, 70, said("Internal"))),
+        ),
+        {"phase": Phase.FAILED, "ended": True}, FailureClass.INTERNAL, mark=(False, "Internal"),
+    ),
+    Case(
+        "the store has been away for an hour, and was never seen",
+        seen(
+            failed_before("StoreUnavailable", failingSince=stamp(ago(3600))), a_preflight(2),
+            of(a_preflight(2), ended(0, 74, said("StoreUnavailable"))),
         ),
         {"phase": Phase.FAILED, "ended": True}, FailureClass.STORE_UNAVAILABLE, mark=(False, "StoreUnavailable"),
     ),
     Case(
         "evicted: another one follows, and does not count",
         seen(a_run(), JOB, of(JOB, ended(0, 137, disruption="EvictionByEvictionAPI"))),
-        {"phase": Phase.PREFLIGHT, "charged": False, "backoff": 0.0}, FailureClass.EVICTED, mark=(False, "Evicted"),
+        {"phase": Phase.PREFLIGHT, "charged": False, "backoff": 10.0}, FailureClass.EVICTED, mark=(False, "Evicted"),
     ),
     Case(
-        "evicted as often as may be",
-        seen(failed_before(*["Evicted"] * 3), a_preflight(4), of(
+        "evicted for a day",
+        seen(failed_before(*["Evicted"] * 3, failingSince=stamp(ago(86400))), a_preflight(4), of(
             a_preflight(4), ended(0, 137, disruption="EvictionByEvictionAPI"))),
-        {"phase": Phase.FAILED, "ended": True}, FailureClass.EVICTED, mark=(False, "Evicted"),
+        {"phase": Phase.FAILED, "ended": True}, FailureClass.NO_PROGRESS, mark=(False, "NoProgress"),
     ),
     Case(
         "it ended well and settled nothing, as an older trainer would",
@@ -214,13 +222,16 @@ CASES = [
         seen(a_run(), a_job(), running(0), running(1)), {"launch_preflight": None, "phase": Phase.RUNNING},
     ),
     Case(
-        "the number of an attempt counts preflights too: no more restarts for nothing",
+        "what preflights have taken of the day counts for attempts",
         seen(
-            failed_before("Evicted", "Evicted", attempt=2, conditions=[condition("PreflightPassed")]),
+            failed_before(
+                "Evicted", "Evicted", attempt=2, conditions=[condition("PreflightPassed")],
+                failingSince=stamp(ago(86400)),
+            ),
             a_job(2), ended(0, 137, attempt=2, disruption="EvictionByEvictionAPI"),
             ended(1, 137, attempt=2, disruption="EvictionByEvictionAPI"),
         ),
-        {"phase": Phase.FAILED}, FailureClass.EVICTED,
+        {"phase": Phase.FAILED}, FailureClass.NO_PROGRESS,
     ),
     Case(
         "after a run that failed in it, its pod is ended",
@@ -271,7 +282,7 @@ def test_what_it_settled_is_put_on_record_and_stays() -> None:
 
 def test_preflights_that_failed_are_counted() -> None:
     run = a_run()
-    plan = decide(seen(run, JOB, of(JOB, ended(0, 74, said("StoreUnavailable")))), NOW, SETTINGS)
+    plan = decide(seen(run, JOB, of(JOB, ended(0, 70, said("Internal")))), NOW, SETTINGS)
     status = compute_status(run, plan, Reports(), NOW)
     assert (status.failed_preflights, status.charged_restarts, status.attempt) == (1, 1, 0)
     assert [one.attempt for one in status.failures] == [0]

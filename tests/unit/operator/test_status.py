@@ -8,7 +8,7 @@ import pytest
 from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress, ProgressLine
 from lora_api.status import MAX_FAILURES, STATUS_VERSION, AdapterStatus
 from lora_operator.lifecycle.decide import decide_success
-from lora_operator.state.plan import NOTHING, LaunchAttempt, Mark, Plan
+from lora_operator.state.plan import NOTHING, Budget, LaunchAttempt, Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_conditions, compute_invalid_status, compute_status, is_progress_only
 from lora_operator.status.events import build_event, compute_events
@@ -166,10 +166,10 @@ def test_the_time_of_a_condition_changes_with_its_value_only() -> None:
 
 def test_failures_are_counted_and_the_last_ones_kept() -> None:
     status = {"attempt": 12, "chargedRestarts": 2, "failures": [failure(number) for number in range(1, 11)]}
-    plan = Plan(phase=Phase.RESTARTING, reason="Internal", attempt=12, failure=a_failure(12), charged=True)
+    plan = Plan(phase=Phase.RESTARTING, reason="Internal", attempt=12, failure=a_failure(12), budget=Budget(3, 4))
     new = compute_status(a_run(status=status), plan, Reports(), NOW)
     assert len(new.failures) == MAX_FAILURES
-    assert (new.failures[-1].attempt, new.charged_restarts) == (12, 3)
+    assert (new.failures[-1].attempt, new.charged_restarts, new.recent_failures) == (12, 3, 4)
 
 
 def test_progress_survives_an_operator_that_knows_of_none() -> None:

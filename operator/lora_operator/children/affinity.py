@@ -1,0 +1,29 @@
+"""Where pods do not go: the nodes that have failed their run. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_api.status import AvoidedNode
+
+HOSTNAME = "kubernetes.io/hostname"
+_REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+
+
+def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
+    """The pod ``template``, whose pods go to none of ``nodes``. What it asks of nodes itself still holds.
+
+    The terms of a node affinity are alternatives, so each of them gets what is asked here.
+    """
+    if not nodes:
+        return dict(template)
+    away = {"key": HOSTNAME, "operator": "NotIn", "values": sorted(node.name for node in nodes)}
+    spec = template["spec"]
+    affinity = spec.get("affinity") or {}
+    of_nodes = affinity.get("nodeAffinity") or {}
+    required = of_nodes.get(_REQUIRED) or {}
+    terms = [
+        {**term, "matchExpressions": [*(term.get("matchExpressions") or ()), away]}
+        for term in required.get("nodeSelectorTerms") or [{}]
+    ]
+    of_nodes = {**of_nodes, _REQUIRED: {**required, "nodeSelectorTerms": terms}}
+    return {**template, "spec": {**spec, "affinity": {**affinity, "nodeAffinity": of_nodes}}}

@@ -1,0 +1,51 @@
+"""Which nodes the next attempts avoid. All pure.
+
+A node that refuses pods or loses them, or whose GPU failed, is on record for a day, and no pod of the run goes there.
+It is only put off: where nothing else has room, the run takes it again rather than wait for ever.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+
+from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
+from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
+from lora_operator.diagnosis.diagnose import Symptom
+
+AVOIDED_FOR = timedelta(days=1)
+
+_REFUSALS = frozenset(
+    {"UnexpectedAdmissionError", "NodeAffinity", "TopologyAffinityError", "SMTAlignmentError", "PodOSNotSupported",
+     "UnexpectedPredicateFailureType", "PodFeatureUnsupported"}
+)  # fmt: skip
+_OUT_OF = "OutOf"
+"""What the reasons begin with with which a kubelet refuses a pod for want of something: OutOfcpu, OutOfpods, ..."""
+
+
+def avoid(
+    status: LoRAFineTuneStatus, failure: Failure, symptoms: Iterable[Symptom], now: datetime
+) -> tuple[AvoidedNode, ...]:
+    """The nodes to avoid after ``failure``, whose attempt ended with ``symptoms``: the newest last."""
+    bad = [(failure.node, failure.failure_class)] if speaks_of_node(failure.failure_class, failure.reason) else []
+    bad += [
+        (one.pod.node, one.failure_class)
+        for one in symptoms
+        if one.pod and speaks_of_node(one.failure_class, one.reason)
+    ]
+    nodes = {node.name: node for node in status.avoided_nodes if now - node.since < AVOIDED_FOR}
+    for name, failure_class in bad:
+        if name:
+            nodes.pop(name, None)  # so that it counts as the newest
+            nodes[name] = AvoidedNode(name=name, reason=str(failure_class), since=now)
+    return tuple(nodes.values())[-MAX_AVOIDED_NODES:]
+
+
+def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:
+    """Whether a failure is one of the node of its pod, so that another node may do what this one did not."""
+    refused = failure_class is FailureClass.POD_LOST and (reason in _REFUSALS or reason.startswith(_OUT_OF))
+    return RULES[failure_class].node or refused
+
+
+def describe_forgotten(nodes: Sequence[AvoidedNode]) -> str:
+    """That the nodes are no longer avoided, as the end of a sentence; empty where none was."""
+    names = ", ".join(node.name for node in nodes)
+    return f"; the nodes that were avoided may be used again: {names}" if names else ""

@@ -1,0 +1,87 @@
+"""For how long a part of a gang holds its nodes while there is no room for the rest. All pure.
+
+Without a gang scheduler the pods of a gang are placed one by one. Two gangs that each have half of what they need would
+wait for each other for ever, and with them all that they hold (runPolicy.placementTimeoutSeconds). Who gives back waits
+before the next try, each time twice as long, so that one of them gets through.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from lora_api import Failure, FailureClass
+from lora_operator.diagnosis.obstacles import describe_unscheduled, waits_for_claim
+from lora_operator.policies.nodes import describe_forgotten
+from lora_operator.state.failures import new_failure
+from lora_operator.state.observed import Observed
+from lora_operator.watched.views import JobView, PodView
+
+PLACEMENT_TIMEOUT = 600
+"""Seconds, where the run names none."""
+
+_UNSCHEDULABLE = "Unschedulable"
+
+
+def lacks_room(pod: PodView) -> bool:
+    """Whether no node has room for ``pod``. One that waits for an image, a claim or a gate has another reason."""
+    unplaced = not (pod.scheduled or pod.has_ended)
+    return unplaced and pod.unscheduled_reason == _UNSCHEDULABLE and not waits_for_claim(pod)
+
+
+def not_started(pods: Sequence[PodView]) -> list[PodView]:
+    """The pods that have not begun to run, and have not ended either."""
+    return [pod for pod in pods if pod.phase == "Pending" and not (pod.has_ended or pod.running)]
+
+
+def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
+    """Whether there is room for a part of the gang only, or the run itself keeps away from nodes that have some."""
+    placed = any(pod.scheduled and not pod.has_ended for pod in pods)
+    return _room_is_lacking(observed, job, pods) and (placed or bool(observed.run.status.avoided_nodes))
+
+
+def _room_is_lacking(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
+    """Whether some pod of the gang finds no node, or a quota is full before all of them are made."""
+    refusal = observed.reports.refusal
+    by_quota = observed.is_short_of_pods(job) and refusal is not None and refusal.kind == "quota"
+    return by_quota or any(map(lacks_room, pods))
+
+
+def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
+    """Seconds until a gang that is short of room gives back what it has."""
+    asked = observed.run.spec.run_policy.placement_timeout_seconds
+    since = observed.reports.short_of_room_since or now
+    return float(PLACEMENT_TIMEOUT if asked is None else asked) - (now - since).total_seconds()
+
+
+def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> Failure:
+    """The end of an attempt for whose gang there was no room as a whole."""
+    placed = sum(pod.scheduled or pod.has_ended for pod in pods)
+    message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods)}"
+    message += describe_forgotten(observed.run.status.avoided_nodes)
+    return new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
+
+
+def explain_by_room(
+    failure: Failure, observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime
+) -> Failure:
+    """``failure`` of a gang that was never whole: a peer that was lost is one that found no room."""
+    if failure.failure_class is FailureClass.PEER_LOST and _room_is_lacking(observed, job, pods):
+        found = not_placed(observed, job, pods, now)
+        kept = {name: getattr(failure, name) for name in ("pod", "node", "rank", "exit_code", "at")}
+        return found.model_copy(update={**kept, "message": f"{found.message}; {failure.pod} says: {failure.message}"})
+    waits = "; ".join(f"pod {pod.name} {_describe_start(pod)}" for pod in not_started(pods)[:3])
+    return failure.model_copy(update={"message": f"{failure.message}; {waits}" if waits else failure.message})
+
+
+def describe_waits(observed: Observed, job: JobView, pods: Sequence[PodView]) -> str:
+    """Which pods wait, and for what: the words of the scheduler or of the quota, each of them once."""
+    without = [pod for pod in pods if lacks_room(pod)]
+    words = [describe_unscheduled(without).rstrip(".")] if without else []
+    refusal = observed.reports.refusal
+    if refusal is not None and observed.is_short_of_pods(job):
+        words.append(f"{job.size - len(pods)} of {job.size} pods are not made: {refusal.message}")
+    return "; ".join(words)
+
+
+def _describe_start(pod: PodView) -> str:
+    why = f"{pod.waiting_reason} {pod.waiting_message}" if pod.waiting_reason else pod.unscheduled_message
+    return f"had not started: {why}".rstrip(": ")

@@ -1,0 +1,115 @@
+"""Nodes that break gangs are avoided, and gangs that are placed in part give back what they hold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lora_operator.settings import Settings
+from tests.support.api import Api
+from tests.support.operators import OperatorThread
+from tests.support.runs import Run, running, termination, unschedulable
+from tests.support.wait import eventually
+
+pytestmark = pytest.mark.controlplane
+
+REJECTED = {
+    "phase": "Failed",
+    "reason": "UnexpectedAdmissionError",
+    "message": "Pod was rejected: Allocate failed due to no healthy devices present; cannot allocate unhealthy devices",
+}
+FULL = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
+
+
+def bind(api: Api, pod: dict[str, Any], node: str) -> None:
+    """What the scheduler does. That there is no such node is not looked at."""
+    metadata = pod["metadata"]
+    path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/binding"
+    api.create(path, {"metadata": {"name": metadata["name"]}, "target": {"kind": "Node", "name": node}})
+
+
+def avoided_by(run: Run, attempt: int) -> list[str]:
+    """The nodes that the pods of ``attempt`` keep away from."""
+    [job] = eventually(
+        f"the Job of attempt {attempt}",
+        lambda: [job for job in run.jobs() if job["metadata"]["name"] == f"run-{attempt}"],
+    )
+    affinity = job["spec"]["template"]["spec"].get("affinity") or {}
+    required = (affinity.get("nodeAffinity") or {}).get("requiredDuringSchedulingIgnoredDuringExecution") or {}
+    return [
+        node
+        for term in required.get("nodeSelectorTerms", [])
+        for one in term["matchExpressions"]
+        if (one["key"], one["operator"]) == ("kubernetes.io/hostname", "NotIn")
+        for node in one["values"]
+    ]
+
+
+def test_a_node_that_refuses_pods_is_avoided_until_there_is_no_room_elsewhere(
+    run: Run, operator: OperatorThread, api: Api
+) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 1}))
+    for attempt, bad in ((1, "n1"), (2, "n2")):
+        first, second = run.gang(attempt)
+        bind(api, first, "n9")
+        bind(api, second, bad)
+        run.set_pod(second, REJECTED)
+        run.set_pod(first, running())
+        run.set_ended(attempt, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+        status = run.wait("the next one", lambda status, attempt=attempt: status.get("attempt") == attempt + 1)
+        failure = status["failures"][-1]
+        assert (failure["class"], failure["node"]) == ("PodLost", bad)
+    assert [(node["name"], node["reason"]) for node in status["avoidedNodes"]] == [("n1", "PodLost"), ("n2", "PodLost")]
+    assert avoided_by(run, 3) == ["n1", "n2"]
+    for pod in run.gang(3):
+        run.set_pod(pod, unschedulable("0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector."))
+    status = run.wait("attempt 4", lambda status: status.get("attempt") == 4)
+    assert status["failures"][-1]["class"] == "NotPlaced"
+    assert "the nodes that were avoided may be used again: n1, n2" in status["failures"][-1]["message"]
+    assert not status.get("avoidedNodes")
+    assert avoided_by(run, 4) == []
+    assert not status.get("chargedRestarts")
+
+
+def test_a_part_of_a_gang_gives_its_nodes_back_and_tries_again(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 1, "maxRestarts": 0}))
+    for attempt in (1, 2, 3):
+        first, second = run.gang(attempt)
+        run.set_pod(first, running())
+        run.set_pod(second, unschedulable(FULL))
+        name = second["metadata"]["name"]
+        run.wait("it says who waits", lambda _, name=name: name in run.condition("Scheduled").get("message", ""))
+        assert FULL.rstrip(".") in run.condition("Scheduled")["message"]
+        status = run.wait("the next one", lambda status, attempt=attempt: status.get("attempt") == attempt + 1)
+        failure = status["failures"][-1]
+        assert (failure["class"], failure["attempt"]) == ("NotPlaced", attempt)
+        assert failure["message"] == f"1 of 2 pods had a node. No node takes pod {name}: {FULL.rstrip('.')}"
+    assert (len(status["failures"]), status["recentFailures"]) == (1, 3)
+    assert not status.get("chargedRestarts")
+    run.set_running(4)
+    run.wait_phase("Running")
+
+
+def test_an_operator_that_comes_later_gives_a_part_its_time_again(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    settings = fast_settings(namespace)
+    with OperatorThread(settings):
+        run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 3}))
+        first, second = run.gang(1)
+        run.set_pod(first, running())
+        run.set_pod(second, unschedulable(FULL))
+        run.wait("it waits", lambda _: run.condition("Scheduled").get("reason") == "Unschedulable")
+    with OperatorThread(settings):
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+
+
+def test_a_pod_without_room_that_finds_it_in_time_costs_nothing(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 600}))
+    first, second = run.gang(1)
+    run.set_pod(first, running())
+    run.set_pod(second, unschedulable(FULL))
+    run.wait("it waits", lambda _: run.condition("Scheduled").get("reason") == "Unschedulable")
+    run.set_pod(second, running())
+    status = run.wait_phase("Running")
+    assert (status["attempt"], status.get("failures", [])) == (1, [])

@@ -1,0 +1,69 @@
+"""Which nodes the next attempts avoid, and for how long."""
+
+from typing import Any
+
+import pytest
+
+from lora_api import Failure, FailureClass
+from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.policies.nodes import avoid, describe_forgotten
+from tests.unit.operator.builders import NOW, a_run, ago, ended, stamp
+
+LOST, REFUSED = FailureClass.NODE_LOST, FailureClass.POD_LOST
+
+
+def failed(failure_class: FailureClass, reason: str = "", node: str | None = "n1") -> Failure:
+    return Failure(attempt=1, failure_class=failure_class, reason=reason, node=node, at=NOW)
+
+
+def symptom(failure_class: FailureClass, reason: str, node: str) -> Symptom:
+    return Symptom(failure_class, reason, "", ended(1, node=node))
+
+
+def known(name: str, seconds: float) -> dict[str, Any]:
+    return {"name": name, "reason": "GPUFault", "since": stamp(ago(seconds))}
+
+
+OLD = [known(f"old-{number}", 80_000 - number) for number in range(20)]
+CASES: dict[str, tuple[Failure, list[Symptom], list[dict[str, Any]], list[tuple[str, str]]]] = {
+    "a node that is lost": (failed(LOST, "NodeLost"), [], [], [("n1", "NodeLost")]),
+    "a node whose GPU failed": (failed(FailureClass.GPU_FAULT), [], [], [("n1", "GPUFault")]),
+    "a node whose device plugin is away": (failed(REFUSED, "UnexpectedAdmissionError"), [], [], [("n1", "PodLost")]),
+    "a node that has no GPU left, whatever its name": (
+        failed(REFUSED, "OutOfnvidia.com/gpu"), [], [], [("n1", "PodLost")],
+    ),
+    "a pod that somebody deleted says nothing of its node": (failed(REFUSED, "Deleted"), [], [], []),
+    "nor does a preemption": (failed(FailureClass.EVICTED, "PreemptionByScheduler"), [], [], []),
+    "nor does a crash": (failed(FailureClass.INTERNAL, "Error"), [], [], []),
+    "a failure whose node nobody knows": (failed(LOST, "NodeLost", None), [], [], []),
+    "all that refused a pod in one attempt": (
+        failed(REFUSED, "UnexpectedAdmissionError"),
+        [symptom(REFUSED, "UnexpectedAdmissionError", "n2"), symptom(FailureClass.PEER_LOST, "Error", "n3")],
+        [], [("n1", "PodLost"), ("n2", "PodLost")],
+    ),
+    "those of earlier attempts": (failed(LOST), [], [known("n9", 60)], [("n9", "GPUFault"), ("n1", "NodeLost")]),
+    "those too where this attempt failed otherwise": (
+        failed(FailureClass.INTERNAL), [], [known("n9", 60)], [("n9", "GPUFault")],
+    ),
+    "a day later they are forgotten": (failed(LOST), [], [known("n9", 86_400)], [("n1", "NodeLost")]),
+    "one that fails again is the newest": (
+        failed(LOST), [], [known("n1", 60), known("n9", 60)], [("n9", "GPUFault"), ("n1", "NodeLost")],
+    ),
+    "the oldest of more than 20 is forgotten": (
+        failed(LOST), [], OLD, [*((str(one["name"]), "GPUFault") for one in OLD[1:]), ("n1", "NodeLost")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nodes_that_are_avoided(name: str) -> None:
+    failure, symptoms, before, want = CASES[name]
+    found = avoid(a_run(status={"avoidedNodes": before}).status, failure, symptoms, NOW)
+    assert [(node.name, node.reason) for node in found] == want
+    assert all(node.since == NOW for node in found if node.reason != "GPUFault")
+
+
+def test_nodes_that_are_forgotten_are_named() -> None:
+    nodes = a_run(status={"avoidedNodes": [known("n1", 5), known("n2", 5)]}).status.avoided_nodes
+    assert describe_forgotten(nodes) == "; the nodes that were avoided may be used again: n1, n2"
+    assert describe_forgotten([]) == ""

@@ -1,0 +1,208 @@
+"""Gangs for which there is room in part."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from lora_api import ConditionType, FailureClass, Phase
+from lora_operator.lifecycle.decide import decide
+from lora_operator.state.observed import Observed
+from lora_operator.state.reports import Refusal, Reports
+from lora_operator.status.compute import compute_status
+from lora_operator.watched.views import PodView
+from tests.unit.operator.builders import (
+    NOW,
+    a_job,
+    a_pod,
+    a_run,
+    ago,
+    ended,
+    failure,
+    running,
+    said,
+    seen,
+    stamp,
+    waiting,
+)
+from tests.unit.operator.cases import SETTINGS
+
+FULL = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
+OTHER = "0/4 nodes are available: 4 node(s) had untolerated taint(s)."
+CLAIM = '0/4 nodes are available: persistentvolumeclaim "data" not found.'
+AVOIDED = [{"name": "n7", "reason": "NodeLost", "since": stamp(ago(60))}]
+JOB = a_job(size=4)
+
+
+def unplaced(index: int, words: str = FULL, **changes: Any) -> PodView:
+    return a_pod(index, **{"unscheduled_reason": "Unschedulable", "unscheduled_message": words, **changes})
+
+
+def gang(*pods: PodView, since: float | None = None, refusal: str = "", **status: Any) -> Observed:
+    """``since``: seconds for which this operator has seen that room is short."""
+    run = a_run(
+        status={"attempt": 1, **status}, parallelism={"nodes": 4, "gpusPerNode": 0},
+        runPolicy={"placementTimeoutSeconds": 60},
+    )  # fmt: skip
+    reports = Reports(
+        short_of_room_since=None if since is None else ago(since),
+        refusal=Refusal(refusal, ago(30)) if refusal else None,
+    )
+    return seen(run, JOB, *pods, reports=reports)
+
+
+@dataclass(frozen=True)
+class Case:
+    """``left``: seconds until the gang gives back what it has; ``None`` where it does not, 0 where it does now."""
+
+    observed: Observed
+    left: float | None
+
+
+QUOTA = "exceeded quota: gpus, requested: 1, used: 2, limited: 2"
+CASES = {
+    "a part that has nodes has a while": Case(gang(running(0), running(1), unplaced(2), unplaced(3)), 60.0),
+    "the while counts from when it was seen": Case(
+        gang(running(0), running(1), running(2), unplaced(3), since=45), 15.0
+    ),
+    "then it gives back what it has": Case(gang(running(0), running(1), unplaced(2), unplaced(3), since=60), 0.0),
+    "whether its pods run or not": Case(
+        gang(a_pod(0, scheduled=True), *(unplaced(index) for index in (1, 2, 3)), since=60), 0.0
+    ),
+    "a gang that has no node waits where it is": Case(gang(*(unplaced(index) for index in range(4)), since=9e6), None),
+    "a pod that waits for its image has room": Case(
+        gang(running(0), running(1), running(2), waiting(3, "ContainerCreating"), since=9e6), None
+    ),
+    "a pod that waits for a claim is no question of room": Case(
+        gang(running(0), running(1), running(2), unplaced(3, CLAIM), since=9e6), None
+    ),
+    "nor is one that somebody holds back": Case(
+        gang(running(0), running(1), running(2), unplaced(3, unscheduled_reason="SchedulingGated"), since=9e6), None
+    ),
+    "a quota that has room for a part is no better": Case(gang(running(0), running(1), refusal=QUOTA, since=60), 0.0),
+    "a quota that has room for none holds nothing": Case(gang(refusal=QUOTA, since=9e6), None),
+    "pods that are refused otherwise are none of this": Case(
+        gang(running(0), running(1), refusal="violates PodSecurity", since=60), None
+    ),
+    "nodes that the run avoids may be all that there is": Case(
+        gang(*(unplaced(index) for index in range(4)), since=50, avoidedNodes=AVOIDED), 10.0
+    ),
+    "then they are used again": Case(
+        gang(*(unplaced(index) for index in range(4)), since=60, avoidedNodes=AVOIDED), 0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_gang_that_is_short_of_room(name: str) -> None:
+    case = CASES[name]
+    plan = decide(case.observed, NOW, SETTINGS)
+    found = plan.failure.failure_class if plan.failure else None
+    assert plan.short_of_room == (case.left not in (None, 0.0))
+    if case.left == 0.0:
+        assert (found, plan.charged, plan.phase) == (FailureClass.NOT_PLACED, False, Phase.RESTARTING)
+        assert plan.avoided == ()
+        assert plan.backoff == SETTINGS.restart_backoff
+    else:
+        assert found is None
+        assert case.left is None or plan.requeue_after == case.left
+
+
+def test_the_default_is_ten_minutes() -> None:
+    observed = gang(running(0), running(1), running(2), unplaced(3))
+    spec = a_run(parallelism={"nodes": 4, "gpusPerNode": 0}).spec
+    assert spec.run_policy.placement_timeout_seconds is None
+    observed = replace(observed, run=observed.run.model_copy(update={"spec": spec}))
+    assert decide(observed, NOW, SETTINGS).requeue_after == 600.0
+
+
+def test_the_status_says_which_pods_wait_for_what_each_reason_once() -> None:
+    plan = decide(gang(running(0), unplaced(1), unplaced(2, OTHER), unplaced(3)), NOW, SETTINGS)
+    mark = plan.conditions[ConditionType.SCHEDULED]
+    assert mark.reason == "Unschedulable"
+    first = f"No node takes pods tickets-1-1, tickets-1-3: {FULL.rstrip('.')}"
+    assert mark.message.startswith(f"{first}; No node takes pod tickets-1-2: {OTHER} Remedy: ")
+
+
+def test_of_many_pods_it_names_some() -> None:
+    run = a_run(status={"attempt": 1}, parallelism={"nodes": 8, "gpusPerNode": 0})
+    plan = decide(seen(run, a_job(size=8), *(unplaced(index) for index in range(8))), NOW, SETTINGS)
+    names = ", ".join(f"tickets-1-{index}" for index in range(5))
+    assert plan.message.startswith(f"No node takes pods {names} and 3 more: {FULL}")
+
+
+GAVE_UP = said("PeerLost", "only 3 of 4 nodes came within 1800 s")
+
+
+@pytest.mark.parametrize(
+    ("name", "pods", "want", "words"),
+    [
+        (
+            "ranks that give up waiting for one without a node",
+            (ended(0, 73, GAVE_UP), ended(1, 73, GAVE_UP), ended(2, 73, GAVE_UP), unplaced(3)),
+            FailureClass.NOT_PLACED,
+            f"3 of 4 pods had a node. No node takes pod tickets-1-3: {FULL.rstrip('.')}; tickets-1-0 says: only 3 of 4",
+        ),
+        (
+            "ranks that give up waiting for one whose image is not there yet",
+            (ended(0, 73, GAVE_UP), ended(1, 73, GAVE_UP), ended(2, 73, GAVE_UP), waiting(3, "ContainerCreating")),
+            FailureClass.PEER_LOST,
+            "only 3 of 4 nodes came within 1800 s; pod tickets-1-3 had not started: ContainerCreating",
+        ),
+        (
+            "a rank that breaks while another has no node",
+            (ended(0, 70, said("Internal")), ended(1, 73, GAVE_UP), ended(2, 73, GAVE_UP), unplaced(3)),
+            FailureClass.INTERNAL,
+            "it broke; pod tickets-1-3 had not started: 0/4 nodes",
+        ),
+        (
+            "ranks that give up waiting for pods that a quota refuses",
+            (ended(0, 73, GAVE_UP), ended(1, 73, GAVE_UP), ended(2, 73, GAVE_UP)),
+            FailureClass.NOT_PLACED,
+            f"3 of 4 pods had a node. 1 of 4 pods are not made: {QUOTA}",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)
+def test_nothing_is_charged_while_a_peer_has_not_started(
+    name: str, pods: tuple[PodView, ...], want: FailureClass, words: str
+) -> None:
+    observed = gang(*pods, chargedRestarts=3)
+    refusal = Refusal(QUOTA, ago(30)) if "quota" in name else None
+    observed = replace(observed, reports=Reports(failing_since=ago(SETTINGS.node_grace), refusal=refusal))
+    plan = decide(observed, NOW, SETTINGS)
+    assert plan.failure is not None, name
+    assert (plan.failure.failure_class, plan.charged, plan.phase) == (want, False, Phase.RESTARTING)
+    assert plan.failure.message.startswith(words)
+    assert compute_status(observed.run, plan, Reports(), NOW).charged_restarts == 3
+
+
+def test_a_final_verdict_stays_final_while_a_peer_has_not_started() -> None:
+    pods = (ended(0, 65, said("BadData")), ended(1, 73, GAVE_UP), ended(2, 73, GAVE_UP), unplaced(3))
+    observed = replace(gang(*pods), reports=Reports(failing_since=ago(SETTINGS.node_grace)))
+    assert decide(observed, NOW, SETTINGS).phase == Phase.FAILED
+
+
+def test_looking_for_room_for_days_leaves_the_other_failures_on_record() -> None:
+    observed = gang(running(0), *(unplaced(index) for index in (1, 2, 3)), since=60, failures=[failure(9, "Evicted")])
+    run = observed.run
+    for attempt in (1, 2, 3):
+        again = replace(observed, run=run)
+        plan = decide(again, NOW, SETTINGS)
+        assert plan.failure is not None
+        plan = replace(plan, failure=plan.failure.model_copy(update={"attempt": attempt}))
+        run = run.model_copy(update={"status": compute_status(run, plan, Reports(), NOW)})
+        run = run.model_copy(
+            update={
+                "status": run.status.model_copy(
+                    update={
+                        "attempt": 1,
+                        "failures": [
+                            one.model_copy(update={"attempt": one.attempt + 10}) for one in run.status.failures
+                        ],
+                    }
+                )
+            }
+        )
+    assert [str(one.failure_class) for one in run.status.failures] == ["Evicted", "NotPlaced"]
+    assert run.status.recent_failures == 3

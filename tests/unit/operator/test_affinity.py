@@ -1,0 +1,53 @@
+"""Pods keep away from the nodes that failed their run, and stay where they were asked to be."""
+
+from typing import Any
+
+import pytest
+
+from lora_operator.children.affinity import keep_away
+from lora_operator.children.job import build_job, build_preflight_job
+from lora_operator.settings import Settings
+from tests.unit.operator.builders import NOW, a_run, stamp
+
+AWAY = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["n1", "n2"]}
+H100 = {"key": "gpu", "operator": "In", "values": ["h100"]}
+ZONE = {"key": "zone", "operator": "In", "values": ["a"]}
+FIELD = {"key": "metadata.name", "operator": "In", "values": ["n5"]}
+RUN = a_run(status={"avoidedNodes": [{"name": name, "since": stamp(NOW)} for name in ("n2", "n1")]})
+TERMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "no affinity": ({}, [{"matchExpressions": [AWAY]}]),
+    "one that asks for nothing": ({"nodeAffinity": {}}, [{"matchExpressions": [AWAY]}]),
+    "each alternative keeps away": (
+        {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [{"matchExpressions": [H100]}, {"matchExpressions": [ZONE], "matchFields": [FIELD]}]
+        }}},
+        [{"matchExpressions": [H100, AWAY]}, {"matchExpressions": [ZONE, AWAY], "matchFields": [FIELD]}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_what_is_asked_of_nodes_still_holds(name: str) -> None:
+    affinity, want = TERMS[name]
+    template = {"spec": {"affinity": affinity, "nodeSelector": {"a": "b"}}}
+    found = keep_away(template, RUN.status.avoided_nodes)
+    required = found["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert required["nodeSelectorTerms"] == want
+    assert found["spec"]["nodeSelector"] == {"a": "b"}
+    assert template["spec"]["affinity"] == affinity, "what was given is not changed"
+
+
+def test_what_is_preferred_and_what_is_said_of_pods_stays() -> None:
+    affinity = {
+        "podAntiAffinity": {"x": 1},
+        "nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1}]},
+    }
+    found = keep_away({"spec": {"affinity": affinity}}, RUN.status.avoided_nodes)["spec"]["affinity"]
+    assert found["podAntiAffinity"] == {"x": 1}
+    assert found["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] == [{"weight": 1}]
+
+
+def test_gangs_and_preflights_keep_away_and_others_are_as_they_were() -> None:
+    for job in (build_job(RUN, 2, Settings()), build_preflight_job(RUN, 1, Settings())):
+        assert "affinity" in job["spec"]["template"]["spec"]
+    assert "affinity" not in build_job(a_run(), 2, Settings())["spec"]["template"]["spec"]
