@@ -39,8 +39,9 @@ def end_seen(pod: PodView) -> str:
 
 def could_run_since(job: JobView, pod: PodView, now: datetime) -> datetime:
     """When a pod that runs already at our first look may have begun: by the clocks of the control plane."""
-    made = job.started or job.created
-    return min(now, max(made, pod.scheduled_at or made))
+    made = min(now, job.started or job.created)
+    got_node = pod.scheduled_at or made
+    return got_node if made <= got_node <= now else made
 
 
 def running_since(job: JobView, seen: Mapping[str, datetime], now: datetime) -> datetime:
