@@ -1,48 +1,14 @@
 """The failure table: every way a run can end, in one place.
 
 The trainer takes its exit codes from it, the operator its restart policy, the docs and tests their rows. To add a
-failure class, add a member and a row.
+failure class, add a member to FailureClass and a row.
 """
 
 from dataclasses import dataclass
 
-from lora_api.reading import OpenEnum
+from lora_api.failureclass import FailureClass
 
-
-class FailureClass(OpenEnum):
-    """Kinds of failure, as ``status.failures[].class`` shows them. A later version may know more."""
-
-    BAD_SPEC = "BadSpec"
-    BAD_DATA = "BadData"
-    MODEL_NOT_FOUND = "ModelNotFound"
-    AUTH_DENIED = "AuthDenied"
-    INTERNAL = "Internal"
-    GPU_OUT_OF_MEMORY = "GPUOutOfMemory"
-    DIVERGED = "Diverged"
-    PEER_LOST = "PeerLost"
-    STORE_UNAVAILABLE = "StoreUnavailable"
-    CHECKPOINTED = "Checkpointed"
-    GATE_REFUSED = "GateRefused"
-    SOURCE_CHANGED = "SourceChanged"
-    WEIGHTS_CHANGED = "WeightsChanged"
-    HOST_OUT_OF_MEMORY = "HostOutOfMemory"
-    DISK_FULL = "DiskFull"
-    GPU_FAULT = "GPUFault"
-    GPU_UNAVAILABLE = "GPUUnavailable"
-    GPU_UNSUPPORTED = "GPUUnsupported"
-    GPU_KERNEL_FAILED = "GPUKernelFailed"
-    LIMIT_TOO_LOW = "LimitTooLow"
-    POD_LOST = "PodLost"
-    EVICTED = "Evicted"
-    NODE_LOST = "NodeLost"
-    IMAGE_PULL_FAILED = "ImagePullFailed"
-    POD_NOT_STARTED = "PodNotStarted"
-    NAME_CONFLICT = "NameConflict"
-    RUNTIME_REFUSED = "RuntimeRefused"
-    STALLED = "Stalled"
-    DEADLINE_EXCEEDED = "DeadlineExceeded"
-    NOT_PLACED = "NotPlaced"
-    NO_PROGRESS = "NoProgress"
+__all__ = ["CLASS_BY_EXIT_CODE", "FAILURE_RULES", "MAY_FOLLOW", "RULES", "FailureClass", "FailureRule"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +36,8 @@ class FailureRule:
     @property
     def follows(self) -> str:
         """What follows such a failure, for people."""
-        if self.outage and not self.retried:
-            return "ends the run; once that has worked, restarts for a day"
         if self.outage:
-            return "restarts for a day"
+            return "restarts for a day" if self.retried else "ends the run; once that has worked, restarts for a day"
         return "ends the run" if not self.retried else "restarts, counts" if self.charged else "restarts"
 
 
@@ -416,13 +380,10 @@ class _Rules(dict[FailureClass, FailureRule]):
     def __missing__(self, failure_class: FailureClass) -> FailureRule:
         """Neither charged nor retried: nothing is trained again for a reason that nobody here understands."""
         return FailureRule(
-            failure_class=failure_class,
-            exit_code=None,
-            charged=False,
-            retried=False,
+            failure_class, None, charged=False, retried=False,
             meaning="A kind of failure that this version does not know.",
             remedy="Look it up in the documentation of the newer version that reported it.",
-        )
+        )  # fmt: skip
 
 
 MAY_FOLLOW: dict[FailureClass, FailureClass] = {FailureClass.GPU_KERNEL_FAILED: FailureClass.GPU_FAULT}

@@ -30,7 +30,7 @@ EDITS: tuple[tuple[str, str, str], ...] = (
         '    fabric: str | None = Field(None, description="How the fabric is.")\n    trainer: TrainerPin | None',
     ),
     (
-        "lora_api/failures.py",
+        "lora_api/failureclass.py",
         '    DEADLINE_EXCEEDED = "DeadlineExceeded"\n',
         '    DEADLINE_EXCEEDED = "DeadlineExceeded"\n    FABRIC_DEGRADED = "FabricDegraded"\n',
     ),

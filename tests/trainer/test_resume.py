@@ -138,6 +138,24 @@ def holding(proxy: Proxy, seaweed: Seaweed, method: str, part: str) -> dict[str,
     return {**seaweed.environment, "AWS_ENDPOINT_URL": proxy.url}
 
 
+def test_it_says_which_checkpoint_is_complete(make_run: Make, fork: Start) -> None:
+    run = make_run(**TWO, training={"maxSteps": 400, "loggingSteps": 1}, checkpoint={"everySteps": 2})
+    pod = fork(run)
+    pod.wait_for(lambda line: line.event == "step" and (line.step or 0) >= 5)
+    told = {line.step: line.checkpoint_step for line in pod.lines if line.event == "step"}
+    assert [told[step] for step in (1, 2, 3, 5)] == [None, None, 2, 4]
+    pod.process.send_signal(signal.SIGTERM)
+    stopped(pod)
+    [newest] = complete_steps(run)[-1:]
+    assert pod.words.checkpoint_step == newest
+    again = fork(attempt(run, 2))
+    again.wait_for(lambda line: line.event == "step")
+    [first] = [line for line in again.lines if line.event == "step"][:1]
+    assert (first.step, first.checkpoint_step) == (newest + 1, newest)
+    again.process.send_signal(signal.SIGTERM)
+    stopped(again)
+
+
 @pytest.mark.parametrize("target", ["launcher", 0, 1])
 def test_asked_to_stop_while_a_model_is_loaded(
     target: str | int, short: Make, fork: Start, s3: Seaweed, proxy: Proxy, model: Path

@@ -11,7 +11,7 @@ from datetime import datetime
 from lora_api import Failure, FailureClass
 from lora_operator.diagnosis.obstacles import describe_unscheduled, waits_for_claim
 from lora_operator.policies.nodes import describe_forgotten
-from lora_operator.state.failures import new_failure
+from lora_operator.state.failures import new_failure, reword
 from lora_operator.state.observed import Observed
 from lora_operator.watched.views import JobView, PodView
 
@@ -67,9 +67,9 @@ def explain_by_room(
     if failure.failure_class is FailureClass.PEER_LOST and _room_is_lacking(observed, job, pods):
         found = not_placed(observed, job, pods, now)
         kept = {name: getattr(failure, name) for name in ("pod", "node", "rank", "exit_code", "at")}
-        return found.model_copy(update={**kept, "message": f"{found.message}; {failure.pod} says: {failure.message}"})
+        return reword(found.model_copy(update=kept), f"{found.message}; {failure.pod} says: {failure.message}")
     waits = "; ".join(f"pod {pod.name} {_describe_start(pod)}" for pod in not_started(pods)[:3])
-    return failure.model_copy(update={"message": f"{failure.message}; {waits}" if waits else failure.message})
+    return reword(failure, f"{failure.message}; {waits}") if waits else failure
 
 
 def describe_waits(observed: Observed, job: JobView, pods: Sequence[PodView]) -> str:

@@ -15,3 +15,8 @@ def new_failure(failure_class: FailureClass, attempt: int, message: str, now: da
         remedy=RULES[failure_class].remedy,
         at=now,
     )
+
+
+def reword(failure: Failure, message: str) -> Failure:
+    """``failure`` with another ``message``, which is cut where it is too long for a status."""
+    return Failure.model_validate({**dict(failure), "message": message})

@@ -45,7 +45,7 @@ def test_every_exit_code_means_one_class() -> None:
 
 @pytest.mark.parametrize("rule", FAILURE_RULES, ids=lambda rule: rule.failure_class)
 def test_a_rule_is_written_for_people(rule: FailureRule) -> None:
-    for text in (rule.meaning, rule.remedy):
+    for text in filter(None, (rule.meaning, rule.remedy, rule.waiting_remedy)):
         assert text.endswith(".")
         assert text[0].isupper()
         assert len(text) <= 400
@@ -72,3 +72,21 @@ def test_what_the_cluster_does_is_not_charged(name: str) -> None:
 
 def test_a_lost_peer_that_nothing_explains_cannot_go_on_for_ever() -> None:
     assert RULES[FailureClass.PEER_LOST].charged
+
+
+@pytest.mark.parametrize(
+    ("name", "follows"),
+    [
+        ("BadData", "ends the run"),
+        ("Internal", "restarts, counts"),
+        ("Evicted", "restarts"),
+        ("StoreUnavailable", "restarts for a day"),
+        ("AuthDenied", "ends the run; once that has worked, restarts for a day"),
+    ],
+)
+def test_what_follows_is_said_in_words(name: str, follows: str) -> None:
+    assert RULES[FailureClass(name)].follows == follows
+
+
+def test_what_may_pass_is_not_charged() -> None:
+    assert [rule for rule in FAILURE_RULES if rule.outage and rule.charged] == []

@@ -13,11 +13,14 @@ from obstore.exceptions import GenericError, PermissionDeniedError
 
 from demo.tickets import make_tickets
 from lora_api.failures import FAILURE_RULES, FailureClass
+from lora_api.messages import parse_progress_line
 from lora_trainer import settings
 from lora_trainer.cli import build_parser
+from lora_trainer.conclude import PodEnd, ProcessEnd, conclude
 from lora_trainer.errors import DivergedError, StoppedError, StoreUnavailableError, classify, describe
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import WorkerError, fallback_directory, read_errors, root_cause, write_error
+from lora_trainer.progress import Progress
 from lora_trainer.stop import StopRequest
 
 
@@ -83,6 +86,31 @@ def test_the_root_cause_is_the_earliest_that_no_other_explains(tmp_path: Path) -
     assert read_errors(tmp_path) == errors
     assert root_cause(errors) == errors[2]
     assert root_cause([]) is None
+
+
+def test_the_last_words_have_the_newest_checkpoint_that_any_process_knows_of(tmp_path: Path) -> None:
+    for rank, step in enumerate((8, 12, None)):
+        write_error(tmp_path, WorkerError(rank, FailureClass.INTERNAL, "it broke", 1.0 + rank, checkpoint_step=step))
+    ends = {rank: ProcessEnd(70, 1.0 + rank) for rank in range(3)}
+    pod = PodEnd(ends, processes=3, first_rank=0, gpus=False, stopped=False, killed_by_memory=False)
+    assert conclude(pod, tmp_path)[1].checkpoint_step == 12
+
+
+def test_last_words_without_a_checkpoint_say_nothing_of_one(tmp_path: Path) -> None:
+    write_error(tmp_path, WorkerError(0, FailureClass.INTERNAL, "it broke", 1.0))
+    ends = {0: ProcessEnd(70, 1.0)}
+    pod = PodEnd(ends, processes=1, first_rank=0, gpus=False, stopped=False, killed_by_memory=False)
+    assert "checkpointStep" not in conclude(pod, tmp_path)[1].to_wire()
+
+
+def test_every_line_has_the_step_of_the_newest_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(enabled=True)
+    progress.stage("training")
+    progress.checkpoint_step = 4
+    progress.report_step(step=5, total_steps=9)
+    progress.stage("training")
+    lines = [parse_progress_line(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line and line.checkpoint_step for line in lines] == [None, 4, 4]
 
 
 def test_a_kernel_that_broke_off_may_be_the_echo_of_a_dead_gpu() -> None:

@@ -206,3 +206,12 @@ def test_looking_for_room_for_days_leaves_the_other_failures_on_record() -> None
         )
     assert [str(one.failure_class) for one in run.status.failures] == ["Evicted", "NotPlaced"]
     assert run.status.recent_failures == 3
+
+
+def test_words_that_are_too_long_for_a_status_are_cut() -> None:
+    lost = said("PeerLost", "x" * 4000)
+    pods = (ended(0, 73, lost), ended(1, 73, lost), ended(2, 73, lost), unplaced(3, "y" * 4000))
+    observed = replace(gang(*pods), reports=Reports(failing_since=ago(SETTINGS.node_grace)))
+    plan = decide(observed, NOW, SETTINGS)
+    assert plan.failure is not None
+    assert len(plan.failure.message) == 4096

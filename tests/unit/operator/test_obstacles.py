@@ -1,0 +1,49 @@
+"""Pods that are refused: who mends it, what to do, and for how long the run waits."""
+
+import pytest
+
+from lora_api import ConditionType, FailureClass
+from lora_operator.lifecycle.decide import decide
+from lora_operator.state.reports import Refusal, Reports, hear_refusal
+from tests.unit.operator.builders import NOW, a_run, ago, seen
+from tests.unit.operator.cases import JOB, SETTINGS, STARTED
+
+AWAY = (
+    'Internal error occurred: failed calling webhook "pods.example.com": failed to call webhook: Post '
+    '"https://hooks.example.com/": dial tcp: connection refused'
+)
+DENIED = 'admission webhook "pods.example.com" denied the request: no team'
+CLASS = 'pods "tickets-1-0-x7k2p" is forbidden: no PriorityClass with name high was found'
+FULL = 'pods "tickets-1-0-x7k2p" is forbidden: exceeded quota: few, requested: pods=1, used: pods=2, limited: pods=2'
+DAY = 86_400.0
+REFUSED: dict[str, tuple[str, str, str, float | None]] = {
+    "a webhook that is away": (AWAY, "WebhookFailed", "See why the webhook", DAY),
+    "a webhook that says no": (DENIED, "PodNotStarted", "Correct what the message names", SETTINGS.start_timeout),
+    "a priority class that is missing": (CLASS, "PriorityClassNotFound", "Create the PriorityClass", DAY),
+    "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pods_that_are_refused(name: str) -> None:
+    words, reason, remedy, limit = REFUSED[name]
+    lasts = min(limit or 9 * DAY, 9 * DAY)
+    for since, ends in ((lasts - 1, False), (lasts, limit is not None)):
+        reports = Reports(refusal=Refusal(words, ago(since)))
+        plan = decide(seen(a_run(status=STARTED), JOB, reports=reports), NOW, SETTINGS)
+        mark = plan.conditions[ConditionType.RUNNING]
+        assert mark.reason == ("PodNotStarted" if ends else reason)
+        assert f"Remedy: {remedy}" in mark.message
+        assert (plan.failure and plan.failure.failure_class) == (FailureClass.POD_NOT_STARTED if ends else None)
+        if not ends and limit is not None:
+            assert plan.requeue_after == 1.0
+
+
+def test_the_time_goes_on_while_one_and_the_same_refuses() -> None:
+    first = hear_refusal(Reports(), AWAY, ago(60))
+    assert first.refusal is not None
+    again = hear_refusal(first, AWAY.replace("refused", "reset"), NOW).refusal
+    other = hear_refusal(first, CLASS, NOW).refusal
+    assert again is not None
+    assert other is not None
+    assert (again.since, other.since) == (ago(60), NOW)
