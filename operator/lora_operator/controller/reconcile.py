@@ -26,6 +26,7 @@ from lora_api.finetune import ObjectMeta
 from lora_api.reading import Reading
 from lora_operator.children.assembly import build_children
 from lora_operator.children.controlkeys import draw_control_key
+from lora_operator.children.job import queue_labels
 from lora_operator.clock import is_due
 from lora_operator.controller.lookups import Lookups
 from lora_operator.controller.remarks import Remarks
@@ -251,6 +252,8 @@ class Reconciler:
         except NameConflictError as conflict:
             attempt, now = plan.launch or PREFLIGHT, self._clock()
             return decide_conflict(observed, attempt, str(conflict), now, settings, passing=conflict.passing)
+        if plan.enqueue is not None:
+            await self._enqueue(run, plan.enqueue)
         if plan.delete is not None:
             await self._delete_podgroup(run, plan.delete.attempt)
             await self._kube.delete_object("jobs", plan.delete.namespace, plan.delete.name, plan.delete.uid)
@@ -264,6 +267,15 @@ class Reconciler:
         if plan.delete_run:
             await self._kube.delete_object(PLURAL, run.metadata.namespace, run.metadata.name, run.metadata.uid)
         return plan
+
+    async def _enqueue(self, run: LoRAFineTune, job: JobView) -> None:
+        """Puts ``job`` into the queue of ``run``. Where that is refused it waits, and it is tried again."""
+        try:
+            labelled = await self._kube.patch_job_labels(job.namespace, job.name, job.uid, queue_labels(run))
+        except KubeError as error:
+            logger.warning("%s/%s: not put into the queue of its run: %s", job.namespace, job.name, error)
+        else:
+            self._cache.put(Resource.JOBS, labelled)
 
     async def _delete_children(self, observed: Observed) -> None:
         """Deletes what the run was made of."""

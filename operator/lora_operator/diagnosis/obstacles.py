@@ -23,6 +23,8 @@ _CLAIM_REMEDY = (
     "describe pvc). The run starts by itself once it is."
 )
 _GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
+_LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
+_SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
 _WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
@@ -81,11 +83,32 @@ def _refused(job: JobView, refusal: Refusal) -> Obstacle:
     return Obstacle(
         reason="QuotaExceeded" if refusal.by_quota else str(FailureClass.POD_NOT_STARTED),
         message=f"Pods of Job {job.name} are refused: {words}",
-        remedy=_QUOTA_REMEDY if refusal.by_quota else RULES[FailureClass.POD_NOT_STARTED].remedy,
+        remedy=_refusal_remedy(job, words),
         since=refusal.since,
         failure_class=None if refusal.by_quota else FailureClass.POD_NOT_STARTED,
         scheduling=True,
     )
+
+
+def _refusal_remedy(job: JobView, words: str) -> str:
+    """What to do about pods that are refused, with the fields that the words are about."""
+    whose = "podTemplate.resources of the run, or of its ClusterLoRARuntime"
+    if job.preflight:
+        whose = "preflightResources of the run's ClusterLoRARuntime (or podTemplate.resources, which it follows)"
+    again = "then delete this LoRAFineTune and create it again"
+    if "exceeded quota" in words:
+        return f"{_QUOTA_REMEDY} To ask for less, change {whose}, {again}."
+    _, says_nothing, rest = words.partition("must specify")
+    if says_nothing:
+        names = _SAYS_NOTHING.findall(rest)
+        fields = sorted({name if "." in name else f"requests.{name}" for name in names})
+        return (
+            f"Set {', '.join(fields)} in {whose}, {again}; or give the namespace a LimitRange with defaults, and the "
+            "run starts by itself."
+        )
+    if _LIMIT_RANGE.search(words):
+        return f"Bring {whose} to what the LimitRange of the namespace allows, {again}; or have the LimitRange changed."
+    return RULES[FailureClass.POD_NOT_STARTED].remedy
 
 
 def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:

@@ -7,6 +7,7 @@ Of the status only the number of preflights that failed and the condition Prefli
 counts is the one after those that failed.
 """
 
+from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
@@ -18,6 +19,7 @@ from lora_operator.settings import Settings
 from lora_operator.state.facts import has_passed
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Mark, Plan
+from lora_operator.state.workload import uses_kueue
 from lora_operator.watched.views import JobView, PodView
 
 _CHECKING = "A pod without a GPU checks the model, every record, the store and the memory plan"
@@ -66,8 +68,8 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0)
     if symptoms:
         return decide_failure(observed, PREFLIGHT, diagnose_root(symptoms, pods, PREFLIGHT, now), settings)
-    if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
-        return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
+    if job.suspended:
+        return _decide_held(observed, job, settings)
     obstacle = diagnose_obstacle(pods, job, observed.reports)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
@@ -79,6 +81,16 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     if left is not None and left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), settings)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
+
+
+def _decide_held(observed: Observed, job: JobView, settings: Settings) -> Plan:
+    """Kueue holds ``job`` back: it is set to take up Jobs that name no queue, or has one for them all.
+
+    It lets none go that names no queue, so this one gets that of its run.
+    """
+    waiting = _waiting("Queued", describe_queue(job.name, observed.reports.queue))
+    queued = uses_kueue(observed.run.spec.run_policy.queue_name, settings)
+    return replace(waiting, enqueue=job) if queued and not job.queue else waiting
 
 
 def _waiting(reason: str, message: str, *, launch: int | None = None, requeue_after: float | None = None) -> Plan:

@@ -21,12 +21,13 @@ class Mark:
 class Plan:
     """What to do about a run, and what to say about it.
 
-    ``launch_preflight``, ``launch``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in this order,
-    then the status is written. ``phase`` None: nothing is to be said that is not in the status already.
-    ``suspended`` is the attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may
-    have a successor, ``passed`` what the preflight settled, ``micro_batch_size`` what the next attempt is to have,
-    ``runtime`` what the run takes of its runtime. ``failing``: a pod has failed, and the others get time for their
-    last words; ``obstructed``: something that was to be created was refused, and the run fails if that lasts.
+    ``launch_preflight``, ``launch``, ``enqueue``, ``delete``, ``stop``, ``clean_up`` and ``delete_run`` are done in
+    this order, then the status is written. ``phase`` None: nothing is to be said that is not in the status already.
+    ``enqueue`` is a Job of the run that is to wait in its queue, ``suspended`` the attempt that runPolicy.suspend
+    ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the preflight
+    settled, ``micro_batch_size`` what the next attempt is to have, ``runtime`` what the run takes of its runtime.
+    ``failing``: a pod has failed, and the others get time for their last words; ``obstructed``: something that was
+    to be created was refused, and the run fails if that lasts.
     """
 
     phase: Phase | None = None
@@ -37,6 +38,7 @@ class Plan:
     launch_preflight: int | None = None
     launch: int | None = None
     delete: JobView | None = None
+    enqueue: JobView | None = None
     stop: JobView | None = None
     clean_up: bool = False
     delete_run: bool = False
