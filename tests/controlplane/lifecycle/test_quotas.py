@@ -29,7 +29,9 @@ def put(api: Api, namespace: str, kind: str, spec: Raw) -> None:
     core, huge = f"/api/v1/namespaces/{namespace}", {"cpu": "9k", "memory": "9Pi", "ephemeral-storage": "9Pi"}
     api.create(f"{core}/{kind}", {"metadata": {"name": "rule"}, "spec": spec})
     resources = {"requests": huge, "limits": huge} if kind == "resourcequotas" else {"requests": {"memory": "9Pi"}}
-    container = {"name": "any", "image": "any", "resources": resources}
+    security = {"allowPrivilegeEscalation": False, "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]}}
+    security |= {"seccompProfile": {"type": "RuntimeDefault"}}
+    container = {"name": "any", "image": "any", "resources": resources, "securityContext": security}
     pod = {"metadata": {"name": "probe"}, "spec": {"containers": [container]}}
 
     def is_kept_to() -> bool:
