@@ -13,7 +13,15 @@ from lora_api._base import ApiModel, CelRule
 from lora_api.endpoints import Endpoints
 from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
 from lora_api.network import EgressRules, Identity
-from lora_api.pods import QUALIFIED_NAME, LabelMap, LabelValue, ObjectName, RuntimePodTemplate, qualified_names
+from lora_api.pods import (
+    QUALIFIED_NAME,
+    LabelMap,
+    LabelValue,
+    ObjectName,
+    ResourceRequirements,
+    RuntimePodTemplate,
+    qualified_names,
+)
 from lora_api.publishing import StoreUri, store_rules
 from lora_api.reading import Reading, read
 from lora_api.training import Checkpoint
@@ -186,6 +194,11 @@ class ClusterLoRARuntimeSpec(ApiModel):
         None,
         description="Whether runs are checked, by a pod without a GPU, before their first attempt. Default: the "
         "operator's --preflight.",
+    )
+    preflight_resources: ResourceRequirements | None = Field(
+        None,
+        description="What a preflight asks for and may take. Default: requests of 500m CPU and 1Gi, or those of the "
+        "run if they are less; limits of the run, or 4 CPUs and 8Gi.",
     )
     queue_name: QueueName | None = Field(
         None,

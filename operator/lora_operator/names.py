@@ -22,6 +22,8 @@ RUN_ANNOTATION = f"{GROUP}/run"
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 CONTROLLER_LABEL = "batch.kubernetes.io/controller-uid"
 
 

@@ -239,6 +239,7 @@ MAXIMAL_RUNTIME: Spec = {
     "checkpoint": MAXIMAL["checkpoint"],
     "terminationGracePeriodSeconds": 300,
     "preflight": False,
+    "preflightResources": {"requests": {"cpu": "1"}, "limits": {"memory": "4Gi"}},
     "queueName": "team-a",
     "ttlSecondsAfterFinished": 86400,
     "egress": [

@@ -14,11 +14,15 @@ from lora_api.run import MASTER_PORT, RUN_FILE
 from lora_operator.children.affinity import keep_away
 from lora_operator.children.document import build_document, build_preflight_document
 from lora_operator.children.environment import build_env
+from lora_operator.children.placement import build_preflight_placement
 from lora_operator.children.pod import build_pod_template
 from lora_operator.children.podgroup import build_podgroup, join_gang
+from lora_operator.children.resources import gang_resources, preflight_resources
 from lora_operator.children.service import build_master_address, needs_service
 from lora_operator.names import (
     INDEX_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
     RUN_VERSION_ANNOTATION,
     build_metadata,
     child_labels,
@@ -30,16 +34,8 @@ from lora_operator.names import (
 from lora_operator.settings import Settings
 from lora_operator.state.workload import uses_kueue
 
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
-
-GPU_RESOURCE = "nvidia.com/gpu"
-
 STOP_MARGIN_SECONDS = 10
 """What the trainer leaves of the grace period to the kubelet, after its last checkpoint."""
-
-PREFLIGHT_RESOURCES = {"requests": {"cpu": "500m", "memory": "1Gi"}}
-"""Little, so that a preflight finds room on a node whose GPUs are all in use. It may take more where there is more."""
 
 
 def build_gang(
@@ -62,7 +58,7 @@ def build_job(
     name, labels = child_name(run.metadata.name, attempt), child_labels(run.metadata.name, attempt)
     template = build_pod_template(
         run, settings, document=build_document(run, attempt, run_version, control_key), labels=labels,
-        args=["launch", RUN_FILE], env=_gang_env(run, attempt, settings), resources=_gang_resources(run),
+        args=["launch", RUN_FILE], env=_gang_env(run, attempt, settings), resources=gang_resources(run),
     )  # fmt: skip
     if needs_service(run):
         template["spec"]["subdomain"] = service_name(run.metadata.name)
@@ -72,21 +68,31 @@ def build_job(
     join_gang(template, name, settings)
     if not uses_kueue(policy.queue_name, settings):
         return _build(run, name, labels, run.spec.parallelism.nodes, template)
-    queue = {QUEUE_LABEL: policy.queue_name, QUEUE_PRIORITY_LABEL: policy.workload_priority_class_name}
-    labels |= {label: value for label, value in queue.items() if value}
+    labels |= queue_labels(run)
     job = _build(run, name, labels, run.spec.parallelism.nodes, template)
     job["spec"]["suspend"] = True
     return job
 
 
 def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings, run_version: int = 1) -> dict[str, Any]:
-    """The Job of a preflight: one pod without a GPU, on the nodes and with the credentials that the run would have."""
+    """The Job of a preflight: one pod without a GPU, with the credentials that the run would have.
+
+    It takes no queue: it needs no GPU, and a run that cannot work does not wait for one.
+    """
     name, labels = preflight_name(run.metadata.name, number), preflight_labels(run.metadata.name, number)
     template = build_pod_template(
         run, settings, document=build_preflight_document(run), labels=labels, args=["preflight", RUN_FILE],
-        env=build_env(run, {}), resources=PREFLIGHT_RESOURCES,
+        env=build_env(run, {}), resources=preflight_resources(run),
     )  # fmt: skip
+    template["spec"] |= build_preflight_placement(run)
     return _annotate(_build(run, name, labels, 1, template), run_version)
+
+
+def queue_labels(run: LoRAFineTune) -> dict[str, str]:
+    """What tells Kueue in which queue a Job of ``run`` waits, and before which others."""
+    policy = run.spec.run_policy
+    queue = {QUEUE_LABEL: policy.queue_name, QUEUE_PRIORITY_LABEL: policy.workload_priority_class_name}
+    return {label: value for label, value in queue.items() if value}
 
 
 def _annotate(job: dict[str, Any], run_version: int) -> dict[str, Any]:
@@ -132,13 +138,6 @@ def _gang_env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[
     if threads is not None:
         libraries["OMP_NUM_THREADS"] = str(threads)
     return build_env(run, own, libraries)
-
-
-def _gang_resources(run: LoRAFineTune) -> dict[str, dict[str, str]]:
-    resources = run.spec.pod_template.resources
-    gpus = run.spec.parallelism.gpus_per_node
-    extra = {GPU_RESOURCE: str(gpus)} if gpus else {}
-    return {"requests": dict(resources.requests), "limits": resources.limits | extra}
 
 
 def omp_threads(template: PodTemplate, processes: int, *, on_cpu: bool) -> int | None:

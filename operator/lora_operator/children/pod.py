@@ -9,6 +9,7 @@ from lora_api import LoRAFineTune
 from lora_api.pods import SecretRef
 from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WORK_DIRECTORY
 from lora_operator.children.environment import source_uris
+from lora_operator.children.resources import OF_EVERY_CONTAINER
 from lora_operator.names import RUN_ANNOTATION, UID_LABEL
 from lora_operator.settings import Settings
 
@@ -16,8 +17,6 @@ COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]
 """-P and -s: no code from the current directory, which is scratch, or below $HOME, whatever the environment says."""
 
 USER_ID = 65532
-_OF_EVERY_CONTAINER = ("cpu", "memory", "ephemeral-storage")
-"""Resources that a quota may ask for of every container; devices are the trainer's alone."""
 
 _RUN_ITEM = {
     "path": PurePosixPath(RUN_FILE).name,
@@ -119,7 +118,7 @@ def _build_gate(secret: SecretRef, settings: Settings, resources: Mapping[str, M
     Keys may be missing one by one, and a container whose keys are all optional starts without the Secret, too. So this
     one takes the whole Secret, under names that no program knows, and is gone before the trainer starts.
     """
-    own = {kind: {name: value for name, value in values.items() if name in _OF_EVERY_CONTAINER}
+    own = {kind: {name: value for name, value in values.items() if name in OF_EVERY_CONTAINER}
            for kind, values in resources.items()}  # fmt: skip
     return {
         "name": "credentials",

@@ -9,6 +9,7 @@ from lora_api import PLURAL, LoRAFineTune, TrainerPin
 from lora_api.finetune import ObjectMeta
 from lora_operator.children.assembly import build_children
 from lora_operator.children.controlkeys import draw_control_key
+from lora_operator.children.job import queue_labels
 from lora_operator.evidence.memory import Memory
 from lora_operator.kube.client import KubeClient, KubeError, NameConflictError
 from lora_operator.lifecycle.finished import list_children
@@ -22,6 +23,7 @@ from lora_operator.state.plan import (
     DeleteChildren,
     DeleteJob,
     DeleteRun,
+    EnqueueJob,
     LaunchAttempt,
     LaunchPreflight,
     Plan,
@@ -128,6 +130,10 @@ class Actor:
                 await self._delete_podgroup(run, job.attempt)
                 await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
                 self._cache.remove_job(job)
+            case EnqueueJob(job):
+                labels = queue_labels(run)
+                queued = await self._kube.patch_job_labels(job.namespace, job.name, job.uid, labels)
+                self._cache.put(Resource.JOBS, queued)
             case StopJob(job):
                 stopped = await self._kube.patch_job_stop(job.namespace, job.name, job.uid)
                 self._cache.put(Resource.JOBS, stopped)

@@ -31,6 +31,8 @@ _CLAIM_REMEDY = (
     "describe pvc). The run starts by itself once it is."
 )
 _GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
+_LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
+_SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
 _PRIORITY_REMEDY = "Create the PriorityClass that the message names. The run starts by itself then."
@@ -150,7 +152,7 @@ def _refused(job: JobView, refusal: Refusal) -> Obstacle:
     return Obstacle(
         reason=reason,
         message=f"Pods of Job {job.name} are refused: {words}",
-        remedy=remedy,
+        remedy=_refusal_remedy(job, words) if remedy is None else remedy,
         since=refusal.since,
         failure_class=None if refusal.kind == "quota" else FailureClass.POD_NOT_STARTED,
         scheduling=True,
@@ -158,13 +160,37 @@ def _refused(job: JobView, refusal: Refusal) -> Obstacle:
     )
 
 
-_REFUSALS = {
-    "quota": ("QuotaExceeded", _QUOTA_REMEDY, None),
+_REFUSALS: dict[str, tuple[str, str | None, float | None]] = {
+    "quota": ("QuotaExceeded", None, None),
     "webhook": ("WebhookFailed", _WEBHOOK_REMEDY, _PATIENCE),
     "priority": ("PriorityClassNotFound", _PRIORITY_REMEDY, _PATIENCE),
-    "policy": (str(FailureClass.POD_NOT_STARTED), RULES[FailureClass.POD_NOT_STARTED].remedy, None),
+    "policy": (str(FailureClass.POD_NOT_STARTED), None, None),
 }
-"""Reason and remedy of pods that are refused, and for how long that is waited for, where it is not the usual time."""
+"""Reason and remedy of pods that are refused, and for how long that is waited for, where it is not the usual time.
+
+The remedy is ``None`` where it goes by the words.
+"""
+
+
+def _refusal_remedy(job: JobView, words: str) -> str:
+    """What to do about pods that are refused, with the fields that the words are about."""
+    whose = "podTemplate.resources of the run, or of its ClusterLoRARuntime"
+    if job.preflight:
+        whose = "preflightResources of the run's ClusterLoRARuntime (or podTemplate.resources, which it follows)"
+    again = "then delete this LoRAFineTune and create it again"
+    if "exceeded quota" in words:
+        return f"{_QUOTA_REMEDY} To ask for less, change {whose}, {again}."
+    _, says_nothing, rest = words.partition("must specify")
+    if says_nothing:
+        names = _SAYS_NOTHING.findall(rest)
+        fields = sorted({name if "." in name else f"requests.{name}" for name in names})
+        return (
+            f"Set {', '.join(fields)} in {whose}, {again}; or give the namespace a LimitRange with defaults, and the "
+            "run starts by itself."
+        )
+    if _LIMIT_RANGE.search(words):
+        return f"Bring {whose} to what the LimitRange of the namespace allows, {again}; or have the LimitRange changed."
+    return RULES[FailureClass.POD_NOT_STARTED].remedy
 
 
 def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:

@@ -267,17 +267,11 @@ class KubeClient:
 
     async def patch_job_stop(self, namespace: str, name: str, uid: str) -> Raw:
         """Ends a Job that has a failed index: pods that still run are deleted, the others stay."""
-        body = {"metadata": {"uid": uid}, "spec": {"maxFailedIndexes": 0}}
-        return await self._call_json(
-            "PATCH",
-            "patch",
-            "jobs",
-            namespace,
-            name,
-            query=_OWNED,
-            body=body,
-            content_type="application/merge-patch+json",
-        )
+        return await self._patch_job(namespace, name, {"metadata": {"uid": uid}, "spec": {"maxFailedIndexes": 0}})
+
+    async def patch_job_labels(self, namespace: str, name: str, uid: str, labels: dict[str, str]) -> Raw:
+        """Puts ``labels`` on a Job."""
+        return await self._patch_job(namespace, name, {"metadata": {"uid": uid, "labels": labels}})
 
     async def fetch_log(self, namespace: str, pod: str, container: str, lines: int) -> str:
         """The last ``lines`` of a container's log."""
@@ -313,6 +307,12 @@ class KubeClient:
         answer = await self._call_json("POST", "create", resource, None, body=body)
         status: Raw = answer["status"]
         return status
+
+    async def _patch_job(self, namespace: str, name: str, body: Raw) -> Raw:
+        patch = "application/merge-patch+json"
+        return await self._call_json(
+            "PATCH", "patch", "jobs", namespace, name, query=_OWNED, body=body, content_type=patch
+        )
 
     async def _apply(self, resource: str, namespace: str | None, name: str, body: Raw, subresource: str = "") -> Raw:
         return await self._call_json(

@@ -7,6 +7,7 @@ Of the status only the number of preflights that failed and the condition Prefli
 counts is the one after those that failed.
 """
 
+from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
@@ -18,7 +19,8 @@ from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import Settings
 from lora_operator.state.facts import has_passed
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import DeleteJob, LaunchPreflight, Mark, Plan
+from lora_operator.state.plan import DeleteJob, EnqueueJob, LaunchPreflight, Mark, Plan
+from lora_operator.state.workload import uses_kueue
 from lora_operator.watched.views import JobView, PodView
 
 _CHECKING = "A pod without a GPU checks the model, every record, the store and the memory plan"
@@ -69,8 +71,8 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Setti
     if symptoms:
         failure = diagnose_root(symptoms, pods, PREFLIGHT, now, seen)
         return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
-    if job.suspended:  # Kueue takes up every Job of a namespace whose LocalQueue is called default
-        return _waiting("Queued", describe_queue(job.name, observed.reports.queue))
+    if job.suspended:
+        return _decide_held(observed, job, settings)
     obstacle = diagnose_obstacle(pods, job, observed.reports, now)
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
@@ -91,6 +93,16 @@ def find_running_on(observed: Observed) -> JobView | None:
         return None
     jobs = (job for job in observed.preflights.values() if not job.deleting)
     return next((job for job in jobs if any(pod.runs_on for pod in observed.gang(job))), None)
+
+
+def _decide_held(observed: Observed, job: JobView, settings: Settings) -> Plan:
+    """Kueue holds ``job`` back: it is set to take up Jobs that name no queue, or has one for them all.
+
+    It lets none go that names no queue, so this one gets that of its run.
+    """
+    waiting = _waiting("Queued", describe_queue(job.name, observed.reports.queue))
+    queued = uses_kueue(observed.run.spec.run_policy.queue_name, settings)
+    return replace(waiting, actions=(EnqueueJob(job),)) if queued and not job.queue else waiting
 
 
 def _waiting(

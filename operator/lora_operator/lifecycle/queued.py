@@ -30,6 +30,10 @@ _NO_KUEUE_REMEDY = (
 _NO_WORKLOAD_REMEDY = (
     "See kubectl describe job, and that Kueue runs, manages this namespace and knows the priority class of the run."
 )
+_NO_QUEUE_REMEDY = (
+    "Set queueName in the ClusterLoRARuntime, or create the run again with runPolicy.queueName. kubectl label job "
+    "{job} kueue.x-k8s.io/queue-name=NAME puts this one into the LocalQueue NAME."
+)
 _DEACTIVATED_REMEDY = "Set spec.active of the Workload to true to let the run go on."
 _INADMISSIBLE_REMEDY = (
     "See kubectl describe localqueue: it has to exist in this namespace under the name in runPolicy.queueName, and its "
@@ -81,6 +85,9 @@ def describe_queue(job: str, report: QueueReport | None) -> str:
         return with_remedy(f"Kueue has made no Workload for Job {job}", _NO_WORKLOAD_REMEDY)
     if report.deactivated:
         return with_remedy(f"Workload {report.workload}: {report.evicted_message}", _DEACTIVATED_REMEDY)
+    if not report.queue:
+        text = f"Kueue holds Job {job} back, which names no queue (its manageJobsWithoutQueueName is on)"
+        return with_remedy(text, _NO_QUEUE_REMEDY.format(job=job))
     number = "Waiting" if report.position is None else f"Number {report.position}"
     text = f"{number} in queue {report.queue}: {report.message or 'Kueue has not looked at it yet'}"
     return with_remedy(text, _INADMISSIBLE_REMEDY) if report.reason == _INADMISSIBLE else text

@@ -13,7 +13,17 @@ from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_conflict, decide_
 from lora_operator.settings import Settings
 from lora_operator.state.facts import is_finished
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import Action, DeleteChildren, DeleteJob, DeleteRun, LaunchAttempt, Mark, Plan, StopJob
+from lora_operator.state.plan import (
+    Action,
+    DeleteChildren,
+    DeleteJob,
+    DeleteRun,
+    EnqueueJob,
+    LaunchAttempt,
+    Mark,
+    Plan,
+    StopJob,
+)
 from lora_operator.state.reports import RefusedChild
 from lora_operator.wording import with_remedy
 
@@ -65,7 +75,7 @@ def permission_of(action: Action) -> str:
     match action:
         case DeleteJob() | DeleteChildren():
             return "delete jobs"
-        case StopJob():
+        case StopJob() | EnqueueJob():
             return "patch jobs"
         case DeleteRun():
             return "delete lorafinetunes"

@@ -6,22 +6,17 @@ A run without a runtime gets what harms nobody: no server but the public ones, n
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from decimal import Decimal
 
 from lora_api import ClusterLoRARuntime, LoRAFineTune
 from lora_api.endpoints import allows_tracker, is_below
 from lora_api.pods import ResourceRequirements
 from lora_api.runtime import LabelRequirement, LabelSelector, Limits
+from lora_operator.state.quantities import parse_exactly
 from lora_operator.state.runtimes import merge_resources
 
 _GPU_PART = re.compile(r"[vp]?gpu(mem|cores)?([._-].*)?|mig-.+")
 """Of gpumem and gpucores alone HAMi makes a whole GPU: its webhook adds the nvidia.com/gpu that is missing."""
 _INTEL_GPUS = ("i915", "xe")
-_SUFFIXES = {
-    "m": Decimal("0.001"),
-    **{suffix: Decimal(1000) ** power for power, suffix in enumerate(("", "k", "M", "G", "T", "P", "E"))},
-    **{suffix: Decimal(1024) ** power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), start=1)},
-}
 _SYSTEM = "system-"
 _TOPOLOGY = tuple(f"kueue.x-k8s.io/podset-{kind}-topology" for kind in ("required", "preferred", "unconstrained"))
 """Annotations by which Kueue places pods close together. They give a run nothing but a place, so every run has them."""
@@ -75,8 +70,7 @@ def count_gpus(resources: ResourceRequirements) -> dict[str, int]:
 
 def parse_quantity(quantity: str) -> int:
     """A quantity of Kubernetes, such as 2 or 4k, rounded up."""
-    number = quantity.rstrip("mkKMGTPEi")
-    return math.ceil(Decimal(number) * _SUFFIXES[quantity[len(number) :]])
+    return math.ceil(parse_exactly(quantity))
 
 
 def _check_sources(run: LoRAFineTune, limits: Limits, whose: str) -> Iterator[str]:

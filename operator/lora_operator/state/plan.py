@@ -26,6 +26,13 @@ class LaunchAttempt:
 
 
 @dataclass(frozen=True)
+class EnqueueJob:
+    """Puts ``job`` into the queue of its run: Kueue holds it back, and lets none go that names no queue."""
+
+    job: JobView
+
+
+@dataclass(frozen=True)
 class DeleteJob:
     """Deletes ``job`` and its pods, with their logs."""
 
@@ -49,7 +56,7 @@ class DeleteRun:
     """Deletes the run itself, and with it all that belongs to it."""
 
 
-Action: TypeAlias = LaunchPreflight | LaunchAttempt | DeleteJob | StopJob | DeleteChildren | DeleteRun
+Action: TypeAlias = LaunchPreflight | LaunchAttempt | EnqueueJob | DeleteJob | StopJob | DeleteChildren | DeleteRun
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lora_operator.names import (
     CONTROLLER_LABEL,
     INDEX_LABEL,
     PREFLIGHT_LABEL,
+    QUEUE_LABEL,
     RUN_LABEL,
     RUN_VERSION_ANNOTATION,
     UID_LABEL,
@@ -138,6 +139,8 @@ class JobView:
     """It is suspended, or was before."""
     started: datetime | None = None
     """When the Job controller came to it and might make its pods; ``None`` while it is suspended."""
+    queue: str = ""
+    """The queue of Kueue that it names."""
     image: str = ""
     """That of the trainer."""
     run_version: int = 1
@@ -299,6 +302,7 @@ def parse_job(raw: Mapping[str, Any]) -> JobView:
         was_suspended=bool(spec.get("suspend"))
         or any(item.get("type") == "Suspended" for item in status.get("conditions") or ()),
         started=parse_time(status.get("startTime")),
+        queue=labels.get(QUEUE_LABEL, ""),
         image=_trainer_image(spec),
         run_version=_number((metadata.get("annotations") or {}).get(RUN_VERSION_ANNOTATION)) or 1,
     )

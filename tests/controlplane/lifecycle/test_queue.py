@@ -209,20 +209,34 @@ def test_a_rank_that_ends_before_its_pod_is_taken_back_ends_the_attempt(
     run.wait_phase("Running")
 
 
-def test_a_preflight_that_is_held_back_says_so(
-    run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str
+QUEUE_LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
+
+
+@pytest.mark.parametrize("policy", [{}, {"queueName": "team-a", "workloadPriorityClassName": "research"}])
+def test_a_preflight_that_is_held_back_says_so_and_waits_in_the_queue_of_its_run(
+    run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str, policy: dict[str, str]
 ) -> None:
-    with OperatorThread(fast_settings(namespace, preflight="on")):
-        create(run)
+    """Kueue with manageJobsWithoutQueueName holds back every Job, and lets none go that names no queue."""
+
+    def named() -> list[str]:
+        labels = queue.job("pre1")["metadata"]["labels"]
+        return [labels[label] for label in QUEUE_LABELS if label in labels]
+
+    with OperatorThread(fast_settings(namespace, preflight="on")) as operator:
+        run.create(lambda spec: spec.update(runPolicy=policy))
         assert queue.wait_job("pre1")["spec"]["suspend"] is False
+        assert named() == [], "one that nobody holds back needs no quota"
         queue.suspend("pre1", suspend=True)
         status = run.wait("it waits", lambda status: status.get("reason") == "Queued")
         assert (status["phase"], run.condition("PreflightPassed")["reason"]) == ("Preflight", "Queued")
         eventually("its pod is gone", lambda: not run.preflight_pods(1))
+        eventually("it is in the queue of its run", lambda: named() == list(policy.values()))
         queue.suspend("pre1", suspend=False)
         run.set_preflight(1, ended(0, settled(), "Completed"))
-        assert queue.wait_job(1)["spec"]["suspend"] is True
-        assert run.wait_phase("Queued").get("failures", []) == []
+        assert queue.wait_job(1)["spec"]["suspend"] is bool(policy)
+        assert run.wait_phase("Queued" if policy else "Starting").get("failures", []) == []
+    patches = [call for call in operator.calls if call.startswith("PATCH") and call.endswith("/jobs/run-pre1")]
+    assert len(patches) == (1 if policy else 0)
 
 
 ADMISSION = "/apis/admissionregistration.k8s.io/v1"

@@ -11,6 +11,7 @@ from lora_operator.state.plan import (
     DeleteChildren,
     DeleteJob,
     DeleteRun,
+    EnqueueJob,
     LaunchAttempt,
     LaunchPreflight,
     Plan,
@@ -68,7 +69,7 @@ REFERENCE = {"runtimeRef": {"name": "h100"}}
 
 
 _NUMBERED = {"launch": LaunchAttempt, "launch_preflight": LaunchPreflight}
-_OF_JOBS = {"delete": DeleteJob, "stop": StopJob}
+_OF_JOBS = {"delete": DeleteJob, "stop": StopJob, "enqueue": EnqueueJob}
 _DONE = {"clean_up": DeleteChildren, "delete_run": DeleteRun}
 
 

@@ -16,7 +16,7 @@ from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.watched.views import PodView
 from lora_operator.wording import with_remedy
-from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, running, said, waiting
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_preflight, a_run, ago, ended, running, said, waiting
 
 GRACE = 20.0
 
@@ -302,6 +302,31 @@ def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str |
     if obstacle is not None:
         assert obstacle.remedy
         assert obstacle.text.endswith(f". Remedy: {obstacle.remedy}")
+
+
+RUN_FIELDS = "podTemplate.resources of the run, or of its ClusterLoRARuntime"
+PREFLIGHT_FIELDS = "preflightResources of the run's ClusterLoRARuntime (or podTemplate.resources, which it follows)"
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        ("failed quota: q: must specify limits.cpu for: trainer; limits.memory for: trainer", "limits.memory in "),
+        ("failed quota: q: must specify limits.cpu,limits.memory", "limits.cpu, limits.memory in "),
+        ("failed quota: q: must specify memory for: credentials,trainer", "requests.memory in "),
+        ("exceeded quota: q, requested: limits.cpu=2, used: limits.cpu=0, limited: limits.cpu=1", "change "),
+        ("minimum memory usage per Container is 2Gi, but request is 1Gi", "Bring "),
+        ("cpu max limit to request ratio per Container is 4, but provided ratio is 64.000000", "Bring "),
+        ('spec.containers[0].resources.requests: Invalid: "1Gi": must be less than or equal to memory limit', "Bring "),
+    ],
+)
+def test_pods_that_a_rule_for_resources_refuses_are_told_the_fields(words: str, field: str) -> None:
+    for job, whose in ((a_job(), RUN_FIELDS), (a_preflight(), PREFLIGHT_FIELDS)):
+        refusal = Refusal(f'Error creating: pods "{job.name}-0-x" is forbidden: {words}', NOW)
+        obstacle = diagnose_obstacle([], job, Reports(refusal=refusal), NOW)
+        assert obstacle is not None
+        assert words in obstacle.message
+        assert field + whose in obstacle.remedy
 
 
 def test_the_words_of_a_full_quota_are_the_same_whichever_pod_was_tried() -> None:

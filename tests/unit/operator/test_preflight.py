@@ -8,6 +8,7 @@ import pytest
 from lora_api import ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_operator.diagnosis.firstseen import held_up_seen, run_seen
 from lora_operator.lifecycle.decide import decide
+from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import Settings
 from lora_operator.state.reports import Reports
 from lora_operator.state.runtimes import build_snapshot
@@ -42,6 +43,7 @@ JOB = a_preflight()
 NO_IMAGE = held_up_seen(JOB, "ImagePullFailed")
 PASSED = ConditionType.PREFLIGHT_PASSED
 CHECKING = (False, "Preflight")
+HELD = a_preflight(suspended=True, was_suspended=True)
 RUNTIME = a_runtime(limits={"maxNodes": 2})
 
 
@@ -67,6 +69,21 @@ CASES = [
         "a new run is looked at before anything else",
         seen(a_run()),
         {"launch_preflight": 1, "launch": None, "phase": Phase.PREFLIGHT, "attempt": 0}, mark=CHECKING,
+    ),
+    Case(
+        "one that Kueue holds back is put into the queue of its run",
+        seen(a_run(runPolicy={"queueName": "team-a"}), HELD),
+        {"phase": Phase.PREFLIGHT, "enqueue": HELD}, mark=(False, "Queued"),
+    ),
+    Case(
+        "once",
+        seen(a_run(runPolicy={"queueName": "team-a"}), replace(HELD, queue="default")),
+        {"enqueue": None}, mark=(False, "Queued"),
+    ),
+    Case(
+        "a run without a queue has none to put it into",
+        seen(a_run(), HELD, reports=Reports(queue=QueueReport(workload="w"))),
+        {"enqueue": None, "message": describe_queue(HELD.name, QueueReport(workload="w"))}, mark=(False, "Queued"),
     ),
     Case(
         "one that Kueue holds back waits, with Kueue's words",

@@ -49,6 +49,13 @@ ONCE_EVICTED = ("Evicted", "False", "QuotaReserved", "Previously: Preempted")
             "Waiting in queue team-a: The workload has not passed all admission checks",
         ),
         (
+            a_workload(("QuotaReserved", "False", "Inadmissible", "LocalQueue  doesn't exist"), queue=""),
+            False,
+            "Kueue holds Job tickets-1 back, which names no queue (its manageJobsWithoutQueueName is on). Remedy: Set "
+            "queueName in the ClusterLoRARuntime, or create the run again with runPolicy.queueName. kubectl label job "
+            "tickets-1 kueue.x-k8s.io/queue-name=NAME puts this one into the LocalQueue NAME.",
+        ),
+        (
             a_workload(NO_QUEUE),
             True,
             "Waiting in queue team-a: LocalQueue team-a doesn't exist. Remedy: See kubectl describe localqueue: it has "
