@@ -31,12 +31,17 @@ def avoid(
         for one in symptoms
         if one.pod and speaks_of_node(one.failure_class, one.reason)
     ]
-    nodes = {node.name: node for node in status.avoided_nodes if now - node.since < AVOIDED_FOR}
+    nodes = {node.name: node for node in keep_recent(status.avoided_nodes, now)}
     for name, failure_class in bad:
         if name:
             nodes.pop(name, None)  # so that it counts as the newest
             nodes[name] = AvoidedNode(name=name, reason=str(failure_class), since=now)
     return tuple(nodes.values())[-MAX_AVOIDED_NODES:]
+
+
+def keep_recent(nodes: Iterable[AvoidedNode], now: datetime) -> list[AvoidedNode]:
+    """Those of ``nodes`` that are still to be avoided."""
+    return [node for node in nodes if now - node.since < AVOIDED_FOR]
 
 
 def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:

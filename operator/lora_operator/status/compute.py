@@ -16,6 +16,7 @@ from lora_api import (
 )
 from lora_api.status import MAX_FAILURES, STATUS_VERSION, CheckpointStatus
 from lora_operator.policies.deadline import compute_active_seconds, running_since
+from lora_operator.policies.nodes import keep_recent
 from lora_operator.policies.restarts import find_budget, is_newer
 from lora_operator.state.facts import holds, is_finished
 from lora_operator.state.plan import Budget, Mark, Plan
@@ -94,7 +95,7 @@ def _budget(old: LoRAFineTuneStatus, plan: Plan, reports: Reports, now: datetime
         "charged_restarts": budget.charged,
         "recent_failures": budget.count,
         "failing_since": budget.since,
-        "avoided_nodes": old.avoided_nodes if plan.avoided is None else list(plan.avoided),
+        "avoided_nodes": keep_recent(old.avoided_nodes if plan.avoided is None else plan.avoided, now),
     }
 
 

@@ -179,6 +179,8 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "failures": [],
         "failedPreflights": 0,
         "chargedRestarts": 0,
+        "recentFailures": 0,
+        "avoidedNodes": [],
         "preemptions": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,

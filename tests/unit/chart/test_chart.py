@@ -192,8 +192,6 @@ def test_the_schema_describes_every_value_and_no_other() -> None:
         for name, child in schema["properties"].items():
             where = f"{path}.{name}".lstrip(".")
             assert child.get("description"), where
-            if child.get("deprecated"):  # of an earlier chart: taken, and not looked at
-                continue
             if "properties" in child:
                 assert child["additionalProperties"] is False, where
                 yield from described(child, where)

@@ -56,9 +56,8 @@ def test_no_value_at_all_is_every_default(reuse: Reuse, whole: str) -> None:
     assert reuse({}) == whole
 
 
-def test_a_value_that_the_chart_no_longer_has_changes_nothing(reuse: Reuse, whole: str) -> None:
-    operator = {**VALUES["operator"], "maxUnchargedRestarts": 20}
-    assert reuse({**VALUES, "operator": operator}) == whole
+def test_a_value_that_is_not_used_any_more_is_taken_and_changes_nothing(render: Callable[..., str]) -> None:
+    assert render("operator.maxUnchargedRestarts=0") == render()
 
 
 def test_a_null_is_no_value(render: Callable[..., str]) -> None:

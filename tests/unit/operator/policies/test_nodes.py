@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 
-from lora_api import Failure, FailureClass
+from lora_api import Failure, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import Symptom
 from lora_operator.policies.nodes import avoid, describe_forgotten
+from lora_operator.state.plan import Plan
+from lora_operator.state.reports import Reports
+from lora_operator.status.compute import compute_status
 from tests.unit.operator.builders import NOW, a_run, ago, ended, stamp
 
 LOST, REFUSED = FailureClass.NODE_LOST, FailureClass.POD_LOST
@@ -67,3 +70,9 @@ def test_nodes_that_are_forgotten_are_named() -> None:
     nodes = a_run(status={"avoidedNodes": [known("n1", 5), known("n2", 5)]}).status.avoided_nodes
     assert describe_forgotten(nodes) == "; the nodes that were avoided may be used again: n1, n2"
     assert describe_forgotten([]) == ""
+
+
+def test_a_run_that_goes_on_forgets_them_too() -> None:
+    plan = Plan(phase=Phase.RUNNING, reason="Running", attempt=2)
+    run = a_run(status={"attempt": 2, "avoidedNodes": [known("n1", 86_400), known("n2", 60)]})
+    assert [node.name for node in compute_status(run, plan, Reports(), NOW).avoided_nodes] == ["n2"]
