@@ -350,7 +350,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The pods ran, but for runPolicy.stallTimeoutSeconds there was no word of progress.",
         remedy=(
             "Read the ranks' last words. If one step, the loading of the model or the evaluation takes longer than "
-            "that by itself, create the run again with a larger runPolicy.stallTimeoutSeconds."
+            "that by itself, raise runPolicy.stallTimeoutSeconds: it can be changed while the run goes on."
         ),
     ),
     FailureRule(

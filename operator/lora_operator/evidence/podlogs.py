@@ -4,6 +4,7 @@ import logging
 
 from lora_api import Failure, FailureClass
 from lora_api.run import CONTAINER_NAME
+from lora_operator.evidence.logtext import tell_people
 from lora_operator.kube.client import KubeClient, KubeError, NotFoundError
 from lora_operator.state.observed import Observed
 from lora_operator.watched.cache import Cache, Resource
@@ -11,7 +12,9 @@ from lora_operator.watched.views import PodView
 
 logger = logging.getLogger(__name__)
 
-LAST_LINES = 40
+LAST_LINES = 200
+"""As many as are read for progress: most of them may be progress, which people get in a word."""
+
 LAST_CHARACTERS = 4000
 
 
@@ -40,7 +43,7 @@ class PodLogs:
         pod = next((pod for pod in observed.pods if pod.name == failure.pod and not pod.gone), None)
         if pod is None or not (pod.running or pod.ended):
             return failure
-        log = await self.fetch(pod, LAST_LINES)
+        log = tell_people(await self.fetch(pod, LAST_LINES) or "")
         return failure.model_copy(update={"log_tail": log[-LAST_CHARACTERS:]}) if log else failure
 
     async def _fetch_last_words_of_all(self, observed: Observed) -> str:
@@ -49,7 +52,7 @@ class PodLogs:
         share = LAST_CHARACTERS // max(1, len(pods))
         words = []
         for pod in pods:
-            log = await self.fetch(pod, LAST_LINES) or "no log"
+            log = tell_people(await self.fetch(pod, LAST_LINES) or "no log")
             head = f"{pod.name}: "
             words.append(head + log.strip()[-max(0, share - len(head) - 1) :])
         return "\n".join(words)

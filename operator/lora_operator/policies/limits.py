@@ -17,7 +17,11 @@ from lora_operator.state.runtimes import merge_resources
 _GPU_PART = re.compile(r"[vp]?gpu(mem|cores)?([._-].*)?|mig-.+")
 """Of gpumem and gpucores alone HAMi makes a whole GPU: its webhook adds the nvidia.com/gpu that is missing."""
 _INTEL_GPUS = ("i915", "xe")
+_QUANTITY = re.compile(r"[+]?([0-9.]+)(?:[eE]([+-]?[0-9]+)|([numkMGTPE]|[KMGTPE]i))?")
+_MOST_DIGITS = 18
 _SUFFIXES = {
+    "n": Decimal("1e-9"),
+    "u": Decimal("1e-6"),
     "m": Decimal("0.001"),
     **{suffix: Decimal(1000) ** power for power, suffix in enumerate(("", "k", "M", "G", "T", "P", "E"))},
     **{suffix: Decimal(1024) ** power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi", "Ei"), start=1)},
@@ -74,9 +78,13 @@ def count_gpus(resources: ResourceRequirements) -> dict[str, int]:
 
 
 def parse_quantity(quantity: str) -> int:
-    """A quantity of Kubernetes, such as 2 or 4k, rounded up."""
-    number = quantity.rstrip("mkKMGTPEi")
-    return math.ceil(Decimal(number) * _SUFFIXES[quantity[len(number) :]])
+    """A quantity of Kubernetes, such as 2, 4k or 1e3, rounded up. Larger exponents than there are amounts are cut."""
+    parts = _QUANTITY.fullmatch(quantity)
+    if parts is None:
+        raise ValueError(f"{quantity!r} is no quantity")
+    number, exponent, suffix = parts.groups()
+    power = max(-_MOST_DIGITS, min(_MOST_DIGITS, int(exponent or 0)))
+    return math.ceil(Decimal(number if number != "." else 0).scaleb(power) * _SUFFIXES[suffix or ""])
 
 
 def _check_sources(run: LoRAFineTune, limits: Limits, whose: str) -> Iterator[str]:

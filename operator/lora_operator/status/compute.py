@@ -1,6 +1,7 @@
 """From a plan to the status that people and machines read. All pure."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -12,6 +13,7 @@ from lora_operator.state.plan import Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.state.upgrades import began_before_endpoints
 from lora_operator.status.progress import compute_stopped_progress
+from lora_operator.wording import with_remedy
 
 _ORDER = [str(kind) for kind in ConditionType]
 _WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
@@ -69,6 +71,10 @@ def _sign(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> LoRAFineTuneStatu
     return new if new == old else new.model_copy(update={"version": max(old.version, STATUS_VERSION)})
 
 
+_SEE_STALLED = "the condition Stalled says why"
+_FAILED_SHORTLY = f"The run has failed; {_SEE_STALLED}"
+
+
 def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
     """The status of a run that has ended. It follows the specification, which GitOps waits for, until it is deleted.
 
@@ -78,9 +84,13 @@ def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineT
     if run.metadata.deletion_timestamp:
         return old
     end = _end_of(old)
+    whole = end.message
+    if whole.endswith(_SEE_STALLED):
+        end, whole = replace(end, message=_FAILED_SHORTLY), _find_whole(old)
+    marks = _summary(end, whole)
     update: dict[str, object] = {
         "observed_generation": generation,
-        "conditions": compute_conditions(old.conditions, {**_all_marks(end), **plan.conditions}, generation, now),
+        "conditions": compute_conditions(old.conditions, {**marks, **plan.conditions}, generation, now),
     }
     if old.phase is None or old.phase.known:
         update |= {"phase": end.phase, "reason": end.reason}
@@ -92,6 +102,14 @@ def _end_of(status: LoRAFineTuneStatus) -> Plan:
     ends = {ConditionType.COMPLETE: Phase.SUCCEEDED, ConditionType.FAILED: Phase.FAILED}
     phase, end = next((ends[kind], item) for kind in ends for item in status.conditions if _is_true(item, kind))
     return Plan(phase=phase, reason=end.reason, message=end.message)
+
+
+def _find_whole(status: LoRAFineTuneStatus) -> str:
+    """Why the run failed, in full: an older operator may have written less into the condition Stalled."""
+    for item in status.conditions:
+        if _is_true(item, ConditionType.STALLED) and item.message and not item.message.endswith(_SEE_STALLED):
+            return item.message
+    return with_remedy(status.failures[-1].message, status.failures[-1].remedy) if status.failures else ""
 
 
 def _is_true(condition: Condition, kind: ConditionType) -> bool:
@@ -127,15 +145,29 @@ def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> Lo
 
 
 def _all_marks(plan: Plan) -> dict[ConditionType, Mark]:
-    """The plan's conditions, and the three of kstatus that sum them up."""
+    """The plan's conditions, and the three of kstatus that sum them up.
+
+    Why a run failed is said once, in Stalled, where tools that know kstatus look for it. The others say where.
+    """
+    if plan.phase != Phase.FAILED:
+        return {**_summary(plan, plan.message), **plan.conditions}
+    what = f"Attempt {plan.attempt}" if plan.attempt else "What comes before the first attempt"
+    texts = {ConditionType.FAILED: f"{what} ended the run; {_SEE_STALLED}"}
+    marks = {
+        kind: replace(mark, message=texts.get(kind, f"{what} failed")) if mark.message == plan.message else mark
+        for kind, mark in plan.conditions.items()
+    }
+    return {**_summary(replace(plan, message=_FAILED_SHORTLY), plan.message), **marks}
+
+
+def _summary(plan: Plan, failure: str) -> dict[ConditionType, Mark]:
+    """The conditions of kstatus. ``failure`` is why the run failed, if it did."""
     succeeded, failed = plan.phase == Phase.SUCCEEDED, plan.phase == Phase.FAILED
     under_way = not (succeeded or failed)
-    stalled = Mark(failed, plan.reason if failed else "AsExpected", plan.message if failed else "")
     return {
         ConditionType.READY: Mark(succeeded, plan.reason, plan.message),
         ConditionType.RECONCILING: Mark(under_way, plan.reason, plan.message if under_way else ""),
-        ConditionType.STALLED: stalled,
-        **plan.conditions,
+        ConditionType.STALLED: Mark(failed, plan.reason if failed else "AsExpected", failure if failed else ""),
     }
 
 
