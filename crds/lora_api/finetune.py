@@ -74,6 +74,12 @@ class RunPolicy(ApiModel):
         default=False,
         description="true saves a checkpoint and frees the pods, false goes on from there, at any time.",
     )
+    retry: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Raise it after a failure to have the run go on from its last checkpoint. Default: 0.",
+    )
     active_deadline_seconds: int | None = Field(
         None,
         ge=1,
@@ -236,7 +242,7 @@ class LoRAFineTuneSpec(ApiModel):
 
 
 MUTABLE = (
-    "suspend", "maxRestarts", "stallTimeoutSeconds", "activeDeadlineSeconds", "ttlSecondsAfterFinished",
+    "suspend", "retry", "maxRestarts", "stallTimeoutSeconds", "activeDeadlineSeconds", "ttlSecondsAfterFinished",
 )  # fmt: skip
 """Fields of runPolicy that can be changed while the run lives."""
 

@@ -212,6 +212,8 @@ class LoRAFineTuneStatus(RecordModel):
         None, ge=1, description="Sequences that each process takes at once, since memory ran out with more."
     )
     charged_restarts: int = Field(0, ge=0, description="Restarts used up of runPolicy.maxRestarts.")
+    observed_retry: int | None = Field(None, ge=0, description="runPolicy.retry as it was last acted upon.")
+    retried_attempts: int | None = Field(None, ge=0, description="Attempts and failed preflights before that.")
     preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back.")
     retry_time: Time | None = Field(None, description="When the next attempt starts, after a failure that is charged.")
     suspended_attempt: int = Field(0, ge=0, description="Last attempt that runPolicy.suspend ended.")

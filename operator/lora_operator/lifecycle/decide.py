@@ -26,7 +26,7 @@ from lora_operator.diagnosis.diagnose import (
     termination_of,
 )
 from lora_operator.diagnosis.obstacles import diagnose_obstacle
-from lora_operator.lifecycle.finished import decide_finished
+from lora_operator.lifecycle.finished import decide_finished, decide_retry
 from lora_operator.lifecycle.outcomes import (
     decide_failure,
     decide_success,
@@ -54,7 +54,7 @@ def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     if observed.run.metadata.deletion_timestamp:
         return NOTHING
     if is_finished(status):
-        return decide_finished(observed, now, settings)
+        return decide_retry(observed) or decide_finished(observed, now, settings)
     unsettled = decide_runtime(observed, now, settings)
     if unsettled is not None:
         return unsettled

@@ -13,6 +13,7 @@ from lora_operator.policies.policy import (
     find_micro_batch,
     is_repetition,
     shrink_micro_batch,
+    since_retry,
 )
 from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
@@ -35,13 +36,14 @@ def decide_failure(observed: Observed, attempt: int, failure: Failure, settings:
     smaller = shrink_micro_batch(observed.run, failure)
     retried = rule.retried or smaller is not None
     limit = observed.run.spec.run_policy.max_restarts
-    free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts
+    before = status.retried_attempts or 0
+    free = max(attempt - 1, 0) + status.failed_preflights - status.charged_restarts - before
     refusal = ""
     if rule.retried and rule.charged and status.charged_restarts >= limit:
         refusal = f" (after {status.charged_restarts} of runPolicy.maxRestarts = {limit} restarts)"
     elif retried and not rule.charged and free >= settings.max_uncharged_restarts:
         refusal = f" (after {free} restarts that runPolicy.maxRestarts does not count, the most there may be)"
-    elif is_repetition(status.failures, failure):
+    elif is_repetition(since_retry(status), failure):
         refusal = f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
     elif retried and smaller is not None:
         failure = failure.model_copy(update={"remedy": _shrunk(observed.run, failure, smaller)})

@@ -32,6 +32,12 @@ def is_repetition(earlier: Sequence[Failure], failure: Failure) -> bool:
     return len(last) == SAME_FAILURES and len(same) == 1
 
 
+def since_retry(status: LoRAFineTuneStatus) -> list[Failure]:
+    """The failures since runPolicy.retry was raised: what was before it counts for nothing."""
+    last = (status.retried_attempts or 0) - status.failed_preflights
+    return [failure for failure in status.failures if failure.attempt > last or not failure.attempt]
+
+
 OUT_OF_MEMORY = frozenset({FailureClass.GPU_OUT_OF_MEMORY, FailureClass.HOST_OUT_OF_MEMORY})
 
 

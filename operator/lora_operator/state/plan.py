@@ -26,7 +26,8 @@ class Plan:
     ``restore`` is the Job whose other children are to be made again if they are gone, ``suspended`` the attempt that
     runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a successor, ``passed`` what the
     preflight settled, ``micro_batch_size`` what the next attempt is to have, ``runtime`` what the run takes of its
-    runtime. ``failing``: a pod has failed, and the others get time for their last words; ``obstructed``: something
+    runtime. ``retry`` takes back the end of a failed run: it is runPolicy.retry; ``afresh``: nothing was made for it.
+    ``failing``: a pod has failed, and the others get time for their last words; ``obstructed``: something
     that was to be created was refused, and the run fails if that lasts.
     """
 
@@ -51,6 +52,8 @@ class Plan:
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False
+    retry: int | None = None
+    afresh: bool = False
     failing: bool = False
     obstructed: bool = False
     requeue_after: float | None = None

@@ -29,6 +29,8 @@ def compute_status(
     ``trainer`` is what there is to be on record of it.
     """
     old = run.status
+    if plan.retry is not None:
+        return _compute_retried(run, plan, now)
     if is_finished(old):
         return _compute_finished(run, plan, now)
     if plan.phase is None:
@@ -57,6 +59,7 @@ def compute_status(
             "pins": plan.passed.pins if plan.passed else old.pins,
             "plan": plan.passed.plan if plan.passed else old.plan,
             "charged_restarts": old.charged_restarts + (1 if plan.failure and plan.charged else 0),
+            "observed_retry": _observed_retry(run) if plan.ended else old.observed_retry,
             "preemptions": old.preemptions + (1 if _loses_quota(old, plan) else 0),
             "retry_time": _retry_time(old, plan, now),
             "suspended_attempt": plan.suspended or old.suspended_attempt,
@@ -69,6 +72,36 @@ def compute_status(
 def _sign(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> LoRAFineTuneStatus:
     """``new`` with the version of the newest that has written to it, where it is to be written."""
     return new if new == old else new.model_copy(update={"version": max(old.version, STATUS_VERSION)})
+
+
+def _observed_retry(run: LoRAFineTune) -> int | None:
+    """runPolicy.retry as of the end of the run: what was raised before a failure does not try the run again after it.
+
+    It never becomes less, so that lowering it and raising it again does nothing.
+    """
+    return max(run.status.observed_retry or 0, run.spec.run_policy.retry or 0) or None
+
+
+def _compute_retried(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
+    """The status of a run that has failed and goes on. What it may use up starts anew; its failures stay on record."""
+    old, generation = run.status, run.metadata.generation
+    preflights = 0 if plan.afresh else old.failed_preflights
+    new = old.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": plan.phase,
+            "reason": plan.reason,
+            "completion_time": None,
+            "conditions": compute_conditions(old.conditions, _all_marks(plan), generation, now),
+            "runtime": None if plan.afresh else old.runtime,
+            "failed_preflights": preflights,
+            "charged_restarts": 0,
+            "retried_attempts": old.attempt + preflights,
+            "observed_retry": plan.retry,
+            "retry_time": None,
+        }
+    )
+    return _sign(old, new)
 
 
 _SEE_STALLED = "the condition Stalled says why"
@@ -92,6 +125,8 @@ def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineT
         "observed_generation": generation,
         "conditions": compute_conditions(old.conditions, {**marks, **plan.conditions}, generation, now),
     }
+    if end.phase == Phase.SUCCEEDED:
+        update["observed_retry"] = _observed_retry(run)
     if old.phase is None or old.phase.known:
         update |= {"phase": end.phase, "reason": end.reason}
     return _sign(old, old.model_copy(update=update))

@@ -32,6 +32,8 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
     """What happened between two statuses, in the order in which it happened."""
     events: list[EventSpec] = []
     attempt, about = new.attempt, _about(new)
+    if (new.observed_retry or 0) > (old.observed_retry or 0) and old.completion_time is not None:
+        events.append(_describe_retry(new, about))
     if new.phase == Phase.PREFLIGHT and old.phase != Phase.PREFLIGHT:
         events.append(EventSpec("Normal", "Preflight", "Check", _message(new, ConditionType.PREFLIGHT_PASSED), about))
     if _holds(new, ConditionType.PREFLIGHT_PASSED) and not _holds(old, ConditionType.PREFLIGHT_PASSED):
@@ -83,6 +85,17 @@ def describe_left_out(run: LoRAFineTune) -> list[EventSpec]:
     return [EventSpec("Warning", "EnvironmentLeftOut", "Launch", note, "env")]
 
 
+def _describe_retry(status: LoRAFineTuneStatus, about: str) -> EventSpec:
+    """What came of raising runPolicy.retry."""
+    subject = f"{about}.r{status.observed_retry}"
+    if status.phase == Phase.SUCCEEDED:
+        note = f"runPolicy.retry is {status.observed_retry}: the run has succeeded, and is not tried again"
+        return EventSpec("Warning", "RetryIgnored", "Retry", note, subject)
+    what = f"attempt {status.attempt + 1} goes on from the last checkpoint" if status.attempt else "it begins again"
+    note = f"runPolicy.retry was raised to {status.observed_retry}: {what}"
+    return EventSpec("Normal", "Retried", "Retry", note, subject)
+
+
 def _describe_end(status: LoRAFineTuneStatus) -> str:
     """That a run failed, and as what. The status says the rest, once; `kubectl describe` shows it beside this."""
     what = f"Attempt {status.attempt}" if status.attempt else "What comes before the first attempt"
@@ -93,7 +106,8 @@ def _describe_end(status: LoRAFineTuneStatus) -> str:
 def _about(status: LoRAFineTuneStatus) -> str:
     """What the run is at: an attempt, and how often it lost its quota; or the preflight after those that failed."""
     if not status.attempt:
-        return f"pre{status.failed_preflights + 1}"
+        again = f".r{status.observed_retry}" if status.retried_attempts is not None else ""
+        return f"pre{status.failed_preflights + 1}{again}"
     return f"{status.attempt}.q{status.preemptions}" if status.preemptions else str(status.attempt)
 
 

@@ -70,6 +70,7 @@ def test_the_spec_cannot_be_changed_along_with_the_status(
 def test_what_is_for_changing_can_be_changed(cp: devcluster.ControlPlane, living: str) -> None:
     policy: dict[str, Any] = {
         "suspend": True,
+        "retry": 1,
         "maxRestarts": 9,
         "stallTimeoutSeconds": 60,
         "activeDeadlineSeconds": 60,

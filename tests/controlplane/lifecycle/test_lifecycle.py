@@ -53,8 +53,8 @@ def test_whatever_characters_a_pod_says_reach_the_status(run: Run, operator: Ope
     words = "Connection reset by peer. GLHF! \U0001f3d6\ufe0f \x7f \x9b31m \ufeff \u4e2d \\ud83c"
     run.create()
     run.set_running(1)
-    run.set_failed(1, "BadData", 65, words)
-    assert run.wait_phase("Failed")["failures"][0]["message"] == words
+    run.set_failed(1, "Internal", 70, words)
+    assert run.wait("attempt 2", lambda status: status["attempt"] == 2)["failures"][0]["message"] == words
     eventually("the Event", lambda: any("\U0001f3d6" in event["note"] for event in run.events()))
 
 
