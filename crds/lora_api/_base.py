@@ -1,6 +1,7 @@
 """What every model of the API shares: camelCase on the wire, snake_case in Python. ``reading`` has the rest."""
 
 import math
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
 
@@ -92,6 +93,15 @@ LongMessage = Annotated[str, _bounded(4096), Field(max_length=4096)]
 """Text from logs and errors. Longer text is cut in its middle: a status must never fail for being too wordy."""
 
 
+def _close_up(expression: str) -> str:
+    """CEL without spaces around its operators, but for its texts: a CRD has to be small."""
+    parts = expression.split("'")
+    return "'".join(
+        re.sub(r" ?([=!<>]=|[|]{2}|&&|[<>?:+*/%,]) ?", r"\1", part) if n % 2 == 0 else part
+        for n, part in enumerate(parts)
+    )
+
+
 class CelRule(BaseModel):
     """One CEL validation rule (Kubernetes 1.29: CustomResource validation rules are stable).
 
@@ -107,9 +117,9 @@ class CelRule(BaseModel):
 
     def to_wire(self) -> dict[str, str]:
         """The rule as an entry of ``x-kubernetes-validations``."""
-        wire = {"rule": self.rule, "message": self.message}
+        wire = {"rule": _close_up(self.rule), "message": self.message}
         if self.message_expression is not None:
-            wire["messageExpression"] = self.message_expression
+            wire["messageExpression"] = _close_up(self.message_expression)
         if self.field_path is not None:
             wire["fieldPath"] = self.field_path
         return wire

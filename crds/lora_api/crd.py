@@ -3,6 +3,7 @@
 Kubernetes wants a structural schema: no references, no unions beyond nullable, bounds in OpenAPI v3.0 form.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 
 from lora_api import finetune, runtime
 from lora_api._base import ApiModel, CelRule, RecordModel
+from lora_api.patterns import HAVE_RULES, WORDS
 
 Schema = dict[str, Any]
 
@@ -77,6 +79,8 @@ _COPIED = (
 def build_crd(resource: CustomResource = RUN) -> Schema:
     """The CustomResourceDefinition of ``resource``."""
     schema = _object_schema(resource.model)
+    _shorten(schema)
+    _leave_to_the_writer(schema["properties"].get("status", {}))
     # The API server knows these itself and takes no more of their schema than this.
     schema["properties"]["apiVersion"] = {"type": "string", "description": "Version of this schema of the resource."}
     schema["properties"]["kind"] = {"type": "string", "description": "Kind of the resource."}
@@ -149,6 +153,15 @@ def _convert(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schem
     elif isinstance(node.get("additionalProperties"), Mapping):
         schema["additionalProperties"] = _convert(node["additionalProperties"], definitions)
     schema.update({key: value for key, value in node.items() if key.startswith("x-kubernetes-")})
+    if schema.get("x-kubernetes-int-or-string"):
+        for key in ("type", "pattern"):  # whose rule says all of it
+            schema.pop(key, None)
+    elif schema.get("pattern") in HAVE_RULES:
+        del schema["pattern"]
+    elif schema.get("pattern") in WORDS:
+        pattern = schema.pop("pattern")
+        rule = CelRule(rule=f"self.matches(r'{pattern}')", message=WORDS[pattern])
+        schema["x-kubernetes-validations"] = [rule.to_wire(), *schema.get("x-kubernetes-validations", [])]
     return schema
 
 
@@ -199,6 +212,37 @@ def _add_model_extras(model: type[BaseModel], schema: Schema) -> None:
         if isinstance(default, ApiModel) and not isinstance(default, RecordModel):
             # In full: the API server checks CEL rules against a default before it fills in the defaults below it.
             property_schema["default"] = default.to_wire()
+
+
+def _shorten(node: Schema) -> None:
+    """Says in ``node``, in place, of a section with the fields of one beside it only that it has them.
+
+    A CRD that is too large cannot be applied by ``kubectl apply``.
+    """
+    seen: dict[str, str] = {}
+    for name, child in node.get("properties", {}).items():
+        text = json.dumps(child.get("properties", {}), sort_keys=True)
+        if text in seen and child.get("properties"):
+            _refer(child, f"As in {seen[text]}.")
+        else:
+            seen[text] = name
+            _shorten(child)
+    if "items" in node:
+        _shorten(node["items"])
+
+
+def _leave_to_the_writer(node: Schema) -> None:
+    """Takes from a status, in place, bounds that its one writer keeps anyway: a status is never to be refused."""
+    for bound in ("minimum", "pattern"):
+        node.pop(bound, None)
+    for child in (*node.get("properties", {}).values(), *filter(None, [node.get("items")])):
+        _leave_to_the_writer(child)
+
+
+def _refer(node: Schema, text: str) -> None:
+    for child in node.get("properties", {}).values():
+        child["description"] = min(child["description"], text, key=len)
+        _refer(child, text)
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:

@@ -6,14 +6,11 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
+from lora_api import patterns
 from lora_api._base import ApiModel
 
-EndpointUri = Annotated[
-    str, StringConstraints(pattern=r"^https?://[A-Za-z0-9\[][A-Za-z0-9.:\[\]-]*(/[!-~]*)?$", max_length=512)
-]
-"""An address without a user and a password: everybody may read it."""
-
-HostList = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:*/\[\],_-]+$", max_length=2048)]
+EndpointUri = Annotated[str, StringConstraints(pattern=patterns.ENDPOINT, max_length=512)]
+HostList = Annotated[str, StringConstraints(pattern=patterns.HOSTS, max_length=2048)]
 
 PUBLIC_TRACKERS = ("https://api.wandb.ai",)
 """Trackers that a run may name under every runtime and without one."""

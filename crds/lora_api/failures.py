@@ -78,7 +78,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         remedy=(
             "Check the Secret in spec.credentials.secretRef: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, HF_TOKEN, and "
             "that they may read the model and the data and write to publish.store. Which servers were asked is decided "
-            "by endpoints of the run's ClusterLoRARuntime."
+            "by endpoints of the run's ClusterLoRARuntime. Then raise runPolicy.retry."
         ),
         outage=True,
         waiting_remedy=(
@@ -136,7 +136,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         remedy=(
             "Check that the store in publish.store is up, and that endpoints.store of the run's ClusterLoRARuntime "
             "(kubectl get clr) is right as seen from the pods. Where the message names a model hub: that the pods "
-            "reach it (endpoints.hub, endpoints.proxy)."
+            "reach it (endpoints.hub, endpoints.proxy). A run that has ended goes on when runPolicy.retry is raised."
         ),
         outage=True,
     ),
@@ -200,7 +200,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The pod's scratch disk is full.",
         remedy=(
             "The model is copied to the node's disk: use nodes with more ephemeral storage, or raise "
-            "podTemplate.resources.limits.ephemeral-storage."
+            "podTemplate.resources.limits.ephemeral-storage in a new run. With other nodes, raise runPolicy.retry."
         ),
     ),
     FailureRule(
@@ -296,7 +296,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The trainer's image cannot be pulled.",
         remedy=(
             "Check the image of the runtime, or the operator's trainer.image where that has none, "
-            "podTemplate.imagePullSecrets, and that the nodes reach the registry."
+            "podTemplate.imagePullSecrets, and that the nodes reach the registry. Then raise runPolicy.retry."
         ),
     ),
     FailureRule(
@@ -305,7 +305,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         charged=False,
         retried=False,
         meaning="A pod cannot be created or started as it is specified.",
-        remedy="Correct what the message names, usually a missing Secret, a claim or a quota.",
+        remedy="Correct what the message names, usually a missing Secret, a claim or a quota, then raise "
+        "runPolicy.retry.",
     ),
     FailureRule(
         failure_class=FailureClass.NAME_CONFLICT,
@@ -313,8 +314,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         charged=False,
         retried=False,
         meaning="An object with the name of a child exists and belongs to something else.",
-        remedy="Delete or rename that object, then delete this LoRAFineTune and create it again, or create it under "
-        "another name.",
+        remedy="Delete or rename that object, then raise runPolicy.retry, or create the run under another name.",
     ),
     FailureRule(
         failure_class=FailureClass.RUNTIME_REFUSED,
@@ -324,7 +324,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The run asks for more than its ClusterLoRARuntime allows, or for what only one can allow.",
         remedy=(
             "Stay within the limits that the message names, or name another runtime in runtimeRef (kubectl get clr), "
-            "or have the runtime allow it; then delete this LoRAFineTune and create it again."
+            "in a new run, or have the runtime allow it and raise runPolicy.retry."
         ),
     ),
     FailureRule(
@@ -335,7 +335,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The pods ran, but for runPolicy.stallTimeoutSeconds there was no word of progress.",
         remedy=(
             "Read the ranks' last words. If one step, the loading of the model or the evaluation takes longer than "
-            "that by itself, create the run again with a larger runPolicy.stallTimeoutSeconds."
+            "that by itself, raise runPolicy.stallTimeoutSeconds: it can be changed while the run goes on."
         ),
     ),
     FailureRule(
@@ -345,8 +345,9 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The gang has run for runPolicy.activeDeadlineSeconds, over all attempts.",
         remedy=(
-            "Create the run again with a larger runPolicy.activeDeadlineSeconds, fewer steps or more GPUs. While a run "
-            "lives, its deadline can be raised, up to limits.maxActiveDeadlineSeconds of its runtime."
+            "Raise runPolicy.activeDeadlineSeconds, up to limits.maxActiveDeadlineSeconds of the runtime, and then "
+            "runPolicy.retry: the run goes on from its last checkpoint. Or create it again with fewer steps or more "
+            "GPUs."
         ),
     ),
     FailureRule(

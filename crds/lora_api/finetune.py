@@ -4,10 +4,12 @@ Every bound, default and description here becomes the CRD (``make generate``) an
 only once the trainer or the operator acts on it.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 from lora_api.pods import ObjectName, PodTemplate
 from lora_api.publishing import Credentials, Publish, Tracking
@@ -25,7 +27,7 @@ MAX_NAME_LENGTH = 52
 """Longest name of a run: its pods are called ``<name>-<attempt>-<index>`` and a host name has at most 63 characters."""
 
 
-QueueName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=63)]
+QueueName = Annotated[str, StringConstraints(pattern=patterns.OBJECT_NAME, min_length=1, max_length=63)]
 """Name of a queue: it becomes the value of a label."""
 
 MAX_TTL_SECONDS = 315_360_000
@@ -43,13 +45,12 @@ class RunPolicy(ApiModel):
 
     queue_name: QueueName | None = Field(
         None,
-        description="Queue in which the run waits for quota: a LocalQueue of Kueue in its namespace, or a queue of "
-        "Volcano where the operator works with that. Default: none.",
+        description="Queue in which the run waits for its quota: a LocalQueue of Kueue in its namespace, or a queue of "
+        "Volcano. Default: no queue.",
     )
     priority_class_name: ObjectName | None = Field(
         None,
-        description="PriorityClass of the pods. In the queue the run has the same priority, unless "
-        "workloadPriorityClassName says another.",
+        description="PriorityClass of the pods, and the priority in the queue unless workloadPriorityClassName is set.",
     )
     workload_priority_class_name: QueueName | None = Field(
         None,
@@ -60,33 +61,38 @@ class RunPolicy(ApiModel):
         3,
         ge=0,
         le=100,
-        description="Restarts of the whole gang that failures of the run itself may use up until a newer checkpoint "
-        "is complete. Lost nodes, evictions and preemptions are not counted.",
+        description="Restarts of the gang that failures of the run itself may use up until a newer checkpoint is "
+        "complete. Lost nodes, evictions and preemptions are not counted. It can be changed at any time.",
     )
     on_out_of_memory: Literal["fail", "shrinkMicroBatch"] = Field(
         "fail",
-        description="What follows when a GPU or a pod runs out of memory. fail: the run ends. shrinkMicroBatch: it "
-        "goes on from its last checkpoint with half the micro-batch and the same globalBatchSize, down to one "
-        "sequence; this is not counted.",
+        description="What follows when memory runs out. fail: the run ends. shrinkMicroBatch: it goes on from its last "
+        "checkpoint with half the micro-batch and the same globalBatchSize, down to one sequence; not counted.",
     )
     suspend: bool = Field(
         default=False,
-        description="Set to true to save a checkpoint and free the pods, and to false to go on. It can be changed.",
+        description="true saves a checkpoint and frees the pods, false goes on from there, at any time.",
+    )
+    retry: int | None = Field(
+        None,
+        ge=0,
+        le=1_000_000,
+        description="Raise it after a failure to have the run go on from its last checkpoint. Default: 0.",
     )
     active_deadline_seconds: int | None = Field(
         None,
         ge=1,
         le=315_360_000,
-        description="Seconds that the whole gang may run, over all attempts; then the run ends with "
-        "DeadlineExceeded. It can be changed. Default and most: limits.maxActiveDeadlineSeconds of the "
+        description="Seconds that all pods of the gang may run, over all attempts; then the run ends with "
+        "DeadlineExceeded. It can be changed at any time. Default and most: limits.maxActiveDeadlineSeconds of the "
         "runtime, else no limit.",
     )
     stall_timeout_seconds: int = Field(
         3600,
         ge=10,
         le=604_800,
-        description="Seconds without a word of progress after which a gang that runs is restarted (Stalled). Leave "
-        "room for loading the model and for the evaluation.",
+        description="Seconds without a word of progress from a gang that runs, after which it is restarted (Stalled). "
+        "Loading and evaluation have to fit. It can be changed at any time.",
     )
     placement_timeout_seconds: int | None = Field(
         None,
@@ -99,8 +105,8 @@ class RunPolicy(ApiModel):
         None,
         ge=0,
         le=MAX_TTL_SECONDS,
-        description="Seconds after the end of the run until its pods, and with them their logs, are deleted. It can be "
-        "changed. Default: that of the runtime, else never.",
+        description="Seconds after the end of the run until its pods and their logs are deleted. It can be changed at "
+        "any time. Default: that of the runtime, else never.",
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
@@ -122,80 +128,52 @@ def _let(name: str, value: str, expression: str) -> str:
 
     It is looked up once then. Each look-up in ``self`` makes the API server copy the schema of all its fields.
     """
-    return f"[{value}].map({name}, {expression})[0]"
+    return f"[{value}].map({name},{expression})[0]"
 
 
 def _with_chunk(expression: str) -> str:
-    """CEL for ``expression`` of ``training`` and of ``chunk``, the sequences that all processes take at once.
+    """CEL for ``expression`` of ``t``, which is training, and of ``c``, the sequences that all processes take at once.
 
-    An automatic micro-batch divides what it has to; until it is known, one sequence per process is the least.
+    An automatic micro-batch divides what it has to; until it is known, one sequence per process is the least. ``c`` is
+    0 where a factor is out of its own bounds, which say so.
     """
-    micro = "(type(training.microBatchSize) == int ? int(training.microBatchSize) : 1)"
-    chunk = f"{micro} * parallel.nodes * (parallel.gpusPerNode > 0 ? parallel.gpusPerNode : 1)"
-    with_parallel = _let("parallel", "self.parallelism", _let("chunk", chunk, expression))
-    return _let("training", "self.training", with_parallel)
+    micro = "type(t.microBatchSize)==int?int(t.microBatchSize):1"
+    out = "m<1||m>1024||p.nodes<1||p.nodes>64||p.gpusPerNode<0||p.gpusPerNode>16"
+    chunk = f"{out}?0:m*p.nodes*(p.gpusPerNode>0?p.gpusPerNode:1)"
+    return _let("t", "self.training", _let("p", "self.parallelism", _let("m", micro, _let("c", chunk, expression))))
 
 
 def _decimal(number: str) -> str:
-    """CEL for the digits of ``number``, an expression from 1 to 99999.
+    """CEL for the digits of ``number``, a name of what is from 1 to 99999.
 
     ``string(number)`` cannot be joined to other text: the API server takes its length to be unbounded and refuses the
     cost of the rule. A piece of a constant has a bound.
     """
     digits = [
-        f"'0123456789'.substring({number} / {power} % 10, {number} / {power} % 10 + 1)"
-        for power in (10000, 1000, 100, 10, 1)
+        f"'0123456789'.substring({number}/{power}%10,{number}/{power}%10+1)" for power in (10000, 1000, 100, 10, 1)
     ]
-    leading = (
-        f"({number} < {power} ? '' : {digit})" for power, digit in zip((10000, 1000, 100, 10), digits, strict=False)
-    )
-    return " + ".join((*leading, digits[-1]))
+    leading = (f"({number}<{power}?'':{digit})" for power, digit in zip((10000, 1000, 100, 10), digits, strict=False))
+    return "+".join((*leading, digits[-1]))
 
 
-# Only evaluated where the chunk is at most MAX_GLOBAL_BATCH_SIZE.
+# Only evaluated where the chunk is from 1 to MAX_GLOBAL_BATCH_SIZE. b is the size below, a the one above.
 _NEAREST_SIZES = _with_chunk(
     _let(
-        "below",
-        "training.globalBatchSize / chunk * chunk",
-        "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = ' + "
-        f"{_decimal('chunk')} + '; the nearest: ' + "
-        f"(below == 0 ? '' : {_decimal('below')}) + "
-        f"(below == 0 || below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : ' and ') + "
-        f"(below + chunk > {MAX_GLOBAL_BATCH_SIZE} ? '' : {_decimal('(below + chunk)')})",
+        "b",
+        "t.globalBatchSize/c*c",
+        _let(
+            "a",
+            "b+c",
+            "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = '+"
+            f"{_decimal('c')}+'; the nearest: '+(b==0?'':{_decimal('b')})+"
+            f"(b==0||a>{MAX_GLOBAL_BATCH_SIZE}?'':' and ')+(a>{MAX_GLOBAL_BATCH_SIZE}?'':{_decimal('a')})",
+        ),
     )
 )
 
 
-MUTABLE = ("suspend", "activeDeadlineSeconds", "placementTimeoutSeconds", "ttlSecondsAfterFinished")
-"""Fields of runPolicy that can be changed while the run lives."""
-
-SECTIONS = (
-    "baseModel", "dataset", "lora", "quantization", "training", "parallelism", "checkpoint", "publish", "tracking",
-    "podTemplate",
-)  # fmt: skip
-
-
-def _unchanged() -> str:
-    """CEL for: everything in the spec but MUTABLE is as it was.
-
-    It is not looked at where the status changes: the API server takes the spec from such a write as little as it takes
-    the status from others, and the look costs it twice what all other rules cost.
-    """
-    fixed = [f"runPolicy.{name}" for name in ("maxRestarts", "onOutOfMemory", "stallTimeoutSeconds", "ttlDeletes")]
-    same = [f"self.spec.{field} == oldSelf.spec.{field}" for field in (*SECTIONS, *fixed)]
-    optional = ("queueName", "priorityClassName", "workloadPriorityClassName")
-    for field in ("credentials", "runtimeRef", *(f"runPolicy.{name}" for name in optional)):
-        same.append(f"has(self.spec.{field}) == has(oldSelf.spec.{field})")
-        same.append(f"(!has(self.spec.{field}) || self.spec.{field} == oldSelf.spec.{field})")
-    changed = ["!has(oldSelf.status)"]
-    for section, field in (("phase", "phase"), ("progress", "progress.step")):
-        there = f"has(self.status.{section}) && has(oldSelf.status.{section})"
-        changed.append(f"({there} && self.status.{field} != oldSelf.status.{field})")
-    return f"(has(self.status) && ({' || '.join(changed)})) || ({' && '.join(same)})"
-
-
 class LoRAFineTuneSpec(ApiModel):
-    """One fine-tune. But for four fields of runPolicy it cannot be changed once created."""
+    """One fine-tune. But for some fields of runPolicy it cannot be changed once created."""
 
     base_model: BaseModelSource = Field(description="The model that the adapter is trained on.")
     dataset: Dataset = Field(description="What to learn from, and what to measure with.")
@@ -216,39 +194,38 @@ class LoRAFineTuneSpec(ApiModel):
     )
     run_policy: RunPolicy = Field(
         default_factory=RunPolicy,
-        description="When the run waits, how long it may take, and what happens when something fails.",
+        description="Waiting, time limits, and what follows a failure.",
     )
     pod_template: PodTemplate = Field(default_factory=PodTemplate, description="What the pods of the gang get.")
 
     cel_rules = (
         CelRule(
-            rule=_with_chunk(f"chunk <= {MAX_GLOBAL_BATCH_SIZE}"),
+            rule=_with_chunk(f"c<={MAX_GLOBAL_BATCH_SIZE}"),
             message=f"microBatchSize * nodes * max(gpusPerNode, 1) may be at most {MAX_GLOBAL_BATCH_SIZE}",
             field_path=".training.microBatchSize",
         ),
         CelRule(
-            rule=_with_chunk(f"chunk > {MAX_GLOBAL_BATCH_SIZE} || training.globalBatchSize % chunk == 0"),
+            rule=_with_chunk(f"c<1||c>{MAX_GLOBAL_BATCH_SIZE}||t.globalBatchSize%c==0"),
             message="globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1)",
             message_expression=_NEAREST_SIZES,
             field_path=".training.globalBatchSize",
         ),
         CelRule(
             rule="!has(self.training.evalEverySteps) || has(self.dataset.eval) || "
-            "!has(self.dataset.evalFraction) || self.dataset.evalFraction > 0.0",
+            "!has(self.dataset.evalFraction) || self.dataset.evalFraction != 0.0",
             message="evalEverySteps needs records to evaluate on: set dataset.eval, or an evalFraction above 0",
             field_path=".training.evalEverySteps",
         ),
         CelRule(
             rule="!has(self.publish.gate) || has(self.dataset.eval) || "
-            "!has(self.dataset.evalFraction) || self.dataset.evalFraction > 0.0",
+            "!has(self.dataset.evalFraction) || self.dataset.evalFraction != 0.0",
             message="gate needs records to evaluate on: set dataset.eval, or an evalFraction above 0",
             field_path=".publish.gate",
         ),
         CelRule(
             rule="self.training.objective == 'dpo' ? self.dataset.format in ['auto', 'preference'] : "
             "self.dataset.format != 'preference'",
-            message="objective dpo learns from records with chosen and rejected answers (format preference), and no "
-            "other objective does",
+            message="objective dpo learns from records with chosen and rejected answers (format preference)",
             field_path=".dataset.format",
         ),
         CelRule(
@@ -262,11 +239,84 @@ class LoRAFineTuneSpec(ApiModel):
             field_path=".dataset.assistantOnlyLoss",
         ),
         CelRule(
-            rule="self.training.optimizer == 'adamw' || self.parallelism.gpusPerNode > 0",
+            rule="self.training.optimizer == 'adamw' || self.parallelism.gpusPerNode != 0",
             message="paged-adamw-8bit needs GPUs (parallelism.gpusPerNode above 0)",
             field_path=".training.optimizer",
         ),
     )
+
+
+MUTABLE = (
+    "suspend", "retry", "maxRestarts", "stallTimeoutSeconds", "activeDeadlineSeconds", "placementTimeoutSeconds",
+    "ttlSecondsAfterFinished",
+)  # fmt: skip
+"""Fields of runPolicy that can be changed while the run lives."""
+
+_UNCHANGEABLE = (
+    "cannot be changed once created: delete this LoRAFineTune and create another one. Only "
+    f"{', '.join(MUTABLE[:-1])} and {MUTABLE[-1]} of runPolicy can be"
+)
+
+
+def _fixed_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Each field of ``model`` that cannot be changed, as it is looked up in CEL, and whether it may be absent."""
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{field.alias or name}", field.default is None
+
+
+def _fixed_policy() -> list[tuple[str, bool]]:
+    return [(name, absent) for name, absent in _fixed_fields(RunPolicy) if name not in MUTABLE]
+
+
+def _compare(name: str, optional: bool, how: str) -> str:
+    """CEL for a comparison of the field ``name`` of ``n`` (new) with that of ``o`` (old). One may be absent.
+
+    Each in a list of one: the API server takes the length of what is called by a name of our own to be unbounded, but
+    counts the entries of a list.
+    """
+    dot = ".?" if optional else "."
+    return f"[n{dot}{name}]{how}[o{dot}{name}]"
+
+
+def _of_both(new: str, old: str, expression: str) -> str:
+    return _let("n", new, _let("o", old, expression))
+
+
+def _unchanged() -> str:
+    """CEL for: everything in the spec but MUTABLE is as it was.
+
+    It is not looked at where the status changes: the API server takes the spec from such a write as little as it takes
+    the status from others, and the look costs it twice what all other rules cost.
+    """
+    fields = [(name, optional) for name, optional in _fixed_fields(LoRAFineTuneSpec) if name != "runPolicy"]
+    policy = "&&".join(_compare(*field, "==") for field in _fixed_policy())
+    same = "&&".join([*(_compare(*field, "==") for field in fields), _of_both("n.runPolicy", "o.runPolicy", policy)])
+    changed = ["!has(oldSelf.status)"]
+    for section, field in (("phase", "phase"), ("progress", "progress.step")):
+        there = f"has(self.status.{section}) && has(oldSelf.status.{section})"
+        changed.append(f"({there} && self.status.{field} != oldSelf.status.{field})")
+    return f"(has(self.status) && ({' || '.join(changed)})) || {_of_both('self.spec', 'oldSelf.spec', same)}"
+
+
+def _first_changed(fields: Sequence[tuple[str, bool]], texts: Mapping[str, str]) -> str:
+    """CEL for the name of the first of ``fields`` that changed, or what ``texts`` has for it."""
+    *some, (last, _) = fields
+    named = {name: texts.get(name, f"'{name}'") for name, _ in fields}
+    return "".join(f"{_compare(*field, '!=')}?{named[field[0]]}:" for field in some) + named[last]
+
+
+def _name_of_changed() -> str:
+    """CEL for the path of the first field that changed, down to the fields of each section."""
+    texts = {}
+    for name, field in LoRAFineTuneSpec.model_fields.items():
+        section = field.annotation
+        path = field.alias or name
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            inner = _fixed_policy() if section is RunPolicy else list(_fixed_fields(section))
+            texts[path] = f"'{path}.'+" + _of_both(f"n.{path}", f"o.{path}", _first_changed(inner, {}))
+    fields = [field for field in _fixed_fields(LoRAFineTuneSpec) if field[0] != "runPolicy"] + [("runPolicy", False)]
+    name = _of_both("self.spec", "oldSelf.spec", _first_changed(fields, texts))
+    return f"'spec.'+{name}+' {_UNCHANGEABLE}'"
 
 
 class ObjectMeta(ApiModel):
@@ -307,8 +357,8 @@ class LoRAFineTune(ApiModel):
         ),
         CelRule(
             rule=_unchanged(),
-            message="spec cannot be changed once created: delete this LoRAFineTune and create another one. Only "
-            "runPolicy.suspend, activeDeadlineSeconds, placementTimeoutSeconds and ttlSecondsAfterFinished can be",
+            message="spec cannot be changed once created",
+            message_expression=_name_of_changed(),
             field_path=".spec",
         ),
     )

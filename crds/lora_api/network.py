@@ -9,11 +9,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
-from lora_api.pods import QUALIFIED_NAME, LabelMap
-
-_V4 = r"([0-9]{1,3}\.){3}[0-9]{1,3}/[0-9]{1,2}"
-_V6 = r"[0-9a-f:]*:[0-9a-f:.]*/[0-9]{1,3}"
+from lora_api.pods import LabelMap
 
 
 def _check_network(text: str) -> str:
@@ -27,7 +25,7 @@ def _check_network(text: str) -> str:
 
 
 Cidr = Annotated[
-    str, StringConstraints(pattern=rf"^({_V4}|{_V6})$", min_length=4, max_length=49), AfterValidator(_check_network)
+    str, StringConstraints(pattern=patterns.NETWORK, min_length=4, max_length=49), AfterValidator(_check_network)
 ]
 """A network such as 10.0.0.0/8 or fd00::/8, without bits behind its prefix."""
 
@@ -39,7 +37,8 @@ class LabelSelector(ApiModel):
 
     cel_rules = (
         CelRule(
-            rule=f"!has(self.matchLabels) || self.matchLabels.all(k, size(k) <= 316 && k.matches('{QUALIFIED_NAME}'))",
+            rule=f"!has(self.matchLabels) || self.matchLabels.all(k, size(k) <= 316 && "
+            f"k.matches('{patterns.QUALIFIED_NAME}'))",
             message="a key of matchLabels must be NAME or DOMAIN/NAME",
             field_path=".matchLabels",
         ),
@@ -55,7 +54,7 @@ class EgressPort(ApiModel):
 
     cel_rules = (
         CelRule(
-            rule="!has(self.endPort) || self.endPort >= self.port",
+            rule="!has(self.endPort) || self.port > 65535 || self.endPort >= self.port",
             message="may not be below port",
             field_path=".endPort",
         ),

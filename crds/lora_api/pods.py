@@ -1,24 +1,41 @@
 """What the pods of a run get: resources, placement, environment, Secrets."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, Field, StringConstraints
 from pydantic.config import JsonDict
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 from lora_api.environment import HARMLESS, SECRETS
 
-ObjectName = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
-]
+ObjectName = Annotated[str, StringConstraints(pattern=patterns.OBJECT_NAME, min_length=1, max_length=253)]
+LabelValue = Annotated[str, StringConstraints(pattern=patterns.LABEL_VALUE, max_length=63)]
+
+
+def _to_text(value: Any) -> Any:
+    """A whole number as text: ``cpu: 4`` is a number in YAML, and means the same as ``cpu: "4"``, as in any pod."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_QUANTITY_RULE = CelRule(
+    rule="type(self) == int ? self >= 0 : isQuantity(self) && !self.startsWith('-')",
+    message="must be a quantity such as 4, 500m or 64Gi",
+)
+
 Quantity = Annotated[
     str,
-    StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$", min_length=1, max_length=32),
+    BeforeValidator(_to_text),
+    StringConstraints(pattern=patterns.QUANTITY, max_length=32),
+    Field(
+        json_schema_extra={
+            "x-kubernetes-int-or-string": True,
+            "x-kubernetes-validations": [{**_QUANTITY_RULE.to_wire()}],
+        }
+    ),
 ]
-LabelValue = Annotated[str, StringConstraints(pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$", max_length=63)]
-QUALIFIED_NAME = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
-"""Key of a label or a taint: NAME or DOMAIN/NAME."""
+"""An amount as Kubernetes writes it. Numbers become text here, so nobody behind this border sees one."""
 
 
 class SecretRef(ApiModel):
@@ -31,8 +48,8 @@ def _resource_names(field: str) -> CelRule:
     return CelRule(
         rule=f"self.{field}.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || k.startsWith('hugepages-') || "
         "(k.contains('/') && !k.endsWith('.com/gpu')))",
-        message=f"{field} may name cpu, memory, ephemeral-storage, hugepages-SIZE or VENDOR/RESOURCE; GPUs are asked "
-        "for by parallelism.gpusPerNode",
+        message="may name cpu, memory, ephemeral-storage, hugepages-SIZE or VENDOR/RESOURCE; GPUs are asked for by "
+        "parallelism.gpusPerNode",
         field_path=f".{field}",
     )
 
@@ -44,23 +61,24 @@ class ResourceRequirements(ApiModel):
         {}, description="What the scheduler sets aside, such as {cpu: 8, memory: 64Gi}."
     )
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
-        {}, description="What a pod may use at most. A pod that passes its memory limit is ended (HostOutOfMemory)."
+        {}, description="What a pod may use at most. One that passes its memory limit is ended."
     )
 
     cel_rules = (
         _resource_names("requests"),
         _resource_names("limits"),
         CelRule(
-            rule="self.requests.all(k, !(k in self.limits) || "
-            "quantity(self.requests[k]).compareTo(quantity(self.limits[k])) <= 0)",
+            rule="['cpu', 'memory', 'ephemeral-storage'].all(k, !(k in self.requests) || !(k in self.limits) || "
+            "!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
+            "string(self.limits[k]).startsWith('-') || "
+            "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
             message="requests may not be larger than limits",
             field_path=".requests",
         ),
         CelRule(
             rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || "
-            "(k in self.limits && self.limits[k] == self.requests[k]))",
-            message="what is asked for of hugepages-SIZE or VENDOR/RESOURCE cannot be shared: it needs the same value "
-            "in limits",
+            "(k in self.limits && string(self.limits[k]) == string(self.requests[k])))",
+            message="hugepages-SIZE and VENDOR/RESOURCE cannot be shared: each needs the same value in limits",
             field_path=".requests",
         ),
     )
@@ -69,7 +87,7 @@ class ResourceRequirements(ApiModel):
 class Toleration(ApiModel):
     """A taint that the pods accept (the same as in a pod)."""
 
-    key: Annotated[str, StringConstraints(pattern=QUALIFIED_NAME, max_length=316)] | None = Field(
+    key: Annotated[str, StringConstraints(pattern=patterns.QUALIFIED_NAME, max_length=316)] | None = Field(
         None, description="Key of the taint. Absent with operator Exists: every taint."
     )
     operator: Literal["Exists", "Equal"] = Field("Equal", description="How key and value are compared.")
@@ -95,17 +113,24 @@ class Toleration(ApiModel):
     )
 
 
-_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-VariableName = Annotated[str, StringConstraints(pattern=_NAME, max_length=128)]
+VariableName = Annotated[str, StringConstraints(pattern=patterns.VARIABLE_NAME, max_length=128)]
 VariableValue = Annotated[str, StringConstraints(max_length=1024)]
 
 
-def _cel_list(names: Iterable[str]) -> str:
-    return f"[{', '.join(repr(name) for name in names)}]"
+def _one_of(names: Iterable[str]) -> str:
+    """A regular expression for exactly ``names``, with what they begin with written once: the list is long."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        head, mark, tail = name.partition("_")
+        groups.setdefault(head + mark, []).append(tail)
+    return "|".join(
+        head + (tails[0] if len(tails) == 1 else f"({_one_of(tails) if all(tails) else '|'.join(tails)})")
+        for head, tails in groups.items()
+    )
 
 
 _NO_SECRET = CelRule(
-    rule=f"!(self.name in {_cel_list(SECRETS)})",
+    rule=f"!self.name.matches('^({_one_of(SECRETS)})$')",
     message="this is a secret, which everybody could read here: put it into the Secret of credentials.secretRef",
     field_path=".name",
 )
@@ -115,17 +140,18 @@ class EnvVar(ApiModel):
     """One environment variable of the trainer."""
 
     name: VariableName = Field(
-        description="Name: one of those in docs/reference.md, such as NCCL_SOCKET_IFNAME or OMP_NUM_THREADS. Any other "
-        "can be set by a ClusterLoRARuntime only."
+        description="One of those in docs/reference.md, such as NCCL_SOCKET_IFNAME. Any other can be set by a "
+        "ClusterLoRARuntime only."
     )
     value: VariableValue = Field(description="Value.")
 
     cel_rules = (
         _NO_SECRET,
         CelRule(
-            rule=f"self.name in {_cel_list((*HARMLESS, *SECRETS))}",
-            message="a run may set only the variables that are listed in docs/reference.md; any other can be set by "
-            "podTemplate.env of a ClusterLoRARuntime",
+            rule=f"self.name.matches('^({_one_of((*HARMLESS, *SECRETS))})$')",
+            message="a run may set only the variables that docs/reference.md lists; any other can be set by "
+            "podTemplate.env "
+            "of a ClusterLoRARuntime",
             field_path=".name",
         ),
     )
@@ -147,9 +173,8 @@ AnnotationMap = Annotated[dict[str, Annotated[str, StringConstraints(max_length=
 def qualified_names(field: str) -> CelRule:
     """Refuses a key that Kubernetes would refuse in the pod."""
     return CelRule(
-        rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('{QUALIFIED_NAME}'))",
-        message=f"a key of {field} must be NAME or DOMAIN/NAME, with at most 63 letters, digits, '-', '_' and '.' in "
-        "NAME",
+        rule=f"self.{field}.all(k, size(k) <= 316 && k.matches('{patterns.QUALIFIED_NAME}'))",
+        message=f"a key of {field} must be NAME or DOMAIN/NAME: letters, digits, '-', '_' and '.'",
         field_path=f".{field}",
     )
 
@@ -171,13 +196,11 @@ class PodPlumbing(ApiModel):
     )
     labels: LabelMap = Field(
         {},
-        description="Labels added to the pods. Keys of this operator cannot be set, and others by a run only where "
-        "limits.labelNames of its runtime lists them.",
+        description="Labels of the pods. A run may set those that limits.labelNames of its runtime lists.",
     )
     annotations: AnnotationMap = Field(
         {},
-        description="Annotations added to the pods. A run may set those that limits.annotationNames of its runtime "
-        "lists.",
+        description="Annotations of the pods. A run may set those that limits.annotationNames of its runtime lists.",
     )
 
     cel_rules = (

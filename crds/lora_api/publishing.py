@@ -4,13 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 from lora_api.environment import SECRET_KEYS
 from lora_api.pods import SecretRef
 
-StoreUri = Annotated[str, StringConstraints(pattern=r"^(s3|file)://[!-~]+$", max_length=512)]
-LabelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", min_length=1, max_length=63)]
-WebUri = Annotated[str, StringConstraints(pattern=r"^https?://[!-~]+$", max_length=512)]
+StoreUri = Annotated[str, StringConstraints(pattern=patterns.STORE_URI, max_length=512)]
+LabelName = Annotated[str, StringConstraints(pattern=patterns.LABEL_NAME, min_length=1, max_length=63)]
+WebUri = Annotated[str, StringConstraints(pattern=patterns.WEB_URI, max_length=512)]
 TrackingName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 ServedDtype = Literal["bfloat16", "float32"]
 GateBase = Literal["served", "training"]
@@ -30,8 +31,8 @@ class Gate(ApiModel):
     )
     base: GateBase | None = Field(
         None,
-        description="Base model that the losses are of: served is the one that is served (publish.servedDtype), "
-        "training the one that is trained on. Default: served, and training where that does not fit.",
+        description="Base model that the losses are of: as it is served (publish.servedDtype) or as it is trained on. "
+        "Default: served, and training where that does not fit.",
     )
 
     cel_rules = (
@@ -47,8 +48,8 @@ def store_rules(field: str) -> tuple[CelRule, ...]:
     """What a store must look like, for a field that may be absent."""
     return (
         CelRule(
-            rule=f"!has(self.{field}) || self.{field}.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[^/]+)*/?$')",
-            message=f"{field} must be s3://BUCKET/PREFIX",
+            rule=f"!has(self.{field}) || self.{field}.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[!-.0-~]+)*/?$')",
+            message="must be s3://BUCKET/PREFIX, without spaces",
             field_path=f".{field}",
         ),
         CelRule(
@@ -64,8 +65,7 @@ class Publish(ApiModel):
 
     store: StoreUri | None = Field(
         None,
-        description="Bucket and prefix: s3://BUCKET/PREFIX, on any store with the S3 API. Default: that of the "
-        "runtime; where that has none, it has to be set.",
+        description="s3://BUCKET/PREFIX, on any store with the S3 API. Default: that of the runtime.",
     )
     name: LabelName | None = Field(
         None, description="Name of the adapter in the store. Its versions count up. Default: the name of this resource."
@@ -74,15 +74,15 @@ class Publish(ApiModel):
         list[Annotated[str, StringConstraints(min_length=1, max_length=4096)]], Field(max_length=16)
     ] = Field(
         [],
-        description="Prompts that are answered before and after training, for the report. Default: the first records "
-        "of the evaluation set.",
+        description="Prompts that are answered before and after training, for the report. Default: evaluation records.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
     gate: Gate | None = Field(None, description="What the adapter must reach to be published. Default: nothing.")
     served_dtype: ServedDtype | None = Field(
         None,
-        description="Type of the unquantized base weights that the adapter is served on. It is evaluated on them too. "
-        "Default: bfloat16 on GPUs, float32 on CPUs.",
+        description="Type of the base weights that the adapter is going to be served on, and is evaluated on too. "
+        "Default: "
+        "bfloat16 on GPUs, float32 on CPUs.",
     )
     merge_base: bool = Field(
         default=False,

@@ -9,19 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 from pydantic.config import JsonDict
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 from lora_api.endpoints import Endpoints
 from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
 from lora_api.network import EgressRules, Identity
-from lora_api.pods import (
-    QUALIFIED_NAME,
-    LabelMap,
-    LabelValue,
-    ObjectName,
-    ResourceRequirements,
-    RuntimePodTemplate,
-    qualified_names,
-)
+from lora_api.pods import LabelMap, LabelValue, ObjectName, ResourceRequirements, RuntimePodTemplate, qualified_names
 from lora_api.publishing import StoreUri, store_rules
 from lora_api.reading import Reading, read
 from lora_api.training import Checkpoint
@@ -32,18 +25,12 @@ PLURAL = "clusterloraruntimes"
 DEFAULT_RUNTIME = "default"
 """Name of the runtime of runs that name none."""
 
-ImageName = Annotated[str, StringConstraints(pattern=r"^[!-~]+$", min_length=1, max_length=512)]
-UriPrefix = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc)://[!-~]*$", max_length=512)]
+ImageName = Annotated[str, StringConstraints(pattern=patterns.PRINTABLE, min_length=1, max_length=512)]
+UriPrefix = Annotated[str, StringConstraints(pattern=patterns.URI_PREFIX, max_length=512)]
 UriPrefixes = Annotated[list[UriPrefix], Field(min_length=1, max_length=64)]
-StorePrefix = Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[!-~]*)?$", max_length=512)]
+StorePrefix = Annotated[str, StringConstraints(pattern=patterns.STORE_PREFIX, max_length=512)]
 StorePrefixes = Annotated[list[StorePrefix], Field(min_length=1, max_length=64)]
-MetadataName = Annotated[
-    str,
-    StringConstraints(
-        pattern=r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?|[*])$",
-        max_length=316,
-    ),
-]
+MetadataName = Annotated[str, StringConstraints(pattern=patterns.METADATA_NAME, max_length=316)]
 MetadataNames = Annotated[list[MetadataName], Field(max_length=64)]
 _SET: JsonDict = {"x-kubernetes-list-type": "set"}
 
@@ -73,7 +60,9 @@ class Gpu(ApiModel):
 class LabelRequirement(ApiModel):
     """A condition on one label (the same as in Kubernetes' own selectors)."""
 
-    key: Annotated[str, StringConstraints(pattern=QUALIFIED_NAME, max_length=316)] = Field(description="The label.")
+    key: Annotated[str, StringConstraints(pattern=patterns.QUALIFIED_NAME, max_length=316)] = Field(
+        description="The label."
+    )
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist"] = Field(
         description="What must hold of it. NotIn holds of a label that is not there, too."
     )

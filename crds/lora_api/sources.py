@@ -4,23 +4,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 
-# Printable ASCII only: Python, Rust and Go disagree on what else is white space.
-ModelUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
-DataUri = Annotated[str, StringConstraints(pattern=r"^(hf|s3|pvc|file)://[!-~]+$", max_length=512)]
+ModelUri = Annotated[str, StringConstraints(pattern=patterns.SOURCE_URI, max_length=512)]
+DataUri = Annotated[str, StringConstraints(pattern=patterns.SOURCE_URI, max_length=512)]
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text", "preference"]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 _HUB_URI = "hf://[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"
-_BUCKET_URI = "s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/.*)?"
-_CLAIM_URI = "pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(/.*)?"
+_BUCKET_URI = "s3://[a-z0-9][a-z0-9.-]*[a-z0-9]"
+_CLAIM_URI = "pvc://[a-z0-9]([a-z0-9.-]*[a-z0-9])?"
 
-# A cluster has no use for file://, which the models take for runs outside of one. The pattern of the schema has no
-# words of its own; this rule says what is wanted.
+# A cluster has no use for file://, which the models take for runs outside of one.
 _SOURCE_FORM = CelRule(
-    rule=f"self.uri.matches('^({_HUB_URI}|{_BUCKET_URI}|{_CLAIM_URI})$')",
-    message="uri must be hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH",
+    rule=f"self.uri.matches('^({_HUB_URI}|({_BUCKET_URI}|{_CLAIM_URI})(/[!-~]*)?)$')",
+    message="must be hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH, without spaces",
     field_path=".uri",
 )
 _SOURCE_STAYS_INSIDE = CelRule(
@@ -31,8 +30,8 @@ _SOURCE_STAYS_INSIDE = CelRule(
 
 
 _REVISION_NEEDS_HUB = CelRule(
-    rule="!has(self.revision) || self.uri.startsWith('hf://')",
-    message="revision names a commit, branch or tag of a model hub, so it needs a uri that starts with hf://",
+    rule="!has(self.revision) || !self.uri.matches('^(s3|pvc)://')",
+    message="revision is of a model hub: it needs a uri that starts with hf://",
     field_path=".revision",
 )
 
@@ -41,8 +40,8 @@ class BaseModelSource(ApiModel):
     """The model that the adapter is trained on."""
 
     uri: ModelUri = Field(
-        description="Where the base model is: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. A directory in "
-        "Hugging Face layout: config.json, tokenizer files and *.safetensors."
+        description="Where the base model is: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH, a directory with "
+        "config.json, tokenizer files and *.safetensors."
     )
     revision: ShortText | None = Field(
         None, description="Commit, branch or tag of the hub (hf://). Default: its main branch."
@@ -55,9 +54,8 @@ class DataSource(ApiModel):
     """One set of records."""
 
     uri: DataUri = Field(
-        description="hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, .json (one array), .csv, "
-        ".parquet or .arrow file, a directory of such files, read in the order of their names, or one that datasets' "
-        "save_to_disk wrote."
+        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
+        ".json (one array), .csv, .parquet or .arrow file, a directory of such files, or what save_to_disk wrote."
     )
     revision: ShortText | None = Field(
         None, description="Commit, branch or tag of the hub (hf://). Default: its main branch."
@@ -99,19 +97,17 @@ class Dataset(ApiModel):
     format: DataFormat = Field(
         "auto",
         description="Form of a record. messages: {messages: [{role, content}]}. sharegpt: {conversations: [{from, "
-        "value}]}. prompt-completion: {prompt, completion}, loss on the completion only. alpaca: {instruction, input, "
-        "output}, loss on the output only. text: {text}. preference: {prompt, chosen, rejected}, for objective "
-        "dpo. auto: found from the first record.",
+        "value}]}. prompt-completion: {prompt, completion}. alpaca: {instruction, input, output}. text: {text}. "
+        "preference: {prompt, chosen, rejected}, for objective dpo. auto: found from the first record.",
     )
     columns: Annotated[dict[str, ShortText], Field(min_length=1, max_length=8)] | None = Field(
         None,
-        description="Names of the fields in the files of train and eval, by those of the format, such as {prompt: "
-        "question, completion: answer}. Default: the names of the format.",
+        description="Names of the fields in the files, by those of the format: {prompt: question, completion: answer}. "
+        "Default: those of the format.",
     )
     system_prompt: Annotated[str, StringConstraints(min_length=1, max_length=16384)] | None = Field(
         None,
-        description="System message that is put before conversations without one. Not for plain text: text, and "
-        "prompt and completion that are strings.",
+        description="System message for conversations without one. Not for plain text.",
     )
     chat_template: Annotated[str, StringConstraints(min_length=1, max_length=32768)] | None = Field(
         None, description="Chat template (Jinja) in place of the model's own. It becomes part of what is published."
@@ -120,13 +116,13 @@ class Dataset(ApiModel):
         2048,
         ge=8,
         le=131072,
-        description="Longest sequence in tokens. Longer records are cut at the end; of preference pairs the prompt "
-        "is cut first, at its start.",
+        description="Longest sequence in tokens. Longer records are cut at the end; of pairs the prompt first, at "
+        "its start.",
     )
     packing: bool = Field(
         default=False,
-        description="Fill each sequence with as many records as fit into maxSeqLength. No record sees another. "
-        "globalBatchSize then counts filled sequences.",
+        description="Fill each sequence with as many records as fit into maxSeqLength. globalBatchSize counts filled "
+        "ones.",
     )
     assistant_only_loss: bool = Field(
         default=False, description="In conversations, learn the assistant's messages only, all of them."
@@ -140,9 +136,9 @@ class Dataset(ApiModel):
         ),
         CelRule(
             rule=f"!has(self.columns) || self.columns.all(k, k in {_COLUMNS_OF_FORMAT})",
-            message="columns may name only the fields of the format: messages; conversations (sharegpt); prompt and "
-            "completion; instruction, input and output (alpaca); text; prompt, chosen "
-            "and rejected (preference)",
+            message="columns may name only the fields of the format: messages; conversations (sharegpt); prompt, "
+            "completion; "
+            "instruction, input, output (alpaca); text; prompt, chosen, rejected (preference)",
             field_path=".columns",
         ),
         CelRule(
@@ -152,8 +148,7 @@ class Dataset(ApiModel):
         ),
         CelRule(
             rule="!self.assistantOnlyLoss || self.format in ['auto', 'messages', 'sharegpt']",
-            message="assistantOnlyLoss needs conversations (format messages or sharegpt); of a prompt and its "
-            "completion only the completion is learned anyway",
+            message="assistantOnlyLoss needs conversations (format messages or sharegpt)",
             field_path=".assistantOnlyLoss",
         ),
     )

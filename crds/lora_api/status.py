@@ -113,8 +113,7 @@ class Failure(RecordModel):
     attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is what comes before the first.")
     failure_class: FailureClass = Field(
         alias="class",
-        description="Kind of failure.",
-        json_schema_extra={"enum": [str(known) for known in FailureClass]},  # kubectl explain shows them
+        description="Kind of failure: docs/reference.md. A later version may know more.",
     )
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")
@@ -148,8 +147,8 @@ class AdapterStatus(RecordModel):
     eval_loss_after: Measure = Field(None, description="The same after training.")
     eval_share_after: Measure = Field(
         None,
-        description="Share of the evaluation records (0 to 1) that the adapter writes to the letter; of preference "
-        "pairs, of those whose chosen answer has the larger reward.",
+        description="Share of the evaluation records (0 to 1) that the adapter then writes to the letter; of pairs, of "
+        "those whose chosen answer has the larger reward.",
     )
     served: ServedEvaluation | None = Field(
         None, description="The adapter on its base model as it is served (publish.servedDtype)."
@@ -201,8 +200,8 @@ class LoRAFineTuneStatus(RecordModel):
     observed_generation: int = Field(0, ge=0, description="Generation of the resource that this status is about.")
     phase: Phase | None = Field(
         None,
-        description="In one word, for people: Pending, Preflight, Queued, Starting, Running, Restarting, Publishing, "
-        "Succeeded, Failed, Suspended.",
+        description="Where the run is, for people: Pending, Preflight, Queued, Starting, Running, Restarting, "
+        "Publishing, Succeeded, Failed, Suspended. A later version may know more.",
     )
     reason: str | None = Field(None, description="Why the run is in this phase, in one word.")
     attempt: int = Field(0, ge=0, description="Number of the current attempt, counted from 1.")
@@ -210,8 +209,7 @@ class LoRAFineTuneStatus(RecordModel):
     trainer: TrainerPin | None = Field(None, description="The trainer that the run began with, and keeps.")
     listed_keys: Literal[True] | None = Field(
         None,
-        description="The pods get the listed keys of their Secret only. Absent in a run of an older version: they get "
-        "AWS_ENDPOINT_URL too.",
+        description="The pods get the listed keys of their Secret only. Absent in a run of an older version.",
     )
     start_time: Time | None = Field(None, description="When the first attempt was created.")
     completion_time: Time | None = Field(None, description="When the run succeeded or failed for good.")
@@ -235,6 +233,8 @@ class LoRAFineTuneStatus(RecordModel):
     charged_restarts: int = Field(
         0, ge=0, description="Restarts used up of runPolicy.maxRestarts since lastCheckpoint."
     )
+    observed_retry: int | None = Field(None, ge=0, description="runPolicy.retry as it was last acted upon.")
+    retried_attempts: int | None = Field(None, ge=0, description="Attempts and failed preflights before that.")
     preemptions: int = Field(0, ge=0, description="Times that the queue took the quota back.")
     last_checkpoint: CheckpointStatus | None = Field(
         None, description="Newest complete checkpoint. A newer one sets chargedRestarts to 0."
@@ -255,8 +255,7 @@ class LoRAFineTuneStatus(RecordModel):
     active_seconds: int = Field(
         0,
         ge=0,
-        description="Seconds that the whole gang has run, over all attempts. While it runs, the time since Running "
-        "became True comes on top.",
+        description="Seconds that the whole gang has run, up to the last transition of the condition Running.",
     )
     gpu_seconds: int = Field(0, ge=0, description="activeSeconds times the GPUs of the gang.")
     adapter: AdapterStatus | None = Field(None, description="The published adapter.")

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
+from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 
 MAX_GLOBAL_BATCH_SIZE = 65536
@@ -11,14 +12,13 @@ MAX_GLOBAL_BATCH_SIZE = 65536
 QuantizationType = Literal["nf4", "int8", "none"]
 DPOLoss = Literal["sigmoid", "ipo", "hinge"]
 
-MODULE_NAME = "^[A-Za-z0-9_.-]+$"
-ModuleName = Annotated[str, StringConstraints(pattern=MODULE_NAME, min_length=1, max_length=128)]
-NewToken = Annotated[str, StringConstraints(pattern=r"^[!-~]+$", min_length=2, max_length=64)]
+ModuleName = Annotated[str, StringConstraints(pattern=patterns.MODULE_NAME, min_length=1, max_length=128)]
+NewToken = Annotated[str, StringConstraints(pattern=patterns.PRINTABLE, min_length=2, max_length=64)]
 
 
 def _module_names(field: str) -> CelRule:
     return CelRule(
-        rule=f"self.{field}.all(k, size(k) <= 128 && k.matches('{MODULE_NAME}'))",
+        rule=f"self.{field}.all(k, size(k) <= 128 && k.matches('{patterns.MODULE_NAME}'))",
         message=f"a key of {field} must be the last part or parts of a module's name, such as down_proj",
         field_path=f".{field}",
     )
@@ -40,8 +40,7 @@ class LoRA(ApiModel):
     )
     use_rslora: bool = Field(
         default=False,
-        description="Scale by alpha / sqrt(r) in place of alpha / r, so that large ranks learn as fast as small ones "
-        "(rsLoRA, arXiv:2312.03732).",
+        description="Scale by alpha / sqrt(r) in place of alpha / r, for large ranks (rsLoRA, arXiv:2312.03732).",
     )
     rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=512)]], Field(max_length=32)] = Field(
         {},
@@ -50,19 +49,19 @@ class LoRA(ApiModel):
     )
     alpha_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], Field(max_length=32)] = Field(
         {},
-        description="Other values of alpha for some modules, as in rankPattern. They are folded into the weights that "
-        "are published.",
+        description="Other values of alpha for some modules, as in rankPattern. They are folded into the published "
+        "weights.",
     )
     new_tokens: Annotated[list[NewToken], Field(max_length=64)] = Field(
         [],
         description="Tokens that the model is to learn, such as <|ticket|>: ones that its tokenizer has in reserve, or "
-        "new ones where the model has rows to spare. Their rows of embedding and output head are trained too, which "
-        "costs a wider adapter and a server that loads it (docs/newtokens.md).",
+        "new ones where the model has rows to spare. Their rows of embedding and output head are trained too "
+        "(docs/newtokens.md).",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     cel_rules = (
         CelRule(
-            rule="self.alpha <= 16 * self.r",
+            rule="self.r < 1 || self.alpha <= 16 * self.r",
             message="alpha may be at most 16 times r: a larger scale diverges",
             field_path=".alpha",
         ),
@@ -103,8 +102,7 @@ class DPO(ApiModel):
     beta: float = Field(0.1, gt=0.0, le=10.0, description="How strongly the model is held to the reference (0 to 10).")
     loss: DPOLoss = Field(
         "sigmoid",
-        description="sigmoid: the DPO paper. ipo: arXiv:2310.12036. hinge: SLiC, arXiv:2305.10425. "
-        "ipo takes means over tokens in place of sums.",
+        description="sigmoid: the DPO paper. ipo: arXiv:2310.12036, means over tokens. hinge: SLiC, arXiv:2305.10425.",
     )
     label_smoothing: float = Field(
         0.0, ge=0.0, le=0.49, description="Share of pairs (0 to 0.49) that is taken to be the wrong way round."
@@ -130,8 +128,8 @@ class Training(ApiModel):
         16,
         ge=1,
         le=MAX_GLOBAL_BATCH_SIZE,
-        description="Sequences (with objective dpo: pairs) per optimizer step over all GPUs of all nodes. The gradient "
-        "accumulation is derived: globalBatchSize / (microBatchSize * processes).",
+        description="Sequences (with objective dpo: pairs) per optimizer step over all GPUs of all nodes. Gradient "
+        "accumulation follows from it.",
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
@@ -140,8 +138,8 @@ class Training(ApiModel):
     )
     optimizer: Literal["adamw", "paged-adamw-8bit"] = Field(
         "adamw",
-        description="adamw: fused AdamW in float32. paged-adamw-8bit: its moments in 8 bits, paged to host memory when "
-        "GPU memory runs out (bitsandbytes, arXiv:2110.02861); needs GPUs.",
+        description="adamw: fused AdamW in float32. paged-adamw-8bit: its moments in 8 bits, paged to host memory "
+        "(arXiv:2110.02861); needs GPUs.",
     )
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
@@ -176,6 +174,10 @@ class Training(ApiModel):
     )
 
 
+_OUT_OF_BOUNDS = "self.nodes < 1 || self.nodes > 64 || self.gpusPerNode < 0 || self.gpusPerNode > 16"
+"""A rule over several fields says nothing where one of them breaks its own bounds: those are told already."""
+
+
 class Parallelism(ApiModel):
     """How many machines and processes train together, and how the weights are spread over them."""
 
@@ -185,9 +187,8 @@ class Parallelism(ApiModel):
     )
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
         "auto",
-        description="ddp: each process holds the whole model. fsdp: its weights are sharded over all processes "
-        "(FSDP2). hsdp: sharded inside a group of processes, replicated across groups. auto: fsdp on one node, hsdp "
-        "over nodes where a node holds the model, else fsdp.",
+        description="ddp: each process holds the whole model. fsdp: sharded over all processes (FSDP2). hsdp: sharded "
+        "inside a group, replicated across groups. auto: hsdp over nodes where one holds the model, else fsdp.",
     )
     shard_size: int | None = Field(
         None,
@@ -197,19 +198,18 @@ class Parallelism(ApiModel):
     )
     cpu_offload: bool = Field(
         default=False,
-        description="Keep weights and optimizer in host memory between their uses: much less GPU memory, much slower.",
+        description="Keep weights and optimizer in host memory between uses: much less GPU memory, much slower.",
     )
     collective_timeout_seconds: int = Field(
         600,
         ge=10,
         le=86400,
-        description="Seconds that a process waits for the others in one collective operation, before the one that is "
-        "missing counts as lost.",
+        description="Seconds that a process waits for the others in one collective operation.",
     )
 
     cel_rules = (
         CelRule(
-            rule="self.nodes * self.gpusPerNode <= 512",
+            rule=f"{_OUT_OF_BOUNDS} || self.nodes * self.gpusPerNode <= 512",
             message="nodes * gpusPerNode may be at most 512",
             field_path=".nodes",
         ),
@@ -224,15 +224,15 @@ class Parallelism(ApiModel):
             field_path=".shardSize",
         ),
         CelRule(
-            rule="!has(self.shardSize) || "
+            rule=f"!has(self.shardSize) || self.shardSize < 2 || {_OUT_OF_BOUNDS} || "
             "self.nodes * (self.gpusPerNode > 0 ? self.gpusPerNode : 1) % self.shardSize == 0",
             message="shardSize must divide nodes * max(gpusPerNode, 1)",
             field_path=".shardSize",
         ),
         CelRule(
-            rule="self.strategy != 'hsdp' || has(self.shardSize) || (self.nodes > 1 && self.gpusPerNode > 1)",
-            message="hsdp shards inside a node and replicates across nodes, so it needs more than one node with more "
-            "than one GPU each, or shardSize",
+            rule=f"self.strategy != 'hsdp' || has(self.shardSize) || {_OUT_OF_BOUNDS} || (self.nodes > 1 && "
+            f"self.gpusPerNode > 1)",
+            message="hsdp needs more than one node with more than one GPU each, or shardSize",
             field_path=".strategy",
         ),
     )

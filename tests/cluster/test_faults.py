@@ -73,7 +73,7 @@ def test_a_memory_limit_that_is_too_small_ends_the_run_with_its_remedy(runs: Run
     assert run.status.attempt == 1, "an out-of-memory was retried unchanged"
     assert run.status.failures[-1].failure_class == FailureClass.HOST_OUT_OF_MEMORY
     assert "limits.memory" in run.status.failures[-1].remedy
-    assert "limits.memory" in find_condition(run, "Failed").message
+    assert "limits.memory" in find_condition(run, "Stalled").message
     assert "limits.memory" in runs.kubectl("describe", "lft", name)
 
 

@@ -27,10 +27,11 @@ def test_a_bad_record_is_named_with_its_number_and_no_gang_was_made(runs: Runs) 
     assert (run.status.attempt, run.status.gpu_seconds) == (0, 0)
     failure = run.status.failures[-1]
     assert (failure.attempt, failure.failure_class, failure.exit_code) == (0, FailureClass.BAD_DATA, 65)
-    for text in (failure.message, find_condition(run, "Failed").message):
+    for text in (failure.message, find_condition(run, "Stalled").message):
         assert "record 7" in text
         assert "completion" in text
-    assert "record 7" in (failure.log_tail or "")
+    assert "[preflight failed]" in (failure.log_tail or "")
+    assert '{"' not in (failure.log_tail or ""), "the log tail is for people"
     assert_no_gang(runs, name)
 
 
@@ -40,7 +41,7 @@ def test_a_model_that_is_not_there_is_named_and_no_gang_was_made(runs: Runs) -> 
     run = runs.wait_end(name)
 
     assert run.status.failures[-1].failure_class == FailureClass.MODEL_NOT_FOUND
-    assert "base/nothing-here" in find_condition(run, "PreflightPassed").message
+    assert "base/nothing-here" in find_condition(run, "Stalled").message
     assert_no_gang(runs, name)
 
 

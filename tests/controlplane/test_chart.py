@@ -216,3 +216,25 @@ def test_who_may_view_a_namespace_can_read_the_runtimes(cp: devcluster.ControlPl
     helm("upgrade", "readers", str(CHART), "--set=crds.enabled=false", "--set=rbac.runtimeReaders=false")
     assert not can_i(cp, "list", "clusterloraruntimes.lorafinetune.io")
     helm("uninstall", "readers")
+
+
+def test_a_second_release_is_told_what_it_needs(cp: devcluster.ControlPlane, helm: Helm) -> None:
+    """Helm itself says that it cannot take over an object, and not what to do."""
+    owner = {"meta.helm.sh/release-name": "first", "meta.helm.sh/release-namespace": "elsewhere"}
+    names = [f"customresourcedefinition/{RUN.name}", "clusterrole/second-view"]
+    cp.kubectl("apply", f"--filename={CHART / 'files' / 'crds'}")
+    cp.kubectl("create", "clusterrole", "second-view", "--verb=get", "--resource=pods")
+    try:
+        for name in names:
+            cp.kubectl("annotate", name, *(f"{key}={value}" for key, value in owner.items()))
+        install = ("install", "second", str(CHART), "--dry-run=server")
+        with pytest.raises(
+            AssertionError, match=r"belongs to release first in namespace elsewhere: set crds\.enabled=false"
+        ):
+            helm(*install, "--set=fullnameOverride=third")
+        with pytest.raises(AssertionError, match="give this release another name, or set fullnameOverride"):
+            helm(*install, "--set=crds.enabled=false")
+        assert "kind: Deployment" in helm(*install, "--set=crds.enabled=false,fullnameOverride=third")
+    finally:
+        cp.kubectl("delete", *names)
+        cp.kubectl("delete", f"--filename={CHART / 'files' / 'crds'}", "--ignore-not-found")

@@ -103,6 +103,7 @@ MAXIMAL: Spec = {
         "maxRestarts": 0,
         "onOutOfMemory": "shrinkMicroBatch",
         "suspend": True,
+        "retry": 2,
         "activeDeadlineSeconds": 3600,
         "stallTimeoutSeconds": 600,
         "placementTimeoutSeconds": 60,

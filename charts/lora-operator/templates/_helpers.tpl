@@ -25,6 +25,20 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/*
+Fails, with words for what to do, where an object of the whole cluster belongs to another release. Helm says only that it
+cannot take it over. Not asked without a cluster: `helm template` finds nothing.
+*/}}
+{{- define "lora-operator.free" -}}
+{{- $found := lookup .apiVersion .kind "" .name -}}
+{{- $notes := dig "metadata" "annotations" dict ($found | default dict) -}}
+{{- $name := get $notes "meta.helm.sh/release-name" -}}
+{{- $namespace := get $notes "meta.helm.sh/release-namespace" -}}
+{{- if and $name (or (ne $name .context.Release.Name) (ne $namespace .context.Release.Namespace)) -}}
+{{- fail (printf "%s %s belongs to release %s in namespace %s: %s" .kind .name $name $namespace .remedy) -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "lora-operator.labels" -}}
 {{ include "lora-operator.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}

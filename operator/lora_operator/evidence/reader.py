@@ -8,6 +8,7 @@ from datetime import datetime
 from lora_api import LoRAFineTune, ProgressLine
 from lora_api.run import CONTAINER_NAME
 from lora_operator.evidence.kueue import fetch_queue_report
+from lora_operator.evidence.logtext import tell_people
 from lora_operator.evidence.memory import Change
 from lora_operator.evidence.wants import EventsOfPods, LastWordsOf, ProgressOf, QueueOf, RefusalOf, Want
 from lora_operator.kube.client import KubeClient, NotFoundError
@@ -37,7 +38,8 @@ from lora_operator.watched.views import PodView
 logger = logging.getLogger(__name__)
 
 PROGRESS_LINES = 200
-LAST_LINES = 40
+LAST_LINES = 200
+"""As many as are read for progress: most of them may be progress, which people get in a word."""
 
 
 class Reader:
@@ -68,7 +70,8 @@ class Reader:
                 return build_progress_change(run, pod, log, asked_at, self._clock())
             case LastWordsOf(pod):
                 words = await self._fetch_log(pod, LAST_LINES)
-                return lambda reports: replace(reports, last_words={**reports.last_words, pod.uid: words})
+                told = None if words is None else tell_people(words)
+                return lambda reports: replace(reports, last_words={**reports.last_words, pod.uid: told})
             case RefusalOf(job):
                 message = await self._kube.fetch_refusal(job.namespace, job.name, job.uid)
                 now = self._clock()

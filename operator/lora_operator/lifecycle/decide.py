@@ -25,7 +25,7 @@ from lora_operator.diagnosis.diagnose import (
     seconds_to_lost,
 )
 from lora_operator.diagnosis.obstacles import diagnose_obstacle
-from lora_operator.lifecycle.finished import decide_finished
+from lora_operator.lifecycle.finished import decide_finished, decide_retry
 from lora_operator.lifecycle.orphans import (
     are_to_be_named,
     find_published,
@@ -73,7 +73,7 @@ def _decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     if observed.run.metadata.deletion_timestamp:
         return NOTHING
     if is_finished(status):
-        return decide_finished(observed, now, settings)
+        return decide_retry(observed) or decide_finished(observed, now, settings)
     unsettled = decide_runtime(observed, now, settings)
     if unsettled is not None:
         return unsettled

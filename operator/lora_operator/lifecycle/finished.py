@@ -3,7 +3,7 @@
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import ConditionType
+from lora_api import ConditionType, Phase
 from lora_operator.lifecycle.orphans import seconds_to_letting_go
 from lora_operator.names import child_name, preflight_name, service_name
 from lora_operator.policies.ttl import seconds_to_cleanup
@@ -25,6 +25,31 @@ def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Pl
         return _decide_ending(observed, now, settings) or _disown(observed, _decide_cleanup(observed))
     plan = _disown(observed, _decide_running_on(observed, now, settings))
     return plan if left is None else replace(plan, requeue_after=min(left, plan.requeue_after or left))
+
+
+def decide_retry(observed: Observed) -> Plan | None:
+    """Takes back the end of a run that failed, once runPolicy.retry was raised; ``None``: there is no need.
+
+    The attempt that failed has its verdict, so what follows is what follows any failed attempt: the next one, or the
+    next preflight. A run for which nothing was made yet looks at its runtime again.
+    """
+    run, status = observed.run, observed.run.status
+    wanted = run.spec.run_policy.retry or 0
+    if not holds(status, ConditionType.FAILED) or wanted <= (status.observed_retry or 0):
+        return None
+    afresh = not status.attempt and status.trainer is None and not observed.all_jobs()
+    message = f"runPolicy.retry was raised to {wanted}: the run is tried again"
+    mark = Mark(value=False, reason="Retried", message=message)
+    return Plan(
+        phase=Phase.RESTARTING if status.attempt else Phase.PENDING,
+        reason="Retried",
+        message=message,
+        attempt=status.attempt,
+        conditions={kind: mark for kind in (ConditionType.FAILED, ConditionType.CLEANED_UP) if holds(status, kind)},
+        retry=wanted,
+        afresh=afresh,
+        requeue_after=0.0,
+    )
 
 
 def _disown(observed: Observed, plan: Plan) -> Plan:

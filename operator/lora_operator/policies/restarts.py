@@ -109,7 +109,7 @@ def _refuse_charged(run: LoRAFineTune, failure: Failure, budget: Budget) -> str:
     limit = run.spec.run_policy.max_restarts
     if budget.charged >= limit:
         return f" (after {budget.charged} of runPolicy.maxRestarts = {limit} restarts)"
-    if is_repetition(run.status.failures, failure):
+    if is_repetition(since_retry(run.status), failure):
         return f" (the {SAME_FAILURES}rd time in a row at step {failure.step}, so it is no accident)"
     return ""
 
@@ -124,6 +124,12 @@ def _no_progress(failure: Failure, now: datetime) -> Failure:
 def compute_backoff(failures: int, base: float) -> float:
     """Seconds before the next attempt, after ``failures`` before this one."""
     return float(min(MAX_BACKOFF, base * 2.0 ** min(failures, 30)))
+
+
+def since_retry(status: LoRAFineTuneStatus) -> list[Failure]:
+    """The failures since runPolicy.retry was raised: what was before it counts for nothing."""
+    last = (status.retried_attempts or 0) - status.failed_preflights
+    return [failure for failure in status.failures if failure.attempt > last or not failure.attempt]
 
 
 def is_repetition(earlier: Sequence[Failure], failure: Failure) -> bool:

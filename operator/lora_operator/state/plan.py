@@ -89,7 +89,8 @@ class Plan:
 
     ``suspended`` is the attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a
     successor, ``passed`` what the preflight settled, ``micro_batch_size`` what the next attempt is to have,
-    ``runtime`` what the run takes of its runtime.
+    ``runtime`` what the run takes of its runtime. ``retry`` takes back the end of a failed run: it is runPolicy.retry;
+    ``afresh``: nothing was made for it.
 
     With a failure come the ``budget``, the ``checkpoint`` that it is counted from, and the nodes that are ``avoided``
     from now on. ``waiting_since`` is when the gang began to wait for its nodes.
@@ -117,6 +118,8 @@ class Plan:
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False
+    retry: int | None = None
+    afresh: bool = False
     failing: bool = False
     words_of: tuple[PodView, ...] = ()
     short_of_room: bool = False

@@ -1,6 +1,7 @@
 """From a plan to the status that people and machines read. All pure."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -23,6 +24,7 @@ from lora_operator.state.plan import Budget, Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.state.upgrades import began_before_endpoints
 from lora_operator.status.progress import compute_stopped_progress
+from lora_operator.wording import with_remedy
 
 _ORDER = [str(kind) for kind in ConditionType]
 _WAITS = (ConditionType.PREFLIGHT_PASSED, ConditionType.SCHEDULED, ConditionType.RUNNING)
@@ -38,6 +40,8 @@ def compute_status(
     ``trainer`` is what there is to be on record of it.
     """
     old = run.status
+    if plan.retry is not None:
+        return _compute_retried(run, plan, now)
     if is_finished(old):
         return _compute_finished(run, plan, now)
     if plan.phase is None:
@@ -66,6 +70,7 @@ def compute_status(
             "pins": plan.passed.pins if plan.passed else old.pins,
             "plan": plan.passed.plan if plan.passed else old.plan,
             **_budget(old, plan, reports, now),
+            "observed_retry": _observed_retry(run) if plan.ended else old.observed_retry,
             "preemptions": old.preemptions + (1 if _loses_quota(old, plan) else 0),
             "retry_time": _retry_time(old, plan, now),
             "suspended_attempt": plan.suspended or old.suspended_attempt,
@@ -113,6 +118,42 @@ def _sign(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> LoRAFineTuneStatu
     return new if new == old else new.model_copy(update={"version": max(old.version, STATUS_VERSION)})
 
 
+def _observed_retry(run: LoRAFineTune) -> int | None:
+    """runPolicy.retry as of the end of the run: what was raised before a failure does not try the run again after it.
+
+    It never becomes less, so that lowering it and raising it again does nothing.
+    """
+    return max(run.status.observed_retry or 0, run.spec.run_policy.retry or 0) or None
+
+
+def _compute_retried(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
+    """The status of a run that has failed and goes on. What it may use up starts anew; its failures stay on record."""
+    old, generation = run.status, run.metadata.generation
+    preflights = 0 if plan.afresh else old.failed_preflights
+    new = old.model_copy(
+        update={
+            "observed_generation": generation,
+            "phase": plan.phase,
+            "reason": plan.reason,
+            "completion_time": None,
+            "conditions": compute_conditions(old.conditions, _all_marks(plan), generation, now),
+            "runtime": None if plan.afresh else old.runtime,
+            "failed_preflights": preflights,
+            "charged_restarts": 0,
+            "recent_failures": 0,
+            "failing_since": None,
+            "retried_attempts": old.attempt + preflights,
+            "observed_retry": plan.retry,
+            "retry_time": None,
+        }
+    )
+    return _sign(old, new)
+
+
+_SEE_STALLED = "the condition Stalled says why"
+_FAILED_SHORTLY = f"The run has failed; {_SEE_STALLED}"
+
+
 def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTuneStatus:
     """The status of a run that has ended. It follows the specification, which GitOps waits for, until it is deleted.
 
@@ -122,10 +163,16 @@ def _compute_finished(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineT
     if run.metadata.deletion_timestamp:
         return old
     end = _end_of(old)
+    whole = end.message
+    if whole.endswith(_SEE_STALLED):
+        end, whole = replace(end, message=_FAILED_SHORTLY), _find_whole(old)
+    marks = _summary(end, whole)
     update: dict[str, object] = {
         "observed_generation": generation,
-        "conditions": compute_conditions(old.conditions, {**_all_marks(end), **plan.conditions}, generation, now),
+        "conditions": compute_conditions(old.conditions, {**marks, **plan.conditions}, generation, now),
     }
+    if end.phase == Phase.SUCCEEDED:
+        update["observed_retry"] = _observed_retry(run)
     if old.phase is None or old.phase.known:
         update |= {"phase": end.phase, "reason": end.reason}
     return _sign(old, old.model_copy(update=update))
@@ -136,6 +183,14 @@ def _end_of(status: LoRAFineTuneStatus) -> Plan:
     ends = {ConditionType.COMPLETE: Phase.SUCCEEDED, ConditionType.FAILED: Phase.FAILED}
     phase, end = next((ends[kind], item) for kind in ends for item in status.conditions if _is_true(item, kind))
     return Plan(phase=phase, reason=end.reason, message=end.message)
+
+
+def _find_whole(status: LoRAFineTuneStatus) -> str:
+    """Why the run failed, in full: an older operator may have written less into the condition Stalled."""
+    for item in status.conditions:
+        if _is_true(item, ConditionType.STALLED) and item.message and not item.message.endswith(_SEE_STALLED):
+            return item.message
+    return with_remedy(status.failures[-1].message, status.failures[-1].remedy) if status.failures else ""
 
 
 def _is_true(condition: Condition, kind: ConditionType) -> bool:
@@ -170,15 +225,29 @@ def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> Lo
 
 
 def _all_marks(plan: Plan) -> dict[ConditionType, Mark]:
-    """The plan's conditions, and the three of kstatus that sum them up."""
+    """The plan's conditions, and the three of kstatus that sum them up.
+
+    Why a run failed is said once, in Stalled, where tools that know kstatus look for it. The others say where.
+    """
+    if plan.phase != Phase.FAILED:
+        return {**_summary(plan, plan.message), **plan.conditions}
+    what = f"Attempt {plan.attempt}" if plan.attempt else "What comes before the first attempt"
+    texts = {ConditionType.FAILED: f"{what} ended the run; {_SEE_STALLED}"}
+    marks = {
+        kind: replace(mark, message=texts.get(kind, f"{what} failed")) if mark.message == plan.message else mark
+        for kind, mark in plan.conditions.items()
+    }
+    return {**_summary(replace(plan, message=_FAILED_SHORTLY), plan.message), **marks}
+
+
+def _summary(plan: Plan, failure: str) -> dict[ConditionType, Mark]:
+    """The conditions of kstatus. ``failure`` is why the run failed, if it did."""
     succeeded, failed = plan.phase == Phase.SUCCEEDED, plan.phase == Phase.FAILED
     under_way = not (succeeded or failed)
-    stalled = Mark(failed, plan.reason if failed else "AsExpected", plan.message if failed else "")
     return {
         ConditionType.READY: Mark(succeeded, plan.reason, plan.message),
         ConditionType.RECONCILING: Mark(under_way, plan.reason, plan.message if under_way else ""),
-        ConditionType.STALLED: stalled,
-        **plan.conditions,
+        ConditionType.STALLED: Mark(failed, plan.reason if failed else "AsExpected", failure if failed else ""),
     }
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lora_api import API_VERSION, KIND, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
+from lora_api import API_VERSION, KIND, RULES, ConditionType, LoRAFineTune, LoRAFineTuneStatus, Phase
 from lora_api.finetune import ObjectMeta
 from lora_operator.children.environment import find_left_out
 from lora_operator.names import MANAGER
 
 _MAX_NOTE = 1024
+"""Bytes in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
     """What happened between two statuses, in the order in which it happened."""
     events: list[EventSpec] = []
     attempt, about = new.attempt, _about(new)
+    if (new.observed_retry or 0) > (old.observed_retry or 0) and old.completion_time is not None:
+        events.append(_describe_retry(new, about))
     if new.phase == Phase.PREFLIGHT and old.phase != Phase.PREFLIGHT:
         events.append(EventSpec("Normal", "Preflight", "Check", _message(new, ConditionType.PREFLIGHT_PASSED), about))
     if _holds(new, ConditionType.PREFLIGHT_PASSED) and not _holds(old, ConditionType.PREFLIGHT_PASSED):
@@ -50,7 +53,7 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
     for failure in new.failures:
         if failure not in old.failures and new.phase != Phase.FAILED:
             what = f"Attempt {failure.attempt}" if failure.attempt else "Preflight"
-            note = f"{what}: {failure.message} The run starts again."
+            note = f"{what} failed, and another follows: {failure.message}"
             subject = str(failure.attempt) if failure.attempt else _about(old)
             events.append(EventSpec("Warning", str(failure.failure_class), "Restart", note, subject))
     if new.suspended_attempt > old.suspended_attempt:
@@ -65,8 +68,7 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
         kind: Literal["Normal", "Warning"] = "Normal" if _holds(new, ConditionType.PUBLISHED) else "Warning"
         events.append(EventSpec(kind, "Succeeded", "Publish", _message(new, ConditionType.COMPLETE), about))
     if new.phase != old.phase and new.phase == Phase.FAILED:
-        note = _message(new, ConditionType.READY)
-        events.append(EventSpec("Warning", new.reason or "Failed", "Fail", note, about))
+        events.append(EventSpec("Warning", new.reason or "Failed", "Fail", _describe_end(new), about))
     return events
 
 
@@ -83,10 +85,29 @@ def describe_left_out(run: LoRAFineTune) -> list[EventSpec]:
     return [EventSpec("Warning", "EnvironmentLeftOut", "Launch", note, "env")]
 
 
+def _describe_retry(status: LoRAFineTuneStatus, about: str) -> EventSpec:
+    """What came of raising runPolicy.retry."""
+    subject = f"{about}.r{status.observed_retry}"
+    if status.phase == Phase.SUCCEEDED:
+        note = f"runPolicy.retry is {status.observed_retry}: the run has succeeded, and is not tried again"
+        return EventSpec("Warning", "RetryIgnored", "Retry", note, subject)
+    what = f"attempt {status.attempt + 1} goes on from the last checkpoint" if status.attempt else "it begins again"
+    note = f"runPolicy.retry was raised to {status.observed_retry}: {what}"
+    return EventSpec("Normal", "Retried", "Retry", note, subject)
+
+
+def _describe_end(status: LoRAFineTuneStatus) -> str:
+    """That a run failed, and as what. The status says the rest, once; `kubectl describe` shows it beside this."""
+    what = f"Attempt {status.attempt}" if status.attempt else "What comes before the first attempt"
+    meaning = RULES[status.failures[-1].failure_class].meaning if status.failures else ""
+    return f"{what} ended the run. {meaning} The condition Stalled and status.failures say more"
+
+
 def _about(status: LoRAFineTuneStatus) -> str:
     """What the run is at: an attempt, and how often it lost its quota; or the preflight after those that failed."""
     if not status.attempt:
-        return f"pre{status.failed_preflights + 1}"
+        again = f".r{status.observed_retry}" if status.retried_attempts is not None else ""
+        return f"pre{status.failed_preflights + 1}{again}"
     return f"{status.attempt}.q{status.preemptions}" if status.preemptions else str(status.attempt)
 
 
@@ -117,9 +138,16 @@ def _message(status: LoRAFineTuneStatus, kind: ConditionType) -> str:
     return next((item.message for item in status.conditions if item.type == kind), "")
 
 
+def _one_line(text: str) -> str:
+    """``text`` in one line, as `kubectl get events` shows no more, of as many bytes as a note may have."""
+    line = " ".join(text.split())
+    if len(line.encode()) <= _MAX_NOTE:
+        return line
+    return line.encode()[: _MAX_NOTE - 3].decode(errors="ignore") + "..."
+
+
 def build_event(run: ObjectMeta, event: EventSpec, now: datetime, instance: str) -> dict[str, Any]:
     """The Event as a manifest of events.k8s.io/v1."""
-    note = event.note if len(event.note) <= _MAX_NOTE else event.note[: _MAX_NOTE - 3] + "..."
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
@@ -131,7 +159,7 @@ def build_event(run: ObjectMeta, event: EventSpec, now: datetime, instance: str)
         "type": event.type,
         "reason": event.reason,
         "action": event.action,
-        "note": note,
+        "note": _one_line(event.note),
         "reportingController": f"lorafinetune.io/{MANAGER}",
         "reportingInstance": instance[:128],
         "regarding": {

@@ -9,6 +9,7 @@ import pytest
 import devcluster
 from lora_api import LoRAFineTune
 from lora_api.crd import RUN
+from lora_api.finetune import MUTABLE
 from tests.support.crd import MINIMAL, manifest
 
 pytestmark = pytest.mark.controlplane
@@ -19,26 +20,36 @@ def read_run(cp: devcluster.ControlPlane, name: str) -> dict[str, Any]:
     return stored
 
 
-CHANGES = {
-    "a limit of the run that is not for changing": {"runPolicy": {"maxRestarts": 9}},
-    "a queue that was absent": {"runPolicy": {"queueName": "team-a"}},
-    "a priority that was absent": {"runPolicy": {"priorityClassName": "high"}},
-    "what is deleted": {"runPolicy": {"ttlDeletes": "run"}},
-    "credentials that were absent": {"credentials": {"secretRef": {"name": "store"}}},
-    "a runtime that was absent": {"runtimeRef": {"name": "h100"}},
-    "placement": {"podTemplate": {"nodeSelector": {"a": "b"}}},
-    "another value": {"lora": {"r": 32}},
-    "a field that was absent": {"publish": {"name": "other"}},
-    "a section taken away, so that its defaults come back": {"training": {"maxSteps": 19}},
+# A sentence that says the case: the change, and the field that the message names.
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "what follows a failure": ({"runPolicy": {"onOutOfMemory": "shrinkMicroBatch"}}, "runPolicy.onOutOfMemory"),
+    "a queue that was absent": ({"runPolicy": {"queueName": "team-a"}}, "runPolicy.queueName"),
+    "a priority that was absent": ({"runPolicy": {"priorityClassName": "high"}}, "runPolicy.priorityClassName"),
+    "what is deleted": ({"runPolicy": {"ttlDeletes": "run"}}, "runPolicy.ttlDeletes"),
+    "credentials that were absent": ({"credentials": {"secretRef": {"name": "store"}}}, "credentials"),
+    "a runtime that was absent": ({"runtimeRef": {"name": "h100"}}, "runtimeRef"),
+    "placement": ({"podTemplate": {"nodeSelector": {"a": "b"}}}, "podTemplate.nodeSelector"),
+    "another value": ({"lora": {"r": 32}}, "lora.r"),
+    "another text": ({"training": {"scheduler": "linear"}}, "training.scheduler"),
+    "one of two forms": ({"training": {"microBatchSize": 1}}, "training.microBatchSize"),
+    "a field that was absent": ({"publish": {"name": "other"}}, "publish.name"),
+    "a section below a section": ({"publish": {"gate": {"maxEvalLoss": 1.0}}}, "publish.gate"),
+    "a list": ({"lora": {"targetModules": ["q_proj"]}}, "lora.targetModules"),
+    "the last field of a section": ({"dataset": {"assistantOnlyLoss": True}}, "dataset.assistantOnlyLoss"),
+    "two fields, of which one may be changed": (
+        {"runPolicy": {"maxRestarts": 9, "ttlDeletes": "run"}},
+        "runPolicy.ttlDeletes",
+    ),
+    "a required field": ({"training": {"maxSteps": 19}}, "training.maxSteps"),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_the_spec_cannot_be_changed(cp: devcluster.ControlPlane, living: str, case: str) -> None:
-    with pytest.raises(
-        devcluster.DevclusterError, match="spec cannot be changed once created: delete this LoRAFineTune"
-    ):
-        cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": CHANGES[case]}))
+def test_the_spec_cannot_be_changed_and_the_field_is_named(cp: devcluster.ControlPlane, living: str, case: str) -> None:
+    change, field = CHANGES[case]
+    said = re.escape(f"spec.{field} cannot be changed once created: delete this LoRAFineTune")
+    with pytest.raises(devcluster.DevclusterError, match=said):
+        cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": change}))
 
 
 @pytest.mark.parametrize("status", [{}, {"phase": "Starting", "progress": {"step": 1}}], ids=["none", "another"])
@@ -51,13 +62,21 @@ def test_the_spec_cannot_be_changed_along_with_the_status(
         cp.kubectl("patch", "lft", living, "--subresource=status", "--type=merge", "--patch", patch)
     before = read_run(cp, living)
     both = {"spec": {"lora": {"r": 32}}, "status": {"phase": "Running", "progress": {"step": 3}}}
-    with pytest.raises(devcluster.DevclusterError, match="spec cannot be changed once created"):
+    with pytest.raises(devcluster.DevclusterError, match=r"spec\.lora\.r cannot be changed once created"):
         cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps(both))
     assert read_run(cp, living) == before
 
 
-def test_suspend_deadline_and_ttl_can_be_changed(cp: devcluster.ControlPlane, living: str) -> None:
-    policy = {"suspend": True, "activeDeadlineSeconds": 60, "ttlSecondsAfterFinished": 5}
+def test_what_is_for_changing_can_be_changed(cp: devcluster.ControlPlane, living: str) -> None:
+    policy: dict[str, Any] = {
+        "suspend": True,
+        "retry": 1,
+        "maxRestarts": 9,
+        "stallTimeoutSeconds": 60,
+        "activeDeadlineSeconds": 60,
+        "ttlSecondsAfterFinished": 5,
+    }
+    assert policy.keys() == set(MUTABLE)
     cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": {"runPolicy": policy}}))
     assert policy.items() <= read_run(cp, living)["spec"]["runPolicy"].items()
     gone = {"activeDeadlineSeconds": None, "suspend": False}

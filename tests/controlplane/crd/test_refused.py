@@ -2,13 +2,28 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 import devcluster
+from lora_api import LoRAFineTuneSpec
 from lora_api.training import LoRA
-from tests.support.crd import GONE, MAXIMAL, MINIMAL, DryRun, manifest, place
+from tests.support.crd import (
+    GONE,
+    MAXIMAL,
+    MAXIMAL_RUNTIME,
+    MINIMAL,
+    OTHER_RUNTIME,
+    OTHERWISE,
+    PATHS,
+    RUNTIME_PATHS,
+    DryRun,
+    has,
+    manifest,
+    place,
+)
 
 pytestmark = pytest.mark.controlplane
 
@@ -37,7 +52,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.baseModel.uri",
         "must be hf://ORG/NAME",
     ),
-    "a uri with a space": ({"baseModel.uri": "s3://b/a b"}, "spec.baseModel.uri", "should match"),
+    "a uri with a space": ({"baseModel.uri": "s3://b/a b"}, "spec.baseModel.uri", "without spaces"),
     "a uri that is too long": (
         {"baseModel.uri": "s3://b/" + "x" * 600},
         "spec.baseModel.uri",
@@ -117,7 +132,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "must be auto or a whole number from 1 to 1024",
     ),
     "a rank of 0 for a module": ({"lora.rankPattern": {"q_proj": 0}}, "spec.lora.rankPattern.q_proj", "or equal to 1"),
-    "a new token with a blank": ({"lora.newTokens": ["<|a b|>"]}, "spec.lora.newTokens[0]", "should match"),
+    "a new token with a blank": ({"lora.newTokens": ["<|a b|>"]}, "spec.lora.newTokens[0]", "without spaces"),
     "a new token of one letter": ({"lora.newTokens": ["a"]}, "spec.lora.newTokens[0]", "at least 2 chars"),
     "a new token twice": ({"lora.newTokens": ["<|a|>", "<|a|>"]}, "spec.lora.newTokens[1]", "Duplicate value"),
     "too many new tokens": ({"lora.newTokens": [f"<{n}>" for n in range(65)]}, "spec.lora.newTokens", "at most 64"),
@@ -195,7 +210,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a tracker of another protocol": (
         {"tracking.mlflow": {"experiment": "x", "trackingUri": "databricks"}},
         "spec.tracking.mlflow.trackingUri",
-        "should match",
+        "http://HOST/PATH",
     ),
     "all modules and one more": (
         {"lora.targetModules": ["all-linear", "q_proj"]},
@@ -282,7 +297,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a runtime that no object can be called": (
         {"runtimeRef": {"name": "H100"}},
         "spec.runtimeRef.name",
-        "should match",
+        "must be a-z, 0-9, '-' and '.'",
     ),
     "a store that is no bucket": (
         {"publish.store": "hf://org/repo"},
@@ -300,7 +315,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "must be s3://BUCKET/PREFIX",
     ),
     "a store whose prefix climbs out": ({"publish.store": "s3://b/p/.."}, "spec.publish.store", "may not have . or .."),
-    "an adapter's name with capitals": ({"publish.name": "Support"}, "spec.publish.name", "should match"),
+    "an adapter's name with capitals": ({"publish.name": "Support"}, "spec.publish.name", "must be a-z, 0-9 and '-'"),
     "an adapter's name of 64 characters": ({"publish.name": "a" * 64}, "spec.publish.name", "may not be more than 63"),
     "17 prompts": ({"publish.samplePrompts": ["x"] * 17}, "spec.publish.samplePrompts", "at most 16 items"),
     "a Secret without a name": (
@@ -321,7 +336,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a variable that no shell can have": (
         {"podTemplate.env": [{"name": "NCCL-DEBUG", "value": "x"}]},
         "spec.podTemplate.env[0].name",
-        "should match '^[A-Za-z_]",
+        "not begin with a digit",
     ),
     "one variable twice": (
         {"podTemplate.env": [{"name": "OMP_NUM_THREADS", "value": "1"}, {"name": "OMP_NUM_THREADS", "value": "2"}]},
@@ -351,8 +366,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "memory in words": (
         {"podTemplate.resources.limits": {"memory": "8 GB"}},
-        "spec.podTemplate.resources.limits.memory",
-        "should match",
+        "spec.podTemplate.resources.limits[memory]",
+        "such as 4, 500m or 64Gi",
     ),
     "requests above limits": (
         {"podTemplate.resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "8G"}}},
@@ -367,7 +382,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a taint that no node can have": (
         {"podTemplate.tolerations": [{"key": "a b", "operator": "Exists"}]},
         "spec.podTemplate.tolerations[0].key",
-        "should match",
+        "NAME or DOMAIN/NAME",
     ),
     "a label of the operator": (
         {"podTemplate.labels": {"lorafinetune.io/name": "x"}},
@@ -376,8 +391,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a label that no pod may have": (
         {"podTemplate.labels": {"team": "a b"}},
-        "spec.podTemplate.labels.team",
-        "should match",
+        "spec.podTemplate.labels[team]",
+        "letters, digits, '-', '_' and '.'",
     ),
     "a label's key that no pod may have": (
         {"podTemplate.labels": {"my team": "a"}},
@@ -410,6 +425,78 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "needs effect NoExecute",
     ),
 }
+
+
+# Several sections with rules over several fields, each of them kept.
+SEVERAL = [
+    MAXIMAL,
+    OTHERWISE,
+    place(MAXIMAL, "parallelism.shardSize", GONE),
+    {
+        **OTHERWISE,
+        "publish": {**MINIMAL["publish"], "gate": {"maxEvalLoss": 1.0}},
+        "training": {"maxSteps": 1, "evalEverySteps": 1, "globalBatchSize": 16, "optimizer": "paged-adamw-8bit"},
+    },
+]
+
+
+def out_of_bounds(node: dict[str, Any]) -> Iterator[Any]:
+    """Values that a field may not have, and that do not keep the API server from looking at the rules."""
+    if "minimum" in node:
+        yield from (node["minimum"] - 1, node["minimum"] - 2, -1_000_000)
+    if "maximum" in node:
+        yield from (node["maximum"] + 1, node["maximum"] * 1000)
+    if node.get("x-kubernetes-int-or-string"):
+        yield from (0, -1, 1025, "x")
+    if node.get("type") == "string" and "enum" not in node:
+        yield from ("A b", "HF://x/y", "_")
+
+
+def check_blame(
+    paths: dict[str, dict[str, Any]], good: list[Any], create: Callable[[Any], tuple[int, dict[str, Any]]]
+) -> int:
+    """How many specs with one bad field were refused, each without a word about any other field."""
+    refused = 0
+    for path, node in paths.items():
+        for value in out_of_bounds(node):
+            for spec in good:
+                if path.endswith(":") or not has(spec, path):
+                    continue
+                code, answer = create(place(spec, path, value))
+                causes = answer["details"]["causes"] if code == 422 else []
+                refused += bool(causes)
+                for cause in causes:
+                    assert "evaluating rule" not in cause["message"], (path, value, cause)
+                    assert cause["field"] == "<nil>" or cause["field"].startswith(f"spec.{path}"), (path, value, cause)
+    return refused
+
+
+def test_no_rule_blames_a_good_field_for_a_bad_one(dry: DryRun) -> None:
+    """A rule over several fields that divides by 0, or speaks of a field that is well, hides what is wrong."""
+    assert all(dry.create_run(spec)[0] == 201 for spec in SEVERAL)
+    assert check_blame(PATHS, SEVERAL, dry.create_run) > 200
+
+
+def test_no_rule_of_a_runtime_blames_a_good_field_for_a_bad_one(dry: DryRun) -> None:
+    assert check_blame(RUNTIME_PATHS, [MAXIMAL_RUNTIME, OTHER_RUNTIME], dry.create_runtime) > 40
+
+
+RESOURCES: dict[str, dict[str, Any]] = {
+    "numbers, as in any pod": {"requests": {"cpu": 4, "memory": "8Gi"}},
+    "numbers of whole devices": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": 1}},
+    "a number and the same in quotes": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": "1"}},
+    "bytes": {"limits": {"memory": 68719476736}},
+    "an exponent": {"limits": {"memory": "64e9"}},
+}
+
+
+@pytest.mark.parametrize("case", RESOURCES)
+def test_a_quantity_needs_no_quotes(dry: DryRun, case: str) -> None:
+    spec = place(MINIMAL, "podTemplate.resources", RESOURCES[case])
+    assert dry.create_run(spec)[0] == 201
+    assert dry.create_runtime({"podTemplate": {"resources": RESOURCES[case]}})[0] == 201
+    taken = LoRAFineTuneSpec.model_validate(spec).pod_template.resources
+    assert taken.limits == {name: str(value) for name, value in RESOURCES[case].get("limits", {}).items()}
 
 
 def test_there_are_enough_bad_manifests() -> None:

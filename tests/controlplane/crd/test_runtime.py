@@ -32,7 +32,7 @@ def test_a_good_runtime_comes_back_as_pydantic_reads_it(cp: devcluster.ControlPl
 
 
 BAD: dict[str, tuple[str, Any, str, str]] = {
-    "an image with a space": ("image", "lora trainer", "spec.image", "should match"),
+    "an image with a space": ("image", "lora trainer", "spec.image", "without spaces"),
     "an unknown pull policy": ("imagePullPolicy", "Often", "spec.imagePullPolicy", "supported values"),
     "a GPU without memory": ("gpu", {"name": "H100"}, "spec.gpu.memoryGiB", "Required value"),
     "a GPU of no memory": ("gpu.memoryGiB", 0, "spec.gpu.memoryGiB", "should be greater than 0"),
@@ -43,7 +43,12 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
     "more nodes than a run can have": ("limits.maxNodes", 65, "spec.limits.maxNodes", "less than or equal to 64"),
     "fewer GPUs than none": ("limits.maxGPUs", -1, "spec.limits.maxGPUs", "greater than or equal to 0"),
     "no prefix": ("limits.modelUriPrefixes", [], "spec.limits.modelUriPrefixes", "at least 1 items"),
-    "a prefix of the web": ("limits.dataUriPrefixes", ["https://x"], "spec.limits.dataUriPrefixes[0]", "should match"),
+    "a prefix of the web": (
+        "limits.dataUriPrefixes",
+        ["https://x"],
+        "spec.limits.dataUriPrefixes[0]",
+        "must begin with hf://",
+    ),
     "a prefix twice": ("limits.dataUriPrefixes", ["s3://b", "s3://b"], "spec.limits.dataUriPrefixes[1]", "Duplicate"),
     "GPUs among the resources": (
         "podTemplate.resources.limits",
@@ -61,21 +66,21 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
         "endpoints.store",
         "https://me:secret@s3.example.org",
         "spec.endpoints.store",
-        "match",
+        "user and password",
     ),
-    "a server of another kind": ("endpoints.hub", "ftp://hub", "spec.endpoints.hub", "should match"),
+    "a server of another kind": ("endpoints.hub", "ftp://hub", "spec.endpoints.hub", "must be http://HOST"),
     "no tracker": ("endpoints.tracking", [], "spec.endpoints.tracking", "at least 1 items"),
     "a prefix of stores that is no bucket": (
         "limits.storePrefixes",
         ["s3://"],
         "spec.limits.storePrefixes[0]",
-        "match",
+        "must be s3://BUCKET",
     ),
     "an annotation by a part of its name": (
         "limits.annotationNames",
         ["example.org/a*"],
         "spec.limits.annotationNames[0]",
-        "should match",
+        "DOMAIN/NAME",
     ),
     "a namespace by no value": (
         "allowedNamespaces.matchExpressions",
@@ -83,7 +88,7 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
         "spec.allowedNamespaces.matchExpressions[0].values",
         "In and NotIn need values",
     ),
-    "a network without a prefix": ("egress[0].cidr", "10.0.0.1", "spec.egress[0].cidr", "should match"),
+    "a network without a prefix": ("egress[0].cidr", "10.0.0.1", "spec.egress[0].cidr", "such as 10.0.0.0/8"),
     "addresses and pods in one rule": ("egress[0].podSelector", {}, "spec.egress[0]", "must have either cidr, or"),
     "a rule for nothing": ("egress", [{"ports": [{"port": 443}]}], "spec.egress[0]", "must have either cidr, or"),
     "an exception of pods": (

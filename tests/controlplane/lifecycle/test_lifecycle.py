@@ -63,8 +63,8 @@ def test_whatever_characters_a_pod_says_reach_the_status(run: Run, operator: Ope
     words = "Connection reset by peer. GLHF! \U0001f3d6\ufe0f \x7f \x9b31m \ufeff \u4e2d \\ud83c"
     run.create()
     run.set_running(1)
-    run.set_failed(1, "BadData", 65, words)
-    assert run.wait_phase("Failed")["failures"][0]["message"] == words
+    run.set_failed(1, "Internal", 70, words)
+    assert run.wait("attempt 2", lambda status: status["attempt"] == 2)["failures"][0]["message"] == words
     eventually("the Event", lambda: any("\U0001f3d6" in event["note"] for event in run.events()))
 
 
@@ -113,7 +113,8 @@ def test_a_failed_rank_is_named_with_its_remedy(
         for kind, value in {"Ready": "False", "Stalled": "True", "Failed": "True"}.items():
             condition = run.condition(kind)
             assert (condition["status"], condition["reason"]) == (value, str(rule.failure_class))
-            assert condition["message"] == message
+            assert condition["message"] == (message if kind == "Stalled" else condition["message"])
+            assert kind == "Stalled" or "the condition Stalled says why" in condition["message"]
         assert len(run.pods(1)) == 2, "the pods are kept for their logs"
     failure = status["failures"][0]
     if rule.failure_class is FailureClass.PEER_LOST:  # both ranks only lost each other
@@ -133,7 +134,7 @@ def test_restarts_end_with_max_restarts(run: Run, operator: OperatorThread) -> N
         run.set_failed(attempt, "Internal", 70, "it broke")
     status = run.wait_phase("Failed")
     assert (status["attempt"], status["chargedRestarts"], len(status["failures"])) == (2, 1, 2)
-    message = run.condition("Ready")["message"]
+    message = run.condition("Stalled")["message"]
     assert message.startswith("it broke (after 1 of runPolicy.maxRestarts = 1 restarts). Remedy: ")
     reasons = ["Started", "Internal", "Started", "Internal"]
     eventually("four Events", lambda: [event["reason"] for event in run.events()] == reasons)
@@ -148,7 +149,7 @@ def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operato
     status = run.wait_phase("Failed")
     assert status["reason"] == "HostOutOfMemory"
     assert status["failures"][0]["rank"] == 1
-    assert RULES[FailureClass.HOST_OUT_OF_MEMORY].remedy in run.condition("Ready")["message"]
+    assert RULES[FailureClass.HOST_OUT_OF_MEMORY].remedy in run.condition("Stalled")["message"]
     eventually("only the failed pod is kept", lambda: [pod["status"]["phase"] for pod in run.pods(1)] == ["Failed"])
 
 
@@ -225,7 +226,7 @@ def test_what_keeps_a_pod_from_starting_is_shown_and_then_ends_the_run(
     assert f"{reason}: {detail}. Remedy: {remedy}" in condition["message"]
     status = run.wait_phase("Failed")
     assert status["failures"][0]["class"] == failure_class
-    assert detail in run.condition("Ready")["message"]
+    assert detail in run.condition("Stalled")["message"]
     eventually("pods that never ran are taken away", lambda: run.pods(1) == [])
 
 
@@ -271,7 +272,7 @@ def test_pods_that_admission_refuses_end_the_run(run: Run, operator: OperatorThr
     run.create(lambda spec: spec.update(podTemplate={"resources": resources}))
     status = run.wait_phase("Failed")
     assert status["failures"][0]["class"] == "PodNotStarted"
-    assert "maximum memory usage per Container is 1Gi" in run.condition("Ready")["message"]
+    assert "maximum memory usage per Container is 1Gi" in run.condition("Stalled")["message"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("services", "run-gang"), ("jobs", "run-1")])
@@ -288,7 +289,7 @@ def test_a_foreign_object_with_a_childs_name_is_left_alone(
     run.create()
     status = run.wait_phase("Failed")
     assert status["failures"][0]["class"] == "NameConflict"
-    assert f"{name} exists already and belongs to no LoRAFineTune" in run.condition("Ready")["message"]
+    assert f"{name} exists already and belongs to no LoRAFineTune" in run.condition("Stalled")["message"]
     after = api.get(f"{path}/{name}")
     assert (after["metadata"]["uid"], after["metadata"].get("ownerReferences")) == (before["metadata"]["uid"], None)
     assert after["spec"] == before["spec"]

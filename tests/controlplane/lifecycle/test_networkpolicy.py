@@ -83,7 +83,7 @@ def test_a_policy_of_somebody_else_with_the_runs_name_ends_the_run(
         run.create()
         status = run.wait_phase("Failed")
     assert status["failures"][0]["class"] == "NameConflict"
-    assert "NetworkPolicy run exists already and belongs to no LoRAFineTune" in run.condition("Ready")["message"]
+    assert "NetworkPolicy run exists already and belongs to no LoRAFineTune" in run.condition("Stalled")["message"]
     assert run.jobs() == []
     after = run.api.get(f"{path(run)}/run")
     assert (after["metadata"]["uid"], after["spec"]) == (before["metadata"]["uid"], before["spec"])

@@ -68,7 +68,7 @@ def test_a_bad_record_ends_the_run_before_any_gang(run: Run, operator: OperatorT
     assert (status["attempt"], status["reason"], status["gpuSeconds"]) == (0, "BadData", 0)
     [failure] = status["failures"]
     assert (failure["attempt"], failure["exitCode"]) == (0, 65)
-    assert "record 7: completion is missing" in run.condition("Failed")["message"]
+    assert "record 7: completion is missing" in run.condition("Stalled")["message"]
     assert run.condition("PreflightPassed")["reason"] == "BadData"
     assert (run.pods(1), run.services()) == ([], [])
     run.delete()

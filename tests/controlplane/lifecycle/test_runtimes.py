@@ -113,7 +113,7 @@ def test_a_run_that_asks_for_too_much_is_refused_by_the_rule(
     run.create(naming(name, parallelism={"nodes": 2, "gpusPerNode": 8}, training={"epochs": 1, "globalBatchSize": 16}))
     status = run.wait_phase("Failed")
     assert (status["reason"], status["runtime"]["name"]) == ("RuntimeRefused", name)
-    message = run.condition("Failed")["message"]
+    message = run.condition("Stalled")["message"]
     assert f"asks for 16 GPUs (nodes * gpusPerNode), but ClusterLoRARuntime {name} allows at most 8" in message
     assert "(limits.maxGPUs)" in message
     assert "spec.dataset.train.uri is s3://models/train.jsonl, but " in message
@@ -160,7 +160,7 @@ def test_a_run_does_not_begin_with_a_snapshot_that_holds_a_rule_of_a_newer_versi
 def test_a_run_without_a_store_anywhere_is_refused(run: Run, operator: OperatorThread) -> None:
     run.create(lambda spec: spec.update(publish={}))
     assert run.wait_phase("Failed")["reason"] == "BadSpec"
-    assert "spec.publish.store is not set, and there is no runtime" in run.condition("Failed")["message"]
+    assert "spec.publish.store is not set, and there is no runtime" in run.condition("Stalled")["message"]
 
 
 def test_the_operator_applies_the_default_runtime_and_runs_take_it(

@@ -250,8 +250,13 @@ def test_what_counts_as_a_gpu(resource: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantity", "want"), [("2", 2), ("0", 0), ("1.5", 2), ("1500m", 2), ("4k", 4000), ("1Ki", 1024), ("2Mi", 2097152)]
-)
+    ("quantity", "want"),
+    [
+        ("2", 2), ("0", 0), ("1.5", 2), ("1500m", 2), ("4k", 4000), ("1Ki", 1024), ("2Mi", 2097152), ("1e3", 1000),
+        ("+.5E3", 500), ("1E", 10**18), ("5.", 5), (".", 0), ("1u", 1), ("3n", 1), ("25e-1", 3),
+        ("1e999999999", 10**18),
+    ],
+)  # fmt: skip
 def test_a_quantity_is_counted_in_whole_numbers(quantity: str, want: int) -> None:
     assert parse_quantity(quantity) == want
 

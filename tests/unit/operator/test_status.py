@@ -11,7 +11,7 @@ from lora_operator.lifecycle.decide import decide_success
 from lora_operator.state.plan import NOTHING, Budget, LaunchAttempt, Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_conditions, compute_invalid_status, compute_status, is_progress_only
-from lora_operator.status.events import build_event, compute_events
+from lora_operator.status.events import EventSpec, build_event, compute_events
 from lora_operator.status.progress import compute_progress
 from tests.unit.operator.builders import ADAPTER, NOW, a_run, ago, condition, failure, stamp
 
@@ -247,13 +247,80 @@ def test_events(old: dict[str, Any], plan: Plan, want: list[tuple[str, str, str]
     assert events_of(old, plan) == want
 
 
-def test_an_event_has_a_name_of_its_own_and_a_bounded_note() -> None:
+def test_an_event_has_a_name_of_its_own() -> None:
     run = a_run()
     new = compute_status(
         run, Plan(phase=Phase.FAILED, reason="BadData", message="x" * 5000, attempt=2, ended=True), Reports(), NOW
     )
     event = build_event(run.metadata, compute_events(run.status, new)[-1], NOW, "host")
     assert event["metadata"] == {"name": "tickets.run-uid.2.baddata", "namespace": "team"}
-    assert len(event["note"]) == 1024
     assert event["eventTime"] == "2026-11-23T12:00:00.000000Z"
     assert event["regarding"]["uid"] == "run-uid"
+
+
+@pytest.mark.parametrize(
+    ("note", "want"),
+    [
+        ("one\n  two\r\n\nthree\t four", "one two three four"),
+        ("x" * 5000, "x" * 1021 + "..."),
+        ("é" * 600, "é" * 510 + "..."),
+        ("é" * 512, "é" * 512),
+    ],
+    ids=["lines", "long", "long in bytes alone", "just short enough"],
+)
+def test_a_note_is_one_line_of_at_most_1024_bytes(note: str, want: str) -> None:
+    """The API server counts bytes, and refuses longer ones; `kubectl get events` shows the first line alone."""
+    event = build_event(a_run().metadata, EventSpec("Normal", "Reason", "Act", note, "1"), NOW, "host")
+    assert event["note"] == want
+
+
+FAILED = Plan(
+    phase=Phase.FAILED,
+    reason="BadData",
+    message="record 17 is bad. Remedy: mend it",
+    attempt=2,
+    failure=Failure.model_validate({**failure(2, "BadData"), "message": "it broke"}),
+    conditions={
+        kind: Mark(value=kind == ConditionType.FAILED, reason="BadData", message="record 17 is bad. Remedy: mend it")
+        for kind in (ConditionType.RUNNING, ConditionType.FAILED)
+    },
+    ended=True,
+)
+
+
+def messages(status: LoRAFineTuneStatus) -> dict[str, str]:
+    return {str(item.type): item.message for item in status.conditions}
+
+
+def test_why_a_run_failed_is_said_by_one_condition_alone() -> None:
+    """By Stalled, whose message tools take that know kstatus."""
+    status = compute_status(a_run(), FAILED, Reports(), NOW)
+    assert [kind for kind, text in messages(status).items() if "record 17" in text] == ["Stalled"]
+    assert messages(status)["Failed"] == "Attempt 2 ended the run; the condition Stalled says why"
+    [event] = [event for event in compute_events(a_run().status, status) if event.reason == "BadData"]
+    assert "record 17" not in event.note
+    assert event.note.startswith("Attempt 2 ended the run. A record of the dataset is not as its format asks.")
+
+
+def test_it_stays_so_and_what_an_older_operator_said_shorter_is_put_right() -> None:
+    status = compute_status(a_run(), FAILED, Reports(), NOW)
+    again = a_run(status=status.to_wire())
+    assert compute_status(again, NOTHING, Reports(), NOW) == again.status
+    short = messages(status)["Failed"]
+    spoilt = [item.model_copy(update={"message": short}) for item in status.conditions]
+    older = a_run(status=status.model_copy(update={"conditions": spoilt}).to_wire())
+    healed = messages(compute_status(older, NOTHING, Reports(), NOW))
+    assert healed["Stalled"] == "it broke."
+    assert healed["Ready"] == "The run has failed; the condition Stalled says why"
+
+
+def test_a_run_that_failed_under_an_older_operator_is_not_written_again() -> None:
+    """Thousands of them would be, at each upgrade."""
+    whole = {"reason": "BadData", "message": "record 17 is bad", "observedGeneration": 1}
+    ended = ended_status(ConditionType.FAILED)
+    conditions = [
+        item | (whole if item["type"] != "Reconciling" else {"reason": "BadData", "message": ""})
+        for item in ended["conditions"]
+    ]
+    run = a_run(status={**ended, "reason": "BadData", "conditions": conditions})
+    assert compute_status(run, NOTHING, Reports(), NOW) == run.status
