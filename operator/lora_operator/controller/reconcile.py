@@ -338,8 +338,9 @@ class Reconciler:
         """A new attempt starts with no reports of the one before, and new pods with none of those taken back."""
         if plan.launch is not None or plan.failure is not None or plan.suspended is not None or plan.passed is not None:
             return Reports(
-                run_uid=reports.run_uid, progress=reports.progress, status_written_at=reports.status_written_at
-            )
+                run_uid=reports.run_uid, progress=reports.progress, checkpoint_step=reports.checkpoint_step,
+                status_written_at=reports.status_written_at,
+            )  # fmt: skip
         if plan.phase == Phase.QUEUED:
             return forget_pods(reports)
         if plan.restore is not None:
