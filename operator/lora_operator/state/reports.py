@@ -166,6 +166,7 @@ def forget_pods(reports: Reports) -> Reports:
         run_uid=reports.run_uid,
         epoch=reports.epoch,
         progress=reports.progress,
+        checkpoint_step=reports.checkpoint_step,
         status_written_at=reports.status_written_at,
         queue=reports.queue,
         queue_read_at=reports.queue_read_at,
