@@ -18,7 +18,7 @@ from lora_api.pods import (
     LabelMap,
     LabelValue,
     ObjectName,
-    ResourceRequirements,
+    PreflightResources,
     RuntimePodTemplate,
     qualified_names,
 )
@@ -195,7 +195,7 @@ class ClusterLoRARuntimeSpec(ApiModel):
         description="Whether runs are checked, by a pod without a GPU, before their first attempt. Default: the "
         "operator's --preflight.",
     )
-    preflight_resources: ResourceRequirements | None = Field(
+    preflight_resources: PreflightResources | None = Field(
         None,
         description="What a preflight asks for and may take. Default: requests of 500m CPU and 1Gi, or those of the "
         "run if they are less; limits of the run, or 4 CPUs and 8Gi.",
