@@ -84,6 +84,37 @@ class ResourceRequirements(ApiModel):
     )
 
 
+_PREFLIGHT_NAMES = "k in ['cpu', 'memory', 'ephemeral-storage']"
+
+
+class PreflightResources(ApiModel):
+    """Compute resources of a preflight."""
+
+    requests: Annotated[dict[str, Quantity], Field(max_length=3)] | None = Field(
+        None, description="What the scheduler sets aside of cpu, memory and ephemeral-storage."
+    )
+    limits: Annotated[dict[str, Quantity], Field(max_length=3)] | None = Field(
+        None, description="What the pod may use of them at most."
+    )
+
+    cel_rules = (
+        CelRule(
+            rule=f"(!has(self.requests) || self.requests.all(k, {_PREFLIGHT_NAMES})) && "
+            f"(!has(self.limits) || self.limits.all(k, {_PREFLIGHT_NAMES}))",
+            message="a preflight asks for cpu, memory and ephemeral-storage only",
+        ),
+        CelRule(
+            rule="!has(self.requests) || !has(self.limits) || ['cpu', 'memory', 'ephemeral-storage'].all(k, "
+            "!(k in self.requests) || !(k in self.limits) || "
+            "!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
+            "string(self.limits[k]).startsWith('-') || "
+            "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
+            message="requests may not be larger than limits",
+            field_path=".requests",
+        ),
+    )
+
+
 class Toleration(ApiModel):
     """A taint that the pods accept (the same as in a pod)."""
 

@@ -14,7 +14,7 @@ from lora_api._base import ApiModel, CelRule
 from lora_api.endpoints import Endpoints
 from lora_api.finetune import API_VERSION, MAX_TTL_SECONDS, LoRAFineTune, QueueName
 from lora_api.network import EgressRules, Identity
-from lora_api.pods import LabelMap, LabelValue, ObjectName, ResourceRequirements, RuntimePodTemplate, qualified_names
+from lora_api.pods import LabelMap, LabelValue, ObjectName, PreflightResources, RuntimePodTemplate, qualified_names
 from lora_api.publishing import StoreUri, store_rules
 from lora_api.reading import Reading, read
 from lora_api.training import Checkpoint
@@ -184,7 +184,7 @@ class ClusterLoRARuntimeSpec(ApiModel):
         description="Whether runs are checked, by a pod without a GPU, before their first attempt. Default: the "
         "operator's --preflight.",
     )
-    preflight_resources: ResourceRequirements | None = Field(
+    preflight_resources: PreflightResources | None = Field(
         None,
         description="What a preflight asks for and may take. Default: requests of 500m CPU and 1Gi, or those of the "
         "run if they are less; limits of the run, or 4 CPUs and 8Gi.",

@@ -42,9 +42,9 @@ EDITS: tuple[tuple[str, str, str], ...] = (
         "        charged=False,\n        retried=True,\n"
         '        meaning="Links are down.",\n        remedy="Look at the fabric.",\n    ),\n',
     ),
-    ("lora_operator/lifecycle.py", '"Publishing" else Phase.RUNNING,', '"Publishing" else Phase.HUMMING,'),
+    ("lora_operator/lifecycle/decide.py", '"Publishing" else Phase.RUNNING,', '"Publishing" else Phase.HUMMING,'),
     (
-        "lora_operator/status.py",
+        "lora_operator/status/compute.py",
         '            "trainer": trainer or old.trainer,\n',
         '            "trainer": trainer or old.trainer,\n            "fabric": "healthy",\n',
     ),

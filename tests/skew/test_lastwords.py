@@ -14,8 +14,12 @@ READ = """
 import json, sys
 from datetime import UTC, datetime
 from lora_api import RULES
-from lora_operator.diagnosis.diagnose import diagnose_pod
-from lora_operator.watched.views import parse_pod
+try:
+    from lora_operator.diagnosis.diagnose import diagnose_pod
+    from lora_operator.watched.views import parse_pod
+except ImportError:  # the release before has all its modules in one folder
+    from lora_operator.diagnose import diagnose_pod
+    from lora_operator.views import parse_pod
 for line in sys.stdin:
     symptom = diagnose_pod(parse_pod(json.loads(line)), datetime.now(UTC), grace=30)
     rule = RULES[symptom.failure_class]

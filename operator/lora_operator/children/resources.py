@@ -7,7 +7,6 @@ the limits of the gang, and never asks for more than the gang does.
 """
 
 from lora_api import LoRAFineTune
-from lora_api.pods import ResourceRequirements
 from lora_api.runtime import taken_runtime
 from lora_operator.state.quantities import largest, smallest
 
@@ -33,15 +32,15 @@ def gang_resources(run: LoRAFineTune) -> Resources:
 
 def preflight_resources(run: LoRAFineTune) -> Resources:
     """Those of a preflight: what preflightResources of the runtime says, and of the rest what follows from the run."""
-    own = taken_runtime(run).preflight_resources or ResourceRequirements()
-    requests, limits = dict(own.requests), dict(own.limits)
+    own = taken_runtime(run).preflight_resources
+    requests, limits = (dict(own.requests or {}), dict(own.limits or {})) if own else ({}, {})
     gang = run.spec.pod_template.resources
     for name in OF_EVERY_CONTAINER:
         asked, most = gang.requests.get(name), gang.limits.get(name)
         if name not in _LIMITS and not (asked or most or name in requests or name in limits):
             continue
         if name not in requests:
-            requests[name] = smallest(_REQUESTS[name], asked, most, own.limits.get(name))
+            requests[name] = smallest(_REQUESTS[name], asked, most, limits.get(name))
         if name not in limits and (most or name in _LIMITS):
             limits[name] = largest(most or largest(_LIMITS[name], asked), requests[name])
     return {"requests": requests, "limits": limits}

@@ -181,6 +181,7 @@ def forget_attempt(reports: Reports) -> Reports:
         run_uid=reports.run_uid,
         epoch=reports.epoch + 1,
         progress=reports.progress,
+        checkpoint_step=reports.checkpoint_step,
         status_written_at=reports.status_written_at,
         denied=reports.denied,
         denied_at=reports.denied_at,
