@@ -286,9 +286,7 @@ def _unchanged() -> str:
     policy = "&&".join(_compare(*field, "==") for field in _fixed_policy())
     same = "&&".join([*(_compare(*field, "==") for field in fields), _of_both("n.runPolicy", "o.runPolicy", policy)])
     changed = ["!has(oldSelf.status)"]
-    for section, field in (("phase", "phase"), ("progress", "progress.step")):
-        there = f"has(self.status.{section}) && has(oldSelf.status.{section})"
-        changed.append(f"({there} && self.status.{field} != oldSelf.status.{field})")
+    changed += [f"[self.status.?{field}] != [oldSelf.status.?{field}]" for field in ("phase", "progress.?step")]
     return f"(has(self.status) && ({' || '.join(changed)})) || {_of_both('self.spec', 'oldSelf.spec', same)}"
 
 
