@@ -159,8 +159,8 @@ _NEAREST_SIZES = _with_chunk(
         _let(
             "a",
             "b+c",
-            "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = '+"
-            f"{_decimal('c')}+'; the nearest: '+(b==0?'':{_decimal('b')})+"
+            "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1); the nearest: '+"
+            f"(b==0?'':{_decimal('b')})+"
             f"(b==0||a>{MAX_GLOBAL_BATCH_SIZE}?'':' and ')+(a>{MAX_GLOBAL_BATCH_SIZE}?'':{_decimal('a')})",
         ),
     )
@@ -252,10 +252,10 @@ _UNCHANGEABLE = (
 )
 
 
-def _fixed_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Each field of ``model`` that cannot be changed, as it is looked up in CEL, and whether it may be absent."""
+def _fixed_fields(model: type[BaseModel]) -> Iterator[tuple[str, bool]]:
+    """Each field of ``model``, as it is looked up in CEL, and whether it may be absent."""
     for name, field in model.model_fields.items():
-        yield f"{prefix}{field.alias or name}", field.default is None
+        yield field.alias or name, field.default is None
 
 
 def _fixed_policy() -> list[tuple[str, bool]]:
