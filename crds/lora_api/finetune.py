@@ -164,8 +164,8 @@ _NEAREST_SIZES = _with_chunk(
         _let(
             "a",
             "b+c",
-            "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = '+"
-            f"{_decimal('c')}+'; the nearest: '+(b==0?'':{_decimal('b')})+"
+            "'globalBatchSize must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1); the nearest: '+"
+            f"(b==0?'':{_decimal('b')})+"
             f"(b==0||a>{MAX_GLOBAL_BATCH_SIZE}?'':' and ')+(a>{MAX_GLOBAL_BATCH_SIZE}?'':{_decimal('a')})",
         ),
     )
@@ -258,10 +258,10 @@ _UNCHANGEABLE = (
 )
 
 
-def _fixed_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Each field of ``model`` that cannot be changed, as it is looked up in CEL, and whether it may be absent."""
+def _fixed_fields(model: type[BaseModel]) -> Iterator[tuple[str, bool]]:
+    """Each field of ``model``, as it is looked up in CEL, and whether it may be absent."""
     for name, field in model.model_fields.items():
-        yield f"{prefix}{field.alias or name}", field.default is None
+        yield field.alias or name, field.default is None
 
 
 def _fixed_policy() -> list[tuple[str, bool]]:
@@ -292,9 +292,7 @@ def _unchanged() -> str:
     policy = "&&".join(_compare(*field, "==") for field in _fixed_policy())
     same = "&&".join([*(_compare(*field, "==") for field in fields), _of_both("n.runPolicy", "o.runPolicy", policy)])
     changed = ["!has(oldSelf.status)"]
-    for section, field in (("phase", "phase"), ("progress", "progress.step")):
-        there = f"has(self.status.{section}) && has(oldSelf.status.{section})"
-        changed.append(f"({there} && self.status.{field} != oldSelf.status.{field})")
+    changed += [f"[self.status.?{field}] != [oldSelf.status.?{field}]" for field in ("phase", "progress.?step")]
     return f"(has(self.status) && ({' || '.join(changed)})) || {_of_both('self.spec', 'oldSelf.spec', same)}"
 
 

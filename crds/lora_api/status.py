@@ -110,7 +110,7 @@ class Progress(RecordModel):
 class Failure(RecordModel):
     """Why an attempt ended."""
 
-    attempt: int = Field(ge=0, description="Attempt that failed, counted from 1; 0 is what comes before the first.")
+    attempt: int = Field(ge=0, description="Attempt that failed; 0 is what comes before the first.")
     failure_class: FailureClass = Field(
         alias="class",
         description="Kind of failure: docs/reference.md. A later version may know more.",
@@ -137,7 +137,7 @@ class AdapterStatus(RecordModel):
     )
     digest: str = Field(description="Content digest, sha256:HEX.")
     version: int = Field(ge=1, description="Version under the adapter's name, counted from 1.")
-    served_name: str = Field(description="Name to serve this version under: NAME-vVERSION.")
+    served_name: str = Field(description="Name to serve it under: NAME-vVERSION.")
     rank: int = Field(ge=1, description="LoRA rank.")
     serving_max_lora_rank: int = Field(ge=1, description="Smallest --max-lora-rank of vLLM that can serve it.")
     size_bytes: int = Field(ge=0, description="Size of the adapter's own files, in bytes.")
@@ -165,8 +165,7 @@ class RuntimeSnapshot(RecordModel):
     generation: int = Field(0, ge=0, description="Its generation.")
     spec: dict[str, Any] = Field(
         {},
-        description="Its spec, but for what is looked at once: allowedNamespaces, and the limits but "
-        "maxActiveDeadlineSeconds.",
+        description="Its spec, but for allowedNamespaces and the limits other than maxActiveDeadlineSeconds.",
         json_schema_extra={"x-kubernetes-preserve-unknown-fields": True},
     )
 
@@ -174,7 +173,7 @@ class RuntimeSnapshot(RecordModel):
 class TrainerPin(RecordModel):
     """The trainer of a run: every attempt has the same."""
 
-    image: str = Field(description="Image of the training pods, as the first attempt (or preflight) had it.")
+    image: str = Field(description="Image of the training pods.")
     run_version: int = Field(1, ge=1, description="Newest version of the run document that this image reads.")
 
 

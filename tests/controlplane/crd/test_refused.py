@@ -252,22 +252,22 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a batch that does not divide": (
         {"training.globalBatchSize": 30, "training.microBatchSize": 4, "parallelism.nodes": 3},
         "spec.training.globalBatchSize",
-        "must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1) = 12; the nearest: 24 and 36",
+        "must be a multiple of microBatchSize * nodes * max(gpusPerNode, 1); the nearest: 24 and 36",
     ),
     "a batch that the default does not divide into": (
         {"parallelism.nodes": 3},
         "spec.training.globalBatchSize",
-        "= 3; the nearest: 15 and 18",
+        "the nearest: 15 and 18",
     ),
     "a batch smaller than the gang": (
         {"training.globalBatchSize": 4, "parallelism.nodes": 2, "parallelism.gpusPerNode": 8},
         "spec.training.globalBatchSize",
-        "= 16; the nearest: 16",
+        "the nearest: 16",
     ),
     "a batch beyond the bound when rounded up": (
         {"training.globalBatchSize": 65536, "parallelism.gpusPerNode": 15},
         "spec.training.globalBatchSize",
-        "= 15; the nearest: 65535",
+        "the nearest: 65535",
     ),
     "one pass of all processes is too large": (
         {"training.microBatchSize": 1024, "parallelism.nodes": 64, "parallelism.gpusPerNode": 8},

@@ -198,4 +198,4 @@ def test_the_advice_on_batch_sizes_is_the_trainers(dry: DryRun, size: int, micro
     assert code == 422
     with pytest.raises(ValueError, match="multiple of") as error:
         plan_batch(read.training, read.parallelism)
-    assert str(error.value).partition("multiple of ")[2] in answer["message"]
+    assert str(error.value).partition("; the nearest: ")[2] == answer["message"].partition("; the nearest: ")[2]
