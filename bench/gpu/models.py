@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from lora_api.training import Quantization
 from lora_trainer.architecture import attention_implementation, read_architecture
+from lora_trainer.loading import LOADED_FLAG
 from lora_trainer.model import compute_dtype, load_skeleton, make_base, quantization_config
 
 _LLAMA_3: dict[str, Any] = {
@@ -104,7 +105,9 @@ def random_base_model(
     generator = torch.Generator(device).manual_seed(SEED)
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, _materialize(module, name, parameter, dtype, generator))
+            made = _materialize(module, name, parameter, dtype, generator)
+            setattr(made, LOADED_FLAG, True)  # as if it came from a file: each rank keeps its part
+            module.register_parameter(name, made)
         if list(module.buffers(recurse=False)):
             _remake_buffers(module, config, device)
     model.tie_weights()

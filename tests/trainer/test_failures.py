@@ -199,7 +199,7 @@ PROVOCATIONS: dict[FailureClass, tuple[Callable[[Bench], Launched], str]] = {
 }
 """How each row with an exit code is provoked, and what its message says."""
 
-SAYS_MORE = {FailureClass.GPU_UNSUPPORTED, FailureClass.LIMIT_TOO_LOW}
+SAYS_MORE = {FailureClass.GPU_UNSUPPORTED, FailureClass.LIMIT_TOO_LOW, FailureClass.PEER_LOST}
 """Classes whose remedy depends on what was said (test_gpu_failures.py)."""
 
 

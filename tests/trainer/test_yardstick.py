@@ -9,6 +9,7 @@ import pytest
 
 from lora_api.adapter import MANIFEST_FILE, AdapterManifest
 from lora_api.run import RunSpec
+from lora_api.training import DPO
 from lora_trainer.cli import main
 from lora_trainer.errors import BadSpecError, TrainerError
 from lora_trainer.measure import measure
@@ -131,6 +132,15 @@ def test_a_manifest_of_another_release_is_read_as_far_as_it_goes(
     odd = find(tmp_path, manifest_of(run, yardstick={**own, "tokenBudget": "many"}))
     assert odd.name.endswith("cannot be understood here (tokenBudget)")
     assert find_yardstick(None).name.endswith("no adapter was given")
+
+
+def test_a_run_of_pairs_is_measured_on_pairs_whether_or_not_it_has_settings_of_its_own(
+    tmp_path: Path, make_run: Callable[..., RunSpec]
+) -> None:
+    assert find(tmp_path, manifest_of(make_run(training={"objective": "dpo"}))).dpo == DPO()
+    own = make_run(training={"objective": "dpo", "dpo": {"beta": 0.3}})
+    assert find(tmp_path, manifest_of(own)).dpo == DPO(beta=0.3)
+    assert find(tmp_path, manifest_of(make_run())).dpo is None
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -79,15 +79,13 @@ def train_without_triton(run_file: Path) -> int:
     forbid_triton()
     code = run_worker(run_file)
     if code == 0:
-        from lora_api.training import DPO
         from lora_trainer.measure import measure
 
         run = json.loads(run_file.read_text())
-        dpo = DPO() if run["training"].get("objective") == "dpo" else None
         (adapter,) = Path(os.environ[ADAPTER]).glob("**/adapter_model.safetensors")
         found = measure(
             model=run["baseModel"]["uri"], data=run["dataset"]["eval"]["uri"], adapter=f"file://{adapter.parent}",
-            dpo=dpo, limit=4, max_new_tokens=4,
+            limit=4, max_new_tokens=4,
         )  # fmt: skip
         sys.stdout.write(f"measured {found.loss}\n")
         sys.stdout.flush()

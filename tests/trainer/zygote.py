@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,6 +204,9 @@ def _become_worker(run_file: Path, environment: dict[str, str], entry: str) -> N
 
         module, _, function = (entry or "lora_trainer.worker:run_worker").partition(":")
         code = getattr(importlib.import_module(module), function)(run_file)
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -30,7 +30,7 @@ def describe_yardstick(run: RunSpec) -> dict[str, Any]:
         base_model=run.base_model,
         dataset=run.dataset.model_copy(update={"chat_template": None}),
         quantization=run.quantization,
-        dpo=training.dpo if training.objective == "dpo" else None,
+        dpo=(training.dpo or DPO()) if training.objective == "dpo" else None,
         token_budget=length * run.batch.micro_batch_size,
     ).to_wire()
 
