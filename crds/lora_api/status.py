@@ -238,14 +238,14 @@ class LoRAFineTuneStatus(RecordModel):
     last_checkpoint: CheckpointStatus | None = Field(
         None, description="Newest complete checkpoint. A newer one sets chargedRestarts to 0."
     )
-    recent_failures: int = Field(
-        0, ge=0, description="Failures since lastCheckpoint. Each doubles the pause before the next attempt."
+    recent_failures: int | None = Field(
+        None, ge=0, description="Failures since lastCheckpoint. Each doubles the pause before the next attempt."
     )
     failing_since: Time | None = Field(
         None, description="When the first of them was seen. Time without room or quota is added."
     )
-    avoided_nodes: list[AvoidedNode] = Field(
-        [],
+    avoided_nodes: list[AvoidedNode] | None = Field(
+        None,
         description="Nodes that no pod goes to, the newest 20.",
         json_schema_extra={"x-kubernetes-list-type": "atomic", **_up_to(10 * MAX_AVOIDED_NODES)},
     )

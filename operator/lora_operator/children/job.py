@@ -115,7 +115,7 @@ def _build(
             "parallelism": pods,
             "backoffLimitPerIndex": 0,
             "podReplacementPolicy": "Failed",
-            "template": keep_away(template, run.status.avoided_nodes),
+            "template": keep_away(template, run.status.avoided_nodes or []),
         },
     }
 

@@ -31,7 +31,7 @@ def avoid(
         for one in symptoms
         if one.pod and speaks_of_node(one.failure_class, one.reason)
     ]
-    nodes = {node.name: node for node in keep_recent(status.avoided_nodes, now)}
+    nodes = {node.name: node for node in keep_recent(status.avoided_nodes or [], now)}
     for name, failure_class in bad:
         if name:
             nodes.pop(name, None)  # so that it counts as the newest

@@ -56,7 +56,7 @@ def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: d
     """The end of an attempt for whose gang there was no room as a whole."""
     placed = sum(pod.scheduled or pod.has_ended for pod in pods)
     message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods)}"
-    message += describe_forgotten(observed.run.status.avoided_nodes)
+    message += describe_forgotten(observed.run.status.avoided_nodes or [])
     return new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
 
 

@@ -47,7 +47,9 @@ def find_budget(status: LoRAFineTuneStatus, checkpoint: int | None) -> Budget:
     """What is used up, now that ``checkpoint`` is the step of the newest complete checkpoint that was told of."""
     if is_newer(status, checkpoint):
         return Budget()
-    failures = max(status.recent_failures, status.charged_restarts)  # an older operator has counted the latter alone
+    failures = max(
+        status.recent_failures or 0, status.charged_restarts
+    )  # an older operator has counted the latter alone
     return Budget(status.charged_restarts, failures, status.failing_since)
 
 

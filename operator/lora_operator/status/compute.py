@@ -98,9 +98,9 @@ def _budget(old: LoRAFineTuneStatus, plan: Plan, reports: Reports, now: datetime
     return {
         "last_checkpoint": CheckpointStatus(step=step, at=now) if step is not None and newer else old.last_checkpoint,
         "charged_restarts": budget.charged,
-        "recent_failures": budget.count,
+        "recent_failures": budget.count or None,
         "failing_since": budget.since,
-        "avoided_nodes": keep_recent(old.avoided_nodes if plan.avoided is None else plan.avoided, now),
+        "avoided_nodes": keep_recent((old.avoided_nodes or []) if plan.avoided is None else plan.avoided, now) or None,
     }
 
 
@@ -140,7 +140,7 @@ def _compute_retried(run: LoRAFineTune, plan: Plan, now: datetime) -> LoRAFineTu
             "runtime": None if plan.afresh else old.runtime,
             "failed_preflights": preflights,
             "charged_restarts": 0,
-            "recent_failures": 0,
+            "recent_failures": None,
             "failing_since": None,
             "retried_attempts": old.attempt + preflights,
             "observed_retry": plan.retry,

@@ -86,8 +86,6 @@ def test_an_unset_field_is_not_written() -> None:
         "failures": [],
         "failedPreflights": 0,
         "chargedRestarts": 0,
-        "recentFailures": 0,
-        "avoidedNodes": [],
         "preemptions": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,

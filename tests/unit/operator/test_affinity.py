@@ -30,7 +30,7 @@ TERMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 def test_what_is_asked_of_nodes_still_holds(name: str) -> None:
     affinity, want = TERMS[name]
     template = {"spec": {"affinity": affinity, "nodeSelector": {"a": "b"}}}
-    found = keep_away(template, RUN.status.avoided_nodes)
+    found = keep_away(template, (RUN.status.avoided_nodes or []))
     required = found["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     assert required["nodeSelectorTerms"] == want
     assert found["spec"]["nodeSelector"] == {"a": "b"}
@@ -42,7 +42,7 @@ def test_what_is_preferred_and_what_is_said_of_pods_stays() -> None:
         "podAntiAffinity": {"x": 1},
         "nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1}]},
     }
-    found = keep_away({"spec": {"affinity": affinity}}, RUN.status.avoided_nodes)["spec"]["affinity"]
+    found = keep_away({"spec": {"affinity": affinity}}, (RUN.status.avoided_nodes or []))["spec"]["affinity"]
     assert found["podAntiAffinity"] == {"x": 1}
     assert found["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] == [{"weight": 1}]
 

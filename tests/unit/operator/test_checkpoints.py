@@ -93,7 +93,7 @@ def status_of(plan: Plan, reports: Reports, **status: Any) -> Any:
 def test_a_newer_checkpoint_gives_back_what_was_used_up_while_the_gang_runs() -> None:
     new = status_of(RUNNING, Reports(checkpoint_step=24), **SAVED)
     assert (new.last_checkpoint.step, new.last_checkpoint.at) == (24, NOW)
-    assert (new.charged_restarts, new.recent_failures, new.failing_since) == (0, 0, None)
+    assert (new.charged_restarts, new.recent_failures, new.failing_since) == (0, None, None)
 
 
 def test_one_that_is_known_gives_back_nothing() -> None:
@@ -110,7 +110,7 @@ def test_that_the_count_is_0_again_is_told_at_once() -> None:
 def test_a_suspension_ends_the_day_and_gives_back_no_restarts() -> None:
     plan = Plan(phase=RUNNING.phase, reason="Suspending", attempt=2, suspended=2)
     new = status_of(plan, Reports())
-    assert (new.charged_restarts, new.recent_failures, new.failing_since) == (2, 0, None)
+    assert (new.charged_restarts, new.recent_failures, new.failing_since) == (2, None, None)
 
 
 @pytest.mark.parametrize(
