@@ -73,13 +73,13 @@ def test_a_number_that_no_status_can_hold_is_no_word(field: str) -> None:
     assert parse_progress_line(f'{{"lora":{{"event":"step",{at},"step":{HUGE},"totalSteps":{HUGE}}}}}') is None
 
 
-def a_pod(labels: dict[str, str], owners: list[Raw]) -> Raw:
+def a_pod(labels: dict[str, str], owners: list[Raw], **more: str) -> Raw:
     ours = {
         "lorafinetune.io/name": "run",
         "lorafinetune.io/attempt": "1",
         "batch.kubernetes.io/job-completion-index": "0",
     }
-    metadata = {"namespace": "n", "name": "p", "uid": "u", "resourceVersion": "1", "labels": ours | labels}
+    metadata = {"namespace": "n", "name": "p", "uid": "u", "resourceVersion": "1", "labels": ours | labels, **more}
     return {"metadata": metadata | {"ownerReferences": owners}}
 
 
@@ -98,7 +98,8 @@ JOB_OWNER = {"kind": "Job", "name": "run-1", "uid": "job-uid", "controller": Tru
 LABEL = {"batch.kubernetes.io/controller-uid": "job-uid"}
 PODS: dict[str, tuple[Raw, str]] = {
     "one that the Job controller made": (a_pod(LABEL, [JOB_OWNER]), "job-uid"),
-    "one that its owner was orphaned from": (a_pod(LABEL, []), "job-uid"),
+    "one that its owner was orphaned from": (a_pod(LABEL, [], generateName="run-1-0-"), "job-uid"),
+    "a copied label without an owner": (a_pod(LABEL, []), ""),
     "our labels alone": (a_pod({}, []), ""),
     "a copied owner reference": (a_pod({}, [JOB_OWNER]), ""),
     "a copied label below another owner": (a_pod(LABEL, [{**JOB_OWNER, "uid": "other"}]), ""),
