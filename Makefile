@@ -74,6 +74,10 @@ soak: venv binaries ## Soak the operator in faults for MINUTES (30) by SEED (1):
 .PHONY: test-soak
 test-soak: soak test-nodes test-kueue ## All tests that take longer than 5 minutes, with their results in docs/benchmarks
 
+.PHONY: mutate
+mutate: venv ## Change the operator's code in MINUTES (30) by SEED (1), and list the changes that no unit test notices
+	$(RUN) tools/mutate.py --seed $(SEED) --minutes $(MINUTES)
+
 .PHONY: lint
 lint: venv ## Style, types, layers and generated files
 	$(RUN) -m ruff check .

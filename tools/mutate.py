@@ -1,0 +1,162 @@
+"""Changes one thing at a time in the operator's code, and sees whether the unit tests notice.
+
+``make mutate`` tries mutants for MINUTES, chosen by SEED, in a copy of the tree; it prints those that survive and their
+share. A mutant that changes nothing which anybody could see counts as survived, too: have a look at it, and leave it.
+"""
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "operator" / "lora_operator"
+TESTS = "tests/unit/operator"
+LONGEST = 300.0
+"""Seconds after which tests that do not end have noticed."""
+
+COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``before`` at ``start`` (an offset in the text of ``path``) becomes ``after``."""
+
+    path: Path
+    start: int
+    before: str
+    after: str
+    line: int
+
+    def apply(self, text: str) -> str:
+        """``text`` with the change."""
+        return text[: self.start] + self.after + text[self.start + len(self.before) :]
+
+    def describe(self) -> str:
+        """For people, in one line."""
+        before, after = (" ".join(part.split())[:60] for part in (self.before, self.after))
+        return f"{self.path.relative_to(SOURCES.parent)}:{self.line}: {before} -> {after}"
+
+
+def find_mutants(path: Path, text: str) -> list[Mutant]:
+    """Every change that is known how to make in ``text``."""
+    lines = [0]
+    for line in text.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line.encode()))
+    data = text.encode()
+
+    def offset(line: int, column: int) -> int:
+        return len(data[: lines[line - 1] + column].decode())
+
+    def mutant(node: ast.expr, after: str) -> Mutant:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start, end = offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
+        return Mutant(path, start, text[start:end], after, node.lineno)
+
+    return [
+        mutant(node, after) for top in ast.parse(text).body if isinstance(top, ast.FunctionDef | ast.ClassDef)
+        for node, after in _changes(top, text)
+    ]  # fmt: skip
+
+
+def _changes(top: ast.AST, text: str) -> Iterator[tuple[ast.expr, str]]:
+    """Expressions below ``top``, and what to put in their place."""
+    for node in ast.walk(top):
+        source = ast.unparse
+        match node:
+            case ast.Compare(ops=[operator], left=left, comparators=[right]):
+                yield node, f"({source(left)} {COMPARISONS[type(operator)]} {source(right)})"
+            case ast.BoolOp(values=values):
+                word = " or " if isinstance(node.op, ast.And) else " and "
+                yield node, "(" + word.join(f"({source(value)})" for value in values) + ")"
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                yield node, f"({source(operand)})"
+            case ast.BinOp(op=operator, left=left, right=right) if type(operator) in ARITHMETIC and not _is_text(node):
+                yield node, f"({source(left)} {ARITHMETIC[type(operator)]} {source(right)})"
+            case ast.Constant(value=bool(value)):
+                yield node, str(not value)
+            case ast.Constant(value=int() | float() as value):
+                yield node, repr(value + 1)
+            case ast.IfExp(test=test, body=body, orelse=other):
+                yield node, f"({source(other)} if {source(test)} else {source(body)})"
+            case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
+                yield value, "None"
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    """Whether strings are joined: there is no opposite of that."""
+    return any(isinstance(part, ast.JoinedStr) or isinstance(getattr(part, "value", None), str)
+               for part in (node.left, node.right))  # fmt: skip
+
+
+def survives(mutant: Mutant, copy: Path) -> bool:
+    """Whether the unit tests pass with ``mutant``. Those that name its module come first, as they notice most."""
+    target = copy / mutant.path.relative_to(ROOT)
+    original = target.read_text()
+    target.write_text(mutant.apply(original))
+    try:
+        module = ".".join(mutant.path.relative_to(SOURCES.parent).with_suffix("").parts)
+        near = [str(path.relative_to(copy)) for path in sorted((copy / TESTS).rglob("test_*.py"))
+                if module in path.read_text()]  # fmt: skip
+        return all(_pass(copy, tests) for tests in (near, [TESTS]) if tests)
+    finally:
+        target.write_text(original)
+
+
+def _pass(copy: Path, tests: list[str]) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    path = os.pathsep.join(str(copy / name) for name in ("crds", "operator", "trainer_image", ""))
+    try:
+        found = subprocess.run(
+            command, cwd=copy, env={**os.environ, "PYTHONPATH": path}, timeout=LONGEST, capture_output=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return found.returncode == 0
+
+
+def main() -> None:
+    """Tries mutants until the time is over."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1, help="which mutants, and in which order (default: 1)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="for how long (default: 30)")
+    parser.add_argument("--only", default="", help="part of the path of the modules to look at; default: all")
+    options = parser.parse_args()
+    paths = [path for path in sorted(SOURCES.rglob("*.py")) if options.only in str(path)]
+    mutants = [mutant for path in paths for mutant in find_mutants(path, path.read_text())]
+    random.Random(options.seed).shuffle(mutants)
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory) / "tree"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
+        if not _pass(copy, [TESTS]):
+            sys.exit("the unit tests fail on the tree as it is: mend that first")
+        tried, alive, until = 0, list[Mutant](), time.monotonic() + 60 * options.minutes
+        for mutant in mutants:
+            if time.monotonic() > until:
+                break
+            tried += 1
+            if survives(mutant, copy):
+                alive.append(mutant)
+                print(f"survived: {mutant.describe()}", flush=True)
+    share = len(alive) / max(tried, 1)
+    print(
+        f"{len(alive)} of {tried} mutants survived ({share:.1%}), of {len(mutants)} that there are; seed {options.seed}"
+    )
+
+
+if __name__ == "__main__":
+    main()
