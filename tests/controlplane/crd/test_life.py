@@ -74,6 +74,7 @@ def test_what_is_for_changing_can_be_changed(cp: devcluster.ControlPlane, living
         "maxRestarts": 9,
         "stallTimeoutSeconds": 60,
         "activeDeadlineSeconds": 60,
+        "placementTimeoutSeconds": 90,
         "ttlSecondsAfterFinished": 5,
     }
     assert policy.keys() == set(MUTABLE)
@@ -198,8 +199,6 @@ def test_a_status_comes_back_as_it_was_written(cp: devcluster.ControlPlane, livi
         "failures": [],
         "failedPreflights": 0,
         "chargedRestarts": 0,
-        "recentFailures": 0,
-        "avoidedNodes": [],
         "preemptions": 0,
         "suspendedAttempt": 0,
         "activeSeconds": 0,

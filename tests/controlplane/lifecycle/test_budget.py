@@ -49,7 +49,7 @@ def test_each_newer_checkpoint_gives_the_restarts_back(run: Run, operator: Opera
         assert (status["chargedRestarts"], status["lastCheckpoint"]["step"]) == (1, saved)
     fail(run, 4, "Internal", 70, step=14, checkpointStep=12)
     assert run.wait_phase("Failed")["attempt"] == 4
-    assert "after 1 of runPolicy.maxRestarts = 1 restarts" in run.condition("Ready")["message"]
+    assert "after 1 of runPolicy.maxRestarts = 1 restarts" in run.condition("Stalled")["message"]
 
 
 def test_a_checkpoint_that_the_log_tells_of_gives_them_back_at_once(run: Run, settings: Settings) -> None:

@@ -183,7 +183,7 @@ def test_a_document_that_is_too_large_ends_the_run_at_once(
     assert (failure["class"], failure["attempt"]) == ("BadSpec", attempt)
     assert f"Job run-{'pre1' if preflight == 'on' else '1'} is refused" in failure["message"]
     assert "spec.template.annotations: Too long: may not be more than 262144 bytes" in failure["message"]
-    assert "Remedy: Shorten what the specification says at length" in run.condition("Failed")["message"]
+    assert "Remedy: Shorten what the specification says at length" in run.condition("Stalled")["message"]
 
 
 def wait_until_refused(api: Api, namespace: str) -> None:

@@ -51,7 +51,7 @@ def test_a_secret_is_not_repeated_in_the_status(runs: Runs) -> None:
     name = runs.submit("repeated", credentials={"secretRef": {"name": SECRET}}, podTemplate={"env": env})
     run = runs.wait_end(name)
     assert run.status.reason == "BadSpec"
-    assert "there is no lever $(AWS_SECRET_ACCESS_KEY);" in find_condition(run, "Failed").message
+    assert "there is no lever $(AWS_SECRET_ACCESS_KEY);" in find_condition(run, "Stalled").message
     said = runs.kubectl("get", "lft", name, "--output=json")
     said += "".join(runs.kubectl("logs", pod["metadata"]["name"]) for pod in runs.pods(name))
     assert runs.cluster.s3_secret_key not in said

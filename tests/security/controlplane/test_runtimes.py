@@ -19,7 +19,7 @@ def refusal(run: Run) -> str:
     """What a run says that was refused before anything was made for it."""
     assert run.wait_phase("Failed")["reason"] == "RuntimeRefused"
     assert (run.jobs(), run.services()) == ([], [])
-    return str(run.condition("Failed")["message"])
+    return str(run.condition("Stalled")["message"])
 
 
 def changed(name: Callable[[Raw], None], **more: Any) -> Callable[[Raw], None]:
@@ -204,7 +204,7 @@ def test_a_deadline_that_is_raised_past_the_limit(run: Run, operator: OperatorTh
     put_runtime(limits={"maxActiveDeadlineSeconds": 86400})
     status = run.wait_phase("Failed")
     assert status["reason"] == "DeadlineExceeded"
-    message = run.condition("Failed")["message"]
+    message = run.condition("Stalled")["message"]
     assert f"the most that ClusterLoRARuntime of-{run.namespace} allows (limits.maxActiveDeadlineSeconds)" in message
 
 
