@@ -226,7 +226,7 @@ def test_a_second_release_is_told_what_it_needs(cp: devcluster.ControlPlane, hel
     cp.kubectl("create", "clusterrole", "second-view", "--verb=get", "--resource=pods")
     try:
         for name in names:
-            cp.kubectl("annotate", name, *(f"{key}={value}" for key, value in owner.items()))
+            cp.kubectl("annotate", "--overwrite", name, *(f"{key}={value}" for key, value in owner.items()))
         install = ("install", "second", str(CHART), "--dry-run=server")
         with pytest.raises(
             AssertionError, match=r"belongs to release first in namespace elsewhere: set crds\.enabled=false"
