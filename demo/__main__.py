@@ -26,7 +26,7 @@ from lora_api import AdapterStatus, LoRAFineTune, Phase
 NAMESPACE = "demo"
 MANIFEST = REPOSITORY / "examples" / "quickstart.yaml"
 OUTPUT = REPOSITORY / ".demo"
-RUN_SECONDS = 900
+RUN_SECONDS = 1800
 EVALUATE_SECONDS = 600
 SAMPLES = 2
 
