@@ -221,7 +221,8 @@ def test_who_may_view_a_namespace_can_read_the_runtimes(cp: devcluster.ControlPl
 def test_a_second_release_is_told_what_it_needs(cp: devcluster.ControlPlane, helm: Helm) -> None:
     """Helm itself says that it cannot take over an object, and not what to do."""
     owner = {"meta.helm.sh/release-name": "first", "meta.helm.sh/release-namespace": "elsewhere"}
-    names = [f"customresourcedefinition/{RUN.name}", "clusterrole/second-view"]
+    crds = [RUN.name, "clusterloraruntimes.lorafinetune.io"]
+    names = [*(f"customresourcedefinition/{name}" for name in crds), "clusterrole/second-view"]
     cp.kubectl("apply", f"--filename={CHART / 'files' / 'crds'}")
     cp.kubectl("create", "clusterrole", "second-view", "--verb=get", "--resource=pods")
     try:
