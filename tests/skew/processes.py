@@ -55,7 +55,7 @@ def running(release: Release, kubeconfig: Path, namespace: str, log: Path, *flag
                 assert process.poll() is None, operator.log
                 return "ready: " in operator.log
 
-            eventually(f"the operator of {release.name} is ready", is_ready)
+            eventually(f"the operator of {release.name} is ready", is_ready, 60)
             yield operator
         finally:
             process.terminate()

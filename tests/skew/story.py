@@ -37,7 +37,7 @@ def bring_about(api: Api, namespace: str) -> dict[str, Run]:
     suspend(runs["suspended"], 1)
     for name, run in runs.items():
         run.wait_phase(PHASES[name])
-    eventually("the suspended run's pods are gone", lambda: not runs["suspended"].pods(1))
+    eventually("the suspended run's pods are gone", lambda: not runs["suspended"].pods(1), 60)
     runs["suspended"].wait("it is suspended", lambda status: status["reason"] == "Suspended")
     return runs
 

@@ -51,7 +51,7 @@ def test_operators_and_crds_of_any_two_releases_leave_every_run_as_it_is(
             look_at_all(runs, process)
             for name, run in runs.items():
                 phase = NEW_PHASE if (name, operator) == ("running", "after") else PHASES[name]
-                run.wait(f"{phase} with {pair}", lambda status, phase=phase: status.get("phase") == phase)
+                run.wait(f"{phase} with {pair}", lambda status, phase=phase: status.get("phase") == phase, 20)
                 assert Facts.of(run) == facts[name], pair
                 assert run.status["reason"] != "InvalidSpec", pair
             check_versions(runs["running"], operator, crds, process)
@@ -59,7 +59,7 @@ def test_operators_and_crds_of_any_two_releases_leave_every_run_as_it_is(
     with running(today, cp.kubeconfig, namespace, log_of("heal")) as process:
         look_at_all(runs, process)
         for name, run in runs.items():
-            run.wait("it is healed", lambda status: status["reason"] != "InvalidSpec")
+            run.wait("it is healed", lambda status: status["reason"] != "InvalidSpec", 20)
             assert Facts.of(run) == facts[name], "healed"
     finish(runs, today, cp.kubeconfig, namespace, log_of("end"))
     made = [f"{name}-{attempt}" for name in runs for attempt in (1, 2) if (name, attempt) in TRAINED]
@@ -97,7 +97,7 @@ def spoil(
     install(after)
     with running(before, kubeconfig, namespace, log):
         for run in runs.values():
-            run.wait("it is marked", lambda status: status["reason"] == "InvalidSpec")
+            run.wait("it is marked", lambda status: status["reason"] == "InvalidSpec", 60)
         assert runs["finished"].condition("Stalled")["status"] == "True"
         assert runs["finished"].condition("Complete")["status"] == "True"
 

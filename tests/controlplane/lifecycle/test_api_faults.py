@@ -180,7 +180,7 @@ def test_watches_begin_though_the_first_looks_hang(
         eventually("ready", lambda: operator.operator.ready)
         run.create()
         key = (run.namespace, run.name)
-        eventually("the new run is seen", lambda: key in operator.operator.cache.run_keys())
+        eventually("the new run is seen", lambda: key in operator.operator.cache.run_keys(), 15)
 
 
 def test_an_operator_that_may_nothing_says_what_to_do_and_ends(cp: devcluster.ControlPlane) -> None:
@@ -211,9 +211,9 @@ def test_the_api_server_goes_away_and_comes_back(
             cp.start_api_server()
         run.set_failed(1, "StoreUnavailable", 74)
         run.set_running(2)
-        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
         run.set_succeeded(2)
-        run.wait_phase("Succeeded")
+        run.wait_phase("Succeeded", 60)
     assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
 
 
@@ -228,9 +228,9 @@ def test_etcd_stands_still_for_a_while(run: Run, settings: Settings, cp: devclus
                 cp.kubectl("get", "pods", "--request-timeout=3s")
         finally:
             os.kill(etcd, signal.SIGCONT)
-        run.wait_phase("Running")
+        run.wait_phase("Running", 60)
         run.set_succeeded(1)
-        run.wait_phase("Succeeded")
+        run.wait_phase("Succeeded", 60)
     assert jobs_created(cp, run.namespace) == ["run-1"]
 
 
@@ -277,7 +277,7 @@ def test_a_job_that_somebody_shrinks_is_replaced(run: Run, operator: OperatorThr
     run.wait_phase("Running")
     path = f"/apis/batch/v1/namespaces/{run.namespace}/jobs/run-1"
     run.api.patch(path, {"spec": {"parallelism": 1, "completions": 1}})
-    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
     assert status["failures"][0]["class"] == "PodLost"
     assert len(run.gang(2)) == 2
 
@@ -308,7 +308,7 @@ def test_a_namespace_goes_with_all_that_is_in_it(
         leaving.wait_phase("Running")
         api.delete(f"/api/v1/namespaces/{going}")
         leaving.set_failed(1, "StoreUnavailable", 74)
-        eventually("the run is gone", lambda: api.items(leaving.path) == [])
+        eventually("the run is gone", lambda: api.items(leaving.path) == [], 60)
         other.set_running(1)
         other.set_succeeded(1)
         other.wait_phase("Succeeded")
@@ -360,9 +360,9 @@ def test_the_crd_is_upgraded_under_a_run(
             apply_crd(cp, text)
         run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
         run.set_running(2)
-        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
         run.set_succeeded(2)
-        run.wait_phase("Succeeded")
+        run.wait_phase("Succeeded", 60)
     assert run.condition("Stalled")["status"] == "False"
     assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
 

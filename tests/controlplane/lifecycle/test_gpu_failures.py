@@ -42,9 +42,9 @@ def test_every_row_reaches_the_status(api: Api, namespace: str, operator: Operat
     for row, run in zip(GPU_ERRORS, runs, strict=True):
         entry, rule = words[key_of(row)], RULES[row.failure_class]
         if rule.retried and not rule.charged:
-            status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+            status = run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
         else:
-            status = run.wait_phase("Failed")
+            status = run.wait_phase("Failed", 60)
         [failure] = status["failures"]
         assert (failure["class"], failure["node"], failure["rank"]) == (row.failure_class, "gpu-7", 0), row.text
         assert failure["remedy"] == (row.remedy or rule.remedy)

@@ -43,7 +43,7 @@ def live(run: Run, is_over: Callable[[], bool] = lambda: False) -> None:
     ]
     attempts = [1, 1, 2, 2]
     for attempt, step in zip(attempts, steps, strict=True):
-        eventually(f"pods of attempt {attempt}", lambda attempt=attempt: is_over() or len(run.pods(attempt)) == 2)
+        eventually(f"pods of attempt {attempt}", lambda attempt=attempt: is_over() or len(run.pods(attempt)) == 2, 60)
         if is_over():
             return
         step()
@@ -59,11 +59,11 @@ def replay(run: Run) -> None:
         return
     second = run.pods(2)
     if not second:
-        first = eventually("a gang", lambda: (len(run.pods(1)) == 2 and run.pods(1)) or run.pods(2))
+        first = eventually("a gang", lambda: (len(run.pods(1)) == 2 and run.pods(1)) or run.pods(2), 60)
         if not run.pods(2) and all(pod["status"]["phase"] in ("Pending", "Running") for pod in first):
             run.set_running(1)
             run.set_failed(1, "Internal", 70, "503 Slow Down")
-        eventually("attempt 2", lambda: len(run.pods(2)) == 2)
+        eventually("attempt 2", lambda: len(run.pods(2)) == 2, 60)
     if any(pod["status"]["phase"] != "Succeeded" for pod in run.pods(2)):
         run.set_running(2)
         run.set_succeeded(2)
@@ -71,7 +71,7 @@ def replay(run: Run) -> None:
 
 def check_end(run: Run) -> None:
     """The one end state, however it was reached."""
-    status = run.wait_phase("Succeeded")
+    status = run.wait_phase("Succeeded", 60)
     assert (status["attempt"], status["chargedRestarts"]) == (2, 1)
     assert [failure["class"] for failure in status["failures"]] == ["Internal"]
     assert [job["metadata"]["name"] for job in run.jobs()] == ["run-2"]
@@ -136,7 +136,7 @@ def test_an_operator_cut_after_any_call_is_continued_by_the_next(
         first = OperatorThread(settings, cut_after=k).start()
         try:
             live(run, is_over=lambda: first.is_cut)
-            eventually("the cut or the end", lambda: first.is_cut or run.status.get("phase") == "Succeeded")
+            eventually("the cut or the end", lambda: first.is_cut or run.status.get("phase") == "Succeeded", 60)
             if k is None:
                 eventually("the last Event", lambda: any(event["reason"] == "Succeeded" for event in run.events()))
         finally:
@@ -264,7 +264,7 @@ def test_nothing_is_asked_for_while_nothing_changes(run: Run, settings: Settings
         run.gang(1)
         run.wait_phase("Starting")
         eventually("the first Event", run.events)
-        eventually("confirmed", lambda: not operator.operator._confirmations.pending)
+        eventually("confirmed", lambda: not operator.operator._confirmations.pending, 10)
         stays_quiet(operator)
         run.set_running(1)
         run.set_succeeded(1)
@@ -274,7 +274,7 @@ def test_nothing_is_asked_for_while_nothing_changes(run: Run, settings: Settings
         stays_quiet(operator)
     with OperatorThread(settings) as restarted:
         eventually("ready", lambda: restarted.operator.ready)
-        eventually("confirmed", lambda: not restarted.operator._confirmations.pending)
+        eventually("confirmed", lambda: not restarted.operator._confirmations.pending, 10)
         assert [call.split()[0] for call in restarted.calls] == ["GET"] * len(Resource), "a restart writes nothing"
 
 

@@ -70,11 +70,11 @@ def test_a_suspension_outlives_the_operator_cut_after_any_call(
         set_policy(run, suspend=True)
         first = OperatorThread(settings, cut_after=k).start()
         try:
-            eventually("the cut or the end", lambda: first.is_cut or run.status.get("reason") == "Suspended")
+            eventually("the cut or the end", lambda: first.is_cut or run.status.get("reason") == "Suspended", 60)
         finally:
             first.stop()
         with OperatorThread(settings):
-            run.wait("suspended", lambda status: status["reason"] == "Suspended")
+            run.wait("suspended", lambda status: status["reason"] == "Suspended", 60)
             assert (run.jobs(), run.pods(1)) == ([], [])
             set_policy(run, suspend=False)
             run.gang(2)
@@ -132,7 +132,7 @@ def test_a_gang_that_talks_is_not_stalled_however_seldom_it_is_listened_to(
             at = parse_time((status.get("progress") or {}).get("at"))
             return (at - since).total_seconds() if at else 0.0
 
-        status = run.wait("more than the timeout", lambda status: seconds(status) > 12)
+        status = run.wait("more than the timeout", lambda status: seconds(status) > 12, 60)
         assert (status["phase"], status["attempt"], status.get("failures", [])) == ("Running", 1, [])
 
 
@@ -152,7 +152,7 @@ def test_a_gang_that_says_nothing_more_is_restarted_with_its_last_words(run: Run
     operator.logs["run-1-1-"] = "waiting for the others\n"
     started(run, stallTimeoutSeconds=10)
     run.wait("progress", lambda status: (status.get("progress") or {}).get("step") == 4)
-    status = run.wait("attempt 2", lambda status: status["attempt"] == 2)
+    status = run.wait("attempt 2", lambda status: status["attempt"] == 2, 60)
     failure = status["failures"][0]
     assert (failure["class"], failure["step"], status["chargedRestarts"]) == ("Stalled", 4, 1)
     assert "the last it said is step 4 of 1800" in failure["message"]

@@ -156,16 +156,16 @@ def test_quota_that_is_taken_back_outlives_the_operator_cut_after_any_call(
         queue.take_back(1)
         first = OperatorThread(settings, cut_after=k).start()
         try:
-            run.wait("the cut or a word", lambda status: first.is_cut or status.get("reason") == "JobSuspended")
+            run.wait("the cut or a word", lambda status: first.is_cut or status.get("reason") == "JobSuspended", 60)
             queue.end_pods(1)
             queue.admit(1)
-            run.wait("the cut or the end", lambda status: first.is_cut or status["phase"] == "Running")
+            run.wait("the cut or the end", lambda status: first.is_cut or status["phase"] == "Running", 60)
         finally:
             first.stop()
         with OperatorThread(settings):
-            run.wait_phase("Running")
+            run.wait_phase("Running", 60)
             run.set_succeeded(1)
-            status = run.wait_phase("Succeeded")
+            status = run.wait_phase("Succeeded", 60)
             assert (status["attempt"], status.get("failures", [])) == (1, [])
         return len(first.calls)
 

@@ -59,7 +59,7 @@ def allow_none(api: Api, namespace: str, what: str, group: str, plural: str, pro
             return "exceeded quota: few" in str(error)
         return False
 
-    eventually("the quota counts", is_kept_to)
+    eventually("the quota counts", is_kept_to, 60)
 
 
 @pytest.mark.parametrize("preflight", ["off", "on"])
