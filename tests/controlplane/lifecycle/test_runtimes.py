@@ -121,6 +121,7 @@ def test_a_run_that_asks_for_too_much_is_refused_by_the_rule(
     assert (run.jobs(), run.services(), run.policies()) == ([], [], [])
     eventually("an Event", lambda: [event["reason"] for event in run.events()] == ["RuntimeRefused"])
     put_runtime(name, limits={"maxGPUs": 64, "dataUriPrefixes": None})
+    operator.knows(run.api.get(f"{PATH}/{name}"))
     other = Run(run.api, run.namespace, "other").create(naming(name))
     other.wait_phase("Starting")
     assert run.status["phase"] == "Failed", "what has ended stays so"

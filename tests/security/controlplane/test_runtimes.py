@@ -125,13 +125,14 @@ def test_a_runtime_of_other_namespaces(
     """Attack: a user takes a runtime that an administrator made for another team, or gets it as the default one."""
     name = put_runtime(allowedNamespaces={"matchLabels": {"tier": "gold"}})
     if not by_name:
-        api.create(
+        default = api.create(
             "/apis/lorafinetune.io/v1alpha1/clusterloraruntimes",
             {
                 "apiVersion": "lorafinetune.io/v1alpha1", "kind": "ClusterLoRARuntime", "metadata": {"name": "default"},
                 "spec": {"allowedNamespaces": {"matchLabels": {"tier": "gold"}}},
             },
         )  # fmt: skip
+        operator.knows(default)
     try:
         run.create(name if by_name else lambda spec: None)
         assert "is for namespaces with the labels tier=gold only (allowedNamespaces)" in refusal(run)
