@@ -81,6 +81,10 @@ class RunSettings:
         15.0, "LORA_PROGRESS_INTERVAL", "Shortest time between two writes of a run's progress."
     )
 
+    def for_runs(self) -> "RunSettings":
+        """These settings alone, without any that a subclass adds."""
+        return RunSettings(**{setting.name: getattr(self, setting.name) for setting in fields(RunSettings)})
+
 
 @dataclass(frozen=True)
 class Settings(RunSettings):

@@ -4,7 +4,7 @@ What the run says wins over its runtime, and that over the operator's settings. 
 nothing after that needs to know of runtimes.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from lora_api import (
     ClusterLoRARuntime,
@@ -99,7 +99,7 @@ def _merge_checkpoints(own: Checkpoint, base: Checkpoint) -> Checkpoint:
 
 def resolve(run: LoRAFineTune, settings: RunSettings) -> RunSettings:
     """What holds for ``run``: ``settings`` as far as the runtime that it took does not say otherwise."""
-    own = RunSettings(**{field.name: getattr(settings, field.name) for field in fields(RunSettings)})
+    own = settings.for_runs()
     if run.status.runtime is None:
         return own
     runtime = taken_runtime(run)
