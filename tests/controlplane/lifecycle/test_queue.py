@@ -226,6 +226,7 @@ def test_a_preflight_that_is_held_back_says_so_and_waits_in_the_queue_of_its_run
         run.create(lambda spec: spec.update(runPolicy=policy))
         assert queue.wait_job("pre1")["spec"]["suspend"] is False
         assert named() == [], "one that nobody holds back needs no quota"
+        eventually("its pod is there", lambda: run.preflight_pods(1))
         queue.suspend("pre1", suspend=True)
         status = run.wait("it waits", lambda status: status.get("reason") == "Queued")
         assert (status["phase"], run.condition("PreflightPassed")["reason"]) == ("Preflight", "Queued")
