@@ -113,7 +113,8 @@ class Failure(RecordModel):
     attempt: int = Field(ge=0, description="Attempt that failed; 0 is what comes before the first.")
     failure_class: FailureClass = Field(
         alias="class",
-        description="Kind of failure: docs/reference.md. A later version may know more.",
+        description="Kind of failure: docs/reference.md.",
+        json_schema_extra={"enum": [str(known) for known in FailureClass]},  # kubectl explain shows them
     )
     reason: ShortMessage = Field("", description="What Kubernetes or the trainer calls it.")
     message: LongMessage = Field("", description="What happened.")
