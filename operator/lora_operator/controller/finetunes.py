@@ -201,6 +201,8 @@ class FineTunes:
             return interval - (now - written).total_seconds()
         if not await self._write(key, metadata, new):
             return 0.0
+        level = logging.DEBUG if is_progress_only(old, new) else logging.INFO
+        logger.log(level, "%s/%s: %s, attempt %d: %s", *key, new.phase, new.attempt, new.reason)
         self._memory.change(key, metadata.uid, lambda reports: replace(reports, status_written_at=now))
         self._metrics.count_change(key[0], old, new, now)
         left_out = describe_left_out(observed.run) if plan.launch is not None else []
@@ -219,7 +221,6 @@ class FineTunes:
         except ConflictError:
             await self._answers.fetch_run(key)
             return False
-        logger.info("%s/%s: %s, attempt %d: %s", *key, status.phase, status.attempt, status.reason)
         return True
 
     async def leave_alone(self, key: Key, error: UnreadableError) -> float | None:

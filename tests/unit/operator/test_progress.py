@@ -151,6 +151,10 @@ def test_history_is_short_even_and_ends_with_the_newest_whatever_tails_were_read
     assert len(found) >= min(len(numbers), 50), "and not thinned more than needed"
 
 
+def test_a_short_history_keeps_every_point() -> None:
+    assert [point[0] for point in merge_history([], steps(1, 99), 1)] == list(range(1, 100))
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0s"), (59, "59s"), (80, "1m20s"), (7500, "2h05m"), (273_600, "3d04h")]
 )
