@@ -1,4 +1,4 @@
-"""What Kueue says of a run that waits: its Workload, and the number of that in its queue. IO only; see queueing.py."""
+"""What Kueue says of a run that waits: its Workload, and the number of that in its queue. IO only."""
 
 import logging
 from dataclasses import replace
@@ -14,15 +14,16 @@ VERSIONS = ("v1beta2", "v1beta1")
 """Of Kueue's APIs, the newest first. What is read here is the same in both."""
 
 
-async def fetch_queue_report(kube: KubeClient, job: JobView) -> QueueReport | None:
-    """What Kueue says of ``job``, or ``None`` where it did not answer."""
+async def fetch_queue_report(kube: KubeClient, job: JobView) -> QueueReport:
+    """What Kueue says of ``job``.
+
+    Raises:
+        KubeError: it did not answer, or may not be asked.
+    """
     try:
         workload = await _fetch_workload(kube, job)
     except NotFoundError:
         return QueueReport(installed=False)
-    except KubeError as error:
-        logger.warning("%s/%s: its Workload was not read: %s", job.namespace, job.name, error)
-        return None
     if workload is None:
         return QueueReport()
     report = parse_workload(workload)

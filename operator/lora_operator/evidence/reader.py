@@ -78,7 +78,7 @@ class Reader:
                 return lambda reports: hear_refusal(reports, message, now)
             case QueueOf(job):
                 queue, now = await fetch_queue_report(self._kube, job), self._clock()
-                return lambda reports: hear_queue(reports, queue or reports.queue, now)
+                return lambda reports: hear_queue(reports, queue, now)
             case EventsOfPods(job, pods):
                 warnings = {pod.uid: await self._kube.fetch_warning(job.namespace, pod.uid) for pod in pods}
                 now = self._clock()
@@ -104,7 +104,13 @@ class Reader:
     @staticmethod
     def permission(want: Want) -> str:
         """What the operator's role has to allow for ``want``."""
-        return "get pods/log" if isinstance(want, ProgressOf | LastWordsOf) else "list events"
+        match want:
+            case ProgressOf() | LastWordsOf():
+                return "get pods/log"
+            case RefusalOf() | EventsOfPods():
+                return "list events"
+            case QueueOf():
+                return "list workloads.kueue.x-k8s.io"
 
     @staticmethod
     def describe(want: Want) -> str:

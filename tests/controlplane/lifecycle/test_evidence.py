@@ -184,6 +184,19 @@ def test_events_that_may_not_be_read_stop_nothing_else(
         run.wait_phase("Suspended")
 
 
+def test_a_queue_that_may_not_be_asked_is_told_of_and_the_run_goes_on(
+    run: Run, api: Api, without: Callable[[str, str], Settings]
+) -> None:
+    """The role here is one that was written before there were queues."""
+    with OperatorThread(without("configmaps", "get")):
+        run.create(lambda spec: spec.update(runPolicy={"queueName": "team-a"}))
+        run.wait_phase("Queued")
+        tells(run, "The operator may not list workloads.kueue.x-k8s.io")
+        api.patch(f"/apis/batch/v1/namespaces/{run.namespace}/jobs/run-1", {"spec": {"suspend": False}})
+        run.set_running(1)
+        run.wait_phase("Running")
+
+
 @pytest.mark.parametrize(("resource", "verb"), [("pods/log", "get"), ("events", "create")])
 def test_a_run_ends_without_what_is_for_people_alone(
     run: Run, without: Callable[[str, str], Settings], resource: str, verb: str
