@@ -80,8 +80,8 @@ def plan_orphans(observed: Observed, settings: RunSettings, left: float) -> Plan
 
 def name_orphans(observed: Observed, plan: Plan) -> Plan:
     """``plan``, whose message also names the orphans beside which an attempt runs, or a run is suspended."""
-    names = observed.orphans() and any(pod.orphaned for pod in observed.orphans())
-    if not names or plan.phase is None or plan.ended or plan.failure is not None or plan.reason == REASON:
+    found = any(pod.orphaned for pod in observed.orphans())
+    if not found or plan.phase is None or plan.ended or plan.failure is not None or plan.reason == REASON:
         return plan
     text = with_remedy(_describe(observed), _remedy(observed))
     return replace(plan, message=f"{plan.message.strip().rstrip('.')}. {text}")
