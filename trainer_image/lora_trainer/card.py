@@ -154,8 +154,14 @@ def _training(run: RunSpec, result: RunResult) -> str:
     return (
         f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} {unit}, on "
         f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}{scaled}, learning rate "
-        f"{training.learning_rate:g}, base weights {run.quantization.type}."
+        f"{training.learning_rate:g}, base weights {run.quantization.type}.{_origin(result)}"
     )
+
+
+def _origin(result: RunResult) -> str:
+    """The steps before those of this run."""
+    step = (result.resumed_from or "").rpartition("/step-")[2]
+    return f" The first {step} steps are those of {code(result.resumed_from)}." if result.resumed_from else ""
 
 
 def _limits(run: RunSpec, result: RunResult) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
-from lora_trainer.checkpoint import ADAPTER_STATE, LOOP_STATE, TRAINER_STATE, find_odd_state
+from lora_trainer.checkpointfiles import ADAPTER_STATE, LOOP_STATE, TRAINER_STATE, find_odd_state
 from lora_trainer.damage import MAX_PROBLEM, find_damage, read_file_header
 from lora_trainer.errors import ModelNotFoundError, classify
 from lora_trainer.headers import INDEX_FILE, LENGTH_BYTES, MAX_HEADER, header_length, parse_header
