@@ -95,7 +95,7 @@ def test_it_goes_on_to_the_bit_and_leaves_the_other_alone(
     assert [line.checkpoint_step for line in pod.lines if line.event == "step"] == [4, 4]
     (file,) = (tmp_path / "store/tests/tiny").glob("sha256-*/manifest.json")
     assert AdapterManifest.model_validate_json(file.read_text()).resumed_from == url
-    assert f"The first 4 steps are those of `{url}`." in (file.parent / "README.md").read_text()
+    assert f"The first of these steps are those of the checkpoint `{url}`." in (file.parent / "README.md").read_text()
     assert not (source.parent / "new").exists() or contents(source.parent / "new") == {}
 
 
@@ -198,6 +198,19 @@ def test_two_processes_go_on_with_other_records_a_longer_schedule_and_another_ra
     assert at_zero[0] == at_zero[1]
 
 
+def test_a_sharded_adapter_goes_on_to_the_bit(make_run: Make, tmp_path: Path, fork: Start) -> None:
+    """It is loaded after the evaluation of the base model, which has gathered the shards and has let them go."""
+    base = merge(SIX, {"training": {"maxSteps": 4}, "parallelism": {"nodes": 2, "strategy": "fsdp"}})
+    store = {"publish": {"store": f"file://{tmp_path}/whole"}}
+    whole = succeed(fork(make_run(**merge(base, store))))
+    first = fork(make_run(**merge(base, REFUSED)))
+    assert first.wait() != 0
+    shutil.rmtree(tmp_path / "store" / HERE / "old/step-4")
+    again = fork(make_run(**merge(base, {"checkpoint": {"resumeFrom": {"name": "tiny"}}, "uid": "new"})))
+    assert succeed(again) == whole
+    assert min(again.losses) == 3
+
+
 def test_preference_pairs_go_on_to_the_bit(make_run: Make, tmp_path: Path, fork: Start) -> None:
     rows = [{**row, "chosen": row.pop("completion"), "rejected": "no"} for row in make_rows(24)]
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
@@ -275,7 +288,7 @@ def test_what_a_deleted_run_of_the_name_has_left_is_deleted_once_it_has_expired(
     for name, place in {**places, "old": source}.items():
         for file in place.glob(f"*/{COMPLETE_FILE}"):
             document = json.loads(file.read_text())
-            hours = 10**5 if name == "kept" else 1
+            hours = 10**6 if name == "kept" else 1
             file.write_text(
                 json.dumps({**document, "run": "other" if name == "foreign" else "tiny", "retainHours": hours})
             )

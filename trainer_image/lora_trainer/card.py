@@ -159,9 +159,12 @@ def _training(run: RunSpec, result: RunResult) -> str:
 
 
 def _origin(result: RunResult) -> str:
-    """The steps before those of this run."""
-    step = (result.resumed_from or "").rpartition("/step-")[2]
-    return f" The first {step} steps are those of {code(result.resumed_from)}." if result.resumed_from else ""
+    """Where the first of these steps were done."""
+    return (
+        f" The first of these steps are those of the checkpoint {code(result.resumed_from)}."
+        if result.resumed_from
+        else ""
+    )
 
 
 def _limits(run: RunSpec, result: RunResult) -> str:

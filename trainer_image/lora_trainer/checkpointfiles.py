@@ -59,7 +59,7 @@ def find_odd_state(directory: Path, step: int) -> str | None:
         _skipped, _in_a_row = map(int, loop["skipped"])
         int(loop["scheduler"]["last_epoch"])
         int(loop["scheduler"]["_step_count"])
-        str(loop.get("resumedFrom"))
+        "".join([loop.get("resumedFrom") or ""])
         found = TrainerState.load_from_json(str(directory / TRAINER_STATE)).global_step
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return f"{LOOP_STATE} or {TRAINER_STATE} is none that was saved: {repr(error)[:200]}"

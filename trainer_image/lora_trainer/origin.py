@@ -23,6 +23,9 @@ from lora_trainer.store import Listed, ObjectNotFoundError, Store, join, split_u
 
 FIELD = "checkpoint.resumeFrom"
 
+MOST = 20
+"""Checkpoints that are tried: a name may have been that of many runs."""
+
 _BELOW = re.compile(r"(?:([^/]+)/)?step-([0-9]{1,10})/" + re.escape(COMPLETE_FILE))
 """A marker below the folder of a run, or below one of several of them."""
 
@@ -111,7 +114,9 @@ def find_origins(run: RunSpec, store: Store) -> list[Origin]:
         if uid != run.uid:
             one = Folder(place, join(prefix, uid))
             found += [Origin(one, marker) for marker in one.complete_ones(sizes) if only in (None, marker.step)]
-    return found
+        if len(found) >= MOST:
+            break
+    return found[:MOST]
 
 
 def find_beginning(store: Store, run: RunSpec) -> CompleteMarker | None:

@@ -27,7 +27,8 @@ def run_sweep(uri: str, alive: str, hours: int, *, dry: bool, allow_empty: bool)
     try:
         uids = read_alive(sys.stdin.read() if alive == "-" else _read(Path(alive)), allow_empty=allow_empty)
         store = Store(uri)
-        remains = [one for one in find_remains(store.listing()) if one.uid not in uids]
+        everything = find_remains(store.listing())
+        remains = [one for one in everything if one.uid not in uids]
         now = datetime.now(UTC) if dry or not remains else store.now(PROBE)
         deleted = kept = freed = 0
         for one, keeping, gone in sweep(store, remains, now, hours, dry=dry):
@@ -40,9 +41,10 @@ def run_sweep(uri: str, alive: str, hours: int, *, dry: bool, allow_empty: bool)
     except TrainerError as error:
         sys.stderr.write(f"{error.failure_class.value}: {error}\n")
         return RULES[error.failure_class].exit_code or 1
+    living = len(everything) - len(remains)
     _say(
-        f"{did} the checkpoints of {deleted} runs ({freed / 1e6:,.1f} MB) and kept those of {kept}, which are not "
-        f"alive and have not expired; {len(uids)} runs are alive"
+        f"{len(everything)} runs have checkpoints in {store.uri}: {did} those of {deleted} ({freed / 1e6:,.1f} MB), "
+        f"kept those of {kept} that are not alive and have not expired, and of {living} that are alive"
     )
     return 0
 

@@ -165,7 +165,7 @@ def test_the_command_deletes_what_has_expired_of_runs_that_are_not_alive(
     assert f"deleted file://{store}/{HERE}/expired: step 2, 4, 0.0 MB, expired 20" in said
     assert f"kept file://{store}/{HERE}/fresh: step 4, 0.0 MB, kept until 20" in said
     assert f"deleted file://{store}/b/old/checkpoints/rest: nothing complete" in said
-    assert "deleted the checkpoints of 4 runs (0.0 MB) and kept those of 1," in said
+    assert f"5 runs have checkpoints in file://{store}: deleted those of 4 (0.0 MB), kept those of 1 that" in said
 
 
 def test_runs_that_are_alive_keep_theirs_but_not_one_that_failed(store: Path) -> None:
