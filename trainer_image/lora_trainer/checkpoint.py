@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,35 +298,43 @@ class Checkpoints:
         """
         if self._run.checkpoint.resume_from is None:
             return None
-        choices: list[dict[str, Any]] = []
-        if self._place.is_main and self._identity is not None:
-            base = self._identity.base
-            choices = [
-                {
-                    "store": origin.folder.store.uri,
-                    "prefix": origin.folder.prefix,
-                    "marker": origin.marker.to_wire(),
-                    "misfit": find_misfit(self._run, origin, base, total_steps),
-                    "warning": find_other_data(origin, self._identity.data),
-                }
-                for origin in find_origins(self._run, self._store)
-            ]
-        choices = broadcast_json(choices)
-        for number, choice in enumerate(choices):
-            marker = CompleteMarker.model_validate(choice["marker"])
-            origin = Origin(Folder(Store(choice["store"], self._store.retry_seconds), choice["prefix"]), marker)
-            if choice["misfit"]:
-                raise BadSpecError(choice["misfit"])
-            directory = self._directory / f"origin-{number}-rank-{self._place.rank}-step-{marker.step}"
-            problem = self._fetch(origin.folder, marker, directory, model)
-            if problem is None:
-                warning = f"\nwarning: {choice['warning']}" if choice["warning"] else ""
-                self._progress.note(f"{describe_start(origin)}{warning}")
-                self._origin, self.resumed_from = directory, origin.url
-                return read_resume(marker.step, directory)
-            if self._place.is_main:
-                sys.stderr.write(f"{origin.url} is damaged and is passed over: {problem}\n")
-        raise BadSpecError(describe_nothing(self._run, self._store, len(choices)))
+        tried: list[str] = []
+        while choices := broadcast_json(self._list_origins(total_steps, tried)):
+            for choice in choices:
+                marker = CompleteMarker.model_validate(choice["marker"])
+                origin = Origin(Folder(Store(choice["store"], self._store.retry_seconds), choice["prefix"]), marker)
+                if choice["misfit"]:
+                    raise BadSpecError(choice["misfit"])
+                directory = self._directory / f"origin-{len(tried)}-rank-{self._place.rank}-step-{marker.step}"
+                problem = self._fetch(origin.folder, marker, directory, model)
+                if problem is None:
+                    warning = f"\nwarning: {choice['warning']}" if choice["warning"] else ""
+                    self._progress.note(f"{describe_start(origin)}{warning}")
+                    self._origin, self.resumed_from = directory, origin.url
+                    return read_resume(marker.step, directory)
+                tried.append(origin.url)
+                if self._place.is_main:
+                    sys.stderr.write(f"{origin.url} is damaged and is passed over: {problem}\n")
+        raise BadSpecError(describe_nothing(self._run, self._store, len(tried)))
+
+    def _list_origins(self, total_steps: int, tried: Container[str]) -> list[dict[str, Any]]:
+        """What the run may begin with, the best first, but for what was ``tried``. On rank 0, else nothing.
+
+        It is asked again once all are tried: of a run that is alive a newer one may have pushed them out meanwhile.
+        """
+        if not self._place.is_main or self._identity is None:
+            return []
+        return [
+            {
+                "store": origin.folder.store.uri,
+                "prefix": origin.folder.prefix,
+                "marker": origin.marker.to_wire(),
+                "misfit": find_misfit(self._run, origin, self._identity.base, total_steps),
+                "warning": find_other_data(origin, self._identity.data),
+            }
+            for origin in find_origins(self._run, self._store)
+            if origin.url not in tried
+        ]
 
     def adopt(self, origin: Resume, model: torch.nn.Module) -> None:
         """Loads what ``find_origin`` fetched: from now on it is as if this run had saved it."""

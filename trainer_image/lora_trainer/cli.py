@@ -26,8 +26,9 @@ that writes to STORE, with its uid and its phase:
   kubectl get lorafinetunes --all-namespaces --no-headers \\
     --output=custom-columns=UID:.metadata.uid,PHASE:.status.phase
 
-A run that is not in it is taken to be deleted. One that has Failed loses its
-checkpoints too, once they have expired. docs/checkpoints.md says when that is.
+A run that is not in it is taken to be deleted. Those that have Failed or
+Succeeded lose their checkpoints too, once they have expired.
+docs/checkpoints.md says when that is.
 """
 
 

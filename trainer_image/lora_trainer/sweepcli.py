@@ -11,8 +11,8 @@ from lora_trainer.errors import BadSpecError, TrainerError
 from lora_trainer.store import Store
 from lora_trainer.sweep import describe_deleted, describe_kept, find_remains, sweep
 
-FAILED = "Failed"
-"""The phase of a run whose checkpoints are kept for no longer than those of a deleted one."""
+ENDED = frozenset({"Failed", "Succeeded"})
+"""Phases of runs whose checkpoints are kept for no longer than those of a deleted one."""
 
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,127}")
 PROBE = ".sweep-probe"
@@ -77,4 +77,4 @@ def read_alive(text: str, *, allow_empty: bool = False) -> set[str]:
 
 
 def _living(lines: Iterable[list[str]]) -> set[str]:
-    return {words[0] for words in lines if words[1:] != [FAILED]}
+    return {words[0] for words in lines if ENDED.isdisjoint(words[1:])}

@@ -168,9 +168,11 @@ def test_the_command_deletes_what_has_expired_of_runs_that_are_not_alive(
     assert f"5 runs have checkpoints in file://{store}: deleted those of 4 (0.0 MB), kept those of 1 that" in said
 
 
-def test_runs_that_are_alive_keep_theirs_but_not_one_that_failed(store: Path) -> None:
-    assert run_command(store, "expired Suspended\nforeign <none>\nunnamed  Failed\nrest\n\n") == 0
-    assert left(store) == {"expired", "fresh", "foreign", "rest", ADAPTER}
+def test_runs_that_are_alive_keep_theirs_but_not_one_that_has_ended(store: Path) -> None:
+    assert run_command(store, "expired Suspended\nforeign <none>\nunnamed  Failed\nrest Succeeded\n\n") == 0
+    assert left(store) == {"expired", "fresh", "foreign", ADAPTER}
+    assert run_command(store, "expired\nforeign Running\nfresh Failed") == 0
+    assert left(store) == {"expired", "fresh", "foreign", ADAPTER}, "what has not expired stays"
 
 
 def test_a_dry_run_deletes_and_writes_nothing(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
