@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from lora_api.adapter import COMPLETE_FILE, EXPIRES_FILE, AdapterManifest, ExpiryMarker
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
+from lora_trainer.cli import main
+from lora_trainer.launch import free_port
 from lora_trainer.store import Store
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_rows, write_rows
@@ -298,3 +301,38 @@ def test_what_a_deleted_run_of_the_name_has_left_is_deleted_once_it_has_expired(
     assert not source.exists() or contents(source) == {}
     assert f"deleted the checkpoints of a deleted run of this name: file://{source}: step 2, 4, " in pod.log.read_text()
     assert [len(list(place.glob(f"*/{COMPLETE_FILE}"))) for place in places.values()] == [2, 2]
+
+
+def test_the_command_sweeps_a_store_with_the_s3_api(
+    left: tuple[Path, str, dict[int, float]], s3: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the store's clock, which is the only one that is told to be a week ahead here."""
+    for uid in ("dead", "alive"):
+        s3.upload(left[0], f"swept/tests/tiny/checkpoints/{uid}")
+    uri, alive = s3.uri("swept"), tmp_path / "runs"
+    alive.write_text("alive Running\n")
+    command = ["sweep", uri, "--alive", str(alive)]
+    store = Store(uri)
+    before = store.sizes()
+    assert abs(store.now("probe") - datetime.now(UTC)) < timedelta(minutes=1)
+    assert main(command) == 0
+    assert store.sizes() == before, "nothing has expired, and the object that told the time is gone"
+    now = Store.now
+    monkeypatch.setattr(Store, "now", lambda self, path: now(self, path) + timedelta(hours=169))
+    assert main([*command, "--dry-run"]) == 0
+    assert store.sizes() == before
+    assert main(command) == 0
+    assert store.sizes() == {path: size for path, size in before.items() if "/alive/" in path} != {}
+
+
+def test_the_command_without_keys_and_without_a_store(
+    s3: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").write_text("a\n")
+    command = ["sweep", s3.uri("swept"), "--alive", str(tmp_path / "runs")]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert main(command) == 67
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("LORA_STORE_RETRY_SECONDS", "0.1")
+    assert main(command) == 74
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["AuthDenied", "StoreUnavailable"]
