@@ -47,7 +47,7 @@ def place_schedule(schedule: Any, saved: Mapping[str, Any]) -> None:
     fresh = schedule.state_dict()
     step = int(saved["last_epoch"])
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    moved = {"last_epoch": step, "_step_count": int(saved["_step_count"]), "_last_lr": rates}
+    moved = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
     schedule.load_state_dict({**fresh, **moved})
 
 
@@ -58,10 +58,9 @@ def find_odd_state(directory: Path, step: int) -> str | None:
         Evaluation.from_wire(loop["before"])
         _skipped, _in_a_row = map(int, loop["skipped"])
         int(loop["scheduler"]["last_epoch"])
-        int(loop["scheduler"]["_step_count"])
         "".join([loop.get("resumedFrom") or ""])
         found = TrainerState.load_from_json(str(directory / TRAINER_STATE)).global_step
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         return f"{LOOP_STATE} or {TRAINER_STATE} is none that was saved: {repr(error)[:200]}"
     if found != step:
         return f"{TRAINER_STATE}: is of step {str(found)[:200]}"
