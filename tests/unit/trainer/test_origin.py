@@ -19,6 +19,7 @@ from lora_trainer.origin import (
     find_origins,
     find_other_data,
     foresee_start,
+    identify_base,
     names_folder,
 )
 from lora_trainer.store import Store
@@ -162,6 +163,19 @@ def test_what_has_to_be_the_same(case: str) -> None:
     for text in words:
         assert text in said
     assert said == "" or said.startswith("checkpoint.resumeFrom: file:///dev/shm/u/step-12 ")
+
+
+def test_which_model_it_is_with_and_without_a_preflight(tmp_path: Path) -> None:
+    hub = make_run(tmp_path, baseModel={"uri": "hf://org/m"})
+    assert identify_base(hub, tmp_path / "snapshots" / ("c" * 40)) == HUB
+    pinned = {"baseModel": {"uri": "hf://org/m", "revision": "c" * 40, "files": 3, "sizeBytes": 9}}
+    assert identify_base(make_run(tmp_path, baseModel={"uri": "hf://org/m"}, pins=pinned), tmp_path).is_same(HUB)
+    (tmp_path / "config.json").write_text("{}")
+    mounted = make_run(tmp_path, baseModel={"uri": f"file://{tmp_path}"})
+    first = identify_base(mounted, tmp_path)
+    assert first.is_same(identify_base(mounted, tmp_path))
+    (tmp_path / "config.json").write_text("{ }")
+    assert not first.is_same(identify_base(mounted, tmp_path))
 
 
 def test_the_records_may_be_others_and_that_is_said() -> None:
