@@ -14,8 +14,12 @@ import pytest
 from lora_api.adapter import COMPLETE_FILE, EXPIRES_FILE, AdapterManifest, ExpiryMarker
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
+from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.cli import main
+from lora_trainer.errors import StoreUnavailableError
 from lora_trainer.launch import free_port
+from lora_trainer.progress import Progress
+from lora_trainer.settings import Place
 from lora_trainer.store import Store
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_rows, write_rows
@@ -301,6 +305,22 @@ def test_what_a_deleted_run_of_the_name_has_left_is_deleted_once_it_has_expired(
     assert not source.exists() or contents(source) == {}
     assert f"deleted the checkpoints of a deleted run of this name: file://{source}: step 2, 4, " in pod.log.read_text()
     assert [len(list(place.glob(f"*/{COMPLETE_FILE}"))) for place in places.values()] == [2, 2]
+
+
+def test_a_sweep_that_fails_hinders_nothing(
+    make_run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    own = Checkpoints(Store(run.publish.store), run, Place(0, 0, 1), tmp_path / "x", Progress(enabled=False))
+    own.catalog.store.put(own.catalog.path(2, EXPIRES_FILE), b"{}")
+
+    def fail(*_: object) -> list[str]:
+        raise StoreUnavailableError("the store is away")
+
+    monkeypatch.setattr("lora_trainer.checkpoint.sweep_name", fail)
+    own.tidy()
+    assert own.catalog.store.sizes() == {}
+    assert "left could not be deleted: the store is away" in capsys.readouterr().err
 
 
 def test_the_command_sweeps_a_store_with_the_s3_api(

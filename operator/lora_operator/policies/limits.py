@@ -126,7 +126,8 @@ def _check_origin(run: LoRAFineTune, runtime: ClusterLoRARuntime | None, whose: 
     roots = _store_roots(runtime) if runtime is not None else []
     allowed = [f"{root}/{own}" for root in dict.fromkeys([store.rstrip("/"), *roots])]
     uri = origin.uri.rstrip("/") if origin.uri is not None else f"{allowed[0]}/{origin.name}/checkpoints"
-    climbs = any(part in ("", ".", "..") for part in uri.partition("://")[2].split("/"))
+    parts = re.sub("%2e", ".", uri.partition("://")[2], flags=re.IGNORECASE).split("/")
+    climbs = not {"", ".", ".."}.isdisjoint(parts)
     inside = any(uri.startswith(f"{root}/") for root in allowed)
     if climbs or not inside or _find_foreign_root(uri, roots, own) is not None:
         field = "uri" if origin.uri is not None else "name"

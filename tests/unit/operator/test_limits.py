@@ -161,6 +161,17 @@ CASES: dict[str, Row] = {
             ),
         ],
     ),
+    "a checkpoint by a path that climbs in disguise": (
+        None,
+        resumed("s3://models/adapters/team/%2E%2e/other/old"),
+        [
+            FOREIGN_ORIGIN.format(
+                uri="s3://models/adapters/team/%2E%2e/other/old",
+                where="s3://models/adapters/team",
+                whose="a ClusterLoRARuntime",
+            )
+        ],
+    ),
     "a checkpoint by a path that climbs": (
         None,
         resumed("s3://models/adapters/team/../other/old"),
