@@ -18,6 +18,7 @@ ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 MANIFEST_FILE = "manifest.json"
 COMPLETE_FILE = "COMPLETE.json"
+EXPIRES_FILE = "EXPIRES.json"
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM 0.33 takes for --max-lora-rank."""
@@ -49,6 +50,7 @@ class AdapterManifest(RecordModel):
     shares are those of all evaluation records on the base model that was trained on, ``served`` has those on the base
     model as it is served, and ``gate_base`` says which of them publish.gate looked at. ``yardstick`` is what they were
     measured on and with (``yardstick.RunYardstick``). Manifests of earlier releases have the losses alone.
+    ``resumed_from`` is the checkpoint of another run that this one began with.
     """
 
     schema_version: int = Field(1, ge=1)
@@ -67,6 +69,7 @@ class AdapterManifest(RecordModel):
     eval_share_after: Measure = None
     served: ServedEvaluation | None = None
     gate_base: str | None = None
+    resumed_from: str | None = None
     created_at: Time
     created_by: dict[str, Any] = {}
 
@@ -94,8 +97,31 @@ class VersionPointer(RecordModel):
     created_at: Time
 
 
+class BaseIdentity(RecordModel):
+    """The base model that an adapter was trained on: ``digest`` over its files, or ``revision`` on a model hub."""
+
+    uri: str
+    revision: str | None = None
+    digest: str | None = None
+
+    def is_same(self, other: "BaseIdentity") -> bool:
+        """Whether the two are surely the same model, wherever it lies."""
+        if self.digest is not None and other.digest is not None:
+            return self.digest == other.digest
+        return self.revision is not None and (self.uri, self.revision) == (other.uri, other.revision)
+
+    def to_text(self) -> str:
+        """For people."""
+        return f"{self.uri} ({self.digest or self.revision})"
+
+
 class CompleteMarker(RecordModel):
-    """``COMPLETE.json`` of a checkpoint, written last. A checkpoint without it does not exist."""
+    """``COMPLETE.json`` of a checkpoint, written last. A checkpoint without it does not exist.
+
+    ``run`` is the name of the LoRAFineTune; ``base_model``, ``lora``, ``objective`` and ``optimizer`` are what has to
+    be the same in another run that goes on from there; ``data`` is a digest of what is learned from, in its order.
+    Earlier releases wrote none of these.
+    """
 
     schema_version: int = Field(1, ge=1)
     step: int = Field(ge=0)
@@ -103,8 +129,29 @@ class CompleteMarker(RecordModel):
     global_batch_size: int = Field(ge=1)
     micro_batch_size: int | None = Field(None, ge=1)
     seed: int | None = None
+    run: str | None = None
+    base_model: BaseIdentity | None = None
+    lora: dict[str, Any] | None = None
+    objective: str | None = None
+    optimizer: str | None = None
+    data: str | None = None
+    retain_hours: int | None = Field(None, ge=1)
     files: list[StoredFile]
     created_at: Time
+
+
+class ExpiryMarker(RecordModel):
+    """``EXPIRES.json`` beside ``COMPLETE.json``: an attempt of ``run`` ended without success, and no other has begun.
+
+    The checkpoint may be deleted after ``expires_at``. That is by the clock of whoever wrote it, so it has to be
+    ``retain_hours`` since this object was written by the store's clock, too.
+    """
+
+    version: int = Field(1, ge=1)
+    run: str
+    expires_at: Time
+    retain_hours: int = Field(ge=1)
+    why: str = ""
 
 
 def compute_digest(files: Iterable[StoredFile]) -> str:
@@ -159,19 +206,23 @@ def refused_directory(uid: str) -> str:
     return f"refused/{uid}"
 
 
+CHECKPOINTS = "checkpoints"
+"""Directory of all runs' checkpoints below the name's prefix."""
+
+
 def checkpoints_directory(uid: str) -> str:
     """Directory of a run's checkpoints below the name's prefix."""
-    return f"checkpoints/{uid}"
+    return f"{CHECKPOINTS}/{uid}"
 
 
-def checkpoint_directory(uid: str, step: int) -> str:
-    """Directory of one checkpoint below the name's prefix."""
-    return f"{checkpoints_directory(uid)}/step-{step}"
+def step_directory(step: int) -> str:
+    """Directory of one checkpoint below those of its run."""
+    return f"step-{step}"
 
 
 def parse_checkpoint_step(path: str) -> int | None:
-    """Step of the checkpoint that ``path`` lies in, or ``None`` if it lies in none."""
-    match = re.search(r"(?:^|/)step-([0-9]{1,10})(?:/|\Z)", path)
+    """Step of the checkpoint that ``path`` lies in, or ``None`` if it lies in none. ``path`` is below its run's."""
+    match = re.match(r"step-([0-9]{1,10})(?:/|\Z)", path)
     return int(match.group(1)) if match else None
 
 

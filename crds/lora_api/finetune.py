@@ -15,7 +15,7 @@ from lora_api.pods import ObjectName, PodTemplate
 from lora_api.publishing import Credentials, Publish, Tracking
 from lora_api.sources import BaseModelSource, Dataset
 from lora_api.status import LoRAFineTuneStatus
-from lora_api.training import MAX_GLOBAL_BATCH_SIZE, Checkpoint, LoRA, Parallelism, Quantization, Training
+from lora_api.training import MAX_GLOBAL_BATCH_SIZE, LoRA, Parallelism, Quantization, RunCheckpoint, Training
 
 GROUP = "lorafinetune.io"
 VERSION = "v1alpha1"
@@ -62,12 +62,12 @@ class RunPolicy(ApiModel):
         ge=0,
         le=100,
         description="Restarts of the gang that failures of the run itself may use up until a newer checkpoint is "
-        "complete. Lost nodes, evictions and preemptions are not counted. It can be changed at any time.",
+        "complete. Lost nodes, evictions and preemptions are not counted.",
     )
     on_out_of_memory: Literal["fail", "shrinkMicroBatch"] = Field(
         "fail",
-        description="What follows when memory runs out. fail: the run ends. shrinkMicroBatch: it goes on from its last "
-        "checkpoint with half the micro-batch and the same globalBatchSize, down to one sequence; not counted.",
+        description="What follows when memory runs out. fail: the run ends. shrinkMicroBatch: it goes on with "
+        "half the micro-batch and the same globalBatchSize, down to one sequence; not counted.",
     )
     suspend: bool = Field(
         default=False,
@@ -84,7 +84,7 @@ class RunPolicy(ApiModel):
         ge=1,
         le=315_360_000,
         description="Seconds that all pods of the gang may run, over all attempts; then the run ends with "
-        "DeadlineExceeded. It can be changed at any time. Default and most: limits.maxActiveDeadlineSeconds of the "
+        "DeadlineExceeded. Default and most: limits.maxActiveDeadlineSeconds of the "
         "runtime, else no limit.",
     )
     stall_timeout_seconds: int = Field(
@@ -92,7 +92,7 @@ class RunPolicy(ApiModel):
         ge=10,
         le=604_800,
         description="Seconds without a word of progress from a gang that runs, after which it is restarted (Stalled). "
-        "Loading and evaluation have to fit. It can be changed at any time.",
+        "Loading and evaluation have to fit.",
     )
     placement_timeout_seconds: int | None = Field(
         None,
@@ -105,8 +105,8 @@ class RunPolicy(ApiModel):
         None,
         ge=0,
         le=MAX_TTL_SECONDS,
-        description="Seconds after the end of the run until its pods and their logs are deleted. It can be changed at "
-        "any time. Default: that of the runtime, else never.",
+        description="Seconds after the end of the run until its pods and their logs are deleted. Default: that of the "
+        "runtime, else never.",
     )
     ttl_deletes: Literal["children", "run"] = Field(
         "children",
@@ -183,7 +183,7 @@ class LoRAFineTuneSpec(ApiModel):
     )
     training: Training = Field(description="The optimization.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How many nodes and GPUs train together.")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What a restart goes on from.")
+    checkpoint: RunCheckpoint = Field(default_factory=RunCheckpoint, description="What a restart goes on from.")
     publish: Publish = Field(default_factory=Publish, description="Where the adapter goes.")
     tracking: Tracking = Field(default_factory=Tracking, description="Who else is told of the run.")
     credentials: Credentials | None = Field(None, description="How the pods reach the store and the model hub.")

@@ -97,7 +97,7 @@ class Problem(RecordModel):
 
 
 class PreflightResult(RecordModel):
-    """The one JSON document that ``lora_trainer preflight`` prints."""
+    """The one JSON document that ``lora_trainer preflight`` prints. ``start``: the checkpoint that it goes on from."""
 
     version: int = Field(1, ge=1)
     outcome: Literal["passed", "failed"]
@@ -105,6 +105,7 @@ class PreflightResult(RecordModel):
     model: ModelFacts | None = None
     plan: RunPlan | None = None
     data: DataReport | None = None
+    start: str | None = None
     warnings: list[ShortMessage] = []
     problems: list[Problem] = []
     at: Time

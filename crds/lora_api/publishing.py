@@ -48,13 +48,9 @@ def store_rules(field: str) -> tuple[CelRule, ...]:
     """What a store must look like, for a field that may be absent."""
     return (
         CelRule(
-            rule=f"!has(self.{field}) || self.{field}.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[!-.0-~]+)*/?$')",
-            message="must be s3://BUCKET/PREFIX, without spaces",
-            field_path=f".{field}",
-        ),
-        CelRule(
-            rule=f"!has(self.{field}) || !self.{field}.matches('/[.][.]?(/|$)')",
-            message=f"the prefix of {field} may not have . or .. as one of its parts",
+            rule=f"!has(self.{field}) || self.{field}.matches('^s3://[a-z0-9][a-z0-9.-]*[a-z0-9](/[!-.0-~]+)*/?$') && "
+            f"!self.{field}.matches('/[.][.]?(/|$)')",
+            message="must be s3://BUCKET/PREFIX, without spaces, and may not have . or .. as a part",
             field_path=f".{field}",
         ),
     )
@@ -111,8 +107,8 @@ class Credentials(ApiModel):
     """How the pods reach the store and the model hub. The operator itself never reads the Secret."""
 
     secret_ref: SecretRef = Field(
-        description=f"Secret of which these keys become environment variables of the pods: {', '.join(SECRET_KEYS)}. "
-        "Others in it are left alone."
+        description=f"Secret. These keys of it become variables of the pods: {', '.join(SECRET_KEYS)}. "
+        "Others are left alone."
     )
 
 

@@ -11,7 +11,7 @@ from lora_api.preflight import Pins, SourcePin
 from lora_api.publishing import PublishTo, Tracking
 from lora_api.runtime import taken_runtime
 from lora_api.sources import BaseModelSource, Dataset, DataSource
-from lora_api.training import MAX_GLOBAL_BATCH_SIZE, Checkpoint, LoRA, Parallelism, Quantization, Training
+from lora_api.training import MAX_GLOBAL_BATCH_SIZE, LoRA, Parallelism, Quantization, RunCheckpoint, Training
 
 RUN_FILE = "/etc/lora/run.json"
 """Where the pods find the document."""
@@ -53,7 +53,7 @@ class RunSpec(ApiModel):
     quantization: Quantization = Field(default_factory=Quantization)
     training: Training
     parallelism: Parallelism = Field(default_factory=Parallelism)
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    checkpoint: RunCheckpoint = Field(default_factory=RunCheckpoint)
     publish: PublishTo
     tracking: Tracking = Field(default_factory=Tracking)
     device: Device | None = None

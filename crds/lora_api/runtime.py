@@ -115,8 +115,8 @@ class Limits(ApiModel):
     store_prefixes: StorePrefixes | None = Field(
         None,
         description="Where runs may publish, apart from store, in the same way. Below one of these and below store a "
-        "run may publish to PREFIX itself and below PREFIX/NAMESPACE only, where NAMESPACE is its own. Default: "
-        "anywhere.",
+        "run may publish to PREFIX itself and below PREFIX/NAMESPACE only, where NAMESPACE is its own, and go on from "
+        "checkpoints there (checkpoint.resumeFrom.uri). Default: anywhere.",
         json_schema_extra=_SET,
     )
     max_active_deadline_seconds: int | None = Field(
@@ -170,7 +170,8 @@ class ClusterLoRARuntimeSpec(ApiModel):
         None, description="Where runs without publish.store publish: s3://BUCKET/PREFIX. Default: each run has to say."
     )
     checkpoint: Checkpoint = Field(
-        default_factory=Checkpoint, description="For runs that say neither everySteps nor everyMinutes, or no keep."
+        default_factory=Checkpoint,
+        description="For runs that say neither everySteps nor everyMinutes, or no keep, or no retainHours.",
     )
     termination_grace_period_seconds: int | None = Field(
         None,

@@ -1,6 +1,7 @@
 """Versions of the run document: what a trainer of an earlier release is given, so that a run keeps its image.
 
 A trainer that reads version 1 refuses fields that it does not know; from version 2 on it leaves them out and says so.
+What nobody may go without is given to it all the same, so that it refuses the run.
 """
 
 from collections.abc import Iterator, Mapping
@@ -64,10 +65,14 @@ def to_version(run: RunSpec, version: int) -> RunDocument:
     """
     whole = {**run.to_wire(), "version": RUN_VERSION}
     newer = tuple(path for path in _newer_than_1(whole, "") if path != _KEY)
+    left_out = tuple(path for path in newer if path not in INDISPENSABLE)
     if version >= RUN_VERSION:
         return RunDocument({**whole, "version": RUN_VERSION if newer or _KEY in whole else 1})
-    return RunDocument({**_only_of_1(whole, ""), "version": 1}, newer)
+    return RunDocument({**_only_of_1(whole, ""), "version": 1}, left_out)
 
+
+INDISPENSABLE = frozenset({"checkpoint.resumeFrom"})
+"""What a run without it would be another run."""
 
 _KEY = "controlKey"
 """Of the operator's own making: nobody asked for it, and a trainer that does not know it does without."""
@@ -85,8 +90,9 @@ def _newer_than_1(node: Mapping[str, Any], at: str) -> Iterator[str]:
 
 def _only_of_1(node: Mapping[str, Any], at: str) -> dict[str, Any]:
     known = FIELDS_OF_1.get(at)
+    kept = {f"{at}.{name}".lstrip("."): (name, value) for name, value in node.items()}
     return {
-        name: _only_of_1(value, f"{at}.{name}".lstrip(".")) if isinstance(value, Mapping) else value
-        for name, value in node.items()
-        if known is None or name in known
+        name: _only_of_1(value, path) if isinstance(value, Mapping) else value
+        for path, (name, value) in kept.items()
+        if known is None or name in known or path in INDISPENSABLE
     }

@@ -24,7 +24,7 @@ _SOURCE_FORM = CelRule(
 )
 _SOURCE_STAYS_INSIDE = CelRule(
     rule="!self.uri.matches('/[.][.]?(/|$)')",
-    message="the path of uri may not have . or .. as one of its parts",
+    message="uri may not have . or .. as a part",
     field_path=".uri",
 )
 
@@ -54,8 +54,8 @@ class DataSource(ApiModel):
     """One set of records."""
 
     uri: DataUri = Field(
-        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH is a .jsonl, "
-        ".json (one array), .csv, .parquet or .arrow file, a directory of such files, or what save_to_disk wrote."
+        description="Where the records are: hf://ORG/NAME, s3://BUCKET/PATH or pvc://CLAIM/PATH. PATH: a .jsonl, .json "
+        "(one array), .csv, .parquet or .arrow file, a directory of them, or what save_to_disk wrote."
     )
     revision: ShortText | None = Field(
         None, description="Commit, branch or tag of the hub (hf://). Default: its main branch."

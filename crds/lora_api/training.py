@@ -1,11 +1,12 @@
 """How the adapter is trained: its shape, the quantized base, the optimization, and how processes work together."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
+from lora_api.publishing import LabelName, StoreUri, store_rules
 
 MAX_GLOBAL_BATCH_SIZE = 65536
 
@@ -45,7 +46,7 @@ class LoRA(ApiModel):
     rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=512)]], Field(max_length=32)] = Field(
         {},
         description="Other ranks for some modules, by the last part or parts of their name, such as {down_proj: 8}. "
-        "The published adapter has the largest; smaller ones are filled up with zeros.",
+        "The published adapter has the largest.",
     )
     alpha_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=4096)]], Field(max_length=32)] = Field(
         {},
@@ -54,9 +55,8 @@ class LoRA(ApiModel):
     )
     new_tokens: Annotated[list[NewToken], Field(max_length=64)] = Field(
         [],
-        description="Tokens that the model is to learn, such as <|ticket|>: ones that its tokenizer has in reserve, or "
-        "new ones where the model has rows to spare. Their rows of embedding and output head are trained too "
-        "(docs/newtokens.md).",
+        description="Tokens that the model is to learn, such as <|ticket|> (docs/newtokens.md). Their rows of "
+        "embedding and output head are trained too.",
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     cel_rules = (
@@ -134,7 +134,7 @@ class Training(ApiModel):
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
         description="Sequences (with objective dpo: pairs) per GPU in one forward pass, 1 to 1024. auto: the largest "
-        "that divides globalBatchSize / processes and fits into memory with margin.",
+        "that divides globalBatchSize / processes and fits into memory.",
     )
     optimizer: Literal["adamw", "paged-adamw-8bit"] = Field(
         "adamw",
@@ -255,17 +255,24 @@ class Checkpoint(ApiModel):
         None,
         ge=1,
         le=10_000_000,
-        description="Save a checkpoint every so many optimizer steps. Default, unless everyMinutes is set: that of the "
-        "runtime, else 100.",
+        description="Save one every so many optimizer steps. Default, unless everyMinutes is set: that of the runtime, "
+        "else 100.",
     )
     every_minutes: int | None = Field(
-        None, ge=1, le=10_080, description="Save a checkpoint every so many minutes. With everySteps: whichever is due."
+        None, ge=1, le=10_080, description="Save one every so many minutes. With everySteps: whichever is due."
     )
     keep: int | None = Field(
         None,
         ge=1,
         le=20,
         description="Complete checkpoints to keep; older ones are deleted. Default: that of the runtime, else 2.",
+    )
+    retain_hours: int | None = Field(
+        None,
+        ge=1,
+        le=87_600,
+        description="Hours that they are kept once the run has failed or is deleted. Default: that of the runtime, "
+        "else 168.",
     )
 
     @property
@@ -277,3 +284,46 @@ class Checkpoint(ApiModel):
     def kept(self) -> int:
         """Complete checkpoints to keep."""
         return 2 if self.keep is None else self.keep
+
+    @property
+    def retained_hours(self) -> int:
+        """Hours that checkpoints are kept after the run has failed or was deleted."""
+        return 168 if self.retain_hours is None else self.retain_hours
+
+
+_ONE_ORIGIN = "set exactly one of name and uri"
+
+
+class ResumeFrom(ApiModel):
+    """The checkpoint of another run."""
+
+    name: LabelName | None = Field(
+        None,
+        description="publish.name, else the name, of a LoRAFineTune of this namespace and store. It may be gone.",
+    )
+    uri: StoreUri | None = Field(
+        None,
+        description="s3://BUCKET/PREFIX of a checkpoint (step-N), or of several: the newest. Below NAMESPACE of the "
+        "store, or of a prefix in limits.storePrefixes.",
+    )
+
+    cel_rules = (
+        CelRule(rule="has(self.name) != has(self.uri)", message=_ONE_ORIGIN, field_path=".name"),
+        *store_rules("uri"),
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.name is None) == (self.uri is None):
+            raise ValueError(_ONE_ORIGIN)
+        return self
+
+
+class RunCheckpoint(Checkpoint):
+    """What a run goes on from. Checkpoints go to the store and are deleted when the adapter is published."""
+
+    resume_from: ResumeFrom | None = Field(
+        None,
+        description="What the first attempt goes on from: a checkpoint of another run of the same shape "
+        "(docs/checkpoints.md).",
+    )

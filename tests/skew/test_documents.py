@@ -88,3 +88,16 @@ def test_the_operator_makes_the_same_document_for_the_trainer_of_the_release_bef
     for state in ("running", "queued", "finished", "failed"):
         made = to_version(build_run_spec(run_of(state), 1), 1).document
         assert made == documents_of(state)["of the release before"]
+
+
+def test_the_trainer_of_the_release_before_refuses_to_begin_at_step_0_what_is_to_go_on_from_elsewhere(
+    before: Release, today: Release, tmp_path: Path
+) -> None:
+    run = run_of("running")
+    checkpoint = run.spec.checkpoint.to_wire() | {"resumeFrom": {"name": "old"}}
+    run = LoRAFineTune.model_validate(run.to_wire() | {"spec": run.spec.to_wire() | {"checkpoint": checkpoint}})
+    documents = {"resumed": to_version(build_run_spec(run, 1), 1).document}
+    found, _ = read_by(before, tmp_path, documents)
+    assert found["resumed"]["class"] == "BadSpec"
+    assert "checkpoint.resumeFrom" in found["resumed"]["message"]
+    assert read_by(today, tmp_path, documents)[0]["resumed"]["steps"] == 18

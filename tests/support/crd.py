@@ -83,7 +83,13 @@ MAXIMAL: Spec = {
         "cpuOffload": True,
         "collectiveTimeoutSeconds": 60,
     },
-    "checkpoint": {"everySteps": 10, "everyMinutes": 30, "keep": 3},
+    "checkpoint": {
+        "everySteps": 10,
+        "everyMinutes": 30,
+        "keep": 3,
+        "retainHours": 24,
+        "resumeFrom": {"name": "support-v1"},
+    },
     "publish": {
         "store": "s3://models/adapters",
         "name": "support",
@@ -139,6 +145,7 @@ MAXIMAL: Spec = {
 OTHERWISE: Spec = {
     **MINIMAL,
     "dataset": {**MINIMAL["dataset"], "evalFraction": 0.1},
+    "checkpoint": {"resumeFrom": {"uri": "s3://models/adapters/default/support/checkpoints/u-1/step-10"}},
     "training": {
         "epochs": 1.5,
         "objective": "dpo",
@@ -237,7 +244,7 @@ MAXIMAL_RUNTIME: Spec = {
         "tracking": ["https://mlflow.example.org/team"],
     },
     "store": "s3://models/adapters",
-    "checkpoint": MAXIMAL["checkpoint"],
+    "checkpoint": {"everySteps": 10, "everyMinutes": 30, "keep": 3, "retainHours": 24},
     "terminationGracePeriodSeconds": 300,
     "preflight": False,
     "preflightResources": {"requests": {"cpu": "1"}, "limits": {"memory": "4Gi"}},

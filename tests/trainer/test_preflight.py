@@ -15,13 +15,16 @@ from lora_api.failures import FailureClass
 from lora_api.preflight import PreflightResult
 from lora_api.run import RunSpec
 from lora_trainer.errors import SourceChangedError
+from lora_trainer.origin import describe_base
 from lora_trainer.pinned import check_pins
 from lora_trainer.preflight import preflight
+from lora_trainer.preflightcli import last_words
 from lora_trainer.settings import Place
 from lora_trainer.sources import fetch_sources
 from tests.support.families import SIZES, make_family
 from tests.support.seaweed import Seaweed
 from tests.support.tiny import make_rows, save_tokenizer, write_rows
+from tests.unit.trainer.checkpoints import save
 
 Make = Callable[..., RunSpec]
 Check = Callable[..., PreflightResult]
@@ -109,6 +112,31 @@ def test_the_device_of_the_run_is_what_is_planned_for(check: Check) -> None:
     assert result.plan.memory.device_gib == 80, "the command line wins"
     result = check(gib=80, parallelism={"gpusPerNode": 0})
     assert any("gpusPerNode is 0" in warning for warning in result.warnings)
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_looked_at(check: Check, make_run: Make, tmp_path: Path) -> None:
+    pin = check().pins.base_model
+    assert pin is not None
+    save(tmp_path / "store", "tests/old/checkpoints/u", 2, by=make_run(), base_model=describe_base(pin))
+    asked: dict[str, Any] = {"checkpoint": {"resumeFrom": {"name": "old"}}}
+    result = check(**asked)
+    assert result.outcome == "passed", said(result)
+    assert result.start == (
+        f"goes on from step 2 of file://{tmp_path}/store/tests/old/checkpoints/u/step-2 (checkpoint.resumeFrom)"
+    )
+    assert last_words(result).message.endswith(
+        f"; {result.start}. Warning: checkpoint.resumeFrom: dataset is not what {result.start.split()[6]} was trained "
+        "on: the run goes on at step 3 in the order of the new records, and leaves out as many of them as the steps "
+        "before would have taken"
+    )
+    refusals = {
+        "this run has lora.r 8": check(**asked, lora={"r": 8}),
+        "is of step 2, and this run has 2 steps": check(**asked, training={"maxSteps": 2}),
+        "there is no complete checkpoint below": check(checkpoint={"resumeFrom": {"name": "other"}}),
+    }
+    for words, result in refusals.items():
+        assert [one[0] for one in said(result)] == [BAD_SPEC]
+        assert words in said(result)[0][1]
 
 
 def test_what_cannot_fit_is_refused_and_what_was_chosen_is_warned_of(check: Check) -> None:

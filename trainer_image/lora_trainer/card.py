@@ -154,7 +154,16 @@ def _training(run: RunSpec, result: RunResult) -> str:
     return (
         f"Trained by {kind} for {result.steps} optimizer steps of {training.global_batch_size} {unit}, on "
         f"{result.train_records} records and {processes}: rank {lora.r}, alpha {lora.alpha}{scaled}, learning rate "
-        f"{training.learning_rate:g}, base weights {run.quantization.type}."
+        f"{training.learning_rate:g}, base weights {run.quantization.type}.{_origin(result)}"
+    )
+
+
+def _origin(result: RunResult) -> str:
+    """Where the first of these steps were done."""
+    return (
+        f" The first of these steps are those of the checkpoint {code(result.resumed_from)}."
+        if result.resumed_from
+        else ""
     )
 
 

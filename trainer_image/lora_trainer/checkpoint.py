@@ -10,65 +10,64 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
 
 from lora_api.adapter import CompleteMarker, StoredFile
 from lora_api.run import RunSpec
-from lora_trainer.catalog import Catalog
+from lora_trainer.catalog import Catalog, Folder
+from lora_trainer.checkpointfiles import (
+    ADAPTER_STATE,
+    LOOP_STATE,
+    OBJECTIVE_STATE,
+    OPTIMIZER_STATE,
+    SHARED,
+    TRAINER_STATE,
+    Resume,
+    find_odd_state,
+    place_schedule,
+    read_resume,
+    rng_file,
+    take_logging_steps,
+)
 from lora_trainer.damage import find_damage
-from lora_trainer.errors import InternalError, StoreUnavailableError
+from lora_trainer.errors import BadSpecError, InternalError, StoreUnavailableError
 from lora_trainer.evaluate import Evaluation
 from lora_trainer.exchange import broadcast_json, gather_json
 from lora_trainer.optim import collect_state, restore_state
+from lora_trainer.origin import (
+    Identity,
+    Origin,
+    describe_nothing,
+    describe_start,
+    find_misfit,
+    find_origins,
+    find_other_data,
+)
 from lora_trainer.parallel import assign_full, full_tensor
 from lora_trainer.progress import Progress
 from lora_trainer.rng import read_rng_state, restore_rng_state
 from lora_trainer.settings import Place, stop_grace_seconds
 from lora_trainer.stop import StopRequest
-from lora_trainer.store import Store
+from lora_trainer.store import Store, join
+from lora_trainer.sweep import sweep_name
 
 if TYPE_CHECKING:
     from lora_trainer.trainer import LoRATrainer
 
-ADAPTER_STATE = "adapter.safetensors"
-OPTIMIZER_STATE = "optimizer.safetensors"
-TRAINER_STATE = "trainer_state.json"
-LOOP_STATE = "loop.json"
-SHARED = (ADAPTER_STATE, OPTIMIZER_STATE, TRAINER_STATE, LOOP_STATE)
-"""Files that rank 0 writes and every rank reads."""
-
-OBJECTIVE_STATE = "objective.safetensors"
-"""What an objective needs again and can no longer compute. Only where there is any."""
-
-
 MAX_FAILED_SAVES = 3
 """So many checkpoints in a row may fail for want of the store before the run ends."""
 
+SWEEP_SECONDS = 30.0
+"""How long the deletion of what deleted runs have left may hold up an attempt."""
+
 STOP_MARGIN_SECONDS = 2.0
 """What is left of the grace period, after the last checkpoint, to end in."""
-
-
-def rng_file(rank: int) -> str:
-    """Name of the file with the random states of ``rank``."""
-    return f"rng-{rank}.json"
-
-
-@dataclass(frozen=True)
-class Resume:
-    """A checkpoint that was fetched: its step, its files, the evaluation before training, and steps skipped so far."""
-
-    step: int
-    directory: Path
-    before: Evaluation
-    skipped: int = 0
 
 
 class Checkpoints:
@@ -83,9 +82,15 @@ class Checkpoints:
         progress: Progress,
         stop: StopRequest | None = None,
         clock: Callable[[], float] = time.monotonic,
+        identity: Identity | None = None,
     ) -> None:
         self.catalog = Catalog(store, run)
         self.before: Evaluation | None = None
+        self.resumed_from: str | None = None
+        """The checkpoint of another run that this one began with."""
+        self._identity = identity
+        """Rank 0 has it, which writes the markers."""
+        self._origin: Path | None = None
         self._saved: int | None = None
         self.failures = 0
         """Checkpoints in a row that could not be saved."""
@@ -113,6 +118,22 @@ class Checkpoints:
     def delete_all(self) -> None:
         """Deletes every checkpoint of the run."""
         self.catalog.delete_all()
+
+    def tidy(self) -> None:
+        """Lets rank 0 take back until when the checkpoints were to be kept, and delete those of deleted runs.
+
+        The second is a favour to the store: what hinders it is said, and hinders nothing else.
+        """
+        if not self._place.is_main:
+            return
+        self.catalog.unexpire()
+        patience = min(SWEEP_SECONDS, self._run.parallelism.collective_timeout_seconds * 0.5)
+        try:
+            with self._store.within(patience):
+                for line in sweep_name(self._store, self._run, join(self.catalog.prefix, "probe")):
+                    self._progress.note(f"deleted the checkpoints of a deleted run of this name: {line}")
+        except Exception as error:  # noqa: BLE001
+            sys.stderr.write(f"what deleted runs of this name have left could not be deleted: {str(error)[:500]}\n")
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be made after ``step``. Rank 0's word counts, because it may depend on a clock."""
@@ -198,6 +219,7 @@ class Checkpoints:
             seed=self._run.training.seed,
             files=sorted(files, key=lambda file: file.path),
             created_at=datetime.now(UTC),
+            **({} if self._identity is None else self._identity.to_marker(self._run)),
         )
 
     def _attempt(self, action: Callable[[], None]) -> str | None:
@@ -230,6 +252,7 @@ class Checkpoints:
             "scheduler": trainer.lr_scheduler.state_dict(),
             "before": self.before.to_wire() if self.before else Evaluation(None, []).to_wire(),
             "skipped": [trainer.skipped, trainer.skipped_in_a_row],
+            "resumedFrom": self.resumed_from,
         }
         (local / LOOP_STATE).write_text(json.dumps(loop))
         return [*SHARED, *([OBJECTIVE_STATE] if objective is not None else [])]
@@ -248,32 +271,91 @@ class Checkpoints:
         """
         found = self.catalog.complete_ones() if self._place.is_main else []
         choices = broadcast_json([marker.to_wire() for marker in found])
-        shapes = {name: tuple(parameter.shape) for name, parameter in _trainable(model)}
         for choice in choices:
             marker = CompleteMarker.model_validate(choice)
             self.catalog.check_same_run(marker)
             directory = self._directory / f"resume-rank-{self._place.rank}-step-{marker.step}"
-            names = [*SHARED, OBJECTIVE_STATE, rng_file(self._place.rank)]
-            problem = self.catalog.fetch(marker, names, directory)
-            problem = problem or find_damage(directory, ADAPTER_STATE, shapes, SHARED)
-            problem = self._agree(problem or find_odd_state(directory, marker.step))
+            problem = self._fetch(self.catalog, marker, directory, model)
             if problem is None:
-                return self._load(marker, directory, model)
+                resume = read_resume(marker.step, directory)
+                self.before = resume.before
+                self.resumed_from = json.loads((directory / LOOP_STATE).read_text()).get("resumedFrom")
+                self._load(resume, model)
+                return resume
             if self._place.is_main:
                 sys.stderr.write(f"the checkpoint of step {marker.step} is damaged and is passed over: {problem}\n")
                 self.catalog.condemn(marker.step)
         return None
 
-    def _load(self, marker: CompleteMarker, directory: Path, model: torch.nn.Module) -> Resume:
-        saved = load_file(directory / ADAPTER_STATE)
+    def find_origin(self, model: torch.nn.Module, total_steps: int) -> Resume | None:
+        """Fetches the checkpoint of another run that this one begins with; ``None`` where it asks for none.
+
+        All ranks call it, of a run that has no checkpoint of its own. Rank 0 chooses. What is loaded before
+        ``adopt``, such as an evaluation, is of the base model, as it is for a run that begins at step 0.
+
+        Raises:
+            BadSpecError: there is none that is whole, or it does not fit this run of ``total_steps`` in all.
+        """
+        if self._run.checkpoint.resume_from is None:
+            return None
+        tried: list[str] = []
+        while choices := broadcast_json(self._list_origins(total_steps, tried)):
+            for choice in choices:
+                marker = CompleteMarker.model_validate(choice["marker"])
+                origin = Origin(Folder(Store(choice["store"], self._store.retry_seconds), choice["prefix"]), marker)
+                if choice["misfit"]:
+                    raise BadSpecError(choice["misfit"])
+                directory = self._directory / f"origin-{len(tried)}-rank-{self._place.rank}-step-{marker.step}"
+                problem = self._fetch(origin.folder, marker, directory, model)
+                if problem is None:
+                    warning = f"\nwarning: {choice['warning']}" if choice["warning"] else ""
+                    self._progress.note(f"{describe_start(origin)}{warning}")
+                    self._origin, self.resumed_from = directory, origin.url
+                    return read_resume(marker.step, directory)
+                tried.append(origin.url)
+                if self._place.is_main:
+                    sys.stderr.write(f"{origin.url} is damaged and is passed over: {problem}\n")
+        raise BadSpecError(describe_nothing(self._run, self._store, len(tried)))
+
+    def _list_origins(self, total_steps: int, tried: Container[str]) -> list[dict[str, Any]]:
+        """What the run may begin with, the best first, but for what was ``tried``. On rank 0, else nothing.
+
+        It is asked again once all are tried: of a run that is alive a newer one may have pushed them out meanwhile.
+        """
+        if not self._place.is_main or self._identity is None:
+            return []
+        return [
+            {
+                "store": origin.folder.store.uri,
+                "prefix": origin.folder.prefix,
+                "marker": origin.marker.to_wire(),
+                "misfit": find_misfit(self._run, origin, self._identity.base, total_steps),
+                "warning": find_other_data(origin, self._identity.data),
+            }
+            for origin in find_origins(self._run, self._store)
+            if origin.url not in tried
+        ]
+
+    def adopt(self, origin: Resume, model: torch.nn.Module) -> None:
+        """Loads what ``find_origin`` fetched: from now on it is as if this run had saved it."""
+        take_logging_steps(origin.directory, self._run.training.logging_steps)
+        self._load(origin, model)
+
+    def _fetch(self, folder: Folder, marker: CompleteMarker, directory: Path, model: torch.nn.Module) -> str | None:
+        """Fetches a checkpoint to ``directory``. Returns what is wrong with it, the same on all ranks."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in _trainable(model)}
+        names = [*SHARED, OBJECTIVE_STATE, rng_file(self._place.rank)]
+        problem = folder.fetch(marker, names, directory)
+        problem = problem or find_damage(directory, ADAPTER_STATE, shapes, SHARED)
+        return self._agree(problem or find_odd_state(directory, marker.step))
+
+    def _load(self, resume: Resume, model: torch.nn.Module) -> None:
+        saved = load_file(resume.directory / ADAPTER_STATE)
         for name, parameter in _trainable(model):
             if name not in saved:
-                raise InternalError(f"checkpoint of step {marker.step}: {name} is missing")
+                raise InternalError(f"checkpoint of step {resume.step}: {name} is missing")
             assign_full(parameter, saved[name])
-        loop = json.loads((directory / LOOP_STATE).read_text())
-        self.before = Evaluation.from_wire(loop["before"])
-        self._note_saved(marker.step)
-        return Resume(marker.step, directory, self.before, loop["skipped"][0])
+        self._note_saved(resume.step)
 
     def load_optimizer(self, trainer: "LoRATrainer", directory: Path) -> None:
         """Puts the moments and the schedule back."""
@@ -281,7 +363,10 @@ class Checkpoints:
         restore_state(optimizer, _trainable(trainer.model), load_file(directory / OPTIMIZER_STATE))
         loop = json.loads((directory / LOOP_STATE).read_text())
         trainer.skipped, trainer.skipped_in_a_row = loop["skipped"]
-        trainer.lr_scheduler.load_state_dict(loop["scheduler"])
+        if directory == self._origin:  # its own rates hold, as long as they are the same the bits are too
+            place_schedule(trainer.lr_scheduler, loop["scheduler"])
+        else:
+            trainer.lr_scheduler.load_state_dict(loop["scheduler"])
         for group, rate in zip(optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate  # the scheduler itself sets it only at its next step
 
@@ -290,21 +375,6 @@ class Checkpoints:
         path = directory / rng_file(self._place.rank)
         if path.exists():
             restore_rng_state(json.loads(path.read_text()))
-
-
-def find_odd_state(directory: Path, step: int) -> str | None:
-    """Why the JSON of a checkpoint of ``step`` is none that was saved with it: whoever wrote it is nobody to trust."""
-    try:
-        loop = json.loads((directory / LOOP_STATE).read_text())
-        Evaluation.from_wire(loop["before"])
-        _skipped, _in_a_row = map(int, loop["skipped"])
-        dict(loop["scheduler"])
-        found = TrainerState.load_from_json(str(directory / TRAINER_STATE)).global_step
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        return f"{LOOP_STATE} or {TRAINER_STATE} is none that was saved: {repr(error)[:200]}"
-    if found != step:
-        return f"{TRAINER_STATE}: is of step {str(found)[:200]}"
-    return None
 
 
 def _trainable(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

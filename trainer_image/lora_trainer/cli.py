@@ -16,6 +16,21 @@ EXIT_CODES = "exit codes:\n  0 success\n" + "\n".join(
     f"  {rule.exit_code} {rule.failure_class.value}: {rule.meaning}" for rule in FAILURE_RULES if rule.exit_code
 )
 
+SWEEP = """\
+Deletes checkpoints below STORE that have expired (checkpoint.retainHours) and
+whose run is not alive. Published adapters are left alone. The store is reached
+as by a run: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY. FILE has a line for each LoRAFineTune of each cluster
+that writes to STORE, with its uid and its phase:
+
+  kubectl get lorafinetunes --all-namespaces --no-headers \\
+    --output=custom-columns=UID:.metadata.uid,PHASE:.status.phase
+
+A run that is not in it is taken to be deleted. Those that have Failed or
+Succeeded lose their checkpoints too, once they have expired.
+docs/checkpoints.md says when that is.
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
@@ -112,7 +127,33 @@ def build_parser() -> argparse.ArgumentParser:
     preflight.add_argument(
         "--gpu-memory-gib", type=float, help="memory of one GPU, in GiB (default: device of the run)"
     )
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="delete expired checkpoints of runs that have failed or were deleted",
+        description=SWEEP,
+        epilog="exit codes:\n  0 done\n  2 the command line is wrong\n  64 BadSpec: FILE or STORE cannot be used\n"
+        "  67 AuthDenied: the store refused the credentials\n  74 StoreUnavailable: the store did not answer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument("store", metavar="STORE", help="s3://BUCKET/PREFIX, as in publish.store of the runs")
+    sweep.add_argument("--alive", required=True, metavar="FILE", help="the runs that there are; - is standard input")
+    sweep.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
+    sweep.add_argument(
+        "--retain-hours",
+        type=_hours,
+        default=168,
+        metavar="HOURS",
+        help="for checkpoints that do not say it themselves, from when they were saved (default: %(default)s)",
+    )
+    sweep.add_argument("--allow-empty", action="store_true", help="take a FILE without any run")
     return parser
+
+
+def _hours(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 87_600:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hours from 1 to 87600")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,6 +173,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lora_trainer.preflightcli import run_preflight
 
         return run_preflight(arguments.run, arguments.gpu_memory_gib)
+    if arguments.command == "sweep":
+        from lora_trainer.sweepcli import run_sweep
+
+        return run_sweep(
+            arguments.store,
+            arguments.alive,
+            arguments.retain_hours,
+            dry=arguments.dry_run,
+            allow_empty=arguments.allow_empty,
+        )
     return _evaluate(arguments)
 
 

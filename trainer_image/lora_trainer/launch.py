@@ -25,6 +25,7 @@ from lora_api.messages import Termination
 from lora_api.run import MASTER_PORT, RunSpec
 from lora_trainer.conclude import PodEnd, ProcessEnd, conclude, conclude_without
 from lora_trainer.errors import BadSpecError, PeerLostError, StoppedError, TrainerError
+from lora_trainer.expiry import MOST_SECONDS, leave_expiry
 from lora_trainer.interpreter import CODE_CACHES, OWN_CODE_ONLY, python_command
 from lora_trainer.oom import count_oom_kills
 from lora_trainer.outcome import fallback_directory
@@ -180,6 +181,12 @@ class Gang:
                 self._signal_all(signal.SIGKILL)
             self.relay.pump(POLL_SECONDS)
 
+    def seconds_left(self, most: float) -> float:
+        """Of the grace period, if this pod was asked to stop; at most ``most``, and a second or two in any case."""
+        if self.stop_asked_at is None:
+            return most
+        return min(most, max(self.stop_asked_at + stop_grace_seconds() - time.monotonic(), 2.0))
+
     def kill(self) -> None:
         """Ends what is left."""
         self._signal_all(signal.SIGKILL)
@@ -225,6 +232,8 @@ def launch(run_file: Path) -> int:
     gang = Gang()
     gang.install_handlers()
     state: Path | None = None
+    run: RunSpec | None = None
+    topology: Topology | None = None
     try:
         run = read_run(run_file)
         topology = read_topology(run)
@@ -251,6 +260,8 @@ def launch(run_file: Path) -> int:
             shutil.rmtree(state, ignore_errors=True)
             shutil.rmtree(fallback_directory(state), ignore_errors=True)
     say(words)
+    if code != 0 and run is not None and topology is not None and topology.node_rank == 0:
+        leave_expiry(run, words.failure_class or FailureClass.INTERNAL, gang.seconds_left(MOST_SECONDS))
     return code
 
 

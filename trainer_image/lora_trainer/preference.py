@@ -28,7 +28,7 @@ from transformers import TrainerCallback, TrainingArguments
 from lora_api.run import RunSpec
 from lora_api.served import Score
 from lora_api.training import DPO
-from lora_trainer.checkpoint import OBJECTIVE_STATE, Resume
+from lora_trainer.checkpointfiles import OBJECTIVE_STATE, Resume
 from lora_trainer.errors import BadDataError, DivergedError, InternalError
 from lora_trainer.evaluate import Evaluation, Evaluator, make_batches
 from lora_trainer.pairs import TokenPair, digest_pairs, pad_sequences

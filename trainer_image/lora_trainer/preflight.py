@@ -93,14 +93,14 @@ def preflight(document: str, where: str, directory: Path, device_gib: float | No
     """
     findings = Findings()
     run, broken = read_leniently(document, where, findings)
-    model = tokenizer = report = None
+    model = tokenizer = report = data_digest = start = None
     pins = Pins()
     if run is not None:
         if "baseModel" not in broken:
             model = findings.attempt(lambda: check_model(run, directory / "model", findings))
             tokenizer = None if model is None else findings.attempt(lambda: _read_tokenizer(run, model, findings))
         if "dataset" not in broken:
-            report, pins = check_data(run, tokenizer, directory, findings)
+            report, data_digest, pins = check_data(run, tokenizer, directory, findings)
         if "publish" not in broken:
             findings.attempt(partial(check_store, run))
         for rule in RULES if not broken & {"training", "parallelism", "quantization"} else ():
@@ -113,12 +113,16 @@ def preflight(document: str, where: str, directory: Path, device_gib: float | No
     if run is not None and not broken & {"training", "parallelism", "lora", "quantization"}:
         device = device_gib if device_gib is not None else (run.device.memory_gib if run.device else None)
         plan = findings.attempt(lambda: plan_run(run, model, report, device, findings))
+        if model is not None and not broken & {"publish", "checkpoint"}:
+            steps = None if plan is None else plan.total_steps
+            start = findings.attempt(lambda: check_start(run, model, steps, data_digest, findings))
     return PreflightResult(
         outcome="failed" if findings.problems else "passed",
         pins=pins,
         model=None if model is None else model.facts,
         plan=plan,
         data=report,
+        start=start or None,
         warnings=findings.warnings[:MAX_SHOWN],
         problems=findings.problems[:MAX_SHOWN],
         at=datetime.now(UTC),
@@ -242,8 +246,10 @@ def _read_tokenizer(run: RunSpec, model: Model, findings: Findings) -> Any:
     return tokenizer
 
 
-def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings) -> tuple[DataReport | None, Pins]:
-    """The records as tokens, and what the sources held. Without a tokenizer only the sources are looked at."""
+def check_data(
+    run: RunSpec, tokenizer: Any, directory: Path, findings: Findings
+) -> tuple[DataReport | None, str | None, Pins]:
+    """The records as tokens, their digest, and what the sources held. Without a tokenizer only these are looked at."""
     from lora_trainer.sources import Sources, fetch_data
 
     files: dict[str, list[Path]] = {}
@@ -258,19 +264,23 @@ def check_data(run: RunSpec, tokenizer: Any, directory: Path, findings: Findings
             pins[name] = findings.attempt(lambda: pin_data(source, found))  # noqa: B023
     pinned = Pins(train=pins["train"], eval=pins["eval"])
     if tokenizer is None or len(files) < sum(source is not None for source in sources.values()):
-        return None, pinned
+        return None, None, pinned
     fetched = Sources(directory / "model", files["train"], files.get("eval"))
-    report = findings.attempt(lambda: _count_tokens(run, fetched, tokenizer, directory / "tokens"))
-    findings.warnings += [] if report is None else report.warnings
-    return report, pinned
+    counted = findings.attempt(lambda: _count_tokens(run, fetched, tokenizer, directory / "tokens"))
+    if counted is None:
+        return None, None, pinned
+    findings.warnings += counted[0].warnings
+    return *counted, pinned
 
 
-def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any, directory: Path) -> DataReport:
+def _count_tokens(run: RunSpec, sources: Any, tokenizer: Any, directory: Path) -> tuple[DataReport, str]:
     """The records of both sides as the model is given them, cut at maxSeqLength: by what the training processes run."""
+    from lora_trainer.origin import digest_data
     from lora_trainer.prepare import prepare_data
     from lora_trainer.settings import Place
 
-    return prepare_data(run, sources, tokenizer, Place(0, 0, 1), directory).report
+    data = prepare_data(run, sources, tokenizer, Place(0, 0, 1), directory)
+    return data.report, digest_data(run, data.digest, len(data.train))
 
 
 def check_store(run: RunSpec) -> None:
@@ -283,6 +293,19 @@ def check_store(run: RunSpec) -> None:
     from lora_trainer.store import Store
 
     Catalog(Store(run.publish.store), run).check_writable()
+
+
+def check_start(run: RunSpec, model: Model, steps: int | None, data: str | None, findings: Findings) -> str:
+    """What the run goes on from (checkpoint.resumeFrom), in words; nothing where it begins at step 0.
+
+    Raises:
+        TrainerError: it cannot go on from there.
+    """
+    from lora_trainer.origin import describe_base, foresee_start
+
+    start, warning = foresee_start(run, describe_base(model.files.pin), steps, data)
+    findings.warnings += [warning] if warning else []
+    return start
 
 
 def plan_run(

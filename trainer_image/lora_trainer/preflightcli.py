@@ -94,6 +94,8 @@ def _summarize(result: PreflightResult) -> str:
     if plan is not None and plan.memory is not None:
         device = "" if plan.memory.device_gib is None else f" of {plan.memory.device_gib:g}"
         words.append(f"{plan.memory.safe_gib:.2f}{device} GiB for each process")
+    if result.start is not None:
+        words.append(result.start)
     return ". ".join(["; ".join(words) or "passed", *(f"Warning: {text}" for text in result.warnings)])
 
 
@@ -117,6 +119,7 @@ def to_text(result: PreflightResult) -> str:
         lines.append(f"data: {result.data.to_text()}")
     if result.plan is not None:
         lines += _plan_lines(result.plan)
+    lines += [] if result.start is None else [f"start: {result.start}"]
     lines += [f"warning: {text}" for text in result.warnings]
     lines += [f"{one.failure_class.value}: {one.message}" for one in result.problems]
     return "\n".join(lines)

@@ -48,7 +48,8 @@ class RunResult:
     """What a run has to tell. ``skipped_steps`` had a loss or a gradient that is not finite, and changed nothing.
 
     ``served`` is how the adapter does on its base model as it is served. ``refusal`` is why publish.gate refused the
-    adapter. ``memory`` are rows for people: what was planned and measured.
+    adapter. ``memory`` are rows for people: what was planned and measured. ``resumed_from`` is the checkpoint of
+    another run that this one began with.
     """
 
     before: Evaluation
@@ -64,6 +65,7 @@ class RunResult:
     verification: Verification | None = None
     refusal: str | None = None
     served: ServedEvaluation | None = None
+    resumed_from: str | None = None
 
     def gate_losses(self, gate: Gate | None) -> Losses:
         """The losses that ``gate`` looks at."""
@@ -77,6 +79,7 @@ class RunResult:
             "eval_share_after": self.after.share,
             "served": self.served,
             "gate_base": None if gate is None else self.gate_losses(gate).base,
+            "resumed_from": self.resumed_from,
         }
 
     @property

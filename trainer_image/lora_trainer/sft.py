@@ -23,7 +23,7 @@ from lora_trainer.trainer import LoRATrainer, loop_arguments, restore_adapter_pr
 from lora_trainer.varlen import settle_packing
 
 if TYPE_CHECKING:
-    from lora_trainer.checkpoint import Resume
+    from lora_trainer.checkpointfiles import Resume
 
 
 class SupervisedTrainer(FastSteps, LoRATrainer, SFTTrainer):

@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,14 @@ CHUNK = 16 * 1024 * 1024
 CONNECTIONS = 4
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object in a listing. ``modified`` is by the store's clock."""
+
+    size: int
+    modified: datetime
 
 
 class ObjectNotFoundError(ModelNotFoundError):
@@ -177,11 +186,22 @@ class Store:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes of all objects below the directory ``prefix``, by path, in the order of their paths."""
+        return {path: entry.size for path, entry in self.listing(prefix).items()}
+
+    def listing(self, prefix: str = "") -> dict[str, Listed]:
+        """The same with times."""
         directory = prefix.strip("/")
         found = self._call(directory, lambda: obstore.list(self._store, directory or None).collect())
-        sizes = {str(entry["path"]): int(entry["size"]) for entry in found}
+        entries = {str(entry["path"]): Listed(int(entry["size"]), entry["last_modified"]) for entry in found}
         inside = directory + "/" if directory else ""
-        return {path: sizes[path] for path in sorted(sizes) if path.startswith(inside)}
+        return {path: entries[path] for path in sorted(entries) if path.startswith(inside)}
+
+    def now(self, path: str) -> datetime:
+        """The time by the store's clock: that of an object which is written to ``path`` for it, and deleted."""
+        self.put(path, b"what time is it")
+        found: datetime = self._call(path, lambda: obstore.head(self._store, path)["last_modified"])
+        self.delete([path])
+        return found
 
     def entries(self) -> dict[str, tuple[int, str]]:
         """Size in bytes and etag of all objects, by path: what tells one state of the store from another."""

@@ -1,6 +1,7 @@
 """One run, from the base model to the published adapter. Every process of the gang runs this page."""
 
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -11,7 +12,6 @@ from lora_api.status import AdapterStatus
 from lora_trainer import __version__
 from lora_trainer.adapter import expected_shapes, gather_adapter
 from lora_trainer.callbacks import BoundaryCallback, EvaluationCallback, ProgressCallback
-from lora_trainer.catalog import Catalog
 from lora_trainer.checkpoint import Checkpoints
 from lora_trainer.evaluate import sample_questions
 from lora_trainer.gate import check_gate_has_records
@@ -23,6 +23,7 @@ from lora_trainer.metrics import read_metrics
 from lora_trainer.model import add_adapter, load_base_model, training_device
 from lora_trainer.newtokens import read_tokenizer
 from lora_trainer.objectives import build_trainer
+from lora_trainer.origin import Identity, digest_data, find_beginning, identify_base
 from lora_trainer.parallel import choose_strategy, start_process_group
 from lora_trainer.pinned import check_pins
 from lora_trainer.prepare import check_same_data, prepare_data
@@ -71,7 +72,7 @@ def train(
     start_process_group(place, device, timeout, line and line.group_store, alone_too=run.parallelism.cpu_offload)
     check_same_data(data, device)
     longest = None if run.dataset.packing else data.report.longest
-    run, memory = settle_micro_batch(run, sources.model, place, device, Catalog(store, run).find, longest)
+    run, memory = settle_micro_batch(run, sources.model, place, device, partial(find_beginning, store, run), longest)
     progress.report_memory(**memory.to_progress())
     strategy = choose_strategy(run, sources.model, memory.available)
     longest = None if longest is None else max(longest, data.longest_evaluated)
@@ -86,7 +87,10 @@ def train(
     add_rows(model, tokens, part)
     check_mergeable(run, sources.model, expected_shapes(model))
     in_between = EvaluationCallback(run.training.eval_every_steps, progress, stop)
-    checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress, stop)
+    identity = None
+    if place.is_main:
+        identity = Identity(identify_base(run, sources.model), digest_data(run, data.digest, len(data.train)))
+    checkpoints = Checkpoints(store, run, place, work / "checkpoints", progress, stop, identity=identity)
     callbacks = [ProgressCallback(progress), in_between, BoundaryCallback(stop, checkpoints, line)]
     trainer = build_trainer(run, model, tokenizer, data, device, work / "trainer", callbacks)
     trainer.remove_callback(PrinterCallback)
@@ -95,6 +99,8 @@ def train(
     proof.check_gathered(model)
     checkpoints.check_writable()
     resume = checkpoints.restore(model)
+    origin = None if resume else checkpoints.find_origin(model, trainer.args.max_steps)
+    checkpoints.tidy()
 
     budget = trainer.args.per_device_train_batch_size * run.dataset.max_seq_length
     questions = sample_questions(run.publish, data.shown, conversational=data.conversational)
@@ -105,10 +111,12 @@ def train(
     in_between.evaluate = evaluator.measure
     before = checkpoints.before = resume.before if resume else evaluator.run()
     progress.report_eval(step=0, total_steps=trainer.args.max_steps, **before.scores)
+    if origin is not None:
+        checkpoints.adopt(origin, model)
 
     progress.stage("training")
     with stop.deferred():
-        trainer.train_to_end(resume)
+        trainer.train_to_end(resume or origin)
     stop.check()
     progress.stage("evaluating")
     after = evaluator.run()
@@ -122,7 +130,7 @@ def train(
     metrics = read_metrics(trainer.state.log_history, before, after, trainer.args.max_steps)
     result = RunResult(
         before, after, metrics, *counts, versions, memory=memory.to_rows(), data=data.report,
-        skipped_steps=trainer.skipped,
+        skipped_steps=trainer.skipped, resumed_from=checkpoints.resumed_from,
     )  # fmt: skip
     tensors, on_served = gather_adapter(model), None
     if plan.is_wanted and evaluator.records:

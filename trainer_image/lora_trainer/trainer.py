@@ -26,7 +26,8 @@ from lora_trainer.speed import read_levers
 from lora_trainer.untouched import check_same_model, kept_from_accelerate
 
 if TYPE_CHECKING:
-    from lora_trainer.checkpoint import Checkpoints, Resume
+    from lora_trainer.checkpoint import Checkpoints
+    from lora_trainer.checkpointfiles import Resume
     from lora_trainer.proof import Proof
 
 TRAINER_STATE_NAME = "trainer_state.json"

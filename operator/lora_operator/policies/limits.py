@@ -30,6 +30,7 @@ def check_limits(run: LoRAFineTune, runtime: ClusterLoRARuntime | None) -> list[
         *_check_size(run, runtime, limits, whose),
         *_check_sources(run, limits, whose),
         *_check_store(run, runtime, whose),
+        *_check_origin(run, runtime, whose),
         *_check_trackers(run, runtime, whose),
         *_check_policy(run, runtime, limits, whose),
         *_check_metadata(run, limits, whose),
@@ -89,20 +90,51 @@ def _check_store(run: LoRAFineTune, runtime: ClusterLoRARuntime | None, whose: s
     store = run.spec.publish.store
     if runtime is None or store is None:
         return
-    prefixes = runtime.spec.limits.store_prefixes
-    roots = [root.rstrip("/") for root in (*(prefixes or ()), *filter(None, [runtime.spec.store]))]
+    prefixes, roots = runtime.spec.limits.store_prefixes, _store_roots(runtime)
     store = store.rstrip("/")
     if prefixes is not None and not any(is_below(store, root) for root in roots):
         yield f"spec.publish.store is {store}, but {whose} allows only {', '.join(roots)} (limits.storePrefixes)"
         return
     # Where the adapter's files end up counts, not where the store begins: s3://b with the namespace a is below s3://b/a.
     own = run.metadata.namespace
-    target = f"{store}/{own}/{run.spec.publish.name or run.metadata.name}"
-    root = max((root for root in roots if is_below(target, root)), key=len, default=None)
-    if root is not None and not is_below(target, f"{root}/{own}"):
+    root = _find_foreign_root(f"{store}/{own}/{run.spec.publish.name or run.metadata.name}", roots, own)
+    if root is not None:
         yield (
             f"spec.publish.store is {store}, but below {root} a run may publish only to {root} itself or below "
             f"{root}/{own}, the prefix of its own namespace (store and limits.storePrefixes of {whose})"
+        )
+
+
+def _store_roots(runtime: ClusterLoRARuntime) -> list[str]:
+    """What ``runtime`` shares out among namespaces: PREFIX/NAMESPACE belongs to NAMESPACE."""
+    named = (*(runtime.spec.limits.store_prefixes or ()), *filter(None, [runtime.spec.store]))
+    return [root.rstrip("/") for root in named]
+
+
+def _find_foreign_root(target: str, roots: Iterable[str], own: str) -> str | None:
+    """The innermost of ``roots`` that ``target`` lies below, if it lies there outside of what the namespace has."""
+    root = max((root for root in roots if is_below(target, root)), key=len, default=None)
+    return None if root is None or is_below(target, f"{root}/{own}") else root
+
+
+def _check_origin(run: LoRAFineTune, runtime: ClusterLoRARuntime | None, whose: str) -> Iterator[str]:
+    """What ``resumeFrom`` names has to be the namespace's own: with ``name`` it lies where the run publishes to."""
+    origin, own = run.spec.checkpoint.resume_from, run.metadata.namespace
+    store = run.spec.publish.store or (runtime.spec.store if runtime is not None else None)
+    if origin is None or store is None:
+        return
+    roots = _store_roots(runtime) if runtime is not None else []
+    allowed = [f"{root}/{own}" for root in dict.fromkeys([store.rstrip("/"), *roots])]
+    uri = origin.uri.rstrip("/") if origin.uri is not None else f"{allowed[0]}/{origin.name}/checkpoints"
+    parts = re.sub("%2e", ".", uri.partition("://")[2], flags=re.IGNORECASE).split("/")
+    climbs = not {"", ".", ".."}.isdisjoint(parts)
+    inside = any(uri.startswith(f"{root}/") for root in allowed)
+    if climbs or not inside or _find_foreign_root(uri, roots, own) is not None:
+        field = "uri" if origin.uri is not None else "name"
+        yield (
+            f"spec.checkpoint.resumeFrom.{field} is {origin.uri or origin.name}, but a run of namespace {own} may go "
+            f"on only from checkpoints below {' or '.join(allowed)}: copy the checkpoint there, or have PREFIX of "
+            f"PREFIX/{own} listed in limits.storePrefixes of {whose}"
         )
 
 

@@ -15,7 +15,7 @@ from lora_api import (
 )
 from lora_api.pods import PodTemplate, ResourceRequirements
 from lora_api.runtime import taken_runtime
-from lora_api.training import Checkpoint
+from lora_api.training import Checkpoint, RunCheckpoint
 from lora_operator.settings import RunSettings
 
 KEPT_LIMITS = ("maxActiveDeadlineSeconds",)
@@ -88,12 +88,14 @@ def merge_resources(own: ResourceRequirements, base: ResourceRequirements) -> Re
     )
 
 
-def _merge_checkpoints(own: Checkpoint, base: Checkpoint) -> Checkpoint:
+def _merge_checkpoints(own: RunCheckpoint, base: Checkpoint) -> RunCheckpoint:
     when = base if own.every_steps is None and own.every_minutes is None else own
-    return Checkpoint(
+    return RunCheckpoint(
         every_steps=when.every_steps,
         every_minutes=when.every_minutes,
         keep=base.keep if own.keep is None else own.keep,
+        retain_hours=base.retain_hours if own.retain_hours is None else own.retain_hours,
+        resume_from=own.resume_from,
     )
 
 

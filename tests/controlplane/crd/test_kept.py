@@ -20,7 +20,7 @@ pytestmark = pytest.mark.controlplane
 def test_the_maximal_manifest_has_every_field() -> None:
     missing = [path for path in PATHS if not has(MAXIMAL, path)]
     dpo = ["training.dpo", "training.dpo.beta", "training.dpo.loss", "training.dpo.labelSmoothing"]
-    assert missing == ["dataset.evalFraction", *dpo, "training.epochs"]
+    assert missing == ["dataset.evalFraction", *dpo, "training.epochs", "checkpoint.resumeFrom.uri"]
     assert all(has(OTHERWISE, path) for path in missing)
 
 

@@ -34,6 +34,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "one of two forms": ({"training": {"microBatchSize": 1}}, "training.microBatchSize"),
     "a field that was absent": ({"publish": {"name": "other"}}, "publish.name"),
     "a section below a section": ({"publish": {"gate": {"maxEvalLoss": 1.0}}}, "publish.gate"),
+    "what it goes on from": ({"checkpoint": {"resumeFrom": {"name": "a"}}}, "checkpoint.resumeFrom"),
+    "how long checkpoints are kept": ({"checkpoint": {"retainHours": 1}}, "checkpoint.retainHours"),
     "a list": ({"lora": {"targetModules": ["q_proj"]}}, "lora.targetModules"),
     "the last field of a section": ({"dataset": {"assistantOnlyLoss": True}}, "dataset.assistantOnlyLoss"),
     "two fields, of which one may be changed": (

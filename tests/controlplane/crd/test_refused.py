@@ -288,6 +288,36 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.parallelism.nodes",
         "nodes * gpusPerNode may be at most 512",
     ),
+    "nothing to go on from": (
+        {"checkpoint.resumeFrom": {}},
+        "spec.checkpoint.resumeFrom.name",
+        "set exactly one of name and uri",
+    ),
+    "two checkpoints to go on from": (
+        {"checkpoint.resumeFrom": {"name": "a", "uri": "s3://bucket/c"}},
+        "spec.checkpoint.resumeFrom.name",
+        "set exactly one of name and uri",
+    ),
+    "a checkpoint to go on from that climbs out": (
+        {"checkpoint.resumeFrom": {"uri": "s3://bucket/a/../c"}},
+        "spec.checkpoint.resumeFrom.uri",
+        "may not have . or ..",
+    ),
+    "a checkpoint to go on from on a node's disk": (
+        {"checkpoint.resumeFrom": {"uri": "file:///out"}},
+        "spec.checkpoint.resumeFrom.uri",
+        "must be s3://BUCKET/PREFIX",
+    ),
+    "a run of another namespace to go on from": (
+        {"checkpoint.resumeFrom": {"name": "other/a"}},
+        "spec.checkpoint.resumeFrom.name",
+        "must be a-z, 0-9 and '-'",
+    ),
+    "checkpoints that are kept for no time": (
+        {"checkpoint.retainHours": 0},
+        "spec.checkpoint.retainHours",
+        "greater than or equal to 1",
+    ),
     "a checkpoint every 0 steps": (
         {"checkpoint.everySteps": 0},
         "spec.checkpoint.everySteps",

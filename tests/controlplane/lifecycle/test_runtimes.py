@@ -127,6 +127,34 @@ def test_a_run_that_asks_for_too_much_is_refused_by_the_rule(
     assert run.status["phase"] == "Failed", "what has ended stays so"
 
 
+def test_a_run_goes_on_from_checkpoints_of_its_own_namespace_alone(
+    run: Run, operator: OperatorThread, put_runtime: PutRuntime
+) -> None:
+    name = put_runtime(store="s3://models/adapters", checkpoint={"retainHours": 24})
+    uri = f"s3://models/adapters/{run.namespace}/old/checkpoints/u-1/step-40"
+    run.create(naming(name, publish={}, checkpoint={"resumeFrom": {"uri": uri}}))
+    run.gang(1)
+    assert run.document(1)["checkpoint"] == {"retainHours": 24, "resumeFrom": {"uri": uri}}
+    by_name = Run(run.api, run.namespace, "by-name")
+    by_name.create(naming(name, checkpoint={"resumeFrom": {"name": "by-name"}}))
+    by_name.gang(1)
+    assert by_name.document(1)["checkpoint"]["resumeFrom"] == {"name": "by-name"}
+    other = Run(run.api, run.namespace, "other")
+    other.create(naming(name, checkpoint={"resumeFrom": {"uri": "s3://models/adapters/others/old/checkpoints/u-1"}}))
+    assert other.wait_phase("Failed")["reason"] == "RuntimeRefused"
+    message = other.condition("Stalled")["message"]
+    assert "spec.checkpoint.resumeFrom.uri is s3://models/adapters/others/old/checkpoints/u-1, but " in message
+    assert f"below s3://models/adapters/{run.namespace}: copy the checkpoint there" in message
+    assert (other.jobs(), other.services(), other.policies()) == ([], [], [])
+
+
+def test_without_a_runtime_too(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(checkpoint={"resumeFrom": {"uri": "s3://models/adapters/others/old"}}))
+    assert run.wait_phase("Failed")["reason"] == "RuntimeRefused"
+    assert f"only from checkpoints below s3://models/adapters/{run.namespace}" in run.condition("Stalled")["message"]
+    assert run.jobs() == []
+
+
 def test_a_missing_runtime_is_waited_for(run: Run, operator: OperatorThread, put_runtime: PutRuntime) -> None:
     run.create(naming(f"of-{run.namespace}"))
     run.wait("a word", lambda status: status.get("reason") == "RuntimeNotFound")

@@ -72,6 +72,20 @@ def test_a_name_that_makes_the_prefix_of_another_namespace(
     assert f"below s3://models/{run.namespace} a run may publish only to" in refusal(run)
 
 
+@pytest.mark.parametrize("with_runtime", [False, True])
+@pytest.mark.parametrize("below", ["other/support/checkpoints/u-1/step-40", "{}-b/support/checkpoints/u-1", "", "{}"])
+def test_a_checkpoint_of_another_namespace(
+    run: Run, operator: OperatorThread, put_runtime: PutRuntime, below: str, with_runtime: bool
+) -> None:
+    """Attack: a user goes on from what another namespace's run has learned, and publishes it as an adapter."""
+    uri = f"s3://models/adapters/{below.format(run.namespace)}".rstrip("/")
+    name = put_runtime(store="s3://models/adapters", limits={"storePrefixes": ["s3://models"]})
+    change = changed(name, checkpoint={"resumeFrom": {"uri": uri}})
+    run.create(change if with_runtime else lambda spec: spec.update(checkpoint={"resumeFrom": {"uri": uri}}))
+    message = refusal(run)
+    assert f"spec.checkpoint.resumeFrom.uri is {uri}, but a run of namespace {run.namespace} may go on only" in message
+
+
 METADATA = {
     "a role in the cloud by kube2iam": ("annotations", "iam.amazonaws.com/role", "admin"),
     "a second network by Multus": ("annotations", "k8s.v1.cni.cncf.io/networks", "storage"),

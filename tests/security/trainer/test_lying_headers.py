@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from lora_api.failures import FailureClass
 from lora_api.run import RunSpec
-from lora_trainer.checkpoint import ADAPTER_STATE, LOOP_STATE, TRAINER_STATE, find_odd_state
+from lora_trainer.checkpointfiles import ADAPTER_STATE, LOOP_STATE, TRAINER_STATE, find_odd_state
 from lora_trainer.damage import MAX_PROBLEM, find_damage, read_file_header
 from lora_trainer.errors import ModelNotFoundError, classify
 from lora_trainer.headers import INDEX_FILE, LENGTH_BYTES, MAX_HEADER, header_length, parse_header
@@ -272,6 +272,9 @@ ODD_STATES: dict[str, tuple[Any, Any]] = {
     "words for numbers": (SAVED_LOOP | {"skipped": ["a", 0]}, {"global_step": 4}),
     "no list of samples": (SAVED_LOOP | {"before": {"samples": 3}}, {"global_step": 4}),
     "no schedule": (SAVED_LOOP | {"scheduler": 3}, {"global_step": 4}),
+    "no place in the schedule": (SAVED_LOOP | {"scheduler": {"last_epoch": "x"}}, {"global_step": 4}),
+    "a place at no end": (SAVED_LOOP | {"scheduler": {"last_epoch": float("inf")}}, {"global_step": 4}),
+    "an origin that is no text": (SAVED_LOOP | {"resumedFrom": 3}, {"global_step": 4}),
     "an unknown field": (SAVED_LOOP, {"global_step": 4, "x": 1}),
     "another step": (SAVED_LOOP, {"global_step": 2}),
 }

@@ -59,13 +59,13 @@ def test_the_layout() -> None:
     assert adapter.digest_directory("sha256:" + "0" * 64) == "sha256-" + "0" * 64
     assert adapter.version_path(3) == "versions/v3.json"
     assert adapter.checkpoints_directory("uid") == "checkpoints/uid"
-    assert adapter.checkpoint_directory("uid", 40) == "checkpoints/uid/step-40"
+    assert adapter.step_directory(40) == "step-40"
 
 
 @given(st.integers(1, 10**9))
 def test_names_are_read_back_as_written(number: int) -> None:
     assert adapter.parse_version_path(f"team/support/{adapter.version_path(number)}") == number
-    assert adapter.parse_checkpoint_step(f"{adapter.checkpoint_directory('uid', number)}/rank-0.pt") == number
+    assert adapter.parse_checkpoint_step(f"{adapter.step_directory(number)}/rank-0.pt") == number
 
 
 VERSION_PATHS = {
@@ -88,13 +88,14 @@ def test_other_names_are_no_versions(path: str) -> None:
 
 
 CHECKPOINT_PATHS = {
-    "checkpoints/u/step-40": 40,
-    "checkpoints/u/step-40/COMPLETE.json": 40,
-    "checkpoints/u/step-0/x": 0,
-    "checkpoints/u/step-40x": None,
-    "checkpoints/u/astep-40": None,
-    "checkpoints/u/step-": None,
-    "checkpoints/u": None,
+    "step-40": 40,
+    "step-40/COMPLETE.json": 40,
+    "step-0/x": 0,
+    "checkpoints/u/step-40": None,
+    "step-40x": None,
+    "astep-40": None,
+    "step-": None,
+    "probe": None,
 }
 
 

@@ -62,7 +62,28 @@ def test_a_newer_trainer_is_given_what_this_operator_knows() -> None:
     assert to_version(build_run_spec(RUN, 1, KEY), 9).document["version"] == RUN_VERSION
 
 
-NEW_IN_2 = {"controlKey", "publish.gate.base", "publish.servedDtype"}
+RESUMED = {"uri": "s3://adapters/team/support/checkpoints/u-0/step-9"}
+
+
+def test_an_older_trainer_is_given_what_nobody_may_go_without_so_that_it_refuses_it() -> None:
+    checkpoint = {"keep": 1, "retainHours": 5, "resumeFrom": RESUMED}
+    asked = LoRAFineTune.model_validate(RUN.to_wire() | {"spec": RUN.spec.to_wire() | {"checkpoint": checkpoint}})
+    document = to_version(build_run_spec(asked, 1), 1)
+    assert document.document["checkpoint"] == {"keep": 1, "resumeFrom": RESUMED}
+    assert document.document["version"] == 1
+    assert set(document.left_out) == {"checkpoint.retainHours", "pins.train.etag"}
+    assert to_version(build_run_spec(asked, 1), RUN_VERSION).document["checkpoint"] == checkpoint
+
+
+NEW_IN_2 = {
+    "controlKey",
+    "publish.gate.base",
+    "publish.servedDtype",
+    "checkpoint.retainHours",
+    "checkpoint.resumeFrom",
+    "checkpoint.resumeFrom.name",
+    "checkpoint.resumeFrom.uri",
+}
 
 
 def test_a_field_that_comes_or_goes_is_a_new_version() -> None:

@@ -42,6 +42,17 @@ BELOW_OTHERS = (
     f"prefix of its own namespace (store and limits.storePrefixes of {WHOSE})"
 )
 
+ALL_STORES = "s3://models/adapters/team or s3://models/team or s3://lab/out/team"
+FOREIGN_ORIGIN = (
+    "spec.checkpoint.resumeFrom.uri is {uri}, but a run of namespace team may go on only from checkpoints below "
+    "{where}: copy the checkpoint there, or have PREFIX of PREFIX/team listed in limits.storePrefixes of {whose}"
+)
+
+
+def resumed(uri: str) -> dict[str, Any]:
+    return {"checkpoint": {"resumeFrom": {"uri": uri}}}
+
+
 CASES: dict[str, Row] = {
     # Endpoints
     "a tracker that the runtime lists": (
@@ -103,6 +114,74 @@ CASES: dict[str, Row] = {
         {"store": "s3://models/adapters"},
         stored("s3://models/adapters/other/x"),
         [BELOW_OTHERS.format(store="s3://models/adapters/other/x", root="s3://models/adapters")],
+    ),
+    # Whose checkpoint to go on from
+    "a checkpoint of a run of the same namespace": (None, resumed("s3://models/adapters/team/old/checkpoints/u/"), []),
+    "a checkpoint of a run by its name": (STORES, {"checkpoint": {"resumeFrom": {"name": "old"}}}, []),
+    "a checkpoint in the runtime's store by not saying any": (
+        STORES,
+        {**resumed("s3://models/adapters/team/old/checkpoints/u/step-3"), "publish": {}},
+        [],
+    ),
+    "a checkpoint in a listed prefix": (STORES, resumed("s3://lab/out/team/old/checkpoints/u"), []),
+    "a checkpoint of another namespace": (
+        None,
+        resumed("s3://models/adapters/other/old/checkpoints/u/step-3"),
+        [
+            FOREIGN_ORIGIN.format(
+                uri="s3://models/adapters/other/old/checkpoints/u/step-3",
+                where="s3://models/adapters/team",
+                whose="a ClusterLoRARuntime",
+            )
+        ],
+    ),
+    "a checkpoint of another namespace whose name begins with one's own": (
+        STORES,
+        resumed("s3://models/adapters/team-b/old/checkpoints/u"),
+        [FOREIGN_ORIGIN.format(uri="s3://models/adapters/team-b/old/checkpoints/u", where=ALL_STORES, whose=WHOSE)],
+    ),
+    "all that another namespace has in a listed prefix": (
+        STORES,
+        resumed("s3://lab/out"),
+        [FOREIGN_ORIGIN.format(uri="s3://lab/out", where=ALL_STORES, whose=WHOSE)],
+    ),
+    "a checkpoint elsewhere, where anybody may publish anywhere": (
+        {"store": "s3://models/adapters"},
+        resumed("s3://elsewhere/team/old"),
+        [FOREIGN_ORIGIN.format(uri="s3://elsewhere/team/old", where="s3://models/adapters/team", whose=WHOSE)],
+    ),
+    "a checkpoint of another namespace by a prefix within a prefix": (
+        {"store": "s3://models/adapters", "limits": {"storePrefixes": ["s3://models/adapters/team"]}},
+        {**resumed("s3://models/adapters/team/other/checkpoints/u"), **stored("s3://models/adapters/team")},
+        [
+            FOREIGN_ORIGIN.format(
+                uri="s3://models/adapters/team/other/checkpoints/u",
+                where="s3://models/adapters/team/team or s3://models/adapters/team",
+                whose=WHOSE,
+            ),
+        ],
+    ),
+    "a checkpoint by a path that climbs in disguise": (
+        None,
+        resumed("s3://models/adapters/team/%2E%2e/other/old"),
+        [
+            FOREIGN_ORIGIN.format(
+                uri="s3://models/adapters/team/%2E%2e/other/old",
+                where="s3://models/adapters/team",
+                whose="a ClusterLoRARuntime",
+            )
+        ],
+    ),
+    "a checkpoint by a path that climbs": (
+        None,
+        resumed("s3://models/adapters/team/../other/old"),
+        [
+            FOREIGN_ORIGIN.format(
+                uri="s3://models/adapters/team/../other/old",
+                where="s3://models/adapters/team",
+                whose="a ClusterLoRARuntime",
+            )
+        ],
     ),
     # How long, at which priority, in which queue
     "as long as there may be": (

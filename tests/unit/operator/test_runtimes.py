@@ -67,6 +67,18 @@ MERGED: dict[str, tuple[dict[str, Any], dict[str, Any], str, Any]] = {
         "checkpoint",
         {"everyMinutes": 15, "keep": 1},
     ),
+    "a run goes on from what it says, and keeps checkpoints for the runtime's time": (
+        {"checkpoint": {"retainHours": 24}},
+        {"checkpoint": {"resumeFrom": {"name": "old"}}},
+        "checkpoint",
+        {"retainHours": 24, "resumeFrom": {"name": "old"}},
+    ),
+    "a run keeps checkpoints for its own time": (
+        {"checkpoint": {"retainHours": 24}},
+        {"checkpoint": {"retainHours": 1}},
+        "checkpoint",
+        {"retainHours": 1},
+    ),
     "the runtime's time to live": ({"ttlSecondsAfterFinished": 60}, {}, "runPolicy.ttlSecondsAfterFinished", 60),
     "the run's time to live wins, 0 too": (
         {"ttlSecondsAfterFinished": 60},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_api.adapter import CompleteMarker
+from lora_api.adapter import CompleteMarker, ExpiryMarker
 from lora_api.run import RunSpec
 from lora_trainer.catalog import Catalog
 from lora_trainer.errors import BadSpecError
@@ -237,6 +237,37 @@ def test_pruning_keeps_the_newest_and_what_is_newer_than_them(place: Callable[[]
         store.put(catalog.path(step, FILES[0]), b"of a save that was cut")
     catalog.prune()
     assert {path.split("/")[-2] for path in store.sizes()} == {"step-4", "step-6", "step-7"}
+
+
+def test_an_adapter_that_is_called_like_a_step(place: Callable[[], tuple[str, Path]]) -> None:
+    uri, scratch = place()
+    catalog = Catalog(Store(uri), make_run(keep=1).model_copy(update={"name": "step-5"}))
+    for step in (2, 4):
+        save(catalog, step, scratch)
+    assert [marker.step for marker in catalog.complete_ones()] == [4]
+    assert {path.split("/")[-2] for path in Store(uri).sizes()} == {"step-4"}
+
+
+def test_an_expiry_is_beside_what_is_complete_and_goes_with_it(place: Callable[[], tuple[str, Path]]) -> None:
+    uri, scratch = place()
+    store = Store(uri)
+    catalog = Catalog(store, make_run())
+    expiry = ExpiryMarker(run="tiny", expires_at=datetime.now(UTC), retain_hours=1)
+    assert catalog.expire(expiry) == 0
+    for step in (2, 4):
+        save(catalog, step, scratch)
+    store.put(catalog.path(6, FILES[0]), b"of a save that was cut")
+    assert catalog.expire(expiry) == 2
+    assert [marker.step for marker in catalog.complete_ones()] == [4, 2], "they count all the same"
+    found = [path for path in store.sizes() if path.endswith("EXPIRES.json")]
+    assert [path.split("/")[-2] for path in found] == ["step-2", "step-4"]
+    save(catalog, 8, scratch)
+    assert not any("step-2/" in path for path in store.sizes()), "pruned with all that it had"
+    catalog.unexpire()
+    assert not any(path.endswith("EXPIRES.json") for path in store.sizes())
+    catalog.expire(expiry)
+    catalog.delete_all()
+    assert store.sizes() == {}
 
 
 @pytest.mark.parametrize(("field", "changes"), [("globalBatchSize", {"globalBatchSize": 16}), ("seed", {"seed": 4})])

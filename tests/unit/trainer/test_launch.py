@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def fail(kind, message, at, code):
 """
 
 
-def document(nodes: int = 2, gpus: int = 0) -> dict[str, Any]:
+def document(nodes: int = 2, gpus: int = 0, store: Path = Path("/dev/null")) -> dict[str, Any]:
     return {
         "namespace": "a",
         "name": "b",
@@ -43,7 +44,7 @@ def document(nodes: int = 2, gpus: int = 0) -> dict[str, Any]:
         "dataset": {"train": {"uri": "file:///d.jsonl"}},
         "training": {"maxSteps": 1, "globalBatchSize": nodes * max(1, gpus)},
         "parallelism": {"nodes": nodes, "gpusPerNode": gpus},
-        "publish": {"store": "file:///s"},
+        "publish": {"store": f"file://{store}"},
     }
 
 
@@ -62,7 +63,8 @@ def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         script = tmp_path / "worker.py"
         script.write_text(PRELUDE + textwrap.dedent(program))
         monkeypatch.setattr(lora_trainer.launch, "worker_command", lambda _: [sys.executable, str(script)])
-        (tmp_path / "run.json").write_text(json.dumps(document(nodes, gpus)))
+        told = document(nodes, gpus, tmp_path / "store")
+        (tmp_path / "run.json").write_text(json.dumps(told))
         code = launch(tmp_path / "run.json")
         words = parse_termination((tmp_path / "words").read_text())
         assert words is not None
@@ -219,16 +221,58 @@ def test_a_full_scratch_disk(pod: object, tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(lora_trainer.launch, "make_state_directory", full)
-    (tmp_path / "run.json").write_text(json.dumps(document()))
+    (tmp_path / "run.json").write_text(json.dumps(document(store=tmp_path / "store")))
     assert launch(tmp_path / "run.json") == 77
 
 
 def test_a_name_that_never_resolves(pod: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
     monkeypatch.setenv("LORA_RENDEZVOUS_SECONDS", "0")
-    (tmp_path / "run.json").write_text(json.dumps(document()))
+    (tmp_path / "run.json").write_text(json.dumps(document(store=tmp_path / "store")))
     assert launch(tmp_path / "run.json") == 73
     assert "nowhere.invalid" in (tmp_path / "words").read_text()
+
+
+EXPIRIES: dict[str, tuple[str, str, list[str]]] = {
+    "it failed": ('fail("GPUFault", "Xid 48", 100, 71)', "0", ["GPUFault"]),
+    "it failed without a word": ("os.kill(os.getpid(), signal.SIGSEGV)", "0", ["Internal"]),
+    "it was asked to stop": ('fail("Checkpointed", "asked to stop", 100, 75)', "0", ["Checkpointed"]),
+    "it succeeded": ("pass", "0", []),
+    "it failed in another pod than that of rank 0": ('fail("GPUFault", "Xid 48", 100, 71)', "1", []),
+}
+
+
+@pytest.mark.parametrize("case", EXPIRIES)
+def test_an_attempt_without_success_says_until_when_its_checkpoints_are_kept(
+    case: str, pod: Callable[..., tuple[int, Termination]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, node, why = EXPIRIES[case]
+    for name, value in {
+        "PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": node, "MASTER_ADDR": "127.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    directory = tmp_path / "store/a/b/checkpoints/c"
+    for step in ("step-2", "step-4"):
+        (directory / step).mkdir(parents=True)
+    (directory / "step-2/COMPLETE.json").write_text("{}")
+    before = time.time()
+    pod(program)
+    found = {file.parent.name: json.loads(file.read_text()) for file in directory.glob("*/EXPIRES.json")}
+    assert list(found) == ["step-2"] * len(why), "a checkpoint that is not complete needs none"
+    assert [one["why"] for one in found.values()] == why
+    for one in found.values():
+        assert (one["run"], one["retainHours"]) == ("b", 168)
+        left = datetime.fromisoformat(one["expiresAt"]).timestamp() - before
+        assert left == pytest.approx(168 * 3600, abs=60)
+
+
+def test_a_store_that_is_away_keeps_no_pod_from_its_end(
+    pod: Callable[..., tuple[int, Termination]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").write_text("no directory")
+    code, words = pod('fail("BadData", "record 7", 100, 65)')
+    assert (code, words.failure_class) == (65, FailureClass.BAD_DATA)
+    assert "until when its checkpoints are kept could not be written" in capfd.readouterr().err
 
 
 def test_the_gang_as_the_pod_says_it() -> None:
