@@ -160,16 +160,20 @@ class OperatorProcess:
         return self.log.read_text()[-2000:]
 
     async def rest(self) -> None:
-        """Waits until it uses hardly any processor time for ``rest_seconds``.
+        """Waits until it looks at no run, and uses hardly any processor time, for ``rest_seconds``.
+
+        It is asked, since one that gets no processor uses no time either.
 
         Raises:
             BenchError: it does not for long.
         """
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
+            looks = await asyncio.to_thread(self.looks)
             before = self.usage().cpu
             await asyncio.sleep(self._rest_seconds)
-            if self.usage().cpu - before < 0.03 * self._rest_seconds:
+            used = self.usage().cpu - before
+            if used < 0.03 * self._rest_seconds and 0 <= looks == await asyncio.to_thread(self.looks):
                 return
         raise BenchError("the operator does not come to rest")
 
