@@ -80,7 +80,7 @@ async def measure_steady(plane: ControlPlane, size: SteadySize, say: Callable[[s
                 ill = await cluster.measure(operator)
                 await trouble
             say(f"steady, in trouble: {ill}")
-            lost = await cluster.find_disturbed()
+            told, disturbed = await cluster.look_at_gangs()
     return {
         "gangs": size.gangs,
         "pods": size.pods,
@@ -92,7 +92,8 @@ async def measure_steady(plane: ControlPlane, size: SteadySize, say: Callable[[s
         "secondsUntilAllSeen": round(seconds, 1),
         "well": calm,
         "trouble": ill,
-        "disturbed": lost,
+        "deadGangsTold": told,
+        "disturbed": disturbed,
     }
 
 
@@ -261,15 +262,19 @@ class _Cluster:
         kept = [item for item in old if item["type"] != condition["type"]]
         await self._client.set_status(pod, {"conditions": [*kept, {**condition, "lastTransitionTime": now()}]})
 
-    async def find_disturbed(self) -> int:
-        """How many runs no longer run, or run at another attempt, that lost nothing."""
-        gone = {gang_name(gang) for gang in self._layout.dead_gangs}
+    async def look_at_gangs(self) -> tuple[int, int]:
+        """How many gangs on the rack have a failure on record, and how many others do not run as they did."""
+        dead = {gang_name(gang) for gang in self._layout.dead_gangs}
+        gangs = {gang_name(gang) for gang in range(self._size.gangs)}
         runs = (await self._client.call("GET", _ALL_RUNS))["items"]
-        well = [
-            run for run in runs if run["metadata"]["name"].startswith("gang-") and run["metadata"]["name"] not in gone
-        ]
-        running = [run for run in well if (run["status"]["phase"], run["status"]["attempt"]) == ("Running", 1)]
-        return self._size.gangs - len(gone) - len(running)
+        status = {run["metadata"]["name"]: run["status"] for run in runs}
+        told = sum(bool(status.get(name, {}).get("failures")) for name in dead)
+        well = [name for name in gangs - dead if _runs_on(status.get(name, {}))]
+        return told, len(gangs - dead) - len(well)
+
+
+def _runs_on(status: Raw) -> bool:
+    return status.get("phase") == "Running" and status.get("attempt") == 1
 
 
 def is_stored(call: Call) -> bool:

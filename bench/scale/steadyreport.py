@@ -69,5 +69,6 @@ def to_lines(steady: Numbers) -> list[str]:
             for kind in kinds
         ),
         "",
-        f"Gangs that were disturbed though they lost nothing: {steady['disturbed']}.",
+        f"Of the {steady['deadGangs']} gangs on the rack {steady['deadGangsTold']} have their failure on record at the "
+        f"end. Gangs that were disturbed though they lost nothing: {steady['disturbed']}.",
     ]
