@@ -13,6 +13,9 @@ from lora_api import ProgressLine
 STEPS_PER_SECOND = 10
 """Of every gang. Each tenth step is logged, as by default."""
 
+UNTOLD_SECONDS = 500.0
+"""So late is progress at the beginning, and stays for a gang whose log is never read."""
+
 TOTAL_STEPS = 1_000_000
 LOG_LINES = 200
 """As many as the operator asks for."""

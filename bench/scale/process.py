@@ -134,21 +134,23 @@ class OperatorProcess:
             return {}
         return {name: float(value) for name, value in re.findall(r"^(lora_\S+) (\S+)$", text, re.MULTILINE)}
 
-    def looks(self) -> float:
-        """How many looks at a run it has taken; -1 while others are due."""
+    def looks(self, *, while_due: bool = False) -> float:
+        """How many looks at a run it has taken; -1 while others are due, or while it does not answer."""
         metrics = self.metrics()
-        if not metrics or metrics["lora_operator_queue_depth"]:
+        if not metrics or (metrics["lora_operator_queue_depth"] and not while_due):
             return -1
         name = "lora_operator_reconcile_duration_seconds_count"
         return sum(value for metric, value in metrics.items() if metric.startswith(name))
 
-    async def settle(self, looks: int) -> float:
+    async def settle(self, looks: int, *, while_due: bool = False) -> float:
         """Waits until it has looked at ``looks`` runs and none is due; returns the seconds since its start.
+
+        ``while_due``: others may be due, as they always are where gangs run.
 
         Raises:
             BenchError: it has not for long, or has ended.
         """
-        while await asyncio.to_thread(self.looks) < looks:
+        while await asyncio.to_thread(self.looks, while_due=while_due) < looks:
             ended = self._process.poll() is not None
             if ended or time.monotonic() - self.started > _PATIENCE:
                 why = "the operator has ended" if ended else f"the operator has not looked at {looks} runs"

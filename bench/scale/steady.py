@@ -18,6 +18,7 @@ from bench.scale.audit import Call, by_operator, count_calls
 from bench.scale.bench import TINY, Bench, make_bench, quantile
 from bench.scale.client import JOBS, PODS, RUNS, Client, EtcdClient, Raw, run_all
 from bench.scale.gangs import (
+    UNTOLD_SECONDS,
     SteadySize,
     build_gang,
     build_log,
@@ -70,7 +71,7 @@ async def measure_steady(plane: ControlPlane, size: SteadySize, say: Callable[[s
         await cluster.prepare()
         await cluster.populate()
         with bench.operator(flags=size.flags) as operator:
-            seconds = await operator.settle(size.gangs)
+            seconds = await operator.settle(size.gangs, while_due=True)
             say(f"{size.gangs} gangs of {size.pods} are seen after {seconds:.1f} s")
             await asyncio.sleep(size.warm_seconds)
             calm = await cluster.measure(operator)
@@ -182,7 +183,9 @@ class _Cluster:
             await operator.rest()
         template = await fetch_template(self._client, namespace, name)
         run = next(item for item in template.objects if item["kind"] == "LoRAFineTune")
-        run["status"]["progress"] = build_running_progress(self._begin, datetime.now(UTC))
+        run["status"]["progress"] = build_running_progress(
+            self._begin, datetime.now(UTC) - timedelta(seconds=UNTOLD_SECONDS)
+        )
         await self._bench.clear(namespace)
         return template
 
