@@ -22,9 +22,9 @@ conversion webhook of JobSet, which has a single version to convert, is left out
 Each measurement has an etcd and a kube-apiserver of its own, with the same flags. The contenders take turns, and each
 round begins with the other one. There are no kubelets and no controllers of Kubernetes: nobody makes pods. A run has
 two nodes. Ours is a LoRAFineTune without a preflight, launched by a Service, a NetworkPolicy, a Job and a status;
-theirs is a TrainJob of the shipped runtime `torch-distributed`, of which Trainer makes a JobSet, and JobSet a Service
-and a Job. Times are those of the API server's audit log: from the moment when it received the run until it had stored
-the last Job of it.
+theirs is a TrainJob of the shipped runtime `torch-distributed`, of which Trainer makes a ConfigMap and a JobSet, and
+JobSet a Service and a Job. Times are those of the API server's audit log: from the moment when it received the run
+until it had stored the last Job of it.
 """
 
 

@@ -146,19 +146,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    result: Numbers = {}
     with tempfile.TemporaryDirectory() as directory:
         where = options.keep or Path(directory)
         # Each on a control plane of its own. Not on uvloop: its loop cannot be closed while a TLS connection still
         # says goodbye.
-        if options.only is None:
-            with control_plane(where / "plane", audit_log=True) as plane:
-                result = asyncio.run(measure(plane, size, say))
         with control_plane(where / "steady", audit_log=True) as plane:
-            result["steady"] = asyncio.run(measure_steady(plane, _choose_steady(options), say))
-    if options.only is not None:
-        print("\n".join(to_lines(result["steady"])))
-        return 0
+            steady = asyncio.run(measure_steady(plane, _choose_steady(options), say))
+        if options.only is not None:
+            print("\n".join(to_lines(steady)))
+            return 0
+        with control_plane(where / "plane", audit_log=True) as plane:
+            result = asyncio.run(measure(plane, size, say)) | {"steady": steady}
     text = to_markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "operator.md").write_text(text, encoding="utf-8")

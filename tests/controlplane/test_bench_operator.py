@@ -1,6 +1,7 @@
 """The bench of the operator, small: what a run costs in calls is held here, whatever the machine."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,9 @@ def test_the_operator_keeps_to_its_budget_of_calls_and_loses_nothing(tmp_path: P
     assert floor["launches"]["touchedAgainUs"] > 0
     assert floor["burst"]["callsPerRun"] >= 4, "the same calls; the last Events may come too late to be counted"
     assert to_markdown(result) == (tmp_path / "operator.md").read_text()
-    reached = {what for what, _, _, ok in targets(result) if ok}
-    assert {what for what, *_ in targets(result) if "calls" in what or "writes" in what or "lost" in what} <= reached
+    # Shares of bare calls are times, and of a few runs say nothing.
+    counted = [(what, ok) for what, _, _, ok in targets(result) if re.search("calls|writes|lost", what)]
+    assert [what for what, ok in counted if not ok and "bare calls" not in what] == []
 
 
 def check_steady(steady: dict[str, Any]) -> None:
