@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.scale.bench import median
+from bench.scale.profile import to_table
 from bench.scale.steadyreport import steady_targets, to_lines
 
 Numbers = dict[str, Any]
@@ -280,10 +281,5 @@ def _profile(profile: Numbers) -> list[str]:
         "it calls.",
     ]
     for part, title in titles.items():
-        shares = profile[part]
-        lines += ["", f"### {title}", "", "| module or package | share | | function | share |", "| --- " * 5 + "|"]
-        left, right = (list(shares[kind].items()) for kind in ("areas", "functions"))
-        for row in range(max(len(left), len(right))):
-            cells = [f"`{rows[row][0]}` | {rows[row][1]:.1%}" if row < len(rows) else " | " for rows in (left, right)]
-            lines.append(f"| {cells[0]} | | {cells[1]} |")
+        lines += ["", f"### {title}", "", *to_table(profile[part])]
     return [*lines, ""]

@@ -34,6 +34,7 @@ from bench.scale.kubelets import ADDRESS, run_dead_kubelets, run_hung_kubelets, 
 from bench.scale.nodes import make_pods, set_phase
 from bench.scale.parts import latencies
 from bench.scale.process import OperatorProcess
+from bench.scale.profile import read_samples, summarize
 from bench.scale.residents import Template, fetch_template, write_all
 from devcluster import ControlPlane
 from tests.support.runs import now
@@ -70,11 +71,14 @@ async def measure_steady(plane: ControlPlane, size: SteadySize, say: Callable[[s
         cluster = _Cluster(bench, size, ports, begin)
         await cluster.prepare()
         await cluster.populate()
-        with bench.operator(flags=size.flags) as operator:
+        samples = plane.directory / "samples"
+        with bench.operator(flags=size.flags, samples=samples) as operator:
             seconds = await operator.settle(size.gangs, while_due=True)
             say(f"{size.gangs} gangs of {size.pods} are seen after {seconds:.1f} s")
             await asyncio.sleep(size.warm_seconds)
+            await operator.end_part()
             calm = await cluster.measure(operator)
+            await operator.end_part()
             say(f"steady, all well: {calm}")
             async with asyncio.TaskGroup() as group:
                 trouble = group.create_task(cluster.break_down())
@@ -91,6 +95,7 @@ async def measure_steady(plane: ControlPlane, size: SteadySize, say: Callable[[s
         "deadGangs": len(size.layout.dead_gangs),
         "silentGangs": len(size.layout.silent_gangs),
         "secondsUntilAllSeen": round(seconds, 1),
+        "profile": summarize(read_samples(samples / "1.json")),
         "well": calm,
         "trouble": ill,
         "deadGangsTold": told,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from bench.scale.profile import to_table
+
 Numbers = dict[str, Any]
 
 LAUNCH_MS = 1000
@@ -71,4 +73,8 @@ def to_lines(steady: Numbers) -> list[str]:
         "",
         f"Of the {steady['deadGangs']} gangs on the rack {steady['deadGangsTold']} have their failure on record at the "
         f"end. Gangs that were disturbed though they lost nothing: {steady['disturbed']}.",
+        "",
+        "Where the operator's processor time goes while all is well, as further below:",
+        "",
+        *to_table(steady["profile"]),
     ]

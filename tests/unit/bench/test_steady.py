@@ -96,6 +96,7 @@ def steady(well: dict[str, Any], trouble: dict[str, Any], disturbed: int = 0) ->
     return {
         "gangs": 500, "pods": 8, "nodes": 504, "rack": 16, "hung": 24, "deadGangs": 16, "deadGangsTold": 16,
         "silentGangs": 24, "secondsUntilAllSeen": 4.0, "well": well, "trouble": trouble, "disturbed": disturbed,
+        "profile": {"samples": 2, "areas": {"kopf": 0.5}, "functions": {"reconcile.reconcile": 0.5}},
     }  # fmt: skip
 
 
@@ -116,6 +117,7 @@ def test_a_kind_of_call_that_comes_in_trouble_alone_is_told_too() -> None:
     text = "\n".join(to_lines(steady(window(), window(callsPerSecond={"list events": 2.0}))))
     assert "| `list events` a second | 0 | 2 |" in text
     assert "| `get pods/log` a second | 50 | 0 |" in text
+    assert "| `kopf` | 50.0% | | `reconcile.reconcile` | 50.0% |" in text
 
 
 @pytest.fixture
