@@ -80,7 +80,10 @@ def _build(binary: pins.Binary, target: Path) -> None:
 
 
 def find_source(folder: str, module: str) -> Path:
-    """Return where Go keeps the source of ``module``, which ``modules/<folder>`` names: charts and CRDs are in it."""
+    """Return where Go keeps the source of ``module``, which ``modules/<folder>`` names: charts and CRDs are in it.
+
+    It is downloaded where it is not there.
+    """
     done = subprocess.run(
         ["go", "mod", "download", "-json", module],
         cwd=pins.MODULES / folder,

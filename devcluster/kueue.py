@@ -30,12 +30,14 @@ clientConnection:
 integrations:
   frameworks: [batch/job]
 """
+_EVERY_JOB = "manageJobsWithoutQueueName: true\n"
 
 
-def install(cluster: Cluster) -> None:
-    """Install Kueue, and wait until it takes up Jobs and answers for its queues.
+def install(cluster: Cluster, *, every_job: bool = False) -> None:
+    """Install Kueue, or configure it anew, and wait until it takes up Jobs and answers for its queues.
 
-    Its own certificates secure the webhooks. It is built the first time, which takes minutes.
+    Its own certificates secure the webhooks. It is built the first time, which takes minutes. With ``every_job`` it
+    takes up Jobs that name no queue, too.
     """
     program = binaries.ensure(["kueue"])["kueue"]
     image = Image(_TAG, pins.MODULES / "kueue" / "Dockerfile", context=program.parent)
@@ -50,11 +52,12 @@ def install(cluster: Cluster) -> None:
         json.dumps(
             {
                 "controllerManager": {"manager": manager, "readinessProbe": probe},
-                "managerConfig": {"controllerManagerConfigYaml": _CONFIGURATION},
+                "managerConfig": {"controllerManagerConfigYaml": _CONFIGURATION + _EVERY_JOB * every_job},
             }
         )
     )
     _helm(cluster, "upgrade", "--install", _RELEASE, _chart(), "--create-namespace", f"--values={values}")
+    _roll_out(cluster)
     wait_for("Kueue to answer", lambda: _answers(cluster), _READY_SECONDS)
     say(f"Kueue runs in {cluster.name}")
 
@@ -73,6 +76,12 @@ def _helm(cluster: Cluster, *arguments: str | Path) -> None:
     helm = binaries.ensure(["tools"])["helm"]
     where = [f"--namespace={NAMESPACE}", f"--kubeconfig={cluster.kubeconfig}"]
     run_logged("helm", [helm, *arguments, *where], cache() / "logs" / "kueue-helm.log", timeout=_READY_SECONDS)
+
+
+def _roll_out(cluster: Cluster) -> None:
+    """Wait until the manager with the configuration of before is gone: its chart replaces the pod for a new one."""
+    where = ["deployment", f"--namespace={NAMESPACE}", "--selector=control-plane=controller-manager"]
+    cluster.kubectl("rollout", "status", *where, f"--timeout={_READY_SECONDS}s", timeout=_READY_SECONDS + 10)
 
 
 def _answers(cluster: Cluster) -> bool:

@@ -20,11 +20,8 @@ def _setting(default: Any, env: str, text: str, choices: tuple[str, ...] = ()) -
 
 
 @dataclass(frozen=True)
-class Settings:
-    """All that an administrator decides. Times are in seconds.
-
-    A field ``trainer_image`` is the flag ``--trainer-image``, and ``LORA_TRAINER_IMAGE`` in the environment.
-    """
+class RunSettings:
+    """What holds for one run: what an administrator decides, as far as its runtime says nothing. Times in seconds."""
 
     trainer_image: str = _setting(DEFAULT_TRAINER_IMAGE, "LORA_TRAINER_IMAGE", "Image of the training pods.")
     trainer_image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = _setting(
@@ -33,24 +30,6 @@ class Settings:
         "When the nodes pull the trainer's image.",
         ("Always", "IfNotPresent", "Never"),
     )
-    default_runtime: str = _setting(
-        "",
-        "LORA_DEFAULT_RUNTIME",
-        "Spec (JSON) of the ClusterLoRARuntime called default, which the operator applies when it starts. Empty: it "
-        "leaves that alone.",
-    )
-    namespaces: tuple[str, ...] = _setting(
-        (), "LORA_NAMESPACES", "Namespaces to serve, with commas between them. Empty: all namespaces."
-    )
-    kubeconfig: str = _setting(
-        "", "LORA_KUBECONFIG", "Kubeconfig file. Empty: the pod's service account, else $KUBECONFIG or ~/.kube/config."
-    )
-    http_host: str = _setting("", "LORA_HTTP_HOST", "Address to listen on. Empty: all of them, of IPv4 and of IPv6.")
-    http_port: int = _setting(8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one.")
-    concurrency: int = _setting(8, "LORA_CONCURRENCY", "Runs that are looked at at the same time.")
-    api_qps: float = _setting(500.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
-    api_burst: int = _setting(1000, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
-    api_timeout: float = _setting(30.0, "LORA_API_TIMEOUT", "Longest wait for an answer of the API server.")
     gang_scheduler: Literal["none", "volcano", "coscheduling"] = _setting(
         "none",
         "LORA_GANG_SCHEDULER",
@@ -89,13 +68,6 @@ class Settings:
         "Make a NetworkPolicy for each run, by which only its own pods reach its pods (docs/network.md).",
         ("on", "off"),
     )
-    metrics_auth: Literal["token", "networkPolicy", "none"] = _setting(
-        "token",
-        "LORA_METRICS_AUTH",
-        "Who may read /metrics. token: those whom the API server lets get it (TokenReview, SubjectAccessReview). "
-        "networkPolicy: those whom a NetworkPolicy lets through. none: everybody.",
-        ("token", "networkPolicy", "none"),
-    )
     termination_grace: int = _setting(
         120, "LORA_TERMINATION_GRACE", "Time that a pod has between SIGTERM and SIGKILL, to save a checkpoint."
     )
@@ -107,6 +79,44 @@ class Settings:
     log_interval: float = _setting(10.0, "LORA_LOG_INTERVAL", "Shortest time between two looks at a run's log.")
     progress_interval: float = _setting(
         15.0, "LORA_PROGRESS_INTERVAL", "Shortest time between two writes of a run's progress."
+    )
+
+    def for_runs(self) -> "RunSettings":
+        """These settings alone, without any that a subclass adds."""
+        return RunSettings(**{setting.name: getattr(self, setting.name) for setting in fields(RunSettings)})
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All that an administrator decides: what holds for each run, and for the operator itself.
+
+    A field ``trainer_image`` is the flag ``--trainer-image``, and ``LORA_TRAINER_IMAGE`` in the environment.
+    """
+
+    default_runtime: str = _setting(
+        "",
+        "LORA_DEFAULT_RUNTIME",
+        "Spec (JSON) of the ClusterLoRARuntime called default, which the operator applies when it starts. Empty: it "
+        "leaves that alone.",
+    )
+    namespaces: tuple[str, ...] = _setting(
+        (), "LORA_NAMESPACES", "Namespaces to serve, with commas between them. Empty: all namespaces."
+    )
+    kubeconfig: str = _setting(
+        "", "LORA_KUBECONFIG", "Kubeconfig file. Empty: the pod's service account, else $KUBECONFIG or ~/.kube/config."
+    )
+    http_host: str = _setting("", "LORA_HTTP_HOST", "Address to listen on. Empty: all of them, of IPv4 and of IPv6.")
+    http_port: int = _setting(8080, "LORA_HTTP_PORT", "Port of /healthz, /readyz and /metrics. 0 picks a free one.")
+    concurrency: int = _setting(8, "LORA_CONCURRENCY", "Runs that are looked at at the same time.")
+    api_qps: float = _setting(500.0, "LORA_API_QPS", "Calls a second to the API server, watches aside.")
+    api_burst: int = _setting(1000, "LORA_API_BURST", "Calls that may be made at once before api-qps holds.")
+    api_timeout: float = _setting(30.0, "LORA_API_TIMEOUT", "Longest wait for an answer of the API server.")
+    metrics_auth: Literal["token", "networkPolicy", "none"] = _setting(
+        "token",
+        "LORA_METRICS_AUTH",
+        "Who may read /metrics. token: those whom the API server lets get it (TokenReview, SubjectAccessReview). "
+        "networkPolicy: those whom a NetworkPolicy lets through. none: everybody.",
+        ("token", "networkPolicy", "none"),
     )
     confirm_after: float = _setting(
         30.0, "LORA_CONFIRM_AFTER", "Time after a new watch at which objects it has not shown are looked up."

@@ -120,3 +120,75 @@ def test_a_queue_that_is_not_there_is_named_and_kueue_sees_the_topology_that_the
     workloads = json.loads(runs.kubectl("get", "workloads.kueue.x-k8s.io", "--output=json"))["items"]
     [workload] = [item for item in workloads if item["spec"]["queueName"] == "nowhere"]
     assert workload["spec"]["podSets"][0]["topologyRequest"]["preferred"] == "kubernetes.io/hostname"
+
+
+def workload_of(runs: Runs, job: str) -> dict[str, Any]:
+    """The Workload that Kueue made for ``job``."""
+    items = json.loads(runs.kubectl("get", "workloads.kueue.x-k8s.io", "--output=json"))["items"]
+    [found] = [item for item in items if item["metadata"]["ownerReferences"][0]["name"] == job]
+    return dict(found)
+
+
+def evictions(workload: dict[str, Any]) -> int:
+    stats = workload["status"].get("schedulingStats", {})
+    return sum(entry["count"] for entry in stats.get("evictions", []))
+
+
+def stop_queue(cluster: Cluster, policy: str) -> None:
+    cluster.kubectl(
+        "patch",
+        "clusterqueue.kueue.x-k8s.io",
+        "gangs",
+        "--type=merge",
+        f'--patch={{"spec": {{"stopPolicy": "{policy}"}}}}',
+    )
+
+
+def test_a_restart_loses_its_quota_its_place_and_its_evictions(cluster: Cluster, runs: Runs, queue: None) -> None:
+    """What docs/scheduling.md says of it: if Kueue keeps any of these one day, this test fails and the page is old."""
+    settings = {"training": LONG, "checkpoint": {"everySteps": 20}, "runPolicy": {"queueName": QUEUE}}
+    early = runs.submit("early", **settings)
+    runs.wait_step(early, 5)
+    stop_queue(cluster, "HoldAndDrain")
+    runs.wait(early, "its quota is taken back", lambda run: run.status.preemptions == 1)
+    stop_queue(cluster, "None")
+    late = runs.submit("late", **{**settings, "training": {"maxSteps": 4}})
+    runs.wait(early, "it goes on", lambda run: run.status.phase == Phase.RUNNING)
+    before = workload_of(runs, "early-1")
+    assert evictions(before) == 1, "one that is only suspended keeps its Workload, and its place before the late one"
+    assert runs.fetch(late).status.phase == Phase.QUEUED
+
+    runs.kubectl("delete", "pod", runs.pods(early)[0]["metadata"]["name"], "--wait=false")
+    restarted = runs.wait(early, "a second attempt", lambda run: run.status.attempt == 2)
+    assert restarted.status.charged_restarts == 0
+    assert runs.wait_end(late).status.phase == Phase.SUCCEEDED
+    waited = runs.fetch(early)
+    assert (waited.status.attempt, waited.status.phase in (Phase.QUEUED, Phase.STARTING)) == (2, True), "it waited"
+    after = workload_of(runs, "early-2")
+    assert after["metadata"]["uid"] != before["metadata"]["uid"]
+    assert after["metadata"]["creationTimestamp"] > workload_of(runs, "late-1")["metadata"]["creationTimestamp"]
+    assert evictions(after) == 0
+    assert runs.wait_end(early, 600).status.phase == Phase.SUCCEEDED
+
+
+def test_where_kueue_takes_up_every_job_preflight_and_gang_are_admitted_or_it_is_said_why(
+    cluster: Cluster, runs: Runs, queue: None, preflight: None
+) -> None:
+    kueue.install(cluster, every_job=True)
+    try:
+        queued = runs.submit("queued", runPolicy={"queueName": QUEUE})
+        assert runs.wait_end(queued).status.phase == Phase.SUCCEEDED
+        alone = runs.submit("alone")
+        waiting = runs.wait(alone, "its preflight is held back", lambda run: run.status.reason == "Queued")
+        assert waiting.status.phase == Phase.PREFLIGHT
+        assert (
+            "Kueue holds Job alone-pre1 back, which names no queue"
+            in find_condition(waiting, "PreflightPassed").message
+        )
+        runs.kubectl("label", "job", "alone-pre1", f"kueue.x-k8s.io/queue-name={QUEUE}")
+        gang = runs.wait(alone, "its gang is held back", lambda run: run.status.phase == Phase.QUEUED)
+        assert "Kueue holds Job alone-1 back, which names no queue" in message(gang)
+        runs.kubectl("label", "job", "alone-1", f"kueue.x-k8s.io/queue-name={QUEUE}")
+        assert runs.wait_end(alone).status.phase == Phase.SUCCEEDED
+    finally:
+        kueue.install(cluster)

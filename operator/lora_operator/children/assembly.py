@@ -7,14 +7,14 @@ from lora_operator.children.job import build_gang, build_preflight_job
 from lora_operator.children.networkpolicy import build_network_policy
 from lora_operator.children.service import build_service, needs_service
 from lora_operator.objects import Raw
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.plan import LaunchAttempt, LaunchPreflight
 
 
 def build_children(
     run: LoRAFineTune,
     launch: LaunchAttempt | LaunchPreflight,
-    settings: Settings,
+    settings: RunSettings,
     trainer: TrainerPin,
     control_key: str | None,
 ) -> list[list[Raw]]:

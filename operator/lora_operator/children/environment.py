@@ -85,7 +85,7 @@ def endpoint_env(endpoints: Endpoints | None) -> dict[str, str]:
 
 
 def library_env(run: LoRAFineTune) -> dict[str, str]:
-    """Settings of the libraries; everything else wins over them."""
+    """RunSettings of the libraries; everything else wins over them."""
     libraries = {
         "HF_HOME": f"{WORK_DIRECTORY}/hf",
         "HOME": WORK_DIRECTORY,

@@ -31,7 +31,7 @@ from lora_operator.names import (
     preflight_name,
     service_name,
 )
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.workload import uses_kueue
 
 STOP_MARGIN_SECONDS = 10
@@ -39,7 +39,7 @@ STOP_MARGIN_SECONDS = 10
 
 
 def build_gang(
-    run: LoRAFineTune, attempt: int, settings: Settings, run_version: int = 1, control_key: str | None = None
+    run: LoRAFineTune, attempt: int, settings: RunSettings, run_version: int = 1, control_key: str | None = None
 ) -> list[dict[str, Any]]:
     """The Job of ``attempt``, behind its PodGroup where there is a gang scheduler.
 
@@ -52,7 +52,7 @@ def build_gang(
 
 
 def build_job(
-    run: LoRAFineTune, attempt: int, settings: Settings, run_version: int = 1, control_key: str | None = None
+    run: LoRAFineTune, attempt: int, settings: RunSettings, run_version: int = 1, control_key: str | None = None
 ) -> dict[str, Any]:
     """The Job of ``attempt``. One that names a queue of Kueue is made suspended, and Kueue lets it go."""
     name, labels = child_name(run.metadata.name, attempt), child_labels(run.metadata.name, attempt)
@@ -74,7 +74,7 @@ def build_job(
     return job
 
 
-def build_preflight_job(run: LoRAFineTune, number: int, settings: Settings, run_version: int = 1) -> dict[str, Any]:
+def build_preflight_job(run: LoRAFineTune, number: int, settings: RunSettings, run_version: int = 1) -> dict[str, Any]:
     """The Job of a preflight: one pod without a GPU, with the credentials that the run would have.
 
     It takes no queue: it needs no GPU, and a run that cannot work does not wait for one.
@@ -120,7 +120,7 @@ def _build(
     }
 
 
-def _gang_env(run: LoRAFineTune, attempt: int, settings: Settings) -> list[dict[str, Any]]:
+def _gang_env(run: LoRAFineTune, attempt: int, settings: RunSettings) -> list[dict[str, Any]]:
     """Rendezvous and library settings."""
     parallelism, address = run.spec.parallelism, build_master_address(run, attempt)
     own = {

@@ -11,7 +11,7 @@ from lora_api.run import CONTAINER_NAME, PVC_ROOT, RUN_FILE, TERMINATION_LOG, WO
 from lora_operator.children.environment import source_uris
 from lora_operator.children.resources import OF_EVERY_CONTAINER
 from lora_operator.names import RUN_ANNOTATION, UID_LABEL
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 
 COMMAND = ["/opt/lora/bin/python", "-P", "-s", "-m", "lora_trainer"]
 """-P and -s: no code from the current directory, which is scratch, or below $HOME, whatever the environment says."""
@@ -26,7 +26,7 @@ _RUN_ITEM = {
 
 def build_pod_template(
     run: LoRAFineTune,
-    settings: Settings,
+    settings: RunSettings,
     *,
     document: str,
     labels: dict[str, str],
@@ -74,7 +74,7 @@ def build_pod_template(
 
 
 def _container(
-    settings: Settings,
+    settings: RunSettings,
     args: Sequence[str],
     env: Sequence[Mapping[str, Any]],
     resources: Mapping[str, Mapping[str, str]],
@@ -112,7 +112,7 @@ def claims_of(run: LoRAFineTune) -> dict[str, str]:
     return {claim: f"claim-{number}" for number, claim in enumerate(claims)}
 
 
-def _build_gate(secret: SecretRef, settings: Settings, resources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def _build_gate(secret: SecretRef, settings: RunSettings, resources: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """An init container that does nothing, and cannot start while the run's Secret is missing.
 
     Keys may be missing one by one, and a container whose keys are all optional starts without the Secret, too. So this

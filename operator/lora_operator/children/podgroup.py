@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_api import LoRAFineTune
 from lora_operator.names import build_metadata, child_labels, child_name
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ GANG_SCHEDULERS: Mapping[str, GangScheduler] = {
 }
 
 
-def build_podgroup(run: LoRAFineTune, attempt: int, template: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def build_podgroup(
+    run: LoRAFineTune, attempt: int, template: Mapping[str, Any], settings: RunSettings
+) -> dict[str, Any]:
     """The PodGroup of ``attempt``, whose pods are made from ``template``.
 
     Raises:
@@ -54,7 +56,7 @@ def build_podgroup(run: LoRAFineTune, attempt: int, template: Mapping[str, Any],
     }
 
 
-def join_gang(template: dict[str, Any], name: str, settings: Settings) -> None:
+def join_gang(template: dict[str, Any], name: str, settings: RunSettings) -> None:
     """Makes pods of ``template`` members of the PodGroup ``name``, where there is a gang scheduler."""
     scheduler = GANG_SCHEDULERS.get(settings.gang_scheduler)
     if scheduler is not None:

@@ -16,7 +16,7 @@ from lora_operator.lifecycle.finished import list_children
 from lora_operator.lifecycle.refusals import needs_answer, permission_of
 from lora_operator.names import child_name
 from lora_operator.objects import Raw
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import (
     Action,
@@ -41,7 +41,7 @@ class Actor:
     """Does what plans say, and remembers what the API server refused."""
 
     def __init__(
-        self, cache: Cache, kube: KubeClient, memory: Memory, settings: Settings, clock: Callable[[], datetime]
+        self, cache: Cache, kube: KubeClient, memory: Memory, settings: RunSettings, clock: Callable[[], datetime]
     ) -> None:
         self._cache = cache
         self._kube = kube
@@ -49,7 +49,7 @@ class Actor:
         self._settings = settings
         self._clock = clock
 
-    async def act(self, observed: Observed, plan: Plan, settings: Settings, trainer: TrainerPin) -> bool:
+    async def act(self, observed: Observed, plan: Plan, settings: RunSettings, trainer: TrainerPin) -> bool:
         """Does what ``plan`` says; ``False``: not all of it, and there is to be another decision.
 
         Calls may take long: nothing more is made of a run that has changed in the meantime, or is gone.
@@ -82,7 +82,7 @@ class Actor:
         )
 
     async def _launch(
-        self, observed: Observed, launch: LaunchAttempt | LaunchPreflight, settings: Settings, trainer: TrainerPin
+        self, observed: Observed, launch: LaunchAttempt | LaunchPreflight, settings: RunSettings, trainer: TrainerPin
     ) -> bool:
         """Creates what ``launch`` is made of, group by group; ``False``: something of it was refused."""
         run = observed.run

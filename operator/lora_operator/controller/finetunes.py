@@ -25,7 +25,7 @@ from lora_operator.lifecycle.lastwords import await_words
 from lora_operator.lifecycle.refusals import face_refusals
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.facts import has_started, is_finished
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import DeleteJob, Plan
@@ -50,7 +50,7 @@ class Seen:
     """A run, the settings with what it took from its runtime, and the paths of what nobody here knows of it."""
 
     observed: Observed
-    settings: Settings
+    settings: RunSettings
     left_out: tuple[str, ...]
 
     @property
@@ -76,7 +76,7 @@ class FineTunes:
         kube: KubeClient,
         memory: Memory,
         collector: Collector,
-        settings: Settings,
+        settings: RunSettings,
         metrics: Metrics,
         clock: Callable[[], datetime],
         instance: str,

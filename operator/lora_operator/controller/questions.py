@@ -10,7 +10,7 @@ from lora_operator.diagnosis.diagnose import PEER_SILENT
 from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.preflight import needs_preflight
 from lora_operator.lifecycle.runtime import asks_for_namespace
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed
 from lora_operator.watched.views import JobView, PodView
@@ -52,7 +52,7 @@ Answers = Mapping[Question, Any]
 """What was asked, with the answer where it is not in the cache by now."""
 
 
-def questions(observed: Observed, now: datetime, settings: Settings) -> Iterator[Question]:
+def questions(observed: Observed, now: datetime, settings: RunSettings) -> Iterator[Question]:
     """What to look up now. After the answers there may be others."""
     if not observed.has_begun() and asks_for_namespace(observed.runtime):
         yield NamespaceLabels()
@@ -78,7 +78,7 @@ def missing_attempt(observed: Observed) -> int | None:
     return status.attempt
 
 
-def lacks_preflight(observed: Observed, settings: Settings) -> bool:
+def lacks_preflight(observed: Observed, settings: RunSettings) -> bool:
     """Whether the preflight that counts is not there, though somebody has looked at the run before.
 
     It may have failed: the watch of runs, which tells so, may be later than that of Jobs, if another operator is there.
@@ -103,7 +103,7 @@ def unseen_ends(observed: Observed) -> JobView | None:
     return None if heard <= {pod.index for pod in observed.gang(job) if pod.has_ended} else job
 
 
-def blames_silence(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+def blames_silence(observed: Observed, now: datetime, settings: RunSettings) -> JobView | None:
     """A Job one of whose pods is about to be blamed for saying nothing: the watch may be late."""
     job = observed.live_job()
     if job is None or not any(pod.has_ended for pod in observed.gang(job)):

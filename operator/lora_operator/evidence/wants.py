@@ -8,7 +8,7 @@ from typing import TypeAlias
 from lora_operator.clock import is_due
 from lora_operator.lifecycle.queued import is_stopping
 from lora_operator.policies.stall import seconds_to_stall
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
 from lora_operator.watched.views import JobView, PodView
@@ -65,7 +65,7 @@ class QueueOf:
 Want: TypeAlias = ProgressOf | LastWordsOf | EventsOfPods | RefusalOf | QueueOf
 
 
-def compute_wants(observed: Observed, plan: Plan, now: datetime, settings: Settings) -> Iterator[Want]:
+def compute_wants(observed: Observed, plan: Plan, now: datetime, settings: RunSettings) -> Iterator[Want]:
     """What is to be read now."""
     pod = wants_log(observed, now, settings)
     if pod is not None:
@@ -82,7 +82,7 @@ def compute_wants(observed: Observed, plan: Plan, now: datetime, settings: Setti
         yield starting
 
 
-def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView | None:
+def wants_log(observed: Observed, now: datetime, settings: RunSettings) -> PodView | None:
     """The pod whose log is to be read now: rank 0, from time to time while it runs and once when it has ended.
 
     No gang is called stalled before a last look. A preflight has no progress to tell.
@@ -97,7 +97,7 @@ def wants_log(observed: Observed, now: datetime, settings: Settings) -> PodView 
     return pod if stalled or is_due(observed.reports.log_read_at, now, settings.log_interval) else None
 
 
-def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+def wants_refusal(observed: Observed, now: datetime, settings: RunSettings) -> JobView | None:
     """The Job whose Events are to be read now, because pods of it are missing.
 
     One that the Job controller has not come to yet has none, and in a burst of runs there are many.
@@ -109,7 +109,7 @@ def wants_refusal(observed: Observed, now: datetime, settings: Settings) -> JobV
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
-def wants_events(observed: Observed, now: datetime, settings: Settings) -> EventsOfPods | None:
+def wants_events(observed: Observed, now: datetime, settings: RunSettings) -> EventsOfPods | None:
     """The pods whose Events are to be read now, because they have a node and do not start."""
     job = observed.live_job()
     if job is None or job.suspended:
@@ -120,7 +120,7 @@ def wants_events(observed: Observed, now: datetime, settings: Settings) -> Event
     return EventsOfPods(job, pods) if late and due else None
 
 
-def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobView | None:
+def wants_queue(observed: Observed, now: datetime, settings: RunSettings) -> JobView | None:
     """The suspended Job of which Kueue is to be asked now: at once where it had pods, else when Kueue has had a moment.
 
     While Kueue has nothing new to say, it is asked more and more seldom.
@@ -133,14 +133,14 @@ def wants_queue(observed: Observed, now: datetime, settings: Settings) -> JobVie
     return job if due and (had_pods or is_due(job.created, now, REFUSAL_DELAY)) else None
 
 
-def _queue_interval(observed: Observed, settings: Settings) -> float:
+def _queue_interval(observed: Observed, settings: RunSettings) -> float:
     """Seconds between two questions: as long as the answer has been the same."""
     read, changed = observed.reports.queue_read_at, observed.reports.queue_changed_at
     same = (read - changed).total_seconds() if read and changed else 0.0
     return min(max(3 * settings.log_interval, same), QUEUE_INTERVAL)
 
 
-def compute_next_look(observed: Observed, plan: Plan, settings: Settings) -> float | None:
+def compute_next_look(observed: Observed, plan: Plan, settings: RunSettings) -> float | None:
     """Seconds until the run is to be looked at again without an event, or ``None``."""
     times = [] if plan.requeue_after is None else [plan.requeue_after]
     if plan.launch is not None:

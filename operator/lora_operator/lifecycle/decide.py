@@ -54,7 +54,7 @@ from lora_operator.policies.placement import (
     seconds_to_giving_back,
 )
 from lora_operator.policies.stall import find_stall, seconds_to_stall
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed, seconds_to_leaving
 from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, Plan
@@ -63,12 +63,12 @@ from lora_operator.status.claims import disown
 from lora_operator.watched.views import JobView, PodView
 
 
-def decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
+def decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     """What to do next."""
     return name_orphans(observed, _decide(observed, now, settings))
 
 
-def _decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
+def _decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     status = observed.run.status
     if observed.run.metadata.deletion_timestamp:
         return NOTHING
@@ -99,7 +99,7 @@ def _decide(observed: Observed, now: datetime, settings: Settings) -> Plan:
     return _decide_launch(observed, attempt, now, settings)
 
 
-def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
+def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: RunSettings) -> Plan:
     """Creates the children of ``attempt``, once the pods of earlier Jobs are gone: they hold GPUs and names."""
     if observed.run.spec.run_policy.suspend:
         return decide_suspended(observed)
@@ -145,7 +145,7 @@ def _decide_suspension(job: JobView) -> Plan:
     )
 
 
-def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: Settings) -> Plan:
+def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: RunSettings) -> Plan:
     """Ends what is left of an attempt that is over, then launches the next one."""
     job = observed.jobs.get(attempt)
     if job is not None:
@@ -153,7 +153,7 @@ def _decide_replacement(observed: Observed, attempt: int, now: datetime, setting
     return _decide_launch(observed, attempt + 1, now, settings)
 
 
-def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+def _wait_for_leftovers(observed: Observed, now: datetime, settings: RunSettings) -> Plan | None:
     """Waits for the pods of Jobs that are gone, but not for one that the kubelet had to have ended long ago.
 
     Nor for ever for one that nobody ends.
@@ -173,7 +173,7 @@ def _wait_for_leftovers(observed: Observed, now: datetime, settings: Settings) -
     return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", wait)
 
 
-def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
+def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: RunSettings) -> Plan:
     """Follows a Job: succeeded, failed, running, or on the way there."""
     pods = observed.gang(job)
     adapter = published_adapter(pods)
@@ -202,7 +202,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: S
 
 
 def _decide_failing(
-    observed: Observed, job: JobView, pods: list[PodView], symptoms: list[Symptom], now: datetime, settings: Settings
+    observed: Observed, job: JobView, pods: list[PodView], symptoms: list[Symptom], now: datetime, settings: RunSettings
 ) -> Plan:
     """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
 
@@ -238,7 +238,9 @@ def _decide_failing(
     )
 
 
-def _decide_healthy(observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: Settings) -> Plan:
+def _decide_healthy(
+    observed: Observed, job: JobView, pods: list[PodView], now: datetime, settings: RunSettings
+) -> Plan:
     nodes = observed.run.spec.parallelism.nodes
     scheduled = len(pods) == nodes and all(pod.scheduled for pod in pods)
     if len(pods) == nodes and all(pod.running or pod.has_ended for pod in pods):
@@ -283,7 +285,7 @@ def _decide_running(
     job: JobView,
     marks: Mapping[ConditionType, Mark],
     pods: list[PodView],
-    settings: Settings,
+    settings: RunSettings,
     now: datetime,
 ) -> Plan:
     run, reports = observed.run, observed.reports

@@ -7,14 +7,14 @@ from lora_api import ConditionType, Phase
 from lora_operator.lifecycle.orphans import seconds_to_letting_go
 from lora_operator.names import child_name, preflight_name, service_name
 from lora_operator.policies.ttl import seconds_to_cleanup
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.facts import has_passed, holds
 from lora_operator.state.observed import Observed, seconds_to_leaving
 from lora_operator.state.plan import NOTHING, DeleteChildren, DeleteJob, DeleteRun, Mark, Plan, StopJob
 from lora_operator.status.claims import disown
 
 
-def decide_finished(observed: Observed, now: datetime, settings: Settings) -> Plan:
+def decide_finished(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     """What to do about a run that has ended for good.
 
     Of its status only two things are still decided: CleanedUp, and whose the adapter is, since a status may have been
@@ -62,7 +62,7 @@ def _disown(observed: Observed, plan: Plan) -> Plan:
     return replace(plan, conditions={**plan.conditions, **marks})
 
 
-def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str]]:
+def list_children(observed: Observed, settings: RunSettings) -> list[tuple[str, str]]:
     """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched.
 
     Earlier releases made a ConfigMap for each Job, and a Service for each attempt. The NetworkPolicy comes last, and
@@ -81,7 +81,7 @@ def list_children(observed: Observed, settings: Settings) -> list[tuple[str, str
     return [*made, *service, ("networkpolicies", run)] if made else []
 
 
-def _decide_ending(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+def _decide_ending(observed: Observed, now: datetime, settings: RunSettings) -> Plan | None:
     """Ends pods that still run before the rest goes: without the NetworkPolicy they could speak to anybody."""
     orphans, job = observed.orphans(), observed.current_job()
     alive = [pod for pod in observed.pods if pod.job_uid and pod.holds_node and pod not in orphans]
@@ -110,7 +110,7 @@ def _decide_cleanup(observed: Observed) -> Plan:
     return Plan(actions=(DeleteChildren(),), conditions={ConditionType.CLEANED_UP: mark})
 
 
-def _decide_running_on(observed: Observed, now: datetime, settings: Settings) -> Plan:
+def _decide_running_on(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     """Ends pods that run on after the end of their run, by a sidecar perhaps; the others are kept for their logs.
 
     A Job with a failed index is ended by lowering maxFailedIndexes, which leaves its ended pods alone. Another one has

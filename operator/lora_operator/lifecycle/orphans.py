@@ -14,7 +14,7 @@ from datetime import datetime
 from lora_api import AdapterStatus, ConditionType, Phase
 from lora_operator.diagnosis.diagnose import termination_of
 from lora_operator.diagnosis.firstseen import ORPHANS
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Mark, Plan
 from lora_operator.watched.views import PodView
@@ -46,7 +46,7 @@ def find_published(observed: Observed) -> tuple[int, AdapterStatus] | None:
     return None
 
 
-def seconds_to_letting_go(observed: Observed, now: datetime, settings: Settings) -> float | None:
+def seconds_to_letting_go(observed: Observed, now: datetime, settings: RunSettings) -> float | None:
     """Seconds until orphans are not waited for any more; ``None`` where none are."""
     if not observed.orphans():
         return None
@@ -54,14 +54,14 @@ def seconds_to_letting_go(observed: Observed, now: datetime, settings: Settings)
     return settings.start_timeout - waited if waited < settings.start_timeout else None
 
 
-def are_to_be_named(observed: Observed, now: datetime, settings: Settings) -> bool:
+def are_to_be_named(observed: Observed, now: datetime, settings: RunSettings) -> bool:
     """Whether orphans are so for sure. Those that still have an owner are about to be deleted, as a rule."""
     since = observed.reports.seen.get(ORPHANS, now)
     late = (now - since).total_seconds() >= settings.failure_grace
     return any(pod.orphaned or late for pod in observed.orphans())
 
 
-def plan_orphans(observed: Observed, settings: Settings, left: float) -> Plan:
+def plan_orphans(observed: Observed, settings: RunSettings, left: float) -> Plan:
     """The next attempt waits for orphans, ``left`` seconds more at most."""
     message = with_remedy(
         f"{_describe(observed)}. The next attempt waits for them, for {settings.start_timeout:.0f} s at most",

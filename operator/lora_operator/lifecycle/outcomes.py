@@ -10,7 +10,7 @@ from lora_operator.diagnosis.diagnose import Obstacle, Symptom
 from lora_operator.policies.memory import find_micro_batch, shrink_micro_batch
 from lora_operator.policies.nodes import avoid
 from lora_operator.policies.restarts import judge
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.checkpoints import find_checkpoint
 from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
@@ -32,7 +32,7 @@ def decide_failure(
     attempt: int,
     failure: Failure,
     now: datetime,
-    settings: Settings,
+    settings: RunSettings,
     *,
     symptoms: Sequence[Symptom] = (),
     incomplete: bool = False,
@@ -150,7 +150,9 @@ def decide_wait(reason: str, message: str, requeue_after: float | None) -> Plan:
     return Plan(phase=Phase.PENDING, reason=reason, message=message, requeue_after=requeue_after)
 
 
-def decide_obstructed(observed: Observed, attempt: int, obstacle: Obstacle, now: datetime, settings: Settings) -> Plan:
+def decide_obstructed(
+    observed: Observed, attempt: int, obstacle: Obstacle, now: datetime, settings: RunSettings
+) -> Plan:
     """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
@@ -159,7 +161,7 @@ def decide_obstructed(observed: Observed, attempt: int, obstacle: Obstacle, now:
     return replace(wait, attempt=observed.run.status.attempt)
 
 
-def decide_no_podgroups(observed: Observed, settings: Settings) -> Plan:
+def decide_no_podgroups(observed: Observed, settings: RunSettings) -> Plan:
     """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
     message = with_remedy(
         f"The cluster knows no PodGroup of {settings.gang_scheduler}",
@@ -182,7 +184,7 @@ def scheduled_mark(*, value: bool) -> Mark:
 
 
 def decide_conflict(
-    observed: Observed, attempt: int, message: str, now: datetime, settings: Settings, *, passing: bool
+    observed: Observed, attempt: int, message: str, now: datetime, settings: RunSettings, *, passing: bool
 ) -> Plan:
     """A child's name is taken, as ``message`` says. ``passing``: by something that is about to go."""
     if passing:

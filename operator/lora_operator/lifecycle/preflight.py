@@ -16,7 +16,7 @@ from lora_operator.diagnosis.firstseen import running_since
 from lora_operator.diagnosis.obstacles import diagnose_obstacle
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.facts import has_passed
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import DeleteJob, EnqueueJob, LaunchPreflight, Mark, Plan
@@ -26,13 +26,13 @@ from lora_operator.watched.views import JobView, PodView
 _CHECKING = "A pod without a GPU checks the model, every record, the store and the memory plan"
 
 
-def needs_preflight(observed: Observed, settings: Settings) -> bool:
+def needs_preflight(observed: Observed, settings: RunSettings) -> bool:
     """Whether the first attempt has to wait for a preflight. One that was launched without is not held up."""
     status = observed.run.status
     return settings.preflight == "on" and not (status.attempt or observed.jobs or has_passed(status))
 
 
-def decide_preflight(observed: Observed, now: datetime, settings: Settings) -> Plan:
+def decide_preflight(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     """What to do next about the preflight of a run that needs one."""
     number = observed.run.status.failed_preflights + 1
     suspended = observed.run.spec.run_policy.suspend
@@ -54,7 +54,7 @@ def _decide_launch(observed: Observed, number: int, now: datetime) -> Plan:
     return _waiting("Preflight", _CHECKING, actions=(LaunchPreflight(number),))
 
 
-def _decide_job(observed: Observed, job: JobView, now: datetime, settings: Settings) -> Plan:
+def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSettings) -> Plan:
     """Follows the preflight's Job: passed, failed, running, or on the way there."""
     pods = observed.gang(job)
     passed = _find_passed(pods)
@@ -95,7 +95,7 @@ def find_running_on(observed: Observed) -> JobView | None:
     return next((job for job in jobs if any(pod.runs_on for pod in observed.gang(job))), None)
 
 
-def _decide_held(observed: Observed, job: JobView, settings: Settings) -> Plan:
+def _decide_held(observed: Observed, job: JobView, settings: RunSettings) -> Plan:
     """Kueue holds ``job`` back: it is set to take up Jobs that name no queue, or has one for them all.
 
     It lets none go that names no queue, so this one gets that of its run.
@@ -128,7 +128,7 @@ def _find_passed(pods: list[PodView]) -> Termination | None:
     return None
 
 
-def _overdue(pod: PodView, settings: Settings, now: datetime) -> Failure:
+def _overdue(pod: PodView, settings: RunSettings, now: datetime) -> Failure:
     return Failure(
         attempt=PREFLIGHT,
         failure_class=FailureClass.STALLED,

@@ -10,7 +10,7 @@ from datetime import datetime
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.obstacles import diagnose_refusal
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_conflict, decide_no_podgroups, decide_obstructed
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import (
@@ -34,7 +34,7 @@ FORBIDDEN = "OperatorForbidden"
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade)."
 
 
-def face_refusals(observed: Observed, plan: Plan, now: datetime, settings: Settings) -> Plan:
+def face_refusals(observed: Observed, plan: Plan, now: datetime, settings: RunSettings) -> Plan:
     """``plan``, or what to do instead as long as what it does was refused a moment ago."""
     return _face_denial(observed, _face_refused_child(observed, plan, now, settings), now)
 
@@ -50,7 +50,7 @@ def _is_unknown_podgroup(child: RefusedChild) -> bool:
     return child.kind == "PodGroup" and child.status == 404
 
 
-def _face_refused_child(observed: Observed, plan: Plan, now: datetime, settings: Settings) -> Plan:
+def _face_refused_child(observed: Observed, plan: Plan, now: datetime, settings: RunSettings) -> Plan:
     child, launch = observed.reports.refused_child, plan.launch
     if child is None or launch is None:
         return plan

@@ -12,7 +12,7 @@ from datetime import datetime
 from lora_api import ClusterLoRARuntime, FailureClass, LoRAFineTune
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_wait
 from lora_operator.policies.limits import check_limits, describe_selector, selects
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
@@ -37,7 +37,7 @@ def asks_for_namespace(runtime: ClusterLoRARuntime | None) -> bool:
     return runtime is not None and runtime.spec.allowed_namespaces is not None
 
 
-def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Plan | None:
+def decide_runtime(observed: Observed, now: datetime, settings: RunSettings) -> Plan | None:
     """What to do next about the runtime of a run; ``None`` once that is settled."""
     run, runtime = observed.run, observed.runtime
     if run.spec.run_policy.suspend or observed.live_job() is not None:
@@ -62,7 +62,7 @@ def decide_runtime(observed: Observed, now: datetime, settings: Settings) -> Pla
     return replace(decide_wait("RuntimeTaken", message, 0.0), runtime=snapshot)
 
 
-def _decide_lost(observed: Observed, now: datetime, settings: Settings) -> Plan:
+def _decide_lost(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     """Ends a run that began with a store of its runtime, and whose snapshot somebody has taken away."""
     message = "spec.publish.store is not set, and status.runtime, which had one when the run began, is gone"
     failure = new_failure(FailureClass.BAD_SPEC, observed.run.status.attempt, message, now)

@@ -16,7 +16,7 @@ from lora_api import (
 from lora_api.pods import PodTemplate, ResourceRequirements
 from lora_api.runtime import taken_runtime
 from lora_api.training import Checkpoint
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 
 KEPT_LIMITS = ("maxActiveDeadlineSeconds",)
 """Limits that hold as long as the run lives. The others are looked at once: what they are about cannot change."""
@@ -97,18 +97,19 @@ def _merge_checkpoints(own: Checkpoint, base: Checkpoint) -> Checkpoint:
     )
 
 
-def resolve(run: LoRAFineTune, settings: Settings) -> Settings:
-    """``settings`` as far as the runtime that ``run`` took does not say otherwise."""
+def resolve(run: LoRAFineTune, settings: RunSettings) -> RunSettings:
+    """What holds for ``run``: ``settings`` as far as the runtime that it took does not say otherwise."""
+    own = settings.for_runs()
     if run.status.runtime is None:
-        return settings
+        return own
     runtime = taken_runtime(run)
-    preflight = settings.preflight
+    preflight = own.preflight
     if runtime.preflight is not None:
         preflight = "on" if runtime.preflight else "off"
     return replace(
-        settings,
+        own,
         preflight=preflight,
-        trainer_image=runtime.image or settings.trainer_image,
-        trainer_image_pull_policy=runtime.image_pull_policy or settings.trainer_image_pull_policy,
-        termination_grace=runtime.termination_grace_period_seconds or settings.termination_grace,
+        trainer_image=runtime.image or own.trainer_image,
+        trainer_image_pull_policy=runtime.image_pull_policy or own.trainer_image_pull_policy,
+        termination_grace=runtime.termination_grace_period_seconds or own.termination_grace,
     )

@@ -6,12 +6,12 @@ to the store, the next one has to read.
 
 from lora_api import RUN_VERSION, TrainerPin
 from lora_api.preflight import PreflightOutcome
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
 
 
-def choose_trainer(observed: Observed, settings: Settings, own_image: str) -> TrainerPin:
+def choose_trainer(observed: Observed, settings: RunSettings, own_image: str) -> TrainerPin:
     """The trainer of the next pods: that on record, else that of the newest Job, else what ``settings`` name now.
 
     Runs that began under an operator which kept no record have trainers that may read nothing newer than version 1.

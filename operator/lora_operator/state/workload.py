@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_operator.settings import Settings
+from lora_operator.settings import RunSettings
 
 _DEACTIVATED = "Deactivated"
 
@@ -65,6 +65,6 @@ def find_position(pending: Iterable[Mapping[str, Any]], workload: str) -> int | 
     return None
 
 
-def uses_kueue(queue_name: str | None, settings: Settings) -> bool:
+def uses_kueue(queue_name: str | None, settings: RunSettings) -> bool:
     """Whether ``queue_name`` is one of Kueue. Volcano has queues of its own, and holds back pods rather than Jobs."""
     return queue_name is not None and settings.gang_scheduler != "volcano"

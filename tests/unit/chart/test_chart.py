@@ -86,7 +86,7 @@ CASES: dict[str, list[str]] = {
     ],
     "pod-metadata": ['podLabels={"team": "ml"}', 'podAnnotations={"example.org/scrape": "true"}'],
 }
-SEEN_ELSEWHERE = {"crds.enabled", "crds.keep"}
+SEEN_ELSEWHERE = {"crds.enabled", "crds.keep", "operator.maxUnchargedRestarts"}
 GIVEN_AS_A_WHOLE = ("resources.requests", "resources.limits", "defaultRuntime.spec")
 
 

@@ -166,7 +166,7 @@ def test_the_run_wins_over_its_runtime(case: str) -> None:
 def test_a_run_without_a_runtime_is_left_alone() -> None:
     run = a_run(status={"attempt": 1})
     assert fill_in(run) is run
-    assert resolve(run, SETTINGS) is SETTINGS
+    assert resolve(run, SETTINGS) == SETTINGS.for_runs()
 
 
 def test_what_is_filled_in_is_never_more_than_a_run_may_say() -> None:
@@ -193,11 +193,11 @@ def test_the_runtime_wins_over_the_operators_settings() -> None:
 @pytest.mark.parametrize("setting", ["on", "off"])
 @pytest.mark.parametrize(("said", "want"), [({}, None), ({"preflight": True}, "on"), ({"preflight": False}, "off")])
 def test_the_runtime_turns_the_preflight_on_or_off(setting: Any, said: dict[str, Any], want: str | None) -> None:
-    assert resolve(taken(a_runtime(**said)), Settings(preflight=setting)).preflight == want or setting
+    assert resolve(taken(a_runtime(**said)), Settings(preflight=setting)).preflight == (want or setting)
 
 
 def test_what_the_runtime_does_not_say_is_the_operators() -> None:
-    assert resolve(taken(a_runtime()), SETTINGS) == SETTINGS
+    assert resolve(taken(a_runtime()), SETTINGS) == SETTINGS.for_runs()
 
 
 def test_the_pods_get_it() -> None:
