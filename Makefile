@@ -127,6 +127,10 @@ bench-trainer: venv ## Compare the trainer with plain TRL on the CPU: docs/bench
 bench-operator: venv binaries ## Measure the operator's scale and cost on a real API server: docs/benchmarks/operator.md
 	$(RUN) -m bench.scale
 
+.PHONY: bench-peers
+bench-peers: venv binaries ## Compare with Kubeflow Trainer and JobSet, built the first time: docs/benchmarks/peers.md
+	$(RUN) -m bench.peers
+
 .PHONY: bench-gpu
 bench-gpu: ## Benchmark the trainer on a GPU machine without internet: docs/benchmarks/GPU.json (see docs/speed.md)
 	@bench/gpu/wheels.sh install

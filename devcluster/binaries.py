@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -76,6 +77,23 @@ def _build(binary: pins.Binary, target: Path) -> None:
     )
     partial.rename(target)
     say(f"{binary.name} built in {time.monotonic() - started:.0f} s")
+
+
+def find_source(folder: str, module: str) -> Path:
+    """Return where Go keeps the source of ``module``, which ``modules/<folder>`` names: charts and CRDs are in it.
+
+    It is downloaded where it is not there.
+    """
+    done = subprocess.run(
+        ["go", "mod", "download", "-json", module],
+        cwd=pins.MODULES / folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly"},
+    )
+    if done.returncode != 0:
+        raise DevclusterError(f"the source of {module} was not found: {done.stderr.strip() or done.stdout.strip()}")
+    return Path(json.loads(done.stdout)["Dir"])
 
 
 def ensure(groups: Iterable[str]) -> dict[str, Path]:

@@ -1,8 +1,6 @@
 """Kueue in a cluster: the controller built from its Go module, installed by the chart that is in the same module."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 from devcluster import binaries, pins
@@ -70,17 +68,8 @@ def uninstall(cluster: Cluster) -> None:
 
 
 def _chart() -> Path:
-    """Return the chart, in the folder that Go keeps the module in, which it is downloaded to where it is not there."""
-    done = subprocess.run(
-        ["go", "mod", "download", "-json", _MODULE],
-        cwd=pins.MODULES / "kueue",
-        capture_output=True,
-        text=True,
-        env=os.environ | {"GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly"},
-    )
-    if done.returncode != 0:
-        raise DevclusterError(f"the chart of Kueue was not found: {(done.stderr or done.stdout).strip()}")
-    return Path(json.loads(done.stdout)["Dir"]) / "charts" / "kueue"
+    """Return the chart, in the folder that Go keeps the module in."""
+    return binaries.find_source("kueue", _MODULE) / "charts" / "kueue"
 
 
 def _helm(cluster: Cluster, *arguments: str | Path) -> None:

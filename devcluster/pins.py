@@ -46,6 +46,8 @@ BINARIES: tuple[Binary, ...] = (
     Binary("kube-router", "kube-router", "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router", "node"),
     Binary("helm", "helm", "helm.sh/helm/v4/cmd/helm", "tools"),
     Binary("kueue", "kueue", "sigs.k8s.io/kueue/cmd/kueue", "kueue"),
+    Binary("jobset", "peers", "sigs.k8s.io/jobset", "peers"),
+    Binary("kubeflow-trainer", "peers", "github.com/kubeflow/trainer/v2/cmd/trainer-controller-manager", "peers"),
 )
 GROUPS: tuple[str, ...] = tuple(dict.fromkeys(binary.group for binary in BINARIES))
-LAZY_GROUPS = ("kueue",)  # built only where they are asked for by name
+LAZY_GROUPS = ("kueue", "peers")  # built only where they are asked for by name

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench.scale.bench import FULL, TINY, Bench, Size, make_bench
 from bench.scale.floor import Launch
+from bench.scale.gangs import FULL_STEADY, TINY_STEADY, SteadySize
 from bench.scale.nodes import Nodes, play_nodes
 from bench.scale.parts import (
     Numbers,
@@ -33,6 +34,8 @@ from bench.scale.parts import (
 from bench.scale.process import ROOT
 from bench.scale.profile import read_samples, summarize
 from bench.scale.report import to_markdown
+from bench.scale.steady import measure_steady
+from bench.scale.steadyreport import to_lines
 from devcluster import ControlPlane, control_plane
 
 RESULTS = ROOT / "docs" / "benchmarks"
@@ -105,25 +108,55 @@ async def _measure_rounds(
     return parts
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.scale", description="Measure scale and cost of the operator.")
     parser.add_argument("--tiny", action="store_true", help="a few runs, to see that everything works, in a minute")
     parser.add_argument("--residents", type=int, help="runs that are there already (a tenth of them waiting)")
     parser.add_argument("--rounds", type=int, help="rounds, of which medians are told")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory to write operator.md and operator.json to")
     parser.add_argument("--keep", type=Path, help="directory for data and logs of the control plane (default: removed)")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--only", choices=("steady",), help="the steady state alone: what was measured is printed, and nothing written"
+    )
+    steady = parser.add_argument_group("steady state")
+    steady.add_argument("--gangs", type=int, help="gangs that run")
+    steady.add_argument("--pods", type=int, help="pods of each")
+    steady.add_argument("--rack", type=int, help="nodes that die")
+    steady.add_argument("--hung", type=int, help="kubelets that hang")
+    steady.add_argument("--rate", type=float, help="new runs a second")
+    steady.add_argument("--seconds", type=float, help="seconds in which all is well, and again in which it is not")
+    return parser.parse_args(arguments)
+
+
+def _choose_steady(options: argparse.Namespace) -> SteadySize:
+    names = ("gangs", "pods", "rack", "hung", "rate", "seconds")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(TINY_STEADY if options.tiny else FULL_STEADY, **changes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    options = _parse(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     size = TINY if options.tiny else FULL
     if options.residents is not None:
         size = replace(size, waiting=options.residents // 10, finished=options.residents - options.residents // 10)
     size = replace(size, rounds=options.rounds or size.rounds)
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     with tempfile.TemporaryDirectory() as directory:
-        where = options.keep or Path(directory) / "plane"
-        with control_plane(where, audit_log=True) as plane:
-            # Not on uvloop: its loop cannot be closed while a TLS connection still says goodbye.
-            result = asyncio.run(measure(plane, size, lambda line: print(line, flush=True)))
+        where = options.keep or Path(directory)
+        # Each on a control plane of its own. Not on uvloop: its loop cannot be closed while a TLS connection still
+        # says goodbye.
+        with control_plane(where / "steady", audit_log=True) as plane:
+            steady = asyncio.run(measure_steady(plane, _choose_steady(options), say))
+        if options.only is not None:
+            print("\n".join(to_lines(steady)))
+            return 0
+        with control_plane(where / "plane", audit_log=True) as plane:
+            result = asyncio.run(measure(plane, size, say)) | {"steady": steady}
     text = to_markdown(result)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "operator.md").write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import IO
 
 OPERATOR = "lora-operator"
 """User of the operator under test."""
+
+RUN_KIND = "lorafinetunes"
 
 _CHILDREN = ("jobs", "services")
 _READS = ("get", "list", "watch")
@@ -52,10 +54,15 @@ class Call:
 
 
 class Audit:
-    """Reads the audit log as it grows. The API server moves it aside when it has grown large."""
+    """Reads the audit log as it grows. The API server moves it aside when it has grown large.
 
-    def __init__(self, path: Path) -> None:
+    Calls of ``users`` are of interest, and creations of objects of ``kind`` by anybody.
+    """
+
+    def __init__(self, path: Path, users: Sequence[str] = (OPERATOR,), kind: str = RUN_KIND) -> None:
         self._path = path
+        self._users = tuple(users)
+        self._kind = kind
         self._file: IO[str] | None = None
         self._rest = ""
         self.calls: list[Call] = []
@@ -66,8 +73,8 @@ class Audit:
             self._file.close()
 
     def read(self) -> list[Call]:
-        """The operator's calls, and creations of LoRAFineTunes by others, since the last look."""
-        new = [call for line in self._lines() if (call := parse_call(line)) is not None]
+        """The users' calls, and creations of runs by others, since the last look."""
+        new = [call for line in self._lines() if (call := parse_call(line, self._users, self._kind)) is not None]
         self.calls += new
         return new
 
@@ -96,10 +103,10 @@ class Audit:
             self._file = None
 
 
-def parse_call(line: str) -> Call | None:
+def parse_call(line: str, users: Sequence[str] = (OPERATOR,), kind: str = RUN_KIND) -> Call | None:
     """A line of the log, if it is of interest, and whole: a server that is killed leaves half a line behind."""
-    of_operator = f'"username":"{OPERATOR}"' in line
-    if not of_operator and not ('"verb":"create"' in line and '"resource":"lorafinetunes"' in line):
+    of_users = any(f'"username":"{user}"' in line for user in users)
+    if not of_users and not ('"verb":"create"' in line and f'"resource":"{kind}"' in line):
         return None
     try:
         entry = json.loads(line)

@@ -105,9 +105,14 @@ class Bench:
                     return
 
     def operator(
-        self, *, kubeconfig: Path | None = None, namespaces: Sequence[str] = (), samples: Path | None = None
+        self,
+        *,
+        kubeconfig: Path | None = None,
+        namespaces: Sequence[str] = (),
+        samples: Path | None = None,
+        flags: Sequence[str] = (),
     ) -> OperatorProcess:
-        """Starts an operator."""
+        """Starts an operator, with ``flags`` besides --preflight=off."""
         log = self.plane.logs / "operator.log"
         return OperatorProcess(
             kubeconfig or self.kubeconfig,
@@ -115,9 +120,12 @@ class Bench:
             rest_seconds=self.size.rest_seconds,
             namespaces=namespaces,
             samples=samples,
+            flags=("--preflight=off", *flags),
         )
 
-    async def create(self, count: int, rate: float | None = None, namespaces: Sequence[str] = ()) -> list[str]:
+    async def create(
+        self, count: int, rate: float | None = None, namespaces: Sequence[str] = (), nodes: int = 2
+    ) -> list[str]:
         """Creates runs in all namespaces by turns, ``rate`` a second or as fast as it goes; returns their names."""
         places = itertools.cycle(namespaces or self.namespaces)
         batch = next(self._numbers)
@@ -128,15 +136,17 @@ class Bench:
             number, name = item
             if rate is not None:
                 await asyncio.sleep(begin + number / rate - asyncio.get_running_loop().time())
-            await self.client.call("POST", RUNS.format(next(places)), build_run(name))
+            await self.client.call("POST", RUNS.format(next(places)), build_run(name, nodes))
 
         await run_all(enumerate(names), make, _AT_ONCE)
         return names
 
     async def clear(self, namespace: str) -> None:
-        """Deletes the runs of a namespace, and what was made of them."""
+        """Deletes the runs of a namespace, and what was made of them, at once: no kubelet ends the pods."""
         for path in (RUNS, JOBS, PODS):
-            await self.client.call("DELETE", f"{path.format(namespace)}?propagationPolicy=Background")
+            await self.client.call(
+                "DELETE", f"{path.format(namespace)}?propagationPolicy=Background&gracePeriodSeconds=0"
+            )
 
     async def wait_calls(self, mark: int, what: str, names: Sequence[str], is_it: Callable[[Call], bool]) -> None:
         """Waits until the audit log has a call of the operator for which ``is_it``, for each of the runs ``names``.
@@ -153,6 +163,18 @@ class Bench:
             if asyncio.get_running_loop().time() > deadline:
                 raise BenchError(f"{what}: {len(missing)} of {len(names)} runs are missing, such as {min(missing)}")
             await asyncio.sleep(0.1 if missing else 0)
+
+    async def wait_for_status(self, name: str, what: str, is_it: Callable[[Raw], object]) -> None:
+        """Waits until the status of the run ``name`` is one for which ``is_it``.
+
+        Raises:
+            BenchError: it is not for long.
+        """
+        deadline = asyncio.get_running_loop().time() + _BATCH_SECONDS
+        while not is_it(status := (await self.fetch(name)).get("status") or {}):
+            if asyncio.get_running_loop().time() > deadline:
+                raise BenchError(f"{what}: the status of {name} is {status}")
+            await asyncio.sleep(0.1)
 
     async def fetch(self, name: str) -> Raw:
         """The run ``name``, in whatever namespace it is."""

@@ -4,7 +4,7 @@ There are no nodes. Jobs wait until ``take`` lets pods be made for them, and pod
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from bench.scale.client import JOBS, PODS, Client, Raw, RefusedError
@@ -16,20 +16,21 @@ _ALL_JOBS = "/apis/batch/v1/jobs"
 _AT_ONCE = 8
 
 
-def build_pod(job: Raw, index: int) -> Raw:
-    """The pod that the Job controller makes for an index."""
+def build_pod(job: Raw, index: int, node: str = "") -> Raw:
+    """The pod that the Job controller makes for an index, on ``node`` where one is named."""
     metadata, template = job["metadata"], job["spec"]["template"]
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": metadata["uid"]}
     own = {INDEX_LABEL: str(index), JOB_NAME_LABEL: metadata["name"], CONTROLLER_LABEL: metadata["uid"]}
     labels = {**template["metadata"]["labels"], **own}
     return {
         "metadata": {
+            "generateName": f"{metadata['name']}-{index}-",
             "name": f"{metadata['name']}-{index}-abcde",
             "namespace": metadata["namespace"],
             "labels": labels,
             "ownerReferences": [{**owner, "controller": True, "blockOwnerDeletion": True}],
         },
-        "spec": template["spec"],
+        "spec": {**template["spec"], **({"nodeName": node} if node else {})},
     }
 
 
@@ -121,11 +122,11 @@ def size(job: Raw) -> int:
     return int(job["spec"]["completions"])
 
 
-async def make_pods(client: Client, job: Raw) -> None:
-    """Makes the pods of a Job."""
+async def make_pods(client: Client, job: Raw, node_of: Callable[[int], str] = lambda _: "") -> None:
+    """Makes the pods of a Job, on the nodes that ``node_of`` names."""
     path = PODS.format(job["metadata"]["namespace"])
     for index in range(size(job)):
-        await client.call("POST", path, build_pod(job, index))
+        await client.call("POST", path, build_pod(job, index, node_of(index)))
 
 
 async def set_phase(client: Client, job: Raw, phase: str) -> None:

@@ -1,6 +1,7 @@
 """What is measured, part by part. Each returns numbers for operator.json."""
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ from bench.scale.residents import Template, fetch_template, make_residents
 
 Numbers = dict[str, Any]
 
+_LAST_POD = "-1-abcde"
+"""How the name of the second pod of a gang of two ends."""
+
 _RECORDED, _FLOOR = "recorded", "floor"
 """Namespaces of the launch that is recorded, and of those that are made like it."""
 
@@ -33,9 +37,9 @@ async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template
         await bench.wait_calls(mark, "a run that succeeds", done, lambda call: ".succeeded" in call.name)
         nodes.hold()
         nodes.take()
-        mark = bench.audit.mark()
         held = await bench.create(1)
-        await bench.wait_calls(mark, "a run that waits", held, lambda call: ".unschedulable" in call.name)
+        # Both of its pods: what is said of one alone is written anew, by whichever operator sees the other.
+        await bench.wait_for_status(held[0], "a run that waits", lambda status: _LAST_POD in json.dumps(status))
         await operator.rest()
         rss = operator.usage().rss
     finished, waiting = [await fetch_template(bench.client, namespace, name) for name in (*done, *held)]
@@ -177,6 +181,8 @@ async def measure_lives(bench: Bench, operator: OperatorProcess, nodes: Nodes) -
     names = await bench.create(bench.size.lives)
     await bench.wait_calls(mark, "lived", names, lambda call: ".succeeded" in call.name)
     seconds, cpu = time.monotonic() - begin, operator.usage().cpu - before
+    alone = await bench.create(max(1, bench.size.lives // 10), nodes=1)
+    await bench.wait_calls(mark, "lived alone", alone, lambda call: ".succeeded" in call.name)
     nodes.hold()
     if nodes.errors:
         raise BenchError(f"the nodes cannot be played: {nodes.errors[0]}")
@@ -185,11 +191,20 @@ async def measure_lives(bench: Bench, operator: OperatorProcess, nodes: Nodes) -
         "runs": len(names),
         "perSecond": round(len(names) / seconds, 1),
         "callsPerLaunch": _spread([len(launch_calls(runs[name])) for name in names]),
-        "callsPerLife": _spread([len(life_calls(runs[name])) for name in names]),
+        "callsPerLaunchAlone": _spread([len(launch_calls(runs[name])) for name in alone]),
+        "launchByKind": _per_run([launch_calls(runs[name]) for name in names]),
+        "launchAloneByKind": _per_run([launch_calls(runs[name]) for name in alone]),
+        "callsPerLife": _spread([len(life_calls(runs[name])) for name in (*names, *alone)]),
         "eventsAndProgressPerLife": _spread([len(runs[name]) - len(life_calls(runs[name])) for name in names]),
         "oneLife": [f"{call.verb} {call.resource}" for call in runs[names[0]]],
         "operatorCpuMsPerRun": round(1000 * cpu / len(names), 2),
     }
+
+
+def _per_run(runs: Sequence[Sequence[Call]]) -> dict[str, float]:
+    """Calls a run, by kind."""
+    counts = count_calls(call for calls in runs for call in calls)
+    return {kind: round(count / len(runs), 2) for kind, count in counts.items()}
 
 
 def _spread(counts: Sequence[int]) -> Numbers:

@@ -134,21 +134,23 @@ class OperatorProcess:
             return {}
         return {name: float(value) for name, value in re.findall(r"^(lora_\S+) (\S+)$", text, re.MULTILINE)}
 
-    def looks(self) -> float:
-        """How many looks at a run it has taken; -1 while others are due."""
+    def looks(self, *, while_due: bool = False) -> float:
+        """How many looks at a run it has taken; -1 while others are due, or while it does not answer."""
         metrics = self.metrics()
-        if not metrics or metrics["lora_operator_queue_depth"]:
+        if not metrics or (metrics["lora_operator_queue_depth"] and not while_due):
             return -1
         name = "lora_operator_reconcile_duration_seconds_count"
         return sum(value for metric, value in metrics.items() if metric.startswith(name))
 
-    async def settle(self, looks: int) -> float:
+    async def settle(self, looks: int, *, while_due: bool = False) -> float:
         """Waits until it has looked at ``looks`` runs and none is due; returns the seconds since its start.
+
+        ``while_due``: others may be due, as they always are where gangs run.
 
         Raises:
             BenchError: it has not for long, or has ended.
         """
-        while await asyncio.to_thread(self.looks) < looks:
+        while await asyncio.to_thread(self.looks, while_due=while_due) < looks:
             ended = self._process.poll() is not None
             if ended or time.monotonic() - self.started > _PATIENCE:
                 why = "the operator has ended" if ended else f"the operator has not looked at {looks} runs"
@@ -160,16 +162,20 @@ class OperatorProcess:
         return self.log.read_text()[-2000:]
 
     async def rest(self) -> None:
-        """Waits until it uses hardly any processor time for ``rest_seconds``.
+        """Waits until it looks at no run, and uses hardly any processor time, for ``rest_seconds``.
+
+        It is asked, since one that gets no processor uses no time either.
 
         Raises:
             BenchError: it does not for long.
         """
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
+            looks = await asyncio.to_thread(self.looks)
             before = self.usage().cpu
             await asyncio.sleep(self._rest_seconds)
-            if self.usage().cpu - before < 0.03 * self._rest_seconds:
+            used = self.usage().cpu - before
+            if used < 0.03 * self._rest_seconds and 0 <= looks == await asyncio.to_thread(self.looks):
                 return
         raise BenchError("the operator does not come to rest")
 

@@ -56,5 +56,15 @@ def summarize(samples: Samples) -> dict[str, Any]:
     return {"samples": total, "areas": _shares(areas, total, 14), "functions": _shares(ours, total, 16)}
 
 
+def to_table(profile: dict[str, Any]) -> list[str]:
+    """A summary for people."""
+    left, right = (list(profile[kind].items()) for kind in ("areas", "functions"))
+    lines = ["| module or package | share | | function | share |", "| --- " * 5 + "|"]
+    for row in range(max(len(left), len(right))):
+        cells = [f"`{rows[row][0]}` | {rows[row][1]:.1%}" if row < len(rows) else " | " for rows in (left, right)]
+        lines.append(f"| {cells[0]} | | {cells[1]} |")
+    return lines
+
+
 def _shares(counts: Counter[str], total: int, most: int) -> dict[str, float]:
     return {name: round(count / max(total, 1), 3) for name, count in counts.most_common(most)}

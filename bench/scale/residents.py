@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.scale.client import JOBS, PODS, RUNS, Client, EtcdClient, Raw
@@ -26,13 +26,15 @@ _PREFIXES = {
 }
 
 
-def build_run(name: str) -> Raw:
-    """A LoRAFineTune of two nodes."""
+def build_run(name: str, nodes: int = 2) -> Raw:
+    """A LoRAFineTune of two nodes, or of ``nodes``."""
+    spec = copy.deepcopy(SPEC)
+    spec["parallelism"]["nodes"] = nodes
     return {
         "apiVersion": "lorafinetune.io/v1alpha1",
         "kind": "LoRAFineTune",
         "metadata": {"name": name},
-        "spec": copy.deepcopy(SPEC),
+        "spec": spec,
     }
 
 
@@ -57,11 +59,12 @@ class Template:
     namespace: str
     objects: tuple[Raw, ...]
 
-    def copies(self, name: str, namespace: str) -> Iterator[tuple[str, str]]:
-        """Keys and values for etcd of a copy, with names and uids of its own."""
+    def copies(self, name: str, namespace: str, nodes: Mapping[str, str] = {}) -> Iterator[tuple[str, str]]:
+        """Keys and values for etcd of a copy, with names and uids of its own, on other ``nodes`` where these say so."""
         # The name of the run is the first part of the names of all that belongs to it.
         quoted = {f'"{self.namespace}"': f'"{namespace}"', f"/{self.namespace}/": f"/{namespace}/"}
-        changes = {**quoted, self.name: name}
+        moved = {f'"{old}"': f'"{new}"' for old, new in nodes.items()}
+        changes = {**quoted, **moved, self.name: name}
         changes |= {item["metadata"]["uid"]: str(uuid.uuid4()) for item in self.objects}
         for item, text in zip(self.objects, self._texts, strict=True):
             key = f"{_PREFIXES[item['kind']]}/{namespace}/{item['metadata']['name'].replace(self.name, name)}"
@@ -98,5 +101,11 @@ async def make_residents(etcd: EtcdClient, namespaces: Sequence[str], counts: di
         for number in range(count)
         for write in template.copies(f"{kind}-{number}", next(places))
     )
+    await write_all(etcd, writes)
+
+
+async def write_all(etcd: EtcdClient, writes: Iterable[tuple[str, str]]) -> None:
+    """Writes keys and values, many in a transaction."""
+    writes = iter(writes)
     while batch := list(itertools.islice(writes, _OPERATIONS)):
         await etcd.put(batch)

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 import aiohttp
 
 from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, BenchError, Client, Raw, RefusedError
+from bench.scale.kubelets import ADDRESS, run_kubelets
 from bench.scale.residents import build_run
 from bench.soak import stories
-from bench.soak.kubelets import ADDRESS, run_kubelets
 from bench.soak.player import NODES, Action, Seen, compute_log, decide_actions
 from bench.soak.stories import MICRO_BATCH, Story
 from devcluster.pki import Authority

@@ -28,9 +28,8 @@ from lora_operator.status.progress import (
     compute_stage,
     describe_last,
     find_first_step,
-    find_last_output,
     keep_believable,
-    parse_progress,
+    parse_log,
 )
 from lora_operator.watched.cache import Cache, Resource
 from lora_operator.watched.views import PodView
@@ -136,8 +135,8 @@ class Reader:
 
 def build_progress_change(run: LoRAFineTune, pod: PodView, log: str, asked_at: datetime, read_at: datetime) -> Change:
     """What the end of rank 0's ``log`` tells. ``read_at`` may be much later than ``asked_at``, where the call hung."""
-    said = parse_progress(log)
-    output, limit = find_last_output(log), float(run.spec.run_policy.stall_timeout_seconds)
+    said, output = parse_log(log)
+    limit = float(run.spec.run_policy.stall_timeout_seconds)
 
     def change(reports: Reports) -> Reports:
         lines = keep_believable(said, reports.first_step)

@@ -12,9 +12,24 @@ MAX_STEPS = 2**31 - 1
 """More optimizer steps than any run has, and more seconds than anybody waits for."""
 
 
+def parse_log(log: str) -> tuple[list[ProgressLine], str]:
+    """The progress lines in ``log``, oldest first, and the last line that is none; empty without one.
+
+    Only a line feed ends a line, as in the log itself. Each is parsed once: of many gangs this is most of the work.
+    """
+    lines, output = list[ProgressLine](), ""
+    for text in log.split("\n"):
+        line = parse_progress_line(text)
+        if line is not None:
+            lines.append(line)
+        else:
+            output = text.strip() or output
+    return lines, output
+
+
 def parse_progress(log: str) -> list[ProgressLine]:
-    """The progress lines in ``log``, oldest first. Only a line feed ends a line, as in the log itself."""
-    return [line for text in log.split("\n") if (line := parse_progress_line(text)) is not None]
+    """The progress lines in ``log``, oldest first."""
+    return parse_log(log)[0]
 
 
 def keep_believable(lines: Sequence[ProgressLine], first: ProgressLine | None = None) -> list[ProgressLine]:
@@ -44,12 +59,6 @@ def compute_stage(lines: Sequence[ProgressLine], previous: str = "") -> str:
         if line.event == "stage" and line.stage:
             return line.stage
     return previous
-
-
-def find_last_output(log: str) -> str:
-    """The last line of ``log`` that is no progress line; empty without one."""
-    texts = (text.strip() for text in reversed(log.split("\n")))
-    return next((text for text in texts if text and parse_progress_line(text) is None), "")
 
 
 def describe_last(lines: Sequence[ProgressLine]) -> str:

@@ -173,7 +173,7 @@ class Confirmations:
     A new LIST of kopf shows every object that exists, as events without a type. The first such event of a resource
     puts all other known objects of it on a list; each one that is shown leaves the list; what is left when no such
     event has come for ``delay`` seconds is looked up by ``check``. Where a LIST is expected and shows nothing at all,
-    every object that is known by then is looked up.
+    every object that is known by then is looked up, but for those that the watch has shown.
     """
 
     def __init__(
@@ -189,6 +189,7 @@ class Confirmations:
         self._check = check
         self._by_namespace = by_namespace
         self._unseen: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
+        self._watched: dict[tuple[Resource, str | None], set[ObjectKey]] = {}
         self._timers: dict[tuple[Resource, str | None], asyncio.TimerHandle] = {}
         self._shown_at: dict[tuple[Resource, str | None], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -210,7 +211,11 @@ class Confirmations:
             self.expect(resource, namespace)
             if scope not in self._unseen:
                 self._unseen[scope] = self._cache.object_keys(*scope)
-        self._unseen.get(scope, set()).discard((resource, namespace, metadata["name"]))
+        key = resource, namespace, metadata["name"]
+        if scope in self._unseen:
+            self._unseen[scope].discard(key)
+        elif scope in self._timers:
+            self._watched.setdefault(scope, set()).add(key)
 
     def _scope(self, resource: Resource, namespace: str | None) -> tuple[Resource, str | None]:
         """What one LIST covers."""
@@ -236,9 +241,9 @@ class Confirmations:
             self._timers[scope] = loop.call_at(due, self._finish, scope)
             return
         del self._timers[scope]
-        missing = self._unseen.pop(scope, None)
+        missing, watched = self._unseen.pop(scope, None), self._watched.pop(scope, set())
         if missing is None:  # the LIST was empty
-            missing = self._cache.object_keys(*scope)
+            missing = self._cache.object_keys(*scope) - watched
         if missing:
             task = loop.create_task(self._look_up(missing))
             self._tasks.add(task)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bench.peers import report as peers
 from bench.scale import report as scale
 from bench.soak import report as soak
 
@@ -20,7 +21,12 @@ def read(name: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize(("name", "to_markdown"), [("operator", scale.to_markdown), ("soak", soak.to_markdown)])
+PAGES = {"operator": scale.to_markdown, "soak": soak.to_markdown, "peers": peers.to_markdown}
+
+
+@pytest.mark.parametrize(
+    ("name", "to_markdown"), [page for page in PAGES.items() if (RESULTS / f"{page[0]}.json").exists()]
+)
 def test_a_page_is_written_from_its_numbers(name: str, to_markdown: Callable[[dict[str, Any]], str]) -> None:
     assert (RESULTS / f"{name}.md").read_text() == to_markdown(read(name))
 

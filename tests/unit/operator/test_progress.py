@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_api import Progress, ProgressLine
+from lora_api import Progress, ProgressLine, parse_progress_line
 from lora_operator.state.reports import Reports, hear
+from lora_operator.status import progress
 from lora_operator.status.progress import (
     compute_progress,
     compute_stage,
     compute_stopped_progress,
     find_first_step,
     merge_history,
+    parse_log,
     parse_progress,
     shorten,
 )
@@ -50,6 +52,34 @@ def test_only_whole_progress_lines_are_read() -> None:
     line = step(3).to_line()
     log = f"hello\n{line[20:]}\n2026-11-23T12:00:00Z {line}\n{line[:30]}"
     assert [found.step for found in parse_progress(log)] == [3]
+
+
+@pytest.mark.parametrize(
+    ("log", "found", "output"),
+    [
+        ("", [], ""),
+        ("\n \n", [], ""),
+        (f"{step(1).to_line()}\n{step(2).to_line()}\n", [1, 2], ""),
+        (f"loading\n{step(1).to_line()}\n  a warning \r\n{step(2).to_line()}\n", [1, 2], "a warning"),
+        (f"{step(1).to_line()}\ncut: {step(2).to_line()[:20]}", [1], f"cut: {step(2).to_line()[:20]}"),
+    ],
+)
+def test_a_log_is_progress_and_other_output(log: str, found: list[int], output: str) -> None:
+    lines, last = parse_log(log)
+    assert ([line.step for line in lines], last) == (found, output)
+
+
+def test_each_line_of_a_log_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    def parse(text: str) -> ProgressLine | None:
+        parsed.append(text)
+        return parse_progress_line(text)
+
+    monkeypatch.setattr(progress, "parse_progress_line", parse)
+    texts = [line.to_line() for line in steps(1, 5)]
+    lines, output = parse_log("\n".join(texts))
+    assert (parsed, len(lines), output) == (texts, 5, "")
 
 
 @pytest.mark.parametrize(

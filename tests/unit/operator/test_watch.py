@@ -111,6 +111,20 @@ def test_what_was_looked_up_and_went_before_the_first_list_is_looked_up_again(sh
     assert looked_up(cache, happen) == {(Resource.RUNS, "team", "fetched")}
 
 
+@pytest.mark.parametrize("event_type", ["ADDED", "MODIFIED"])
+def test_what_the_watch_shows_after_a_list_without_anything_is_not_looked_up(event_type: str) -> None:
+    """On a cluster without a run so far: those that come in the first half a minute would be a call each."""
+    cache = Cache()
+
+    def happen(confirmations: Confirmations) -> None:
+        confirmations.expect(Resource.RUNS, None)
+        for name in ("shown", "lost"):
+            cache.put(Resource.RUNS, raw(name, 1))
+        confirmations.see(Resource.RUNS, event_type, raw("shown", 1)["metadata"])
+
+    assert looked_up(cache, happen) == {(Resource.RUNS, "team", "lost")}
+
+
 def test_a_list_that_still_comes_in_is_waited_for() -> None:
     async def main() -> None:
         async def check(key: ObjectKey) -> None:
