@@ -76,8 +76,10 @@ class ResourceRequirements(ApiModel):
             field_path=".requests",
         ),
         CelRule(
-            rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || "
-            "(k in self.limits && string(self.limits[k]) == string(self.requests[k])))",
+            # string() of what may be a number or a text is too costly for Kubernetes 1.29, whatever its maxLength.
+            rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || (k in self.limits && "
+            "[[self.requests[k], self.limits[k]].map(q, type(q) == int ? dyn(string(int(q))) : q)].all(q, "
+            "!isQuantity(q[0]) || !isQuantity(q[1]) || quantity(q[0]).compareTo(quantity(q[1])) == 0)))",
             message="hugepages-SIZE and VENDOR/RESOURCE cannot be shared: each needs the same value in limits",
             field_path=".requests",
         ),

@@ -14,6 +14,7 @@ from tests.controlplane.lifecycle.test_interruptions import jobs_created
 from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run
+from tests.support.versions import in_its_words
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -182,7 +183,7 @@ def test_a_document_that_is_too_large_ends_the_run_at_once(
     (failure,) = status["failures"]
     assert (failure["class"], failure["attempt"]) == ("BadSpec", attempt)
     assert f"Job run-{'pre1' if preflight == 'on' else '1'} is refused" in failure["message"]
-    assert "spec.template.annotations: Too long: may not be more than 262144 bytes" in failure["message"]
+    assert in_its_words("spec.template.annotations: Too long: may not be more than 262144") in failure["message"]
     assert "Remedy: Shorten what the specification says at length" in run.condition("Stalled")["message"]
 
 
