@@ -1,13 +1,11 @@
 """Which Kubernetes the control planes of the tests are, and what an older one lacks.
 
-``make test-versions`` runs the tests again on the versions in ``devcluster.pins.OLDER_KUBERNETES``. A test of what one
-of them lacks says so with ``needs``, and nothing else leaves a test out.
+``make test-versions`` runs the tests again on the versions in ``devcluster.pins.OLDER_KUBERNETES``. No test is left out
+there: one that sees what a version lacks looks into this table, and says what is right without it.
 """
 
 import os
 from collections.abc import Mapping
-
-import pytest
 
 from devcluster import pins
 
@@ -29,11 +27,6 @@ SINCE: Mapping[str, int] = {RATCHETING: 30, OWN_PATHS: 30, ENUMS: 30, STATUS_PAT
 def knows(feature: str) -> bool:
     """Whether the Kubernetes of the tests has ``feature``."""
     return SINCE[feature] <= MINOR
-
-
-def needs(feature: str) -> pytest.MarkDecorator:
-    """A test of ``feature``, which is left out where there is no such thing."""
-    return pytest.mark.skipif(not knows(feature), reason=f"Kubernetes {VERSION}; from 1.{SINCE[feature]} on: {feature}")
 
 
 def in_its_words(text: str) -> str:
