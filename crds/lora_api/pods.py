@@ -76,10 +76,14 @@ class ResourceRequirements(ApiModel):
             field_path=".requests",
         ),
         CelRule(
-            # string() of what may be a number or a text is too costly for Kubernetes 1.29, whatever its maxLength.
+            # string() of what may be a number or a text is too costly for Kubernetes 1.29, whatever its maxLength;
+            # and map() before quantity() is for later ones, which forget it there.
             rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || (k in self.limits && "
-            "[[self.requests[k], self.limits[k]].map(q, type(q) == int ? dyn(string(int(q))) : q)].all(q, "
-            "!isQuantity(q[0]) || !isQuantity(q[1]) || quantity(q[0]).compareTo(quantity(q[1])) == 0)))",
+            "(self.limits[k] == self.requests[k] || (type(self.limits[k]) == int ? "
+            "type(self.requests[k]) != int && isQuantity(self.requests[k]) && "
+            "quantity(self.requests[k]).isInteger() && quantity(self.requests[k]).asInteger() == int(self.limits[k]) : "
+            "type(self.requests[k]) == int && isQuantity(self.limits[k]) && quantity(self.limits[k]).isInteger() && "
+            "quantity(self.limits[k]).asInteger() == int(self.requests[k])))))",
             message="hugepages-SIZE and VENDOR/RESOURCE cannot be shared: each needs the same value in limits",
             field_path=".requests",
         ),

@@ -78,7 +78,6 @@ WIDEST: dict[str, list[Any]] = {
         {"requests": {"cpu": "500m"}, "limits": {"cpu": "0.5"}},
         {"limits": {"hugepages-2Mi": "1Gi", "memory": "2Gi", "example.org/nic": "2"}},
         {"requests": {"memory": "1000M"}, "limits": {"memory": "1G"}},
-        {"requests": {"hugepages-2Mi": "1024Mi", "cpu": 1}, "limits": {"hugepages-2Mi": "1Gi"}},
     ],
     "podTemplate.env": [[{"name": "NCCL_DEBUG", "value": ""}]],
     "runPolicy": [{"queueName": LONGEST, "workloadPriorityClassName": LONGEST, "priorityClassName": "a.b-c"}],

@@ -490,7 +490,6 @@ def test_no_rule_of_a_runtime_blames_a_good_field_for_a_bad_one(dry: DryRun) -> 
 RESOURCES: dict[str, dict[str, Any]] = {
     "numbers, as in any pod": {"requests": {"cpu": 4, "memory": "8Gi"}},
     "numbers of whole devices": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": 1}},
-    "the same in two spellings": {"requests": {"hugepages-2Mi": "1024Mi"}, "limits": {"hugepages-2Mi": "1Gi"}},
     "a number and the same in quotes": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": "1"}},
     "bytes": {"limits": {"memory": 68719476736}},
     "an exponent": {"limits": {"memory": "64e9"}},
