@@ -77,7 +77,7 @@ class ResourceRequirements(ApiModel):
         ),
         CelRule(
             # string() of what may be a number or a text is too costly for Kubernetes 1.29, whatever its maxLength;
-            # and map() before quantity() is for later ones, which forget it there.
+            # a value that map() hands on to quantity() is so for 1.37, which forgets it there.
             rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || (k in self.limits && "
             "(self.limits[k] == self.requests[k] || (type(self.limits[k]) == int ? "
             "type(self.requests[k]) != int && isQuantity(self.requests[k]) && "
