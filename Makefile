@@ -40,6 +40,12 @@ test-unit: venv binaries ## Fast tests of the pure parts
 test-controlplane: venv binaries skew ## Tests against a real API server
 	$(PYTEST) tests/controlplane tests/security/controlplane tests/devcluster tests/skew -m "not cluster" -n 2 --dist loadscope
 
+VERSIONS ?= 1.29 1.33
+
+.PHONY: test-versions
+test-versions: venv skew ## The tests against a real API server again on older Kubernetes: VERSIONS (1.29 1.33)
+	@$(RUN) tools/versions.py $(VERSIONS)
+
 .PHONY: skew
 skew: venv ## Build the release before this one from git's history, for the tests of versions side by side
 	@$(RUN) tools/skew.py
@@ -68,7 +74,7 @@ SEED ?= 1
 MINUTES ?= 30
 
 .PHONY: soak
-soak: venv binaries ## Soak the operator in faults for MINUTES (30) by SEED (1): docs/benchmarks/soak.md
+soak: venv binaries skew ## Soak the operator in faults for MINUTES (30) by SEED (1): docs/benchmarks/soak.md
 	$(RUN) -m bench.soak --seed $(SEED) --minutes $(MINUTES)
 
 .PHONY: test-soak

@@ -53,7 +53,8 @@ def module_key(module: Path, go_version: str, ldflags: Iterable[str]) -> str:
 
 
 def _path(binary: pins.Binary) -> Path:
-    flags = sorted({other.ldflags for other in pins.BINARIES if other.module == binary.module})
+    others = [other for other in pins.BINARIES if other.module == binary.module]
+    flags = sorted({flag for other in others for flag in (other.ldflags, other.tags) if flag})
     key = module_key(pins.MODULES / binary.module, _go_version(), flags)
     return cache() / "bin" / f"{binary.module}-{key}" / binary.name
 
@@ -69,14 +70,24 @@ def _build(binary: pins.Binary, target: Path) -> None:
     # A half-written binary must never bear the name that others look for.
     partial = target.with_name(f".{target.name}.partial")
     run_logged(
-        f"building {binary.name}",
-        ["go", "build", *_BUILD_FLAGS, "-ldflags", binary.ldflags, "-o", partial, binary.package],
-        cache() / "logs" / f"build-{binary.name}.log",
+        f"building {binary.name} of {binary.module}",
+        [
+            "go",
+            "build",
+            *_BUILD_FLAGS,
+            f"-tags={binary.tags}",
+            "-ldflags",
+            binary.ldflags,
+            "-o",
+            partial,
+            binary.package,
+        ],
+        cache() / "logs" / f"build-{binary.module}-{binary.name}.log",
         env=os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local"},
         cwd=pins.MODULES / binary.module,
     )
     partial.rename(target)
-    say(f"{binary.name} built in {time.monotonic() - started:.0f} s")
+    say(f"{binary.name} of {binary.module} built in {time.monotonic() - started:.0f} s")
 
 
 def find_source(folder: str, module: str) -> Path:
@@ -104,12 +115,27 @@ def ensure(groups: Iterable[str]) -> dict[str, Path]:
         raise DevclusterError(
             f"no such group of binaries: {', '.join(sorted(unknown))}; there are {', '.join(pins.GROUPS)}"
         )
-    paths = {binary.name: _path(binary) for binary in pins.BINARIES if binary.group in wanted}
-    for binary in pins.BINARIES:
-        target = paths.get(binary.name)
-        if target is None or target.exists():
+    paths = {binary: _path(binary) for binary in pins.BINARIES if binary.group in wanted}
+    for binary, target in paths.items():
+        if target.exists():
             continue
         with file_lock(cache() / "bin" / ".lock", f"waiting for another build before {binary.name}"):
             if not target.exists():
                 _build(binary, target)
-    return paths
+    return {binary.name: path for binary, path in paths.items()}
+
+
+def ensure_control_plane() -> dict[str, Path]:
+    """Build what is missing of the control plane of tests: today's, or the one that ``$LORA_KUBERNETES`` names."""
+    return ensure([control_plane_group(os.environ.get("LORA_KUBERNETES", ""))])
+
+
+def control_plane_group(chosen: str) -> str:
+    """Return the group of binaries of a Kubernetes by its minor version ("1.29"); that of today for none."""
+    today = ".".join(pins.KUBERNETES_VERSION.removeprefix("v").split(".")[:2])
+    if chosen in ("", today):
+        return "control-plane"
+    if chosen not in pins.OLDER_KUBERNETES:
+        known = ", ".join([*pins.OLDER_KUBERNETES, today])
+        raise DevclusterError(f"LORA_KUBERNETES is {chosen}, which is not pinned here; there are {known}")
+    return pins.older_group(chosen)

@@ -39,7 +39,7 @@ class ControlPlane:
     def __init__(
         self, directory: Path, supervisor: LocalSupervisor, *, controller_manager: bool, audit_log: bool
     ) -> None:
-        self._binaries = binaries.ensure(["control-plane"])
+        self._binaries = binaries.ensure_control_plane()
         self._supervisor = supervisor
         self._processes = supervisor.processes
         self._leases = [PortLease() for _ in range(4)]
@@ -156,7 +156,7 @@ def control_plane(
     Data and logs go to ``directory``, or to a temporary one that is removed. Whatever
     happens to this process (kill -9 included), the processes end with it.
     """
-    binaries.ensure(["control-plane"])
+    binaries.ensure_control_plane()
     temporary = None if directory else Path(tempfile.mkdtemp(prefix="devcluster-"))
     where = directory or temporary
     assert where is not None

@@ -1,6 +1,11 @@
-"""What the API server asks of kubelets: the logs of pods. Some answer, some hang, some are not there any more."""
+"""What the API server asks of kubelets: the logs of pods. Some answer, some hang, some are not there any more.
+
+A webhook that puts things into new pods can be served beside them.
+"""
 
 import asyncio
+import base64
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -8,21 +13,42 @@ from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 
+from bench.scale.client import Raw
 from devcluster.pki import Authority
+from lora_api.run import CONTAINER_NAME
 
 ADDRESS = "127.0.0.1"
-"""Where all nodes are."""
+"""Where all nodes are, and the webhook."""
+
+INJECT = "/inject"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def run_kubelets(authority: Authority, read_log: Callable[[str, str], str | None]) -> AsyncIterator[int]:
-    """Serves what ``read_log`` says of a namespace and a pod, ``None`` for one that is not there; yields the port."""
+async def run_kubelets(
+    authority: Authority,
+    read_log: Callable[[str, str], str | None],
+    inject: Callable[[Raw], list[Raw]] = lambda pod: [],
+) -> AsyncIterator[int]:
+    """Serves what ``read_log`` says of a namespace and a pod, ``None`` for one that is not there; yields the port.
+
+    The same port is that of a webhook, which answers with the JSON patch that ``inject`` makes of a pod.
+    """
 
     async def handle(request: web.Request) -> web.Response:
         log = read_log(request.match_info["namespace"], request.match_info["pod"])
+        if request.match_info["container"] != CONTAINER_NAME:
+            log = "[info] a sidecar speaks of other things\n"
         return web.Response(status=404) if log is None else web.Response(text=log)
 
-    async with _serve(authority, "played-kubelets", handle) as port:
+    async def review(request: web.Request) -> web.Response:
+        asked = (await request.json())["request"]
+        patch = base64.b64encode(json.dumps(inject(asked["object"])).encode()).decode()
+        answer = {"uid": asked["uid"], "allowed": True, "patchType": "JSONPatch", "patch": patch}
+        return web.json_response({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": answer})
+
+    async with _serve(authority, "played-kubelets", handle, review) as port:
         yield port
 
 
@@ -60,14 +86,14 @@ def run_dead_kubelets() -> Iterator[int]:
 
 
 @asynccontextmanager
-async def _serve(
-    authority: Authority, name: str, handle: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> AsyncIterator[int]:
+async def _serve(authority: Authority, name: str, handle: Handler, review: Handler | None = None) -> AsyncIterator[int]:
     pair = authority.issue(name, "system:nodes", hosts=[ADDRESS])
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(pair.certificate, pair.key)
     app = web.Application()
     app.router.add_get("/containerLogs/{namespace}/{pod}/{container}", handle)
+    if review is not None:
+        app.router.add_post(INJECT, review)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
     await runner.setup()
     try:

@@ -47,7 +47,10 @@ def usage(pid: int) -> Usage:
 
 
 class OperatorProcess:
-    """``python -m lora_operator``, with ``flags`` over its defaults. ``samples`` runs it under a profiler."""
+    """``python -m lora_operator``, with ``flags`` over its defaults. ``samples`` runs it under a profiler.
+
+    ``code``: where its modules are, if not in this repository.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class OperatorProcess:
         namespaces: Sequence[str] = (),
         samples: Path | None = None,
         flags: Sequence[str] = ("--preflight=off",),
+        code: Sequence[Path] = (),
     ) -> None:
         self._rest_seconds = rest_seconds
         self._samples = samples
@@ -66,13 +70,15 @@ class OperatorProcess:
         self._log = log.open("a")
         program = ["-m", "lora_operator"] if samples is None else ["-m", "bench.scale.sampled", str(samples)]
         arguments = [f"--kubeconfig={kubeconfig}", f"--http-port={self._lease.port}", "--http-host=127.0.0.1"]
-        arguments += ["--metrics-auth=none", *flags]
+        arguments += flags
         if namespaces:
             arguments.append(f"--namespaces={','.join(namespaces)}")
+        # In the environment, as the release before has no such flag.
+        environment = {**build_environment(), "LORA_METRICS_AUTH": "none"}
+        if code:
+            environment["PYTHONPATH"] = os.pathsep.join(map(str, code))
         self.started = time.monotonic()
-        self._process = subprocess.Popen(
-            [sys.executable, *program, *arguments], env=build_environment(), stderr=self._log
-        )
+        self._process = subprocess.Popen([sys.executable, *program, *arguments], env=environment, stderr=self._log)
 
     def __enter__(self) -> Self:
         return self

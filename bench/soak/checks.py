@@ -1,15 +1,17 @@
 """What is wrong at the end of the soak, a sentence each. Pure."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.scale.audit import Call
 from bench.scale.client import Raw
-from bench.soak.player import has_ended
+from bench.soak.player import has_ended, number_of
 from bench.soak.stories import Outcome, Story, compute_outcome
 from lora_api import Phase
-from lora_operator.names import RUN_LABEL, child_name, preflight_name
+from lora_api.run import CONTAINER_NAME
+from lora_operator.names import RUN_ANNOTATION, RUN_LABEL, child_name, preflight_name
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,53 @@ def find_wrong_events(told: Sequence[Story], events: Iterable[Raw]) -> list[str]
         if count > 1:
             wrong.append(f"{name} has {count} Events {reason} of attempt {about}")
     return wrong + [f"{name} has ended {count} times, by its Events" for name, count in ends.items() if count > 1]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The trainer of the pods of an attempt, and the version of the document that they are given.
+
+    ``document`` is 0 where it is not in the pod, as under the release before.
+    """
+
+    run: str
+    attempt: int
+    image: str
+    document: int
+
+    @classmethod
+    def of(cls, pod: Raw) -> "Trainer":
+        """That of ``pod``."""
+        metadata = pod["metadata"]
+        [image] = [item["image"] for item in pod["spec"]["containers"] if item["name"] == CONTAINER_NAME]
+        told = (metadata.get("annotations") or {}).get(RUN_ANNOTATION)
+        version = json.loads(told)["version"] if told else 0
+        return cls(metadata["labels"][RUN_LABEL], number_of(pod)[0], image, version)
+
+
+TRAINER_UNKNOWN = "TrainerUnknown"
+"""Reason of the Event by which an operator says that it cannot know which trainer a run had."""
+
+
+def find_wrong_trainers(trainers: Iterable[Trainer], reads: Mapping[str, int], events: Iterable[Raw]) -> list[str]:
+    """Runs that got another trainer on the way without a word, and pods that cannot read their documents.
+
+    ``reads`` has the newest version of the document that each image reads.
+    """
+    trainers = sorted(trainers, key=lambda one: (one.run, one.attempt))
+    told = {event["regarding"]["name"] for event in events if event["reason"] == TRAINER_UNKNOWN}
+    images: dict[str, set[str]] = {}
+    for one in trainers:
+        images.setdefault(one.run, set()).add(one.image)
+    changed = [(run, sorted(several)) for run, several in images.items() if len(several) > 1 and run not in told]
+    return [
+        *(f"{run} had several trainers: {', '.join(several)}" for run, several in changed),
+        *(
+            f"attempt {one.attempt} of {one.run} has a document of version {one.document}, too new for {one.image}"
+            for one in trainers
+            if one.document > reads[one.image]
+        ),
+    ]
 
 
 def find_growth(before: float, after: float, more_runs: int, kib_per_run: float, margin: float) -> list[str]:

@@ -13,6 +13,7 @@ from bench.scale.client import MERGE, RUNS, Raw
 from bench.scale.proxy import Proxy
 from bench.soak.operators import Operators
 from bench.soak.player import Action, is_over
+from bench.soak.upgrades import AFTER, Upgrades
 from bench.soak.world import PatientClient
 from devcluster import ControlPlane
 from lora_operator.names import service_name
@@ -24,6 +25,8 @@ LASTING = {
     OPERATOR_KILLED: (0.0, 5.0),
     "operator frozen": (1.0, 12.0),
     "two operators": (5.0, 25.0),
+    "a newer operator beside": (5.0, 25.0),
+    "newer CRDs": (2.0, 10.0),
     "API server killed": (0.0, 5.0),
     "etcd stands still": (1.0, 8.0),
     "controllers killed": (0.0, 5.0),
@@ -59,15 +62,15 @@ class Fault:
     lasts: float = 0.0
 
 
-def plan_faults(seed: int, seconds: float, every: float, last_kill: float) -> tuple[Fault, ...]:
-    """Faults for ``seconds``, one in ``every`` seconds on the average; every kind once before one comes again.
+def plan_faults(seed: int, seconds: float, every: float, last_kill: float, begin: float = 0.0) -> tuple[Fault, ...]:
+    """Faults from ``begin`` to ``seconds``, one in ``every`` seconds on the average; every kind before one comes again.
 
     The operator is killed before ``last_kill`` only, so that one process lives on and shows whether it grows.
     """
     draw = random.Random(f"faults {seed}")
     faults: list[Fault] = []
     bag: list[str] = []
-    at = draw.expovariate(1 / every)
+    at = begin + draw.expovariate(1 / every)
     while at < seconds:
         if not bag:
             bag = draw.sample(KINDS, len(KINDS))
@@ -76,7 +79,7 @@ def plan_faults(seed: int, seconds: float, every: float, last_kill: float) -> tu
             faults.append(Fault(at, kind, draw.uniform(*LASTING[kind]) if kind in LASTING else 0.0))
             at += draw.expovariate(1 / every)
     if all(fault.kind != OPERATOR_KILLED for fault in faults):
-        faults.append(Fault(last_kill * draw.random(), OPERATOR_KILLED, draw.uniform(*LASTING[OPERATOR_KILLED])))
+        faults.append(Fault(draw.uniform(begin, last_kill), OPERATOR_KILLED, draw.uniform(*LASTING[OPERATOR_KILLED])))
     return tuple(sorted(faults, key=lambda fault: fault.at))
 
 
@@ -89,6 +92,7 @@ class Faults:
         client: PatientClient,
         operators: Operators,
         proxy: Proxy,
+        upgrades: Upgrades,
         draw: random.Random,
         say: Callable[[str], None],
     ) -> None:
@@ -96,6 +100,7 @@ class Faults:
         self._client = client
         self._operators = operators
         self._proxy = proxy
+        self._upgrades = upgrades
         self._random = draw
         self._say = say
         self._plane_held = asyncio.Lock()
@@ -128,8 +133,11 @@ class Faults:
             await self._operators.kill(fault.lasts)
         elif fault.kind == "operator frozen":
             await self._operators.freeze(fault.lasts)
-        elif fault.kind == "two operators":
-            await self._operators.double(fault.lasts, self._random.choice((signal.SIGKILL, signal.SIGTERM)))
+        elif fault.kind in ("two operators", "a newer operator beside"):
+            release = self._upgrades.known[AFTER] if fault.kind != "two operators" else None
+            await self._operators.double(fault.lasts, self._random.choice((signal.SIGKILL, signal.SIGTERM)), release)
+        elif fault.kind == "newer CRDs":
+            await self._upgrades.visit(fault.lasts)
         else:
             async with self._plane_held:
                 await self._hit_plane(fault)

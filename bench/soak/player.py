@@ -10,7 +10,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, Raw
-from bench.soak import stories
+from bench.soak import containers, stories
+from bench.soak.containers import find_trainer, has_spoken
+from bench.soak.nodes import BAD_NODES, choose_node
 from bench.soak.stories import Story
 from lora_api import RULES, FailureClass, Phase, ProgressLine
 from lora_operator.names import ATTEMPT_LABEL, INDEX_LABEL, PREFLIGHT_LABEL, RUN_LABEL, child_name
@@ -18,7 +20,8 @@ from lora_operator.objects import parse_time
 from tests.support.runs import adapter_of, ended, running, settled, termination, waiting
 
 GANG = 2
-NODES = ("node-0", "node-1")
+RULE = "rule"
+"""Name of the ResourceQuota or LimitRange of a namespace."""
 
 _UNTIL_ASKED = frozenset(
     {stories.SUSPENDED, stories.RUN_DELETED, stories.JOB_DELETED, stories.POD_DELETED, stories.OVERDUE, stories.STALLS}
@@ -35,7 +38,13 @@ _NOTHING_NEW = 0
 _STEPS = 1000
 """Steps of an attempt at most: no two attempts tell of the same one."""
 
+REJECTION = {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "Pod was rejected: no healthy devices"}
+
 _LOG_LINES = 10
+
+_NO_QUOTA = "QuotaExceeded"
+"""What the status says of pods that a quota refuses: it is raised once somebody has read that."""
+_ENOUGH_PODS = 20
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,11 @@ def has_ended(pod: Raw) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
+def is_done(pod: Raw) -> bool:
+    """Whether the trainer of ``pod`` has ended, whatever runs on beside it."""
+    return has_ended(pod) or has_spoken(pod)
+
+
 @dataclass(frozen=True)
 class _Gang:
     """Pods that live and end together, all of an attempt or a preflight, and how the story says that they end."""
@@ -109,8 +123,14 @@ class _Gang:
     size: int
     ending: str | None
     step: int
+    """0: a preflight, which has none."""
     runs_for: float
     told: bool
+
+    def say(self, failure_class: str, message: str, rank: int) -> str:
+        """Last words of a pod."""
+        where = {"step": self.step, "checkpointStep": _NOTHING_NEW} if self.step else {}
+        return termination(failure_class, message, rank=rank, **where)
 
     def is_time(self, now: datetime) -> bool:
         """Whether all pods have run for as long as the story says."""
@@ -127,7 +147,7 @@ def _find_gang(story: Story, number: tuple[int, int], seen: Seen) -> _Gang:
         size=1 if preflight else GANG,
         ending=story.ending(attempt, preflight),
         # Never the same step twice, but for a run that is stuck.
-        step=7 if story.stuck else 10 * (attempt + preflight),
+        step=7 if story.stuck and attempt else 10 * attempt,
         runs_for=story.runs_for,
         told=_progress(seen.run) > _STEPS * attempt,
     )
@@ -143,7 +163,7 @@ def decide_actions(story: Story, seen: Seen, now: datetime) -> list[Action]:
         if "nodeName" in pod["spec"] or has_ended(pod):
             action = _decide_kubelet(pod, gang, now)
         else:
-            action = _bind(pod) if _age(pod, now) >= story.pause else None
+            action = _bind(story, pod) if _age(pod, now) >= story.pause else None
         actions += [action] if action is not None else []
     return actions
 
@@ -153,6 +173,8 @@ def _decide_user(story: Story, seen: Seen, now: datetime) -> Iterable[Action]:
     if run is None or "deletionTimestamp" in run["metadata"]:
         return
     status, path = run.get("status", {}), f"{RUNS.format(story.namespace)}/{story.name}"
+    if story.rule == stories.QUOTA and any(item["reason"] == _NO_QUOTA for item in status.get("conditions", [])):
+        yield _raise_quota(story.namespace)
     if run["spec"]["runPolicy"].get("suspend"):
         if status.get("phase") == Phase.SUSPENDED and status.get("reason") == "Suspended":
             yield _suspend(path, value=False)
@@ -179,16 +201,16 @@ def _decide_kubelet(pod: Raw, gang: _Gang, now: datetime) -> Action | None:
         lost = gang.ending == stories.NODE_LOST and index == GANG - 1
         leaves = lost if not is_asked(pod) else _grace(pod) or not pod["metadata"].get("finalizers")
         return _delete(_path(pod), grace=0) if leaves else None
+    if has_spoken(pod):
+        # A sidecar runs on until the pod is asked to stop.
+        return _set(pod, containers.compute_over(pod)) if is_asked(pod) else None
     if _started(pod) is None:
         return _set(pod, _compute_start(pod, gang))
     if any(map(is_asked, gang.pods)):
-        words = termination(
-            "Checkpointed", "Saved a checkpoint", rank=index, step=gang.step, checkpointStep=_NOTHING_NEW
-        )
-        return _set(pod, ended(75, words))
+        return _set(pod, ended(75, gang.say("Checkpointed", "Saved a checkpoint", index)))
     if gang.ending is None or gang.ending in _UNTIL_ASKED:
         return None
-    if not (any(map(has_ended, gang.pods)) or gang.is_time(now)):
+    if not (any(map(is_done, gang.pods)) or gang.is_time(now)):
         return None
     return _set(pod, _compute_end(index, gang, gang.ending))
 
@@ -197,6 +219,8 @@ def _compute_start(pod: Raw, gang: _Gang) -> Raw | None:
     """What becomes of a pod that has a node; ``None``: it stays as it is."""
     if is_asked(pod):
         return {"phase": "Failed"}
+    if pod["spec"]["nodeName"] in BAD_NODES:
+        return REJECTION
     if gang.ending not in _NEVER_START:
         return running()
     reason = _NEVER_START[gang.ending]
@@ -212,14 +236,14 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
         adapter = adapter_of(metadata["namespace"], metadata["labels"][RUN_LABEL])
         return ended(0, "" if index else termination(adapter=adapter), "Completed")
     lead = 0 if ending == stories.NODE_LOST else gang.size - 1
-    if index != lead and not any(map(has_ended, gang.pods)):
+    if index != lead and not any(map(is_done, gang.pods)):
         return None
     on_node = [{"type": "PodScheduled", "status": "True"}]
     if ending == stories.NODE_LOST and index != lead:
         lost = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "no word"}
         return {"phase": "Failed", "conditions": [*on_node, lost]}
     if index != lead or ending == stories.NODE_LOST:
-        return ended(73, termination("PeerLost", "Connection closed by peer", rank=index, step=gang.step))
+        return ended(73, gang.say("PeerLost", "Connection closed by peer", index))
     if ending == stories.EVICTED:
         taken = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": "low"}
         return {**ended(143), "conditions": [*on_node, taken]}
@@ -229,14 +253,14 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     code = RULES[FailureClass(ending)].exit_code
     if code is None:
         raise ValueError(f"no trainer ends with {ending}")
-    return ended(code, termination(ending, "It broke", rank=index, step=gang.step, checkpointStep=_NOTHING_NEW))
+    return ended(code, gang.say(ending, "It broke", index))
 
 
 def compute_log(story: Story, pod: Raw, now: datetime) -> str:
     """The end of what ``pod`` has written: rank 0 of an attempt tells of a step each second, if it does not stall."""
     attempt, _ = number_of(pod)
     created = parse_time(pod["metadata"]["creationTimestamp"]) or now
-    until = now if _started(pod) else parse_time(_container(pod).get("terminated", {}).get("finishedAt")) or created
+    until = now if _started(pod) else parse_time(find_trainer(pod).get("terminated", {}).get("finishedAt")) or created
     if story.ending(attempt) == stories.STALLS:
         until = min(until, created + timedelta(seconds=story.pause + story.runs_for))
     if not attempt or index_of(pod):
@@ -260,18 +284,12 @@ def _progress(run: Raw | None) -> int:
     return int(((run or {}).get("status", {}).get("progress") or {}).get("step", 0))
 
 
-def _container(pod: Raw) -> Raw:
-    containers: list[Raw] = pod["status"].get("containerStatuses") or [{}]
-    state: Raw = containers[0].get("state", {})
-    return state
-
-
 def _started(pod: Raw) -> datetime | None:
-    return parse_time(_container(pod).get("running", {}).get("startedAt"))
+    return parse_time(find_trainer(pod).get("running", {}).get("startedAt"))
 
 
 def _waiting_reason(pod: Raw) -> str | None:
-    reason: str | None = _container(pod).get("waiting", {}).get("reason")
+    reason: str | None = find_trainer(pod).get("waiting", {}).get("reason")
     return reason
 
 
@@ -288,12 +306,22 @@ def _path(pod: Raw) -> str:
 
 
 def _set(pod: Raw, status: Raw | None) -> Action | None:
-    return None if status is None else Action("PATCH", f"{_path(pod)}/status", {"status": status}, MERGE)
+    if status is None:
+        return None
+    told = containers.show_all(pod, status, asked=is_asked(pod))
+    return Action("PATCH", f"{_path(pod)}/status", {"status": told}, MERGE)
 
 
-def _bind(pod: Raw) -> Action:
-    target = {"apiVersion": "v1", "kind": "Node", "name": NODES[index_of(pod) % len(NODES)]}
+def _bind(story: Story, pod: Raw) -> Action:
+    attempt, _ = number_of(pod)
+    node = choose_node(pod, index_of(pod), story.bad_nodes(attempt) if index_of(pod) == GANG - 1 else 0)
+    target = {"apiVersion": "v1", "kind": "Node", "name": node}
     return Action("POST", f"{_path(pod)}/binding", {"metadata": {"name": pod["metadata"]["name"]}, "target": target})
+
+
+def _raise_quota(namespace: str) -> Action:
+    path = f"/api/v1/namespaces/{namespace}/resourcequotas/{RULE}"
+    return Action("PATCH", path, {"spec": {"hard": {"pods": str(_ENOUGH_PODS)}}}, MERGE)
 
 
 def _suspend(path: str, *, value: bool) -> Action:

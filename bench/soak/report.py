@@ -14,6 +14,12 @@ how its preflights and attempts end, and the one state in which it has to end is
 table. Faults come all the while, and no fault may change an end, nor may any make a gang that speaks look stalled.
 """
 
+_WORLD = """The soak begins under the release before this one, with runs that it knows. Operator and CRDs are upgraded
+to today's, then to a release after it, and back, each before the other once; each run keeps the trainer that it began
+with. Two nodes reject every pod, and the scheduler likes them best; sidecars come into pods by a webhook; some
+namespaces have a quota that is too small until it is raised, or a LimitRange.
+"""
+
 _RIGHT = """**Everything is as it has to be:** each run is in the state in which its story ends, with its attempts,
 charged restarts and failures; no child is without its owner, no pod runs on, no Job was made twice or after the end of
 its run (but once, at most, of a run that was being deleted); nothing is left, in the cluster or in the operator, once
@@ -26,6 +32,7 @@ def to_markdown(result: Numbers) -> str:
     return "\n".join(
         [
             _HEAD,
+            *([_WORLD] if "upgrades" in result else []),
             f"Seed {result['seed']}, {result['minutes']:g} minutes ({result['seconds']} s until everything was checked "
             f"and cleared away), {machine['cores']} cores ({machine['processor']}), Python {machine['python']}.",
             "",
@@ -55,10 +62,17 @@ def _faults(result: Numbers) -> list[str]:
         "",
         *_table("fault", result["faults"]),
         "",
+        *_upgrades(result),
         f"The requests of the operators, watches included, by what befell them: {_list(result['requests'])}. "
         f"{operators['started']} operators were started. {operators['failedStarts']} of them ended before they were "
         "ready, as one does whose first LIST fails, and were started again.",
     ]
+
+
+def _upgrades(result: Numbers) -> list[str]:
+    """Nothing for a soak of earlier days, which had none."""
+    counts = result.get("upgrades")
+    return [*_table("upgrade, in their order", counts, ordered=False), ""] if counts else []
 
 
 def _costs(memory: Numbers, calls: Mapping[str, int]) -> list[str]:
@@ -79,5 +93,6 @@ def _list(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _table(name: str, counts: Mapping[str, int]) -> list[str]:
-    return [f"| {name} | |", "| --- | --- |", *(f"| {key} | {counts[key]} |" for key in sorted(counts))]
+def _table(name: str, counts: Mapping[str, int], *, ordered: bool = True) -> list[str]:
+    keys = sorted(counts) if ordered else list(counts)
+    return [f"| {name} | |", "| --- | --- |", *(f"| {key} | {counts[key]} |" for key in keys)]

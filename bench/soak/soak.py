@@ -23,15 +23,17 @@ from bench.soak.checks import (
     find_wrong_ends,
     find_wrong_events,
     find_wrong_jobs,
+    find_wrong_trainers,
 )
 from bench.soak.faults import Faults, plan_faults
+from bench.soak.kinds import make_stories
 from bench.soak.operators import Operators, run_operators
 from bench.soak.player import Action
-from bench.soak.stories import Story, compute_outcome, make_stories
+from bench.soak.stories import Story, compute_outcome
+from bench.soak.upgrades import BEFORE, EARLY, READS, Upgrades, find_releases
 from bench.soak.world import PatientClient, World, in_background, play_world
 from devcluster import ControlPlane
 from lora_operator.names import RUN_LABEL
-from tests.support.install import install_crds
 
 Numbers = dict[str, Any]
 
@@ -42,8 +44,7 @@ class Size:
 
     Runs are created in the first ``creating`` of the time, and faults come until ``ill``, both shares. ``every``:
     seconds between two faults, on the average. ``runs_for``: the longest time that pods run, in seconds. At the share
-    ``looked_at`` the memory of the operator is looked at first: it must have worked by then, and in the small soak it
-    hardly has before half of the time is over, since the API server is killed and stands still at its beginning.
+    ``looked_at`` the memory of the operator is looked at first, or once it has worked, if that is later.
     """
 
     runs: int
@@ -55,11 +56,11 @@ class Size:
     looked_at: float
 
 
-FULL = Size(runs=200, seconds=1800.0, every=8.0, runs_for=30.0, creating=0.75, ill=0.9, looked_at=1 / 3)
-TINY = Size(runs=27, seconds=60.0, every=3.0, runs_for=2.0, creating=0.5, ill=0.7, looked_at=2 / 3)
+FULL = Size(runs=200, seconds=1800.0, every=8.0, runs_for=30.0, creating=0.75, ill=0.9, looked_at=0.4)
+TINY = Size(runs=32, seconds=60.0, every=3.0, runs_for=2.0, creating=0.5, ill=0.7, looked_at=2 / 3)
 
-_KILLED_UNTIL = 0.2
-"""Share of the time: the last kill of the operator."""
+_KILLED_UNTIL = 0.25
+"""Share of the time: the last kill of the operator. The last upgrade is soon after it."""
 
 MARGIN_MIB = 8.0
 KIB_PER_RUN = 15.0
@@ -82,39 +83,48 @@ class Soak:
         self._size = size
         self._seed = seed
         self._say = say
-        self._told = make_stories(seed, size.runs, size.creating * size.seconds, size.runs_for)
-        self._planned = plan_faults(seed, size.ill * size.seconds, size.every, _KILLED_UNTIL * size.seconds)
+        early = EARLY * size.seconds
+        self._told = make_stories(seed, size.runs, size.creating * size.seconds, size.runs_for, early)
+        self._planned = plan_faults(seed, size.ill * size.seconds, size.every, _KILLED_UNTIL * size.seconds, early)
         self._begin = time.monotonic()
 
     async def run(self) -> Numbers:
         """All of it. Returns what is written to soak.json; ``wrong`` has what is not as it has to be."""
         plane = self._plane
-        await asyncio.to_thread(install_crds, plane)
+        known = await asyncio.to_thread(find_releases, plane.directory / "next")
         pair = plane.files.authority.issue(OPERATOR, OPERATOR, [])
         administrator, operator = access_to(plane), access_to(plane, pair)
         async with PatientClient(administrator) as client, PatientClient(operator) as as_operator:
             await create_role(client)
+            upgrades = Upgrades(plane, client, known, self._log)
+            await upgrades.begin()
             async with run_proxy(as_operator, CALM, self._seed) as proxy:
                 kubeconfig = write_kubeconfig(plane.directory / "proxy.kubeconfig", proxy.port)
                 with closing(Audit(plane.files.audit_log)) as audit:
                     async with (
                         play_world(client, self._told, plane.files.authority) as world,
-                        run_operators(kubeconfig, plane.logs, self._log) as operators,
+                        run_operators(kubeconfig, plane.logs, known[BEFORE], self._log) as operators,
                     ):
                         self._begin = time.monotonic()
-                        return await self._soak(client, proxy, audit, world, operators)
+                        return await self._soak(client, proxy, audit, world, operators, upgrades)
 
     async def _soak(
-        self, client: PatientClient, proxy: Proxy, audit: Audit, world: World, operators: Operators
+        self,
+        client: PatientClient,
+        proxy: Proxy,
+        audit: Audit,
+        world: World,
+        operators: Operators,
+        upgrades: Upgrades,
     ) -> Numbers:
         self._log(f"{len(self._told)} runs and {len(self._planned)} faults of seed {self._seed}")
-        faults = Faults(self._plane, client, operators, proxy, random.Random(self._seed), self._log)
+        faults = Faults(self._plane, client, operators, proxy, upgrades, random.Random(self._seed), self._log)
         async with in_background(_keep_reading(audit), faults.keep_controllers()):
-            await faults.run(self._planned)
+            await asyncio.gather(faults.run(self._planned), upgrades.play(operators, world, self._size.seconds))
             self._log("no more faults")
             await asyncio.sleep(max(0.0, self._size.seconds - self._seconds()))
             settled = await self._settle(client, world)
-            wrong = self._check(settled, await client.items(_EVENTS))
+            wrong = self._check(settled, await client.items(_EVENTS), world)
             memory, growth = await self._measure(operators)
             leaked = await self._clear(client, operators)
         audit.read()
@@ -131,6 +141,8 @@ class Soak:
             "attempts": sum(outcome.attempt for outcome in outcomes),
             "failures": dict(Counter(str(several[0]) for outcome in outcomes for several in outcome.failures)),
             "faults": dict(faults.counts),
+            "upgrades": dict(upgrades.counts),
+            "sidecars": world.injected,
             "requests": dict(proxy.counts),
             "operators": {"started": operators.started, "failedStarts": operators.failed_starts},
             "memory": memory,
@@ -156,10 +168,14 @@ class Soak:
     def _find_unsettled(self, found: Found) -> list[str]:
         return [*find_wrong_ends(self._told, found), *find_orphans(found), *find_leftovers(self._told, found)]
 
-    def _check(self, found: Found, events: Sequence[Raw]) -> list[str]:
+    def _check(self, found: Found, events: Sequence[Raw], world: World) -> list[str]:
         names = {story.name for story in self._told}
         about_runs = [event for event in events if event["regarding"].get("name") in names]
-        return [*self._find_unsettled(found), *find_wrong_events(self._told, about_runs)]
+        return [
+            *self._find_unsettled(found),
+            *find_wrong_events(self._told, about_runs),
+            *find_wrong_trainers(world.trainers, READS, about_runs),
+        ]
 
     async def _measure(self, operators: Operators) -> tuple[Numbers, list[str]]:
         """The memory of the operator that has lived on, early and now that it is at rest."""

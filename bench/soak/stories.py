@@ -4,8 +4,7 @@ A story says how each preflight and attempt ends. What else befalls the cluster 
 changes nothing about its end, which ``compute_outcome`` tells by the failure table alone.
 """
 
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +14,19 @@ from lora_api.finetune import RunPolicy
 MICRO_BATCH = 4
 """training.microBatchSize of every run. Each process has four sequences in a step, which every half of it divides."""
 
-_REPETITIONS = 3
+REPETITIONS = 3
 
 SUCCEEDS, PASSES, SUSPENDED, RUN_DELETED = "succeeds", "passes", "suspended", "run deleted"
 KILLED, EVICTED, NODE_LOST, OOM = "killed", "evicted", "node lost", "out of host memory"
 POD_DELETED, JOB_DELETED, CRASHES, OVERDUE = "pod deleted", "Job deleted", "crashes", "overdue"
 NO_IMAGE, NO_SECRET, NAME_TAKEN, REFUSED = "no image", "no secret", "name taken", "runtime refuses"
-STALLS, TOLD = "stalls", "succeeds once its progress was told"
+STALLS, TOLD, REJECTED = "stalls", "succeeds once its progress was told", "rejected by a node"
+
+SIDECAR, NATIVE_SIDECAR = "sidecar", "native sidecar"
+"""Containers that others put into pods: one beside the trainer, or one that starts before it and ends after it."""
+
+QUOTA, LIMITS = "quota", "limits"
+"""Rules of a namespace: a ResourceQuota that is too small until somebody raises it, or a LimitRange with defaults."""
 
 _LOST = FailureClass.POD_LOST
 
@@ -45,6 +50,7 @@ ENDINGS: Mapping[str, tuple[FailureClass, ...]] = {
     REFUSED: (FailureClass.RUNTIME_REFUSED,),
     STALLS: (FailureClass.STALLED,),
     TOLD: (),
+    REJECTED: (_LOST,),
 }
 """How a preflight or an attempt can end, and the classes that may be put on record for it.
 
@@ -52,23 +58,14 @@ A trainer that fails by itself ends as its class is called. Where there are two 
 a pod that is gone before any operator has seen its last words is lost. What counts is the same for both.
 """
 
-_IMPATIENT = {"stallTimeoutSeconds": 10}
-"""The shortest that there is. All pods speak each second, but for those that stall."""
-
-_CHARGED = ("Internal", "PeerLost", "GPUKernelFailed", CRASHES)
-_FREE = (KILLED, EVICTED, NODE_LOST, POD_DELETED, JOB_DELETED, "Checkpointed", "StoreUnavailable")
-_FINAL = tuple(
-    str(rule.failure_class)
-    for rule in RULES.values()
-    if rule.exit_code is not None and not rule.retried and rule.failure_class is not FailureClass.GPU_OUT_OF_MEMORY
-)
-
 
 @dataclass(frozen=True)
 class Story:
     """A run. ``at``: seconds after the start at which it is created; ``runs_for``: those that its pods run at least.
 
-    ``preflights`` is empty for a run without. ``stuck``: every failure happens at the same step.
+    ``preflights`` is empty for a run without. ``stuck``: every failure happens at the same step. ``sidecar``: the
+    container that its pods get on top. ``rule``: what its namespace, which has no other run then, keeps to, and
+    ``quota`` the pods that it allows at first.
     """
 
     name: str
@@ -77,6 +74,9 @@ class Story:
     preflights: tuple[str, ...] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
     stuck: bool = False
+    sidecar: str = ""
+    rule: str = ""
+    quota: int = 0
     namespace: str = ""
     at: float = 0.0
     pause: float = 0.0
@@ -88,6 +88,10 @@ class Story:
         if REFUSED in self.preflights:
             return "narrow"
         return "checked" if self.preflights else "unchecked"
+
+    def bad_nodes(self, attempt: int) -> int:
+        """How many nodes the run has met up to ``attempt`` that reject every pod."""
+        return self.attempts[:attempt].count(REJECTED)
 
     def ending(self, attempt: int, preflight: int = 0) -> str | None:
         """How an attempt, or a preflight, ends; ``None`` for one that the story does not have."""
@@ -131,7 +135,9 @@ def compute_outcome(story: Story) -> Outcome:
             rule = RULES[ENDINGS[ending][0]]
             half = _halve(ending, micro_batch or MICRO_BATCH) if policy.on_out_of_memory != "fail" else None
             used_up = rule.charged and charged >= policy.max_restarts
-            if (rule.retried or half) and not used_up and not (rule.charged and _repeats(story, failures)):
+            # The pods of an attempt tell of a step, so that the run has worked: what may pass is waited for.
+            waits = rule.outage and attempt > 0
+            if (rule.retried or waits or half) and not used_up and not (rule.charged and _repeats(story, failures)):
                 charged, micro_batch = charged + rule.charged, half or micro_batch
                 continue
             phase = Phase.FAILED
@@ -157,98 +163,5 @@ def _halve(ending: str, size: int) -> int | None:
 
 
 def _repeats(story: Story, failures: Sequence[tuple[int, str]]) -> bool:
-    last = [ending for _, ending in failures[-_REPETITIONS:]]
-    return story.stuck and len(last) == _REPETITIONS and len(set(last)) == 1
-
-
-Draw = random.Random
-
-
-def _some(draw: Draw, endings: Sequence[str], least: int, most: int) -> tuple[str, ...]:
-    return tuple(draw.choice(endings) for _ in range(draw.randint(least, most)))
-
-
-def _mixed(draw: Draw) -> dict[str, Any]:
-    endings = [*_some(draw, _CHARGED, 1, 2), *_some(draw, _FREE, 1, 2), SUSPENDED]
-    draw.shuffle(endings)
-    return {"attempts": (*endings, SUCCEEDS)}
-
-
-def _exhausted(draw: Draw) -> dict[str, Any]:
-    limit = draw.randint(0, 2)
-    return {"attempts": _some(draw, _CHARGED, limit + 1, limit + 1), "policy": {"maxRestarts": limit}}
-
-
-def _shrinks(draw: Draw) -> dict[str, Any]:
-    endings = _some(draw, ("GPUOutOfMemory", OOM), 1, 2)
-    return {"attempts": (*endings, SUCCEEDS), "policy": {"onOutOfMemory": "shrinkMicroBatch"}}
-
-
-def _finished(draw: Draw, **policy: Any) -> dict[str, Any]:
-    return {"attempts": (draw.choice((SUCCEEDS, "BadData")),), "policy": {"ttlSecondsAfterFinished": 1, **policy}}
-
-
-_KINDS: Mapping[str, Callable[[Draw], dict[str, Any]]] = {
-    "succeeds at once": lambda draw: {"attempts": (SUCCEEDS,)},
-    "restarts, then succeeds": lambda draw: {"attempts": (*_some(draw, _CHARGED, 1, 3), SUCCEEDS)},
-    "is interrupted, then succeeds": lambda draw: {"attempts": (*_some(draw, _FREE, 1, 3), SUCCEEDS)},
-    "has all sorts of trouble": _mixed,
-    "fails for good": lambda draw: {"attempts": (draw.choice(_FINAL),)},
-    "fails for good later": lambda draw: {"attempts": (*_some(draw, _CHARGED + _FREE, 1, 2), draw.choice(_FINAL))},
-    "has no restarts left": _exhausted,
-    "is interrupted again and again": lambda draw: {"attempts": (*_some(draw, _FREE, 5, 6), SUCCEEDS)},
-    "fails at one step": lambda draw: {
-        "attempts": (draw.choice(_CHARGED[:-1]),) * _REPETITIONS, "policy": {"maxRestarts": 9}, "stuck": True
-    },
-    "shrinks its micro-batch": _shrinks,
-    "cannot shrink any more": lambda draw: {
-        "attempts": _some(draw, ("GPUOutOfMemory", OOM), 3, 3), "policy": {"onOutOfMemory": "shrinkMicroBatch"}
-    },
-    "runs out of memory": lambda draw: {"attempts": (draw.choice(("GPUOutOfMemory", OOM)),)},
-    "stalls, then succeeds": lambda draw: {
-        "attempts": (*[STALLS] * draw.randint(1, 2), SUCCEEDS), "policy": _IMPATIENT
-    },
-    "tells of its progress": lambda draw: {"attempts": (*_some(draw, _FREE, 0, 1), TOLD), "policy": _IMPATIENT},
-    "is suspended": lambda draw: {"attempts": (*[SUSPENDED] * draw.randint(1, 2), SUCCEEDS)},
-    "is created suspended": lambda draw: {"attempts": (SUCCEEDS,), "policy": {"suspend": True}},
-    "is deleted": lambda draw: {"attempts": (*_some(draw, _CHARGED, 0, 1), RUN_DELETED)},
-    "is overdue": lambda draw: {
-        "attempts": (OVERDUE,), "policy": {"activeDeadlineSeconds": draw.randint(1, 4)}
-    },
-    "is cleared up": _finished,
-    "is overdue and cleared up": lambda draw: {
-        "attempts": (OVERDUE,), "policy": {"activeDeadlineSeconds": draw.randint(1, 4), "ttlSecondsAfterFinished": 1}
-    },
-    "is deleted after its end": lambda draw: _finished(draw, ttlDeletes="run"),
-    "passes its preflight": lambda draw: {"preflights": (PASSES,), "attempts": (SUCCEEDS,)},
-    "fails its preflight": lambda draw: {"preflights": (draw.choice(_FINAL),)},
-    "repeats its preflight": lambda draw: {
-        "preflights": (*_some(draw, ("StoreUnavailable", EVICTED), 1, 2), PASSES), "attempts": (SUCCEEDS,)
-    },
-    "cannot start its pods": lambda draw: {"attempts": (draw.choice((NO_IMAGE, NO_SECRET)),)},
-    "has its name taken": lambda draw: {"attempts": (NAME_TAKEN,)},
-    "is refused by its runtime": lambda draw: {"preflights": (REFUSED,)},
-}  # fmt: skip
-KINDS = tuple(_KINDS)
-
-_RUNS_A_NAMESPACE = 10
-
-
-def make_stories(seed: int, count: int, seconds: float, runs_for: float) -> tuple[Story, ...]:
-    """``count`` stories that begin within ``seconds``, of every kind as many; their pods run up to ``runs_for``."""
-    draw = random.Random(seed)
-    kinds = [KINDS[number % len(KINDS)] for number in range(count)]
-    draw.shuffle(kinds)
-    times = sorted(draw.uniform(0.0, seconds) for _ in kinds)
-    return tuple(
-        Story(
-            name=f"run-{number}",
-            namespace=f"team-{number // _RUNS_A_NAMESPACE}",
-            kind=kind,
-            at=at,
-            pause=draw.uniform(0.0, runs_for / 4),
-            runs_for=draw.uniform(0.0, runs_for),
-            **_KINDS[kind](draw),
-        )
-        for number, (kind, at) in enumerate(zip(kinds, times, strict=True))
-    )
+    last = [ending for _, ending in failures[-REPETITIONS:]]
+    return story.stuck and len(last) == REPETITIONS and len(set(last)) == 1

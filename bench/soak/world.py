@@ -1,6 +1,7 @@
 """The world around the operator: nodes that send heartbeats, and the players of all stories at work."""
 
 import asyncio
+import base64
 import copy
 import itertools
 import time
@@ -11,10 +12,14 @@ from datetime import UTC, datetime
 import aiohttp
 
 from bench.scale.client import JOBS, JSON, MERGE, PODS, RUNS, BenchError, Client, Raw, RefusedError
-from bench.scale.kubelets import ADDRESS, run_kubelets
+from bench.scale.kubelets import ADDRESS, INJECT, run_kubelets
 from bench.scale.residents import build_run
 from bench.soak import stories
-from bench.soak.player import NODES, Action, Seen, compute_log, decide_actions
+from bench.soak.checks import Trainer
+from bench.soak.containers import inject
+from bench.soak.kinds import KNOWN_BEFORE
+from bench.soak.nodes import BAD_NODES, NODES
+from bench.soak.player import RULE, Action, Seen, compute_log, decide_actions, number_of
 from bench.soak.stories import MICRO_BATCH, Story
 from devcluster.pki import Authority
 from lora_operator.names import RUN_LABEL, service_name
@@ -29,6 +34,9 @@ _PATIENCE = 180.0
 _ROUND = 0.4
 _RARELY = 10
 """Rounds between two looks at a namespace in which nothing is left to be played."""
+
+_WEBHOOKS = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations"
+_DEFAULTS = {"cpu": "250m", "memory": "512Mi"}
 
 _LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 _HEARTBEAT = 5.0
@@ -77,11 +85,21 @@ class PatientClient(Client):
 class World:
     """Plays ``stories``; times count from now. ``port``: where its kubelets serve logs."""
 
-    def __init__(self, client: PatientClient, told: Sequence[Story]) -> None:
+    def __init__(self, client: PatientClient, told: Sequence[Story], authority: Authority) -> None:
         self._client = client
-        self._spaces = {name: list(group) for name, group in itertools.groupby(told, key=lambda story: story.namespace)}
+        self._authority = authority
+        self._spaces: dict[str, list[Story]] = {}
+        for story in told:
+            self._spaces.setdefault(story.namespace, []).append(story)
+        self._stories = {story.name: story for story in told}
         self._begin = time.monotonic()
         self.port = 0
+        self.upgraded = False
+        """Whether operator and CRDs are those of today. Before, there are only runs that the release before knows."""
+        self.injected = 0
+        """Pods that got a sidecar."""
+        self.trainers: set[Trainer] = set()
+        """What was seen of the pods of attempts."""
         self._seen: dict[str, dict[str, Seen]] = {}
         self._created: set[str] = set()
         self._resting: set[str] = set()
@@ -96,17 +114,42 @@ class World:
         for name, spec in _RUNTIME_SPECS.items():
             body = {"apiVersion": "lorafinetune.io/v1alpha1", "kind": "ClusterLoRARuntime", "spec": spec}
             await self._client.try_call(Action("POST", RUNTIMES, {**body, "metadata": {"name": name}}))
-        for name in NODES:
+        for name in (*NODES, *BAD_NODES):
             await self._client.try_call(Action("POST", "/api/v1/nodes", {"metadata": {"name": name}}))
+        await self._client.try_call(Action("POST", _WEBHOOKS, self._build_webhook()))
         for name in self._spaces:
             labels = {"pod-security.kubernetes.io/enforce": "restricted"}
             body = {"metadata": {"name": name, "labels": labels}}
             await self._client.try_call(Action("POST", "/api/v1/namespaces", body))
-        for name in self._spaces:
+        for name, told in self._spaces.items():
             await self._wait_for_account(name)
+            for kind, spec in _build_rules(told[0]).items():
+                path = f"/api/v1/namespaces/{name}/{kind}"
+                await self._client.try_call(Action("POST", path, {"metadata": {"name": RULE}, "spec": spec}))
+
+    def _build_webhook(self) -> Raw:
+        """What makes the API server ask for a sidecar. A pod goes without where nobody answers: no end needs it."""
+        client = {
+            "url": f"https://{ADDRESS}:{self.port}{INJECT}",
+            "caBundle": base64.b64encode(self._authority.certificate.read_bytes()).decode(),
+        }
+        webhook = {
+            "name": "sidecars.soak.example.org", "clientConfig": client, "admissionReviewVersions": ["v1"],
+            "sideEffects": "None", "failurePolicy": "Ignore", "timeoutSeconds": 2,
+            "objectSelector": {"matchExpressions": [{"key": RUN_LABEL, "operator": "Exists"}]},
+            "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
+        }  # fmt: skip
+        return {"metadata": {"name": "sidecars"}, "webhooks": [webhook]}
+
+    def inject(self, pod: Raw) -> list[Raw]:
+        """The JSON patch that puts the sidecar of its story into ``pod``."""
+        story = self._stories.get(pod["metadata"]["labels"][RUN_LABEL])
+        patch = inject(pod, story.sidecar) if story else []
+        self.injected += bool(patch)
+        return patch
 
     def read_log(self, namespace: str, pod: str) -> str | None:
-        """The log of a pod, or ``None`` where there was none at the last look."""
+        """The log of a pod's trainer, or ``None`` where there was none at the last look."""
         for story in self._spaces.get(namespace, ()):
             seen = self._seen.get(namespace, {}).get(story.name, Seen(None))
             found = next((item for item in seen.pods if item["metadata"]["name"] == pod), None)
@@ -126,7 +169,7 @@ class World:
     async def send_heartbeats(self) -> None:
         """Keeps the nodes ready until it is cancelled."""
         while True:
-            for name in NODES:
+            for name in (*NODES, *BAD_NODES):
                 await self._send_heartbeat(name)
             await asyncio.sleep(_HEARTBEAT)
 
@@ -160,9 +203,11 @@ class World:
     async def _play_namespace(self, name: str) -> None:
         told = self._spaces[name]
         for story in told:
-            if story.name not in self._created and story.at <= self._seconds():
+            known = self.upgraded or story.kind in KNOWN_BEFORE
+            if known and story.name not in self._created and story.at <= self._seconds():
                 await self._create(story)
         self._seen[name] = seen = await fetch_seen(self._client, name)
+        self.trainers |= {Trainer.of(pod) for one in seen.values() for pod in one.pods if number_of(pod)[0]}
         playing = [story for story in told if story.name in self._created]
         for story in playing:
             for action in decide_actions(story, seen.get(story.name, Seen(None)), datetime.now(UTC)):
@@ -179,6 +224,15 @@ class World:
             await self._client.try_call(Action("POST", path, taken))
         await self._client.try_call(Action("POST", RUNS.format(story.namespace), build_story_run(story)))
         self._created.add(story.name)
+
+
+def _build_rules(story: Story) -> dict[str, Raw]:
+    """The specs of what the namespace of ``story`` keeps to, by their plurals."""
+    if story.rule == stories.QUOTA:
+        return {"resourcequotas": {"hard": {"pods": str(story.quota)}}}
+    if story.rule == stories.LIMITS:
+        return {"limitranges": {"limits": [{"type": "Container", "default": _DEFAULTS}]}}
+    return {}
 
 
 def build_story_run(story: Story) -> Raw:
@@ -226,8 +280,8 @@ async def in_background(*work: Coroutine[None, None, None]) -> AsyncIterator[Non
 @asynccontextmanager
 async def play_world(client: PatientClient, told: Sequence[Story], authority: Authority) -> AsyncIterator[World]:
     """A world that plays for the length of the block."""
-    world = World(client, told)
-    async with run_kubelets(authority, world.read_log) as world.port:
+    world = World(client, told, authority)
+    async with run_kubelets(authority, world.read_log, world.inject) as world.port:
         await world.prepare()
         async with in_background(world.send_heartbeats(), world.play()):
             yield world

@@ -11,6 +11,7 @@ import pytest
 
 import devcluster
 from devcluster.progress import wait_for
+from tests.support.versions import VERSION
 
 pytestmark = pytest.mark.controlplane
 
@@ -22,7 +23,7 @@ def cp() -> Iterator[devcluster.ControlPlane]:
 
 
 def test_the_server_reports_the_pinned_version(cp: devcluster.ControlPlane) -> None:
-    assert "Server Version: v1.37.2" in cp.kubectl("version")
+    assert f"Server Version: {VERSION}\n" in cp.kubectl("version")
 
 
 def test_requests_are_recorded_by_user_agent(cp: devcluster.ControlPlane) -> None:

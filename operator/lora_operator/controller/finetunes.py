@@ -44,6 +44,8 @@ INVALID_RETRY = 60.0
 FINISHED_RETRY = 600.0
 """Seconds until a run that could not be read is looked up again; the second, one that has ended."""
 
+INVALID = 422
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -177,7 +179,10 @@ class FineTunes:
     async def record(self, seen: Seen, plan: Plan) -> float | None:
         """Writes the status, and says when the next look is due."""
         key = seen.metadata.namespace, seen.metadata.name
-        again = await self._patch_status(key, seen, plan)
+        try:
+            again = await self._patch_status(key, seen, plan)
+        except KubeError as error:
+            return await self._face_refused_status(seen.metadata, error)
         if is_finished(seen.observed.run.status) and not plan.actions and not seen.observed.reports.denied:
             self._memory.forget(key)
         if any(isinstance(action, DeleteJob) for action in plan.actions):
@@ -211,6 +216,17 @@ class FineTunes:
         await self._emit_events(metadata, [*left_out, *compute_events(old, new)])
         return 0.0 if plan.is_verdict else None  # a verdict calls for the next step, and no event will
 
+    async def _face_refused_status(self, metadata: ObjectMeta, error: KubeError) -> float:
+        """Says in an Event what no status can say: the API server judges the run as a whole, and takes it no more.
+
+        Raises:
+            KubeError: it was refused for another reason, which may pass.
+        """
+        if error.status != INVALID:
+            raise error
+        await self._remarks.say_status_refused(metadata, error.message)
+        return INVALID_RETRY
+
     async def _write(self, key: Key, metadata: ObjectMeta, status: LoRAFineTuneStatus) -> bool:
         """Writes the status; ``False`` if the run is gone, or is another one than was looked at."""
         try:
@@ -239,8 +255,11 @@ class FineTunes:
             await self._remarks.say_not_understood(metadata, str(error))
             return INVALID_RETRY
         new = compute_invalid_status(status, metadata.generation, str(error), self._clock())
-        if self._kube.to_declared(new) != self._kube.to_declared(status) and await self._write(key, metadata, new):
-            await self._emit_events(metadata, compute_events(status, new))
+        try:
+            if self._kube.to_declared(new) != self._kube.to_declared(status) and await self._write(key, metadata, new):
+                await self._emit_events(metadata, compute_events(status, new))
+        except KubeError as refusal:
+            return await self._face_refused_status(metadata, refusal)
         return INVALID_RETRY
 
     async def _emit_events(self, metadata: ObjectMeta, events: Iterable[EventSpec]) -> None:

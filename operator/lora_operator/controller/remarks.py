@@ -69,6 +69,15 @@ class Remarks:
         remedy = "bring the operator and the CRD to one version (helm upgrade)"
         await self.say(metadata, "NotUnderstood", f"{mistake}. {text}. Remedy: {remedy}")
 
+    async def say_status_refused(self, metadata: ObjectMeta, words: str) -> None:
+        """A run that the API server takes no more, so that nothing of it can be put on record."""
+        text = "The run cannot be written any more: nothing of it is put on record, and no other attempt follows"
+        remedy = (
+            "delete this LoRAFineTune and create it again as its CRD takes it now, or have Kubernetes 1.30 or later, "
+            "which judges only what a write changes"
+        )
+        await self.say(metadata, "StatusRefused", f"{text}. Remedy: {remedy}. The API server says: {words}")
+
     async def say_trainer(self, observed: Observed, plan: Plan, trainer: TrainerPin) -> None:
         """What there is to know of the trainer that an attempt is about to get."""
         attempt = plan.launched_attempt

@@ -10,7 +10,9 @@ import devcluster
 from lora_api import LoRAFineTune
 from lora_api.crd import RUN
 from lora_api.finetune import MUTABLE
+from tests.support.api import Api
 from tests.support.crd import MINIMAL, manifest
+from tests.support.versions import ENUMS, STATUS_PATHS, knows
 
 pytestmark = pytest.mark.controlplane
 
@@ -111,7 +113,8 @@ def test_a_status_of_nonsense_is_refused(cp: devcluster.ControlPlane, living: st
         ({"progress": {"history": [[1]]}}, r"status.progress.history\[0\]"),
         ({"startTime": "yesterday"}, "status.startTime"),
     ):
-        with pytest.raises(devcluster.DevclusterError, match=field):
+        told = field if knows(STATUS_PATHS) else field.removeprefix("status.")
+        with pytest.raises(devcluster.DevclusterError, match=rf"\b{told}: "):
             cp.kubectl(
                 "patch",
                 "lft",
@@ -130,14 +133,9 @@ def apply_status(cp: devcluster.ControlPlane, name: str, manager: str, status: d
         "metadata": {"name": name},
         "status": status,
     }
-    cp.kubectl(
-        "apply",
-        "--filename=-",
-        "--server-side",
-        "--subresource=status",
-        f"--field-manager={manager}",
-        input=json.dumps(body),
-    )
+    # Not by kubectl, which applies to a subresource only from 1.32 on.
+    path = f"/apis/lorafinetune.io/v1alpha1/namespaces/default/lorafinetunes/{name}/status?fieldManager={manager}"
+    Api(cp.kubeconfig).call("PATCH", path, body, "application/apply-patch+yaml")
 
 
 def condition(kind: str, status: str) -> dict[str, str]:
@@ -212,7 +210,8 @@ def test_explain_shows_a_field_with_its_text(cp: devcluster.ControlPlane) -> Non
     text = " ".join(cp.kubectl("explain", "lft.spec.training").split())
     assert "maxGradNorm <number> Gradients are scaled down to this L2 norm" in text
     assert "in one forward pass, 1 to 1024." in text
-    assert "ENUM: constant linear cosine" in " ".join(cp.kubectl("explain", "lft.spec.training.scheduler").split())
+    text = " ".join(cp.kubectl("explain", "lft.spec.training.scheduler").split())
+    assert ("ENUM: constant linear cosine" if knows(ENUMS) else "Course of the learning rate") in text
 
 
 def test_describe_shows_a_remedy_to_a_newcomer(cp: devcluster.ControlPlane, living: str) -> None:

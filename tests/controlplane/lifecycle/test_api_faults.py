@@ -90,6 +90,36 @@ def test_each_kind_of_call_may_fail(
     assert fault == "conflict" or reads <= set(faulty.hit)
 
 
+def test_a_run_that_cannot_be_written_any_more_says_so_and_goes_on_once_it_can(
+    run: Run, settings: Settings, cp: devcluster.ControlPlane
+) -> None:
+    """A CRD that became stricter, on Kubernetes before 1.30 or with its feature gate off."""
+    refused = [True]
+    words = b'{"message": "LoRAFineTune \\"run\\" is invalid: spec.podTemplate.env[0].name: Invalid value"}'
+
+    def refuse(client: KubeClient) -> None:
+        send = client._send
+
+        async def sent(method: Any, path: str, *args: Any) -> Answer:
+            if refused[0] and (method, _kind(path)) == ("PATCH", "lorafinetunes/status"):
+                return 422, None, words
+            return await send(method, path, *args)
+
+        client._send = sent  # type: ignore[method-assign]
+
+    with OperatorThread(settings, wrap=refuse):
+        run.create()
+        [told] = eventually("an Event", lambda: [one for one in run.events() if one["reason"] == "StatusRefused"])
+        assert "Remedy: delete this LoRAFineTune" in told["note"]
+        assert "spec.podTemplate.env[0].name" in told["note"]
+        assert run.status == {}
+        refused[0] = False
+        run.api.patch(f"{run.path}/{run.name}", {"metadata": {"labels": {"look": "again"}}})
+        live(run)
+        check_end(run)
+    assert jobs_created(cp, run.namespace) == ["run-1", "run-2"]
+
+
 def test_what_the_pods_need_is_made_at_once_and_the_job_after_it(run: Run, settings: Settings) -> None:
     """Each of the two is answered only once the other is asked for."""
     together = {"networkpolicies", "services"}

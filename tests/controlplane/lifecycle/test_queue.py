@@ -10,6 +10,7 @@ from lora_operator.settings import Settings
 from tests.support.api import Api, Raw
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run, ended, now, settled, termination
+from tests.support.versions import MUTATIONS, needs
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -269,6 +270,7 @@ def managed_by(api: Api, namespace: str, manager: str) -> Iterator[None]:
         api.delete(f"{ADMISSION}/mutatingadmissionpolicies/{name}")
 
 
+@needs(MUTATIONS)
 def test_a_job_that_another_controller_manages_is_left_to_it(
     run: Run, queue: Queue, fast_settings: Callable[..., Settings], namespace: str
 ) -> None:

@@ -7,21 +7,27 @@ from typing import Any
 import pytest
 
 from bench.scale.audit import Call
+from bench.scale.client import BenchError
 from bench.scale.proxy import Trouble
-from bench.soak import stories
+from bench.soak import containers, stories
 from bench.soak.checks import (
     Found,
+    Trainer,
     find_growth,
     find_leftovers,
     find_orphans,
     find_wrong_ends,
     find_wrong_events,
     find_wrong_jobs,
+    find_wrong_trainers,
 )
 from bench.soak.faults import KINDS as FAULTS
 from bench.soak.faults import OPERATOR_KILLED, plan_faults
+from bench.soak.kinds import KINDS, KNOWN_BEFORE, make_stories
+from bench.soak.nodes import BAD_NODES, NODES, choose_node
+from bench.soak.operators import Sample, find_first_look
 from bench.soak.player import Seen, compute_log, decide_actions
-from bench.soak.stories import ENDINGS, KINDS, Outcome, Story, compute_outcome, make_stories
+from bench.soak.stories import ENDINGS, Outcome, Story, compute_outcome
 from lora_api import FailureClass, Phase
 from lora_operator.status.progress import parse_progress
 from tests.support.runs import ended, running, waiting
@@ -92,6 +98,14 @@ ENDS: dict[str, tuple[Story, Outcome]] = {
         tell(preflights=("AuthDenied",)),
         failed(0, F.AUTH_DENIED, failed_preflights=1),
     ),
+    "rights that go once the run has worked come back": (
+        tell("AuthDenied", "succeeds"),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.AUTH_DENIED,),)),
+    ),
+    "a node that rejects a pod is not charged": (
+        tell("rejected by a node", "succeeds", policy={"maxRestarts": 0}),
+        Outcome(Phase.SUCCEEDED, 2, 0, ((F.POD_LOST,),)),
+    ),
     "a preflight that is repeated": (
         tell("succeeds", preflights=("Internal", "passes")),
         Outcome(Phase.SUCCEEDED, 1, 1, ((F.INTERNAL,),), failed_preflights=1),
@@ -129,6 +143,20 @@ def test_made_stories_are_of_every_kind_have_an_end_and_are_the_same_for_a_seed(
     assert make_stories(7, 30, 10.0, 1.0) == make_stories(7, 30, 10.0, 1.0) != make_stories(8, 30, 10.0, 1.0)
 
 
+def test_the_first_stories_are_those_that_the_release_before_knows() -> None:
+    for seed in range(50):
+        told = make_stories(seed, 2 * len(KINDS), 1000.0, 5.0, early=10.0)
+        assert {story.kind for story in told if story.at < 10.0} <= KNOWN_BEFORE
+        assert set(Counter(story.kind for story in told).values()) == {2}
+
+
+def test_a_namespace_with_a_rule_has_one_run() -> None:
+    told = make_stories(1, 2 * len(KINDS), 100.0, 5.0)
+    spaces = Counter(story.namespace for story in told)
+    assert sum(1 for story in told if story.rule) == 4
+    assert all((spaces[story.namespace] == 1) is bool(story.rule) for story in told)
+
+
 def test_the_classes_of_an_ending_count_alike() -> None:
     for classes in ENDINGS.values():
         assert len({(F(one), stories.RULES[one].charged, stories.RULES[one].retried)[1:] for one in classes}) <= 1
@@ -141,6 +169,9 @@ def test_faults_are_of_every_kind_and_the_operator_is_killed_early_only() -> Non
         assert all(fault.at <= 60.0 for fault in faults if fault.kind == OPERATOR_KILLED)
         assert [fault.at for fault in faults] == sorted(fault.at for fault in faults)
     assert any(fault.kind == OPERATOR_KILLED for fault in plan_faults(1, 1.0, 100.0, 1.0)), "without luck too"
+    late = plan_faults(1, 300.0, 3.0, 60.0, begin=20.0)
+    assert min(fault.at for fault in late) > 20.0
+    assert any(fault.kind == OPERATOR_KILLED for fault in late)
 
 
 def test_troubles_of_the_proxy_share_the_requests() -> None:
@@ -224,6 +255,12 @@ STEPS: dict[str, tuple[Story, Seen, list[str]]] = {
         ["PATCH pods/run-0-2-0-x/status 0", "PATCH pods/run-0-2-1-x/status 0"],
     ),
     "one rank fails first": (tell("BadData"), see(pod(0, since_long()), pod(1, since_long())), [f"{SET_1} 65"]),
+    "a node rejects its pod": (tell("rejected by a node"), see(pod(1, NEW, node="bad-0")), [f"{SET_1} Failed"]),
+    "and the peer loses it": (
+        tell("rejected by a node"),
+        see(pod(0, since_long()), pod(1, {"phase": "Failed"}, node="bad-0")),
+        [f"{SET_0} 73"],
+    ),
     "and its peer loses it": (
         tell("BadData"),
         see(pod(0, since_long()), pod(1, ended(65))),
@@ -396,6 +433,83 @@ def test_jobs_and_events_too_many_are_found() -> None:
     assert len(find_wrong_events(told, [*events, event("run-0.u.2.baddata", "BadData", "Fail")])) == 1
 
 
+def test_memory_counts_once_a_process_has_worked() -> None:
+    young = [Sample(float(at), 1, 30.0 + at, 0.1 * at) for at in range(31)]
+    assert find_first_look(young, 5.0).at == 25.0, "it was warm later"
+    assert find_first_look(young, 28.0).at == 28.0
+    assert find_first_look(young[:10], 5.0).at == 9.0, "it never was"
+    with pytest.raises(BenchError, match="not measured from 40 s"):
+        find_first_look(young, 40.0)
+
+
 def test_growth_counts_beyond_what_more_runs_take() -> None:
     assert find_growth(80.0, 84.0, 100, 15.0, 3.0) == []
     assert "85.0" in find_growth(80.0, 85.0, 100, 15.0, 3.0)[0]
+
+
+def test_the_scheduler_likes_bad_nodes_and_keeps_to_the_affinity() -> None:
+    def avoiding(*names: str) -> Raw:
+        rule = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(names)}
+        required = {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [rule]}]}
+        }
+        return {"metadata": {"name": "p"}, "spec": {"affinity": {"nodeAffinity": required}}}
+
+    free: Raw = {"metadata": {"name": "p"}, "spec": {}}
+    assert [choose_node(free, 0, 0), choose_node(free, 1, 0), choose_node(free, 1, 2)] == ["node-0", "node-1", "bad-0"]
+    assert choose_node(avoiding("bad-0"), 1, 1) == "node-1"
+    assert choose_node(avoiding("bad-0"), 1, 2) == "bad-1"
+    assert choose_node(avoiding("bad-0", "bad-1", "node-1"), 1, 2) == "node-2"
+    with pytest.raises(ValueError, match="takes no node"):
+        choose_node(avoiding(*BAD_NODES, *NODES), 1, 2)
+
+
+def with_sidecar(kind: str, status: Raw, **more: Any) -> Raw:
+    one = pod(1, status, **more)
+    one["spec"] |= {"containers": [{"name": "trainer", "securityContext": {}}]}
+    for change in containers.inject(one, kind):
+        name = change["path"].split("/")[2]
+        one["spec"][name] = change["value"] if name == "initContainers" else [change["value"], *one["spec"][name]]
+    return one
+
+
+def test_an_ordinary_sidecar_keeps_its_pod_alive_until_it_is_asked() -> None:
+    running_on = containers.show_all(with_sidecar("sidecar", NEW), ended(70), asked=False)
+    assert running_on["phase"] == "Running"
+    one = with_sidecar("sidecar", running_on)
+    assert containers.has_spoken(one)
+    assert play(tell("Internal"), see(pod(0, ended(73)), one)) == []
+    asked = with_sidecar("sidecar", running_on, grace=120)
+    assert containers.compute_over(asked)["phase"] == "Failed"
+    assert play(tell("Internal"), see(pod(0, ended(73)), asked)) == [f"{SET_1} 0"], "of the sidecar"
+
+
+def test_a_native_sidecar_ends_with_its_pod() -> None:
+    status = containers.show_all(with_sidecar("native sidecar", NEW), ended(0), asked=False)
+    assert status["phase"] == "Succeeded"
+    assert "terminated" in status["initContainerStatuses"][0]["state"]
+    assert (
+        "running"
+        in containers.show_all(with_sidecar("native sidecar", NEW), running(), asked=False)["initContainerStatuses"][0][
+            "state"
+        ]
+    )
+
+
+def test_a_quota_is_raised_once_it_was_read() -> None:
+    story = tell("succeeds", rule="quota")
+    assert play(story, see(conditions=[{"type": "Scheduled", "reason": "PodsPending", "status": "False"}])) == []
+    refused = [{"type": "Scheduled", "reason": "QuotaExceeded", "status": "False"}]
+    [action] = decide_actions(story, see(conditions=refused), NOW)
+    assert action.path.endswith("/team/resourcequotas/rule")
+
+
+def test_trainers_that_change_without_a_word_or_cannot_read_are_found() -> None:
+    reads = {"old": 1, "new": 2}
+    same = [Trainer("run-0", 1, "old", 1), Trainer("run-0", 2, "old", 1), Trainer("run-1", 1, "new", 2)]
+    assert find_wrong_trainers(same, reads, []) == []
+    changed = [*same, Trainer("run-0", 3, "new", 2)]
+    assert find_wrong_trainers(changed, reads, []) == ["run-0 had several trainers: new, old"]
+    said = {"regarding": {"name": "run-0"}, "reason": "TrainerUnknown"}
+    assert find_wrong_trainers(changed, reads, [said]) == []
+    assert "too new for old" in find_wrong_trainers([Trainer("run-0", 1, "old", 2)], reads, [])[0]
