@@ -164,8 +164,11 @@ def test_names_and_subresources() -> None:
 
 
 def test_the_crd_is_small_enough_for_apply() -> None:
-    """`kubectl apply` keeps a copy, as JSON, in an annotation of at most 256 KiB; the project allows 60 KiB."""
-    assert len(json.dumps(build_crd(), separators=(",", ":"))) <= 60 * 1024
+    """`kubectl apply` keeps a copy, as JSON, in an annotation of at most 256 KiB; the project allows a quarter of it.
+
+    5 KiB of it are what names the field of an edit, down to the last part of its path.
+    """
+    assert len(json.dumps(build_crd(), separators=(",", ":"))) <= 64 * 1024
 
 
 def test_generated_files_are_up_to_date() -> None:
@@ -186,11 +189,10 @@ def test_the_rule_against_changes_knows_every_field() -> None:
     assert [name for name in fields if f"{name}]==[o" not in rule["rule"]] == []
     assert [name for name in MUTABLE if f"{name}]==" in rule["rule"]] == []
     assert set(MUTABLE) <= set(NODES["spec.runPolicy"]["properties"])
-    named = [
-        path.rpartition(".")[2] for path in NODES if re.fullmatch(r"spec[.](?!credentials|runtimeRef)\w+[.]\w+", path)
-    ]
-    assert len(named) > 60
-    assert [name for name in named if f"'{name}'" not in rule["messageExpression"] and name not in MUTABLE] == []
+    named = [path.rpartition(".")[2] for path in NODES if re.fullmatch(r"spec([.]\w+){2,}", path)]
+    assert len(named) > 80
+    texts = set(re.findall(r"'(\w+)[.]?'", rule["messageExpression"]))
+    assert [name for name in named if name not in texts | set(MUTABLE)] == []
 
 
 def test_a_form_is_said_in_words() -> None:
