@@ -1,5 +1,6 @@
 """What the CRD refuses, and that the message names the field."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -489,6 +490,25 @@ def test_no_rule_blames_a_good_field_for_a_bad_one(dry: DryRun) -> None:
 
 def test_no_rule_of_a_runtime_blames_a_good_field_for_a_bad_one(dry: DryRun) -> None:
     assert check_blame(RUNTIME_PATHS, [MAXIMAL_RUNTIME, OTHER_RUNTIME], dry.create_runtime) > 40
+
+
+WHOLE = [path for path, node in PATHS.items() if node.get("type") == "integer" and "[" not in path and ":" not in path]
+
+
+def test_a_whole_number_with_a_point_is_taken_or_its_field_is_named(dry: DryRun) -> None:
+    """Of clients that write 2.0 where kubectl writes 2. CEL can read neither such a field nor what is beside it."""
+    refused = set()
+    for path in (*(path for path in WHOLE if has(MAXIMAL, path)), "training.microBatchSize"):
+        value = functools.reduce(lambda node, part: node[part], path.split("."), MAXIMAL)
+        code, answer = dry.create_run(place(MAXIMAL, path, float(value)))
+        if code == 201:
+            assert functools.reduce(lambda node, part: node[part], path.split("."), answer["spec"]) == value
+            continue
+        refused.add(path)
+        said = {cause["field"]: cause["message"] for cause in answer["details"]["causes"]}
+        words = said.get(f"spec.{path}", "")
+        assert words.endswith(("evaluating rule: write it without point or exponent", "a whole number from 1 to 1024"))
+    assert len(refused) == 8
 
 
 RESOURCES: dict[str, dict[str, Any]] = {
