@@ -159,6 +159,8 @@ def _rules(node: dict[str, Any]) -> str:
 def _type(node: dict[str, Any]) -> str:
     if node.get("x-kubernetes-int-or-string"):
         return "integer or string"
+    if "type" not in node:
+        return "quantity"
     if node["type"] == "array":
         return f"list of {_type(node['items'])}"
     if "additionalProperties" in node:

@@ -3,7 +3,7 @@
 import math
 import re
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic.alias_generators import to_camel
@@ -100,6 +100,12 @@ def _close_up(expression: str) -> str:
         re.sub(r" ?([=!<>]=|[|]{2}|&&|[<>?:+*/%,]) ?", r"\1", part) if n % 2 == 0 else part
         for n, part in enumerate(parts)
     )
+
+
+def find_section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a section, which may be absent; ``None`` for what is no section, such as a list of models."""
+    found = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and issubclass(one, BaseModel)]
+    return found[0] if found and get_origin(annotation) is not list else None
 
 
 class CelRule(BaseModel):

@@ -72,7 +72,7 @@ RESOURCES = (RUN, RUNTIME)
 
 _COPIED = (
     "type", "description", "enum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "minProperties",
-    "maxProperties", "minimum", "maximum", "default", "format",
+    "maxProperties", "minimum", "maximum", "default", "format", "not",
 )  # fmt: skip
 
 
@@ -156,6 +156,8 @@ def _convert(raw: Mapping[str, Any], definitions: Mapping[str, Schema]) -> Schem
     if schema.get("x-kubernetes-int-or-string"):
         for key in ("type", "pattern"):  # whose rule says all of it
             schema.pop(key, None)
+    elif schema.get("x-kubernetes-preserve-unknown-fields"):
+        del schema["type"]  # of a value of several types, such as a quantity
     elif schema.get("pattern") in HAVE_RULES:
         del schema["pattern"]
     elif schema.get("pattern") in WORDS:

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, StringConstraints
 
 from lora_api import patterns
-from lora_api._base import ApiModel, CelRule
-from lora_api.pods import ObjectName, PodTemplate
+from lora_api._base import ApiModel, CelRule, find_section
+from lora_api.pods import ObjectName, PodTemplate, ResourceRequirements
 from lora_api.publishing import Credentials, Publish, Tracking
 from lora_api.sources import BaseModelSource, Dataset
 from lora_api.status import LoRAFineTuneStatus
@@ -303,17 +303,28 @@ def _first_changed(fields: Sequence[tuple[str, bool]], texts: Mapping[str, str])
     return "".join(f"{_compare(*field, '!=')}?{named[field[0]]}:" for field in some) + named[last]
 
 
-def _name_of_changed() -> str:
-    """CEL for the path of the first field that changed, down to the fields of each section."""
+def _path_of_changed(model: type[BaseModel], fields: Sequence[tuple[str, bool]]) -> str:
+    """CEL for the path, below ``n`` and ``o``, of the first of ``fields`` of ``model`` that changed.
+
+    It goes down to the fields of each section. One that is there only before or only now has no fields to compare.
+    """
     texts = {}
-    for name, field in LoRAFineTuneSpec.model_fields.items():
-        section = field.annotation
-        path = field.alias or name
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            inner = _fixed_policy() if section is RunPolicy else list(_fixed_fields(section))
-            texts[path] = f"'{path}.'+" + _of_both(f"n.{path}", f"o.{path}", _first_changed(inner, {}))
+    for name, field in model.model_fields.items():
+        path, section = field.alias or name, find_section(field.annotation)
+        if section is None:
+            continue
+        inner = _fixed_policy() if section is RunPolicy else list(_fixed_fields(section))
+        # CEL has no type for the fields of ResourceRequirements (pods.Quantity), but can compare them.
+        new, old = (f"dyn({at}.{path})" if section is ResourceRequirements else f"{at}.{path}" for at in "no")
+        text = f"'{path}.'+" + _of_both(new, old, _path_of_changed(section, inner))
+        texts[path] = f"(has(n.{path})&&has(o.{path})?{text}:'{path}')" if field.default is None else text
+    return _first_changed(fields, texts)
+
+
+def _name_of_changed() -> str:
+    """CEL for the path of the first field of the spec that changed, and what can be done."""
     fields = [field for field in _fixed_fields(LoRAFineTuneSpec) if field[0] != "runPolicy"] + [("runPolicy", False)]
-    name = _of_both("self.spec", "oldSelf.spec", _first_changed(fields, texts))
+    name = _of_both("self.spec", "oldSelf.spec", _path_of_changed(LoRAFineTuneSpec, fields))
     return f"'spec.'+{name}+' {_UNCHANGEABLE}'"
 
 

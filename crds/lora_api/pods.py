@@ -15,25 +15,28 @@ LabelValue = Annotated[str, StringConstraints(pattern=patterns.LABEL_VALUE, max_
 
 
 def _to_text(value: Any) -> Any:
-    """A whole number as text: ``cpu: 4`` is a number in YAML, and means the same as ``cpu: "4"``, as in any pod."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    """A number as text: ``cpu: 0.5`` is a number in YAML, and means the same as ``cpu: "0.5"``, as in any pod."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-_QUANTITY_RULE = CelRule(
-    rule="type(self) == int ? self >= 0 : isQuantity(self) && !self.startsWith('-')",
-    message="must be a quantity such as 4, 500m or 64Gi",
-)
+# A structural schema has no type for "a number or text": x-kubernetes-int-or-string refuses 0.5. Without a type each
+# bound holds for values of its own kind. CEL cannot look into such a value, so that no rule can say what is wrong with
+# it: the pattern begins with the words, as a form that no text has (nothing comes before its beginning).
+_QUANTITY_SCHEMA: JsonDict = {
+    "x-kubernetes-preserve-unknown-fields": True,
+    "pattern": f"a quantity such as 4, 500m or 64Gi^|{patterns.QUANTITY}",
+    "maxLength": 32,
+    "minimum": 0,
+    "maxItems": 0,
+    "maxProperties": 0,
+    "not": {"enum": [False, True, [], {}]},
+}
 
 Quantity = Annotated[
     str,
     BeforeValidator(_to_text),
     StringConstraints(pattern=patterns.QUANTITY, max_length=32),
-    Field(
-        json_schema_extra={
-            "x-kubernetes-int-or-string": True,
-            "x-kubernetes-validations": [{**_QUANTITY_RULE.to_wire()}],
-        }
-    ),
+    Field(json_schema_extra=_QUANTITY_SCHEMA),
 ]
 """An amount as Kubernetes writes it. Numbers become text here, so nobody behind this border sees one."""
 
@@ -45,8 +48,9 @@ class SecretRef(ApiModel):
 
 
 def _resource_names(field: str) -> CelRule:
+    # dyn: CEL has no type for a map whose values have none, but knows its keys when it comes to it.
     return CelRule(
-        rule=f"self.{field}.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || k.startsWith('hugepages-') || "
+        rule=f"dyn(self).{field}.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || k.startsWith('hugepages-') || "
         "(k.contains('/') && !k.endsWith('.com/gpu')))",
         message="may name cpu, memory, ephemeral-storage, hugepages-SIZE or VENDOR/RESOURCE; GPUs are asked for by "
         "parallelism.gpusPerNode",
@@ -58,7 +62,7 @@ class ResourceRequirements(ApiModel):
     """Compute resources of each pod. GPUs are added from parallelism.gpusPerNode."""
 
     requests: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
-        {}, description="What the scheduler sets aside, such as {cpu: 8, memory: 64Gi}."
+        {}, description="What the scheduler sets aside, such as {cpu: 8, memory: 64Gi}. At most as much as in limits."
     )
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] = Field(
         {}, description="What a pod may use at most. One that passes its memory limit is ended."
@@ -68,22 +72,7 @@ class ResourceRequirements(ApiModel):
         _resource_names("requests"),
         _resource_names("limits"),
         CelRule(
-            rule="['cpu', 'memory', 'ephemeral-storage'].all(k, !(k in self.requests) || !(k in self.limits) || "
-            "!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
-            "string(self.limits[k]).startsWith('-') || "
-            "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
-            message="requests may not be larger than limits",
-            field_path=".requests",
-        ),
-        CelRule(
-            # string() of what may be a number or a text is too costly for Kubernetes 1.29, whatever its maxLength;
-            # a value that map() hands on to quantity() is so for 1.37, which forgets it there.
-            rule="self.requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || (k in self.limits && "
-            "(self.limits[k] == self.requests[k] || (type(self.limits[k]) == int ? "
-            "type(self.requests[k]) != int && isQuantity(self.requests[k]) && "
-            "quantity(self.requests[k]).isInteger() && quantity(self.requests[k]).asInteger() == int(self.limits[k]) : "
-            "type(self.requests[k]) == int && isQuantity(self.limits[k]) && quantity(self.limits[k]).isInteger() && "
-            "quantity(self.limits[k]).asInteger() == int(self.requests[k])))))",
+            rule="dyn(self).requests.all(k, k in ['cpu', 'memory', 'ephemeral-storage'] || k in dyn(self).limits)",
             message="hugepages-SIZE and VENDOR/RESOURCE cannot be shared: each needs the same value in limits",
             field_path=".requests",
         ),
@@ -97,7 +86,7 @@ class PreflightResources(ApiModel):
     """Compute resources of a preflight."""
 
     requests: Annotated[dict[str, Quantity], Field(max_length=3)] | None = Field(
-        None, description="What the scheduler sets aside of cpu, memory and ephemeral-storage."
+        None, description="What the scheduler sets aside of cpu, memory and ephemeral-storage. At most limits."
     )
     limits: Annotated[dict[str, Quantity], Field(max_length=3)] | None = Field(
         None, description="What the pod may use of them at most."
@@ -105,18 +94,9 @@ class PreflightResources(ApiModel):
 
     cel_rules = (
         CelRule(
-            rule=f"(!has(self.requests) || self.requests.all(k, {_PREFLIGHT_NAMES})) && "
-            f"(!has(self.limits) || self.limits.all(k, {_PREFLIGHT_NAMES}))",
+            rule=f"(!has(dyn(self).requests) || dyn(self).requests.all(k, {_PREFLIGHT_NAMES})) && "
+            f"(!has(dyn(self).limits) || dyn(self).limits.all(k, {_PREFLIGHT_NAMES}))",
             message="a preflight asks for cpu, memory and ephemeral-storage only",
-        ),
-        CelRule(
-            rule="!has(self.requests) || !has(self.limits) || ['cpu', 'memory', 'ephemeral-storage'].all(k, "
-            "!(k in self.requests) || !(k in self.limits) || "
-            "!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
-            "string(self.limits[k]).startsWith('-') || "
-            "quantity(string(self.requests[k])).compareTo(quantity(string(self.limits[k]))) <= 0)",
-            message="requests may not be larger than limits",
-            field_path=".requests",
         ),
     )
 

@@ -3,12 +3,20 @@
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 
 from lora_api import patterns
 from lora_api._base import ApiModel, CelRule
 from lora_api.publishing import LabelName, StoreUri, store_rules
 
 MAX_GLOBAL_BATCH_SIZE = 65536
+
+# JSON of some clients has 2.0 or 1e+06 for a whole number (kubectl rewrites them). The API server takes them, and then
+# CEL can read neither the field nor whatever is beside it: a rule over several fields fails, and names its section.
+# No rule can ask for it beforehand. This one, of the field alone, fails too, and says where to look.
+_AS_INTEGER: JsonDict = {
+    "x-kubernetes-validations": [CelRule(rule="self==self", message="write it without point or exponent").to_wire()]
+}
 
 QuantizationType = Literal["nf4", "int8", "none"]
 DPOLoss = Literal["sigmoid", "ipo", "hinge"]
@@ -28,9 +36,19 @@ def _module_names(field: str) -> CelRule:
 class LoRA(ApiModel):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) * B A."""
 
-    r: int = Field(16, ge=1, le=512, description="Rank of the adapter matrices. 512 is the most that vLLM serves.")
+    r: int = Field(
+        16,
+        ge=1,
+        le=512,
+        description="Rank of the adapter matrices. 512 is the most that vLLM serves.",
+        json_schema_extra=_AS_INTEGER,
+    )
     alpha: int = Field(
-        32, ge=1, le=4096, description="Scale of the adapter; its effect is alpha / r. At most 16 times r."
+        32,
+        ge=1,
+        le=4096,
+        description="Scale of the adapter; its effect is alpha / r. At most 16 times r.",
+        json_schema_extra=_AS_INTEGER,
     )
     dropout: float = Field(0.0, ge=0.0, le=0.5, description="Dropout before the adapter, as a probability (0 to 0.5).")
     target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = Field(
@@ -121,7 +139,11 @@ class Training(ApiModel):
         None, gt=0.0, le=1000.0, description="Passes over the training records. Exactly one of epochs and maxSteps."
     )
     max_steps: int | None = Field(
-        None, ge=1, le=10_000_000, description="Optimizer steps. Exactly one of epochs and maxSteps."
+        None,
+        ge=1,
+        le=10_000_000,
+        description="Optimizer steps. Exactly one of epochs and maxSteps.",
+        json_schema_extra=_AS_INTEGER,
     )
     learning_rate: float = Field(2e-4, gt=0.0, le=0.1, description="Peak learning rate.")
     global_batch_size: int = Field(
@@ -130,6 +152,7 @@ class Training(ApiModel):
         le=MAX_GLOBAL_BATCH_SIZE,
         description="Sequences (with objective dpo: pairs) per optimizer step over all GPUs of all nodes. Gradient "
         "accumulation follows from it.",
+        json_schema_extra=_AS_INTEGER,
     )
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = Field(
         "auto",
@@ -181,9 +204,13 @@ _OUT_OF_BOUNDS = "self.nodes < 1 || self.nodes > 64 || self.gpusPerNode < 0 || s
 class Parallelism(ApiModel):
     """How many machines and processes train together, and how the weights are spread over them."""
 
-    nodes: int = Field(1, ge=1, le=64, description="Nodes (pods) in the gang.")
+    nodes: int = Field(1, ge=1, le=64, description="Nodes (pods) in the gang.", json_schema_extra=_AS_INTEGER)
     gpus_per_node: int = Field(
-        1, ge=0, le=16, description="GPUs of each node, one process each. 0 trains on the CPU with one process a node."
+        1,
+        ge=0,
+        le=16,
+        description="GPUs of each node, one process each. 0 trains on the CPU with one process a node.",
+        json_schema_extra=_AS_INTEGER,
     )
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
         "auto",
@@ -195,6 +222,7 @@ class Parallelism(ApiModel):
         ge=2,
         le=512,
         description="Processes that share one copy of the weights with hsdp. Default: those of one node.",
+        json_schema_extra=_AS_INTEGER,
     )
     cpu_offload: bool = Field(
         default=False,

@@ -170,8 +170,15 @@ class DryRun:
 
     def create(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status code and answer of a strict dry run."""
+        return self._ask("POST", path, body)
+
+    def replace(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The same for another version of what is there."""
+        return self._ask("PUT", path, body)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self._connection.request(
-            "POST",
+            method,
             f"{path}?dryRun=All&fieldValidation=Strict",
             json.dumps(body),
             {"Content-Type": "application/json"},

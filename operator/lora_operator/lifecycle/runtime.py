@@ -11,6 +11,7 @@ from datetime import datetime
 
 from lora_api import ClusterLoRARuntime, FailureClass, LoRAFineTune
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_wait
+from lora_operator.policies.amounts import check_amounts, check_runtime_amounts
 from lora_operator.policies.limits import check_limits, describe_selector, selects
 from lora_operator.settings import RunSettings
 from lora_operator.state.failures import new_failure
@@ -24,6 +25,8 @@ _NOT_FOUND_REMEDY = (
     "itself once it is there."
 )
 
+
+_CORRECT_RUNTIME = "Have it corrected by an administrator. The run starts by itself then."
 
 _FORBIDDEN = with_remedy(
     "The runtime has allowedNamespaces, and the operator may not read the labels of this namespace",
@@ -49,6 +52,9 @@ def decide_runtime(observed: Observed, now: datetime, settings: RunSettings) -> 
         return decide_wait("RuntimeNotFound", with_remedy(message, _NOT_FOUND_REMEDY), None)
     if observed.namespace_labels is None and asks_for_namespace(runtime):
         return decide_wait("OperatorForbidden", _FORBIDDEN, _FORBIDDEN_SECONDS)
+    if runtime is not None and (wrong := check_runtime_amounts(runtime.spec)):
+        message = f"ClusterLoRARuntime {runtime.metadata.name}: {'; '.join(wrong)}"
+        return decide_wait("InvalidSpec", with_remedy(message, _CORRECT_RUNTIME), None)
     snapshot = build_snapshot(runtime) if runtime is not None else None
     refusal = find_refusal(run, runtime, observed.namespace_labels)
     if refusal is not None:
@@ -73,6 +79,8 @@ def find_refusal(
     run: LoRAFineTune, runtime: ClusterLoRARuntime | None, namespace_labels: Mapping[str, str] | None = None
 ) -> tuple[FailureClass, str] | None:
     """Why ``run`` cannot begin with ``runtime``, or ``None``."""
+    if wrong := check_amounts(run.spec.pod_template.resources, "spec.podTemplate.resources"):
+        return FailureClass.BAD_SPEC, "; ".join(wrong)
     foreign = _find_foreign(run, runtime, namespace_labels or {})
     violations = [foreign] if foreign else check_limits(run, runtime)
     if violations:

@@ -1,7 +1,9 @@
 """A LoRAFineTune on the server: what can be changed, who writes what, and what people see."""
 
+import functools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from lora_api import LoRAFineTune
 from lora_api.crd import RUN
 from lora_api.finetune import MUTABLE
 from tests.support.api import Api
-from tests.support.crd import MINIMAL, manifest
+from tests.support.crd import GONE, MAXIMAL, MINIMAL, PATHS, RUNS, DryRun, has, manifest, place
 from tests.support.versions import ENUMS, STATUS_PATHS, knows
 
 pytestmark = pytest.mark.controlplane
@@ -54,6 +56,39 @@ def test_the_spec_cannot_be_changed_and_the_field_is_named(cp: devcluster.Contro
     said = re.escape(f"spec.{field} cannot be changed once created: delete this LoRAFineTune")
     with pytest.raises(devcluster.DevclusterError, match=said):
         cp.kubectl("patch", "lft", living, "--type=merge", "--patch", json.dumps({"spec": change}))
+
+
+def changed(value: Any) -> Iterator[Any]:
+    """Other values of the same kind, and none."""
+    yield GONE
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield value / 2 if isinstance(value, float) else value + 1
+    elif isinstance(value, str):
+        yield f"{value}x"
+    elif isinstance(value, list):
+        yield value[1:]
+    elif all(isinstance(one, str) for one in value.values()):
+        yield {**value, "example.org/other": "1"}
+
+
+def test_every_field_is_named_down_to_the_last(cp: devcluster.ControlPlane, dry: DryRun) -> None:
+    cp.kubectl("apply", "--filename=-", input=json.dumps(manifest(MAXIMAL, "whole")))
+    live = read_run(cp, "whole")
+    fields = [path for path in PATHS if "[" not in path and ":" not in path and has(MAXIMAL, path)]
+    named = 0
+    for path in (path for path in fields if not path.startswith("runPolicy")):
+        value = functools.reduce(lambda node, part: node[part], path.split("."), MAXIMAL)
+        for other in changed(value):
+            _, answer = dry.replace(f"{RUNS}/whole", {**live, "spec": place(MAXIMAL, path, other)})
+            causes = (answer.get("details") or {}).get("causes", [])
+            texts = [cause["message"] for cause in causes if "cannot be changed" in cause["message"]]
+            for text in texts:
+                assert re.match(rf"Invalid value: spec\.{path}[. ]", text), (path, other, text)
+            named += bool(texts)
+    cp.kubectl("delete", "lft", "whole")
+    assert named > 100
 
 
 @pytest.mark.parametrize("status", [{}, {"phase": "Starting", "progress": {"step": 1}}], ids=["none", "another"])

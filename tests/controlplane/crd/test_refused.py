@@ -1,5 +1,6 @@
 """What the CRD refuses, and that the message names the field."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -397,13 +398,23 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "memory in words": (
         {"podTemplate.resources.limits": {"memory": "8 GB"}},
-        "spec.podTemplate.resources.limits[memory]",
-        "such as 4, 500m or 64Gi",
+        "spec.podTemplate.resources.limits.memory",
+        "should match 'a quantity such as 4, 500m or 64Gi",
     ),
-    "requests above limits": (
-        {"podTemplate.resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "8G"}}},
-        "spec.podTemplate.resources.requests",
-        "may not be larger than limits",
+    "less than no memory": (
+        {"podTemplate.resources.limits": {"memory": -0.5}},
+        "spec.podTemplate.resources.limits.memory",
+        "greater than or equal to 0",
+    ),
+    "a quantity of another kind": (
+        {"podTemplate.resources.limits": {"memory": [8]}},
+        "spec.podTemplate.resources.limits.memory",
+        "at most 0 items",
+    ),
+    "the truth as a quantity": (
+        {"podTemplate.resources.limits": {"memory": True}},
+        "<nil>",
+        '"spec.podTemplate.resources.limits.memory" must not validate the schema (not)',
     ),
     "a part of a device": (
         {"podTemplate.resources.requests": {"rdma/hca": "1"}},
@@ -517,22 +528,52 @@ def test_no_rule_of_a_runtime_blames_a_good_field_for_a_bad_one(dry: DryRun) -> 
     assert check_blame(RUNTIME_PATHS, [MAXIMAL_RUNTIME, OTHER_RUNTIME], dry.create_runtime) > 40
 
 
+WHOLE = [path for path, node in PATHS.items() if node.get("type") == "integer" and "[" not in path and ":" not in path]
+
+
+def test_a_whole_number_with_a_point_is_taken_or_its_field_is_named(dry: DryRun) -> None:
+    """Of clients that write 2.0 where kubectl writes 2. CEL can read neither such a field nor what is beside it."""
+    refused = set()
+    for path in (*(path for path in WHOLE if has(MAXIMAL, path)), "training.microBatchSize"):
+        value = functools.reduce(lambda node, part: node[part], path.split("."), MAXIMAL)
+        code, answer = dry.create_run(place(MAXIMAL, path, float(value)))
+        if code == 201:
+            assert functools.reduce(lambda node, part: node[part], path.split("."), answer["spec"]) == value
+            continue
+        refused.add(path)
+        said = {cause["field"]: cause["message"] for cause in answer["details"]["causes"]}
+        words = said.get(f"spec.{path}", "")
+        assert words.endswith(("evaluating rule: write it without point or exponent", "a whole number from 1 to 1024"))
+    assert len(refused) == 8
+
+
 RESOURCES: dict[str, dict[str, Any]] = {
     "numbers, as in any pod": {"requests": {"cpu": 4, "memory": "8Gi"}},
     "numbers of whole devices": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": 1}},
     "a number and the same in quotes": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": "1"}},
     "bytes": {"limits": {"memory": 68719476736}},
     "an exponent": {"limits": {"memory": "64e9"}},
+    "parts": {"requests": {"cpu": 0.5, "memory": 1.5}, "limits": {"cpu": 1.5, "memory": 1e30}},
+    "whole numbers with a point": {"limits": {"cpu": 4.0}},
 }
 
 
 @pytest.mark.parametrize("case", RESOURCES)
 def test_a_quantity_needs_no_quotes(dry: DryRun, case: str) -> None:
     spec = place(MINIMAL, "podTemplate.resources", RESOURCES[case])
-    assert dry.create_run(spec)[0] == 201
+    code, answer = dry.create_run(spec)
+    assert code == 201, answer["message"]
     assert dry.create_runtime({"podTemplate": {"resources": RESOURCES[case]}})[0] == 201
-    taken = LoRAFineTuneSpec.model_validate(spec).pod_template.resources
-    assert taken.limits == {name: str(value) for name, value in RESOURCES[case].get("limits", {}).items()}
+    own = {"preflightResources": {"requests": {"cpu": 0.5}, "limits": {"cpu": 1}}}
+    assert dry.create_runtime(own)[0] == 201
+    taken = LoRAFineTuneSpec.model_validate(answer["spec"]).pod_template.resources.to_wire()
+    pod = {"containers": [{"name": "c", "image": "i", "resources": taken}]}
+    pods = "/api/v1/namespaces/default/pods"
+    created, of_text = dry.create(pods, {"metadata": {"name": "p"}, "spec": pod})
+    assert created == 201, of_text
+    pod["containers"][0]["resources"] = RESOURCES[case]
+    of_numbers = dry.create(pods, {"metadata": {"name": "p"}, "spec": pod})[1]
+    assert of_text["spec"]["containers"] == of_numbers["spec"]["containers"], "a pod takes the same numbers so"
 
 
 def test_there_are_enough_bad_manifests() -> None:

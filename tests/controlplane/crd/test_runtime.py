@@ -115,12 +115,6 @@ BAD: dict[str, tuple[str, Any, str, str]] = {
         "spec.preflightResources",
         "cpu, memory and ephemeral-storage only",
     ),
-    "a preflight that asks for more than it may take": (
-        "preflightResources",
-        {"requests": {"memory": "2Gi"}, "limits": {"memory": "1Gi"}},
-        "spec.preflightResources.requests",
-        "may not be larger than limits",
-    ),
     "an unknown cloud": ("identity", "aks", "spec.identity", "supported values"),
     "an unknown field": ("limits.maxGpus", 8, "spec.limits.maxGpus", "unknown field"),
 }

@@ -79,7 +79,8 @@ def values(node: dict[str, Any], good: Any) -> Iterator[Any]:
         if key in node:
             step = 1 if node.get("type") == "integer" else 1e-6
             yield from (node[key] - step, node[key], node[key] + step)
-    if node.get("x-kubernetes-int-or-string"):
+    if node.get("x-kubernetes-int-or-string") or "type" not in node:
+        yield from (0.5, 1e30, 1e-7, -0.5, False)
         yield from ("auto", "16", 1024, 1025, "4k", "1e3", "+.5Gi", "-1", "1 Gi", ".", "0x1", "1E", "2Kib", "1" * 33)
     if node.get("type") == "string":
         limit = node.get("maxLength", 8)

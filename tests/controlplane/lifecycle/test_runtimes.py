@@ -311,3 +311,24 @@ def test_two_operators_that_see_different_runtimes_make_one_run(
             found.append(words(run, 2))
     spec = run.status["runtime"]["spec"]
     assert found == [(spec["image"], spec["store"])] * 2
+
+
+def test_requests_above_limits_are_said_by_the_operator(
+    run: Run, operator: OperatorThread, put_runtime: PutRuntime
+) -> None:
+    """The API server takes numbers with a point, and cannot compare them."""
+    much = {"requests": {"cpu": 2.5}, "limits": {"cpu": 2}}
+    name = put_runtime(podTemplate={"resources": much})
+    run.create(naming(name))
+    status = run.wait("what is wrong", lambda status: status.get("reason") == "InvalidSpec")
+    assert status["phase"] == "Pending"
+    words = run.condition("Ready")["message"]
+    assert words.startswith(f"ClusterLoRARuntime {name}: spec.podTemplate.resources.requests.cpu is 2.5: requests may")
+    put_runtime(name, podTemplate={"resources": {"requests": {"cpu": 0.5}, "limits": {"cpu": 1.5}}})
+    resources = run.gang(1)[0]["spec"]["containers"][0]["resources"]
+    assert resources == {"requests": {"cpu": "500m"}, "limits": {"cpu": "1500m"}}
+
+    other = Run(run.api, run.namespace, "other").create(naming(name, podTemplate={"resources": much}))
+    status = other.wait("the end", lambda status: status.get("phase") == "Failed")
+    assert status["reason"] == "BadSpec"
+    assert status["failures"][0]["message"].startswith("spec.podTemplate.resources.requests.cpu is 2.5")

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from lora_api import LoRAFineTune
 from lora_api.mistakes import describe_mistakes, field_paths, suggest_field
+from lora_api.pods import ResourceRequirements
 from tests.unit.operator.builders import a_run
 
 
@@ -44,3 +45,9 @@ def test_describe_mistakes() -> None:
     )
     assert "spec.training.learningRate: Input should be a valid number" in text
     assert text.endswith(" (and 1 more)")
+
+
+@pytest.mark.parametrize("value", [True, -1, -0.5, float("inf"), float("nan"), [4], {}, "8 GB"])
+def test_what_is_no_quantity(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        ResourceRequirements.model_validate({"limits": {"cpu": value}})
