@@ -32,6 +32,16 @@ def held_up_seen(job: JobView, reason: str) -> str:
     return f"{reason}/{job.uid}"
 
 
+def starting_seen(pod: PodView) -> str:
+    """The sighting of ``pod`` that has a node and does not run."""
+    return f"start/{pod.uid}"
+
+
+def warned_seen(pod: PodView) -> str:
+    """The sighting of a warning about ``pod`` that has a node and does not run."""
+    return f"warn/{pod.uid}"
+
+
 def end_seen(pod: PodView) -> str:
     """The sighting of the end of ``pod``."""
     return f"end/{pod.uid}"

@@ -10,8 +10,11 @@ from lora_operator.diagnosis.firstseen import (
     held_up_seen,
     job_seen,
     run_seen,
+    starting_seen,
+    warned_seen,
 )
 from lora_operator.diagnosis.obstacles import find_held_up
+from lora_operator.diagnosis.stuck import find_stuck, find_warned
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Reports
 
@@ -32,6 +35,8 @@ def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found[job_seen(job)] = now
     found |= {end_seen(pod): now for pod in pods if pod.has_ended}
     found |= {held_up_seen(job, reason): now for reason in find_held_up(pods)}
+    found |= {starting_seen(pod): now for pod in find_stuck(pods)}
+    found |= {warned_seen(pod): now for pod in find_warned(pods, observed.reports)}
     runs = next((pod for pod in pods if pod.running), None)
     if job.preflight and runs is not None:
         first_look = job_seen(job) not in observed.reports.seen

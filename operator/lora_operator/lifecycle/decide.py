@@ -247,7 +247,9 @@ def _decide_healthy(
         running = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
         marks = {ConditionType.SCHEDULED: scheduled_mark(value=True), ConditionType.RUNNING: running}
         return _decide_running(observed, job, marks, pods, settings, now)
-    obstacle = diagnose_obstacle(pods, job, observed.reports, now)
+    obstacle = diagnose_obstacle(
+        pods, job, observed.reports, now, limit=settings.start_timeout, patience=settings.preflight_timeout
+    )
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
         return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))

@@ -73,7 +73,9 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
         return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
     if job.suspended:
         return _decide_held(observed, job, settings)
-    obstacle = diagnose_obstacle(pods, job, observed.reports, now)
+    obstacle = diagnose_obstacle(
+        pods, job, observed.reports, now, limit=settings.start_timeout, patience=settings.preflight_timeout
+    )
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
