@@ -183,9 +183,14 @@ def _refusal_remedy(job: JobView, words: str) -> str:
             f"Set {', '.join(fields)} in {whose}, {again}; or give the namespace a LimitRange with defaults, and the "
             "run starts by itself."
         )
-    if _LIMIT_RANGE.search(words):
+    if is_by_limit_range(words):
         return f"Bring {whose} to what the LimitRange of the namespace allows, {again}; or have the LimitRange changed."
     return RULES[FailureClass.POD_NOT_STARTED].remedy
+
+
+def is_by_limit_range(words: str) -> bool:
+    """Whether pods are refused for how much they ask for, or how little."""
+    return "exceeded quota" not in words and _LIMIT_RANGE.search(words) is not None
 
 
 def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:
