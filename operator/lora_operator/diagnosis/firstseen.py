@@ -13,6 +13,9 @@ from lora_operator.watched.views import JobView, PodView
 ORPHANS = "orphans"
 """The sighting of pods that hold up the next attempt, and that nobody deletes."""
 
+LEFTOVERS = "leftovers"
+"""The sighting of pods that hold up the next attempt, and are on their way out."""
+
 _BELIEVED = 120.0
 """Seconds before an end was seen within which a time that a node tells is taken to put ends into their order."""
 

@@ -31,7 +31,10 @@ _CLAIM_REMEDY = (
     "Create the claim in the run's namespace, correct the pvc:// URI, or see why the claim is not bound (kubectl "
     "describe pvc). The run starts by itself once it is."
 )
-_GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
+_GATED_REMEDY = (
+    "See why whoever set the pod's scheduling gates (spec.schedulingGates) does not remove them. The run starts by "
+    "itself then."
+)
 _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
@@ -102,11 +105,12 @@ def describe_unscheduled(pods: Sequence[PodView]) -> str:
     for pod in pods:
         if pod.unscheduled_reason and not pod.has_ended:
             waiting.setdefault(pod.unscheduled_message, []).append(pod.name)
-    *others, last = [f"No node takes {_name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
+    *others, last = [f"No node takes {name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
     return "; ".join([*(text.rstrip(".") for text in others), last])
 
 
-def _name_pods(names: Sequence[str]) -> str:
+def name_pods(names: Sequence[str]) -> str:
+    """Pods in a message: the first few by their names."""
     if len(names) == 1:
         return f"pod {names[0]}"
     more = len(names) - _MOST_NAMES

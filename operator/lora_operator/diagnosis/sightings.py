@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_operator.diagnosis.firstseen import (
+    LEFTOVERS,
     ORPHANS,
     could_run_since,
     end_seen,
@@ -28,6 +29,8 @@ def note_sightings(observed: Observed, now: datetime) -> Reports:
 
 def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found = {ORPHANS: now} if observed.orphans() else {}
+    if any(pod.deleting_at for pod in observed.leftovers()):
+        found[LEFTOVERS] = now
     job = observed.live_job()
     if job is None:
         return found

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lora_operator.diagnosis.firstseen import ORPHANS, end_seen, held_up_seen, job_seen, run_seen, starting_seen
+from lora_operator.diagnosis.firstseen import LEFTOVERS, ORPHANS, end_seen, held_up_seen, job_seen, run_seen, starting_seen
 from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Reports
@@ -53,4 +53,4 @@ def test_one_that_runs_when_the_operator_begins_may_have_begun_when_it_got_its_n
 def test_orphans_are_seen_once_no_job_is_left() -> None:
     orphan = running(0, orphaned=True)
     assert note(seen(a_run(status=FAILED_ONCE), orphan)).seen == {ORPHANS: NOW}
-    assert note(seen(a_run(status=FAILED_ONCE), replace(orphan, deleting_at=NOW))).seen == {}
+    assert note(seen(a_run(status=FAILED_ONCE), replace(orphan, deleting_at=NOW))).seen == {LEFTOVERS: NOW}
