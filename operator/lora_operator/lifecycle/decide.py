@@ -53,6 +53,7 @@ from lora_operator.policies.placement import (
     not_placed,
     not_started,
     seconds_to_giving_back,
+    waits_since,
 )
 from lora_operator.policies.stall import find_stall, seconds_to_stall
 from lora_operator.settings import RunSettings
@@ -224,7 +225,8 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
         return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
         return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
-    return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=job.created)
+    since = waits_since(observed, job, settings.restart_backoff)
+    return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=since)
 
 
 def _decide_failing(

@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from lora_operator.diagnosis.firstseen import LEFTOVERS, ORPHANS, end_seen, held_up_seen, job_seen, run_seen, starting_seen
+from lora_operator.diagnosis.firstseen import (
+    LEFTOVERS,
+    ORPHANS,
+    end_seen,
+    held_up_seen,
+    job_seen,
+    run_seen,
+    starting_seen,
+)
 from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Reports
