@@ -184,7 +184,7 @@ def _tell_leaving(observed: Observed, leaving: list[PodView], wait: float, now: 
     status = observed.run.status
     left = _BRIEF - (now - observed.reports.seen.get(LEFTOVERS, now)).total_seconds()
     if left > 0 or not leaving:
-        return Plan(requeue_after=min(wait, left) if left > 0 else wait)
+        return Plan(requeue_after=min(wait, left) if leaving else wait)
     failure = next((one for one in status.failures if one.attempt == status.attempt), None)
     reason = str(failure.failure_class) if failure else "WaitingForPodsToEnd"
     message = f"The next attempt waits for {name_pods([pod.name for pod in leaving])} to end"
