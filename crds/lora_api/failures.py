@@ -123,7 +123,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         meaning="The connection to another pod of the gang broke, or the pod did not answer in time.",
         remedy=(
-            "Nothing to do if another pod's failure explains it. Otherwise check the network between the nodes and "
+            "Another pod's failure may explain it. Otherwise check the network between the nodes and "
             "NCCL_SOCKET_IFNAME in podTemplate.env."
         ),
     ),
@@ -146,7 +146,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         charged=False,
         retried=True,
         meaning="The pod was asked to stop and saved a checkpoint first.",
-        remedy="Nothing to do: the next attempt goes on from the checkpoint.",
+        remedy="The next attempt goes on from the checkpoint by itself.",
     ),
     FailureRule(
         failure_class=FailureClass.GATE_REFUSED,
@@ -176,7 +176,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         meaning="Quantized weights of the base model are not those that were loaded: a device or a copy altered them.",
         remedy=(
-            "Nothing to do if it happens once: the next attempt loads the weights anew. If it repeats with ranks of "
+            "The next attempt loads the weights anew. If it repeats with ranks of "
             "one node, take that node out and test its memory (nvidia-smi -q -d ECC). If it repeats everywhere, report "
             "it, and set parallelism.strategy: ddp or quantization.type: none meanwhile."
         ),
@@ -264,7 +264,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         meaning="A pod was deleted or killed from outside.",
         remedy=(
-            "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, look for who deletes the "
+            "The next attempt goes on from the last checkpoint by itself. If it repeats, look for who deletes the "
             "pods (kubectl get events)."
         ),
     ),
@@ -275,7 +275,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         meaning="Kubernetes took the pod off its node (preemption, drain, or pressure on the node).",
         remedy=(
-            "Nothing to do: the next attempt goes on from the last checkpoint. If it repeats, give the run a higher "
+            "The next attempt goes on from the last checkpoint by itself. If it repeats, give the run a higher "
             "priority or set requests equal to limits."
         ),
     ),
@@ -286,7 +286,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=True,
         node=True,
         meaning="The node of a pod stopped answering.",
-        remedy="Nothing to do: the next attempt starts on other nodes. Look at the node (kubectl describe node).",
+        remedy="The next attempt starts on other nodes by itself. Look at the node (kubectl describe node).",
     ),
     FailureRule(
         failure_class=FailureClass.IMAGE_PULL_FAILED,

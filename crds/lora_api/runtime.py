@@ -188,7 +188,7 @@ class ClusterLoRARuntimeSpec(ApiModel):
     preflight_resources: PreflightResources | None = Field(
         None,
         description="What a preflight asks for and may take. Default: requests of 500m CPU and 1Gi, or those of the "
-        "run if they are less; limits of the run, or 4 CPUs and 8Gi.",
+        "run if they are less, and its limits.",
     )
     queue_name: QueueName | None = Field(
         None,

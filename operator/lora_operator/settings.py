@@ -51,7 +51,8 @@ class RunSettings:
     start_timeout: float = _setting(
         600.0,
         "LORA_START_TIMEOUT",
-        "Time after which a run fails whose image cannot be pulled or whose pods cannot be created or configured.",
+        "Time after which a run fails whose image cannot be pulled or whose pods cannot be created or configured, and "
+        "an attempt ends whose pods have nodes and do not start.",
     )
     preflight: Literal["on", "off"] = _setting(
         "on",
@@ -60,7 +61,10 @@ class RunSettings:
         ("on", "off"),
     )
     preflight_timeout: float = _setting(
-        3600.0, "LORA_PREFLIGHT_TIMEOUT", "Time after which a preflight that does not end has failed."
+        3600.0,
+        "LORA_PREFLIGHT_TIMEOUT",
+        "Time after which a preflight that does not end has failed, or an attempt one of whose init containers "
+        "does not.",
     )
     network_policy: Literal["on", "off"] = _setting(
         "on",

@@ -120,11 +120,11 @@ _VOCABULARY = (
     "the tokenizer of this model, or declare newTokens. The log has the assertion."
 )
 _NETWORK = (
-    "Nothing to do if another pod's failure explains it. Otherwise check the network between the nodes: "
+    "Another pod's failure may explain it. Otherwise check the network between the nodes: "
     "NCCL_SOCKET_IFNAME and NCCL_IB_HCA in podTemplate.env, and that no NetworkPolicy or firewall is in the way."
 )
 _SLOW_PEER = (
-    "Nothing to do if another pod's failure explains it. Otherwise a rank hangs or is too slow: look at the node of "
+    "Another pod's failure may explain it. Otherwise a rank hangs or is too slow: look at the node of "
     "the silent pod, or raise parallelism.collectiveTimeoutSeconds."
 )
 

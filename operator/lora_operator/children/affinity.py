@@ -7,6 +7,7 @@ from lora_api.status import AvoidedNode
 
 HOSTNAME = "kubernetes.io/hostname"
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+_PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 
 def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
@@ -16,7 +17,7 @@ def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict
     """
     if not nodes:
         return dict(template)
-    away = {"key": HOSTNAME, "operator": "NotIn", "values": sorted(node.name for node in nodes)}
+    away = _not_on(nodes)
     spec = template["spec"]
     affinity = spec.get("affinity") or {}
     of_nodes = affinity.get("nodeAffinity") or {}
@@ -27,3 +28,22 @@ def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict
     ]
     of_nodes = {**of_nodes, _REQUIRED: {**required, "nodeSelectorTerms": terms}}
     return {**template, "spec": {**spec, "affinity": {**affinity, "nodeAffinity": of_nodes}}}
+
+
+def lean_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
+    """The pod ``template``, whose pods go to none of ``nodes`` where another one takes them.
+
+    A preflight needs no GPU, and nobody would let it off again: there may be no other node for it.
+    """
+    if not nodes:
+        return dict(template)
+    spec = template["spec"]
+    affinity = spec.get("affinity") or {}
+    of_nodes = affinity.get("nodeAffinity") or {}
+    away = {"weight": 100, "preference": {"matchExpressions": [_not_on(nodes)]}}
+    of_nodes = {**of_nodes, _PREFERRED: [*(of_nodes.get(_PREFERRED) or ()), away]}
+    return {**template, "spec": {**spec, "affinity": {**affinity, "nodeAffinity": of_nodes}}}
+
+
+def _not_on(nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
+    return {"key": HOSTNAME, "operator": "NotIn", "values": sorted(node.name for node in nodes)}

@@ -11,7 +11,7 @@ from typing import Any
 from lora_api import LoRAFineTune
 from lora_api.pods import PodTemplate
 from lora_api.run import MASTER_PORT, RUN_FILE
-from lora_operator.children.affinity import keep_away
+from lora_operator.children.affinity import keep_away, lean_away
 from lora_operator.children.document import build_document, build_preflight_document
 from lora_operator.children.environment import build_env
 from lora_operator.children.placement import build_preflight_placement
@@ -66,6 +66,7 @@ def build_job(
     if policy.priority_class_name:
         template["spec"]["priorityClassName"] = policy.priority_class_name
     join_gang(template, name, settings)
+    template = keep_away(template, run.status.avoided_nodes or [])
     if not uses_kueue(policy.queue_name, settings):
         return _build(run, name, labels, run.spec.parallelism.nodes, template)
     labels |= queue_labels(run)
@@ -85,6 +86,7 @@ def build_preflight_job(run: LoRAFineTune, number: int, settings: RunSettings, r
         env=build_env(run, {}), resources=preflight_resources(run),
     )  # fmt: skip
     template["spec"] |= build_preflight_placement(run)
+    template = lean_away(template, run.status.avoided_nodes or [])
     return _annotate(_build(run, name, labels, 1, template), run_version)
 
 
@@ -115,7 +117,7 @@ def _build(
             "parallelism": pods,
             "backoffLimitPerIndex": 0,
             "podReplacementPolicy": "Failed",
-            "template": keep_away(template, run.status.avoided_nodes or []),
+            "template": template,
         },
     }
 

@@ -58,6 +58,7 @@ class Obstacle:
 
     ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
     others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
+    ``pod``: the one on whose node it is.
     """
 
     reason: str
@@ -68,6 +69,7 @@ class Obstacle:
     scheduling: bool = False
     permanent: bool = False
     limit: float | None = None
+    pod: PodView | None = None
 
     @property
     def text(self) -> str:
@@ -92,6 +94,7 @@ class Obstacle:
         return Failure(
             attempt=attempt, failure_class=self.failure_class, reason=self.reason,
             message=f"{self.message}{lasted}", remedy=self.remedy, at=now,
+            pod=self.pod.name if self.pod else None, node=(self.pod.node or None) if self.pod else None,
         )  # fmt: skip
 
 

@@ -13,6 +13,9 @@ from lora_operator.watched.views import JobView, PodView
 ORPHANS = "orphans"
 """The sighting of pods that hold up the next attempt, and that nobody deletes."""
 
+LEFTOVERS = "leftovers"
+"""The sighting of pods that hold up the next attempt, and are on their way out."""
+
 _BELIEVED = 120.0
 """Seconds before an end was seen within which a time that a node tells is taken to put ends into their order."""
 
@@ -30,6 +33,16 @@ def run_seen(job: JobView) -> str:
 def held_up_seen(job: JobView, reason: str) -> str:
     """The sighting of pods of ``job`` that do not start, for ``reason``."""
     return f"{reason}/{job.uid}"
+
+
+def starting_seen(pod: PodView) -> str:
+    """The sighting of ``pod`` that has a node and does not run."""
+    return f"start/{pod.uid}"
+
+
+def warned_seen(pod: PodView) -> str:
+    """The sighting of a warning about ``pod`` that has a node and does not run."""
+    return f"warn/{pod.uid}"
 
 
 def end_seen(pod: PodView) -> str:

@@ -7,6 +7,7 @@ from datetime import datetime
 from lora_api import RULES, FailureClass
 from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, Obstacle, describe_init_remedy
 from lora_operator.diagnosis.firstseen import held_up_seen
+from lora_operator.diagnosis.stuck import diagnose_stuck
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.watched.views import JobView, PodView
 
@@ -30,7 +31,10 @@ _CLAIM_REMEDY = (
     "Create the claim in the run's namespace, correct the pvc:// URI, or see why the claim is not bound (kubectl "
     "describe pvc). The run starts by itself once it is."
 )
-_GATED_REMEDY = "Nothing to do: whoever set the pod's scheduling gates removes them."
+_GATED_REMEDY = (
+    "See why whoever set the pod's scheduling gates (spec.schedulingGates) does not remove them. The run starts by "
+    "itself then."
+)
 _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
@@ -42,15 +46,6 @@ _MOST_NAMES = 5
 """Pods that a message names; of more it gives the number."""
 _WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
 _POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make an exception for the namespace."
-_EVENT_REMEDY = "See kubectl describe pod. The run starts by itself once its pods do."
-_EVENT_REMEDIES = {
-    "FailedMount": "Make what the message names: a claim, a Secret or a volume. The run starts by itself then.",
-    "FailedAttachVolume": "Free the volume on its other node, or take one that many nodes may mount. The run starts by "
-    "itself then.",
-    "FailedCreatePodSandBox": "See the node's network plugin and container runtime; the run starts by itself once they "
-    "work, or once the pod is deleted and made on another node.",
-}
-"""By the reason of the newest warning about a pod that has a node and does not start."""
 _SIZE_REMEDY = (
     "Shorten what the specification says at length, such as dataset.chatTemplate or podTemplate.annotations, and "
     "create the run again."
@@ -68,8 +63,18 @@ def _starting(pods: Sequence[PodView]) -> list[PodView]:
     return [pod for pod in pods if not pod.has_ended and not pod.running]
 
 
-def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports, now: datetime) -> Obstacle | None:
+def diagnose_obstacle(
+    pods: Sequence[PodView],
+    job: JobView,
+    reports: Reports,
+    now: datetime,
+    *,
+    limit: float = 600.0,
+    patience: float = 3600.0,
+) -> Obstacle | None:
     """What is in the way of ``job``, the worst first.
+
+    ``limit``: seconds that what does not start has, ``patience``: those that what starts slowly has.
 
     What keeps containers from starting counts from when it was seen first, and from then anew where it had passed: a
     pod may have waited long for its node before, and what pulls an image tries again by itself.
@@ -79,16 +84,9 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports, n
         return _fatal(failure_class, pod, reports.seen.get(held_up_seen(job, failure_class), now))
     if reports.refusal:
         return _refused(job, reports.refusal)
-    for pod in starting:
-        words = reports.pod_events.get(pod.uid)
-        if pod.scheduled and words:
-            reason = words.partition(":")[0]
-            return Obstacle(
-                reason=reason if reason.isalnum() else "PodNotReady",
-                message=f"Pod {pod.name} does not start: {words}",
-                remedy=_EVENT_REMEDIES.get(reason, _EVENT_REMEDY),
-                since=pod.created,
-            )
+    stuck = sorted(diagnose_stuck(pods, reports, now, patience), key=lambda one: one.seconds_left(now, limit) or 0.0)
+    if stuck and (stuck[0].seconds_left(now, limit) or 0.0) <= 0:
+        return stuck[0]
     for pod in starting:
         if pod.unscheduled_reason:
             return Obstacle(
@@ -98,7 +96,7 @@ def diagnose_obstacle(pods: Sequence[PodView], job: JobView, reports: Reports, n
                 since=pod.created,
                 scheduling=True,
             )
-    return None
+    return stuck[0] if stuck else None
 
 
 def describe_unscheduled(pods: Sequence[PodView]) -> str:
@@ -107,11 +105,12 @@ def describe_unscheduled(pods: Sequence[PodView]) -> str:
     for pod in pods:
         if pod.unscheduled_reason and not pod.has_ended:
             waiting.setdefault(pod.unscheduled_message, []).append(pod.name)
-    *others, last = [f"No node takes {_name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
+    *others, last = [f"No node takes {name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
     return "; ".join([*(text.rstrip(".") for text in others), last])
 
 
-def _name_pods(names: Sequence[str]) -> str:
+def name_pods(names: Sequence[str]) -> str:
+    """Pods in a message: the first few by their names."""
     if len(names) == 1:
         return f"pod {names[0]}"
     more = len(names) - _MOST_NAMES
@@ -188,9 +187,14 @@ def _refusal_remedy(job: JobView, words: str) -> str:
             f"Set {', '.join(fields)} in {whose}, {again}; or give the namespace a LimitRange with defaults, and the "
             "run starts by itself."
         )
-    if _LIMIT_RANGE.search(words):
+    if is_by_limit_range(words):
         return f"Bring {whose} to what the LimitRange of the namespace allows, {again}; or have the LimitRange changed."
     return RULES[FailureClass.POD_NOT_STARTED].remedy
+
+
+def is_by_limit_range(words: str) -> bool:
+    """Whether pods are refused for how much they ask for, or how little."""
+    return "exceeded quota" not in words and _LIMIT_RANGE.search(words) is not None
 
 
 def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:

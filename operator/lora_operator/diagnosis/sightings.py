@@ -4,14 +4,18 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_operator.diagnosis.firstseen import (
+    LEFTOVERS,
     ORPHANS,
     could_run_since,
     end_seen,
     held_up_seen,
     job_seen,
     run_seen,
+    starting_seen,
+    warned_seen,
 )
 from lora_operator.diagnosis.obstacles import find_held_up
+from lora_operator.diagnosis.stuck import find_stuck, find_warned
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Reports
 
@@ -25,6 +29,8 @@ def note_sightings(observed: Observed, now: datetime) -> Reports:
 
 def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found = {ORPHANS: now} if observed.orphans() else {}
+    if any(pod.deleting_at for pod in observed.leftovers()):
+        found[LEFTOVERS] = now
     job = observed.live_job()
     if job is None:
         return found
@@ -32,6 +38,8 @@ def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found[job_seen(job)] = now
     found |= {end_seen(pod): now for pod in pods if pod.has_ended}
     found |= {held_up_seen(job, reason): now for reason in find_held_up(pods)}
+    found |= {starting_seen(pod): now for pod in find_stuck(pods)}
+    found |= {warned_seen(pod): now for pod in find_warned(pods, observed.reports)}
     runs = next((pod for pod in pods if pod.running), None)
     if job.preflight and runs is not None:
         first_look = job_seen(job) not in observed.reports.seen

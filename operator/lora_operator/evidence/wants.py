@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from lora_operator.clock import is_due
+from lora_operator.diagnosis.stuck import find_stuck
 from lora_operator.lifecycle.queued import is_stopping
 from lora_operator.policies.stall import seconds_to_stall
 from lora_operator.settings import RunSettings
@@ -20,7 +21,7 @@ POD_DELAY = 5.0
 """Seconds that a pod which has a node has to start before the operator asks why it does not."""
 
 ASKED_PODS = 3
-"""Of so many pods of a gang the Events are read: what keeps one from starting keeps most of the others."""
+"""Of so many pods of a gang the Events are read at a time: those that were not read first, then each in its turn."""
 
 QUEUE_INTERVAL = 600.0
 """Longest time in seconds between two questions to Kueue about a run that waits."""
@@ -114,10 +115,17 @@ def wants_events(observed: Observed, now: datetime, settings: RunSettings) -> Ev
     job = observed.live_job()
     if job is None or job.suspended:
         return None
-    pods = tuple(pod for pod in observed.gang(job) if pod.is_starting and pod.deleting_at is None)[:ASKED_PODS]
+    turns = {uid: turn for turn, uid in enumerate(observed.reports.pod_events)}
+    pods = sorted(find_stuck(observed.gang(job)), key=lambda pod: turns.get(pod.uid, -1))[:ASKED_PODS]
     late = bool(pods) and is_due(max(pod.created for pod in pods), now, POD_DELAY)
-    due = is_due(observed.reports.pod_events_read_at, now, 3 * settings.log_interval)
-    return EventsOfPods(job, pods) if late and due else None
+    due = is_due(observed.reports.pod_events_read_at, now, _events_interval(observed, job, settings))
+    return EventsOfPods(job, tuple(pods)) if late and due else None
+
+
+def _events_interval(observed: Observed, job: JobView, settings: RunSettings) -> float:
+    """Seconds between two looks at Events: fewer while there are pods of which nobody knows why they do not start."""
+    unread = any(pod.uid not in observed.reports.pod_events for pod in find_stuck(observed.gang(job)))
+    return settings.log_interval if unread else 3 * settings.log_interval
 
 
 def wants_queue(observed: Observed, now: datetime, settings: RunSettings) -> JobView | None:
@@ -156,7 +164,8 @@ def compute_next_look(observed: Observed, plan: Plan, settings: RunSettings) -> 
         elif job.started is not None and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
         elif any(pod.is_starting for pod in observed.gang(job)):
-            times.append(POD_DELAY if observed.reports.pod_events_read_at is None else 3 * settings.log_interval)
+            read = observed.reports.pod_events_read_at is not None
+            times.append(_events_interval(observed, job, settings) if read else POD_DELAY)
     return min(times, default=None)
 
 

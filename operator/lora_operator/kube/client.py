@@ -30,6 +30,7 @@ from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator.kube import yamlbody as applied
 from lora_operator.kube.ownership import find_conflict
+from lora_operator.kube.podevents import find_warning
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.kube.undeclared import Undeclared
 from lora_operator.names import MANAGER, RUN_LABEL
@@ -287,11 +288,10 @@ class KubeClient:
         return str(events[-1].get("note", "")) if events else None
 
     async def fetch_warning(self, namespace: str, pod_uid: str) -> str:
-        """Reason and note of the newest warning about a pod; empty if there is none."""
-        query = {"fieldSelector": f"regarding.kind=Pod,regarding.uid={pod_uid},type=Warning"}
+        """Why a pod that has a node does not start, by its Events; empty if none says so."""
+        query = {"fieldSelector": f"regarding.kind=Pod,regarding.uid={pod_uid}"}
         page = await self._call_json("GET", "list", "events", namespace, query=query)
-        events = sorted(page.get("items") or (), key=lambda event: int(event["metadata"]["resourceVersion"]))
-        return f"{events[-1].get('reason', '')}: {events[-1].get('note', '')}" if events else ""
+        return find_warning(page.get("items") or ())
 
     async def emit_event(self, event: Raw) -> None:
         """Posts an Event. One that was posted already is left as it is."""

@@ -24,7 +24,8 @@ from lora_operator.diagnosis.diagnose import (
     is_off,
     seconds_to_lost,
 )
-from lora_operator.diagnosis.obstacles import diagnose_obstacle
+from lora_operator.diagnosis.firstseen import LEFTOVERS
+from lora_operator.diagnosis.obstacles import diagnose_obstacle, name_pods
 from lora_operator.lifecycle.finished import decide_finished, decide_retry
 from lora_operator.lifecycle.orphans import (
     are_to_be_named,
@@ -52,6 +53,7 @@ from lora_operator.policies.placement import (
     not_placed,
     not_started,
     seconds_to_giving_back,
+    waits_since,
 )
 from lora_operator.policies.stall import find_stall, seconds_to_stall
 from lora_operator.settings import RunSettings
@@ -61,6 +63,10 @@ from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, Pl
 from lora_operator.state.workload import uses_kueue
 from lora_operator.status.claims import disown
 from lora_operator.watched.views import JobView, PodView
+from lora_operator.wording import with_remedy
+
+_BRIEF = 5.0
+"""Seconds that the pods of an attempt which is over may take to end before they are told of."""
 
 
 def decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
@@ -169,8 +175,29 @@ def _wait_for_leftovers(observed: Observed, now: datetime, settings: RunSettings
     if orphans and left is not None:
         wait = min(wait, settings.failure_grace)
     if observed.run.status.attempt > 0:
-        return Plan(requeue_after=wait)  # the status says why the run restarts, which is worth more
+        return _tell_leaving(observed, leaving, wait, now)
     return decide_wait("WaitingForPodsToEnd", "Waiting for the pods of an earlier run of this name", wait)
+
+
+def _tell_leaving(observed: Observed, leaving: list[PodView], wait: float, now: datetime) -> Plan:
+    """Which pods the next attempt waits for, behind why it is needed, once that takes longer than it mostly does."""
+    status = observed.run.status
+    left = _BRIEF - (now - observed.reports.seen.get(LEFTOVERS, now)).total_seconds()
+    if left > 0 or not leaving:
+        return Plan(requeue_after=min(wait, left) if leaving else wait)
+    failure = next((one for one in status.failures if one.attempt == status.attempt), None)
+    reason = str(failure.failure_class) if failure else "WaitingForPodsToEnd"
+    message = f"The next attempt waits for {name_pods([pod.name for pod in leaving])} to end"
+    if failure:
+        message = with_remedy(f"{failure.message.rstrip('.')}. {message}", failure.remedy)
+    return Plan(
+        phase=Phase.RESTARTING,
+        reason=reason,
+        message=message,
+        attempt=status.attempt,
+        conditions={ConditionType.RUNNING: Mark(value=False, reason=reason, message=message)},
+        requeue_after=wait,
+    )
 
 
 def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: RunSettings) -> Plan:
@@ -198,7 +225,8 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
         return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
         return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
-    return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=job.created)
+    since = waits_since(observed, job, settings.restart_backoff)
+    return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=since)
 
 
 def _decide_failing(
@@ -247,7 +275,9 @@ def _decide_healthy(
         running = Mark(value=True, reason="PodsRunning", message="Every pod of the gang runs")
         marks = {ConditionType.SCHEDULED: scheduled_mark(value=True), ConditionType.RUNNING: running}
         return _decide_running(observed, job, marks, pods, settings, now)
-    obstacle = diagnose_obstacle(pods, job, observed.reports, now)
+    obstacle = diagnose_obstacle(
+        pods, job, observed.reports, now, limit=settings.start_timeout, patience=settings.preflight_timeout
+    )
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
         return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))

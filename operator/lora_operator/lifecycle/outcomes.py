@@ -80,7 +80,7 @@ def decide_failure(
 def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
     """The remedy of a failure that the next attempt tries by itself."""
     return (
-        f"Nothing to do: the next attempt has micro-batches of {smaller} instead of {find_micro_batch(run, failure)} "
+        f"The next attempt has micro-batches of {smaller} instead of {find_micro_batch(run, failure)} "
         "(runPolicy.onOutOfMemory: shrinkMicroBatch); globalBatchSize stays."
     )
 

@@ -11,13 +11,15 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
+from lora_operator.children.resources import gang_resources_on_cpu, preflight_resources
 from lora_operator.diagnosis.diagnose import diagnose_pods, diagnose_root, termination_of
 from lora_operator.diagnosis.firstseen import running_since
-from lora_operator.diagnosis.obstacles import diagnose_obstacle
+from lora_operator.diagnosis.obstacles import diagnose_obstacle, is_by_limit_range
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import RunSettings
-from lora_operator.state.facts import has_passed
+from lora_operator.state.facts import REFUSED_BY_LIMIT_RANGE, asks_as_the_gang, has_passed
+from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import DeleteJob, EnqueueJob, LaunchPreflight, Mark, Plan
 from lora_operator.state.workload import uses_kueue
@@ -73,7 +75,12 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
         return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
     if job.suspended:
         return _decide_held(observed, job, settings)
-    obstacle = diagnose_obstacle(pods, job, observed.reports, now)
+    refused = _find_too_little(observed, job, now)
+    if refused is not None:
+        return decide_failure(observed, PREFLIGHT, refused, now, settings)
+    obstacle = diagnose_obstacle(
+        pods, job, observed.reports, now, limit=settings.start_timeout, patience=settings.preflight_timeout
+    )
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
@@ -126,6 +133,22 @@ def _find_passed(pods: list[PodView]) -> Termination | None:
         if passed and termination is not None and termination.outcome == "succeeded" and termination.preflight:
             return termination
     return None
+
+
+def _find_too_little(observed: Observed, job: JobView, now: datetime) -> Failure | None:
+    """The end of a preflight that a LimitRange refuses, where it would not refuse what the gang asks for."""
+    run, refusal = observed.run, observed.reports.refusal
+    if refusal is None or not (observed.is_short_of_pods(job) and is_by_limit_range(refusal.message)):
+        return None
+    if asks_as_the_gang(run.status) or preflight_resources(run) == gang_resources_on_cpu(run):
+        return None
+    message = f"Pods of Job {job.name} are refused, which asks for less than the gang does: {refusal.message}"
+    failure = new_failure(FailureClass.POD_LOST, PREFLIGHT, message, now, REFUSED_BY_LIMIT_RANGE)
+    remedy = (
+        "The next preflight asks for the CPU and memory that the gang asks for. To have it ask for less, set "
+        "preflightResources of the ClusterLoRARuntime to what the LimitRange of the namespace allows."
+    )
+    return failure.model_copy(update={"remedy": remedy})
 
 
 def _overdue(pod: PodView, settings: RunSettings, now: datetime) -> Failure:

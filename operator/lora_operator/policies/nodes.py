@@ -15,7 +15,7 @@ AVOIDED_FOR = timedelta(days=1)
 
 _REFUSALS = frozenset(
     {"UnexpectedAdmissionError", "NodeAffinity", "TopologyAffinityError", "SMTAlignmentError", "PodOSNotSupported",
-     "UnexpectedPredicateFailureType", "PodFeatureUnsupported"}
+     "UnexpectedPredicateFailureType", "PodFeatureUnsupported", "FailedCreatePodSandBox", "FailedMount"}
 )  # fmt: skip
 _OUT_OF = "OutOf"
 """What the reasons begin with with which a kubelet refuses a pod for want of something: OutOfcpu, OutOfpods, ..."""

@@ -6,11 +6,12 @@ before the next try, each time twice as long, so that one of them gets through.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from lora_api import Failure, FailureClass
 from lora_operator.diagnosis.obstacles import describe_unscheduled, waits_for_claim
 from lora_operator.policies.nodes import describe_forgotten
+from lora_operator.policies.restarts import compute_backoff
 from lora_operator.state.failures import new_failure, reword
 from lora_operator.state.observed import Observed
 from lora_operator.watched.views import JobView, PodView
@@ -50,6 +51,21 @@ def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
     asked = observed.run.spec.run_policy.placement_timeout_seconds
     since = observed.reports.short_of_room_since or now
     return float(PLACEMENT_TIMEOUT if asked is None else asked) - (now - since).total_seconds()
+
+
+def waits_since(observed: Observed, job: JobView, base: float) -> datetime:
+    """Since when the run waits for what ``job`` needs: its nodes, and before that leave to make the Job at all.
+
+    That begins with the pause after the last failure, which is ``base`` seconds for the first. Those for want of room
+    are a part of the wait.
+    """
+    status = observed.run.status
+    earlier = [one for one in status.failures if one.attempt < job.attempt]
+    last = next((one for one in reversed(earlier) if one.failure_class is not FailureClass.NOT_PLACED), None)
+    if last is None:
+        return job.created
+    pause = compute_backoff(max((status.recent_failures or 1) - 1, 0), base)
+    return min(job.created, last.at + timedelta(seconds=pause))
 
 
 def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> Failure:

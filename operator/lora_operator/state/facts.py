@@ -13,6 +13,15 @@ def has_passed(status: LoRAFineTuneStatus) -> bool:
     return holds(status, ConditionType.PREFLIGHT_PASSED)
 
 
+REFUSED_BY_LIMIT_RANGE = "LimitRange"
+"""Reason of the failure of a preflight that asked for less than a LimitRange allows."""
+
+
+def asks_as_the_gang(status: LoRAFineTuneStatus) -> bool:
+    """Whether a preflight that asked for less than the gang was refused for it."""
+    return any(not failure.attempt and failure.reason == REFUSED_BY_LIMIT_RANGE for failure in status.failures)
+
+
 def has_started(status: LoRAFineTuneStatus) -> bool:
     """Whether pods were made for the run, as far as its status tells."""
     return bool(status.attempt or status.failed_preflights or has_passed(status))

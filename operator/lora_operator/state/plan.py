@@ -93,7 +93,7 @@ class Plan:
     ``afresh``: nothing was made for it.
 
     With a failure come the ``budget``, the ``checkpoint`` that it is counted from, and the nodes that are ``avoided``
-    from now on. ``waiting_since`` is when the gang began to wait for its nodes.
+    from now on. ``waiting_since`` is when the run began to wait for its nodes, or for its Job.
 
     Three things are remembered for the next look: ``failing``, that a pod has failed and the others get time for their
     last words; ``short_of_room``, that pods hold nodes while others find none, and give them back if that lasts;

@@ -135,8 +135,12 @@ def hear_refusal(reports: Reports, message: str | None, now: datetime) -> Report
 
 
 def hear_pod_events(reports: Reports, words: Mapping[str, str], now: datetime) -> Reports:
-    """``reports`` after a look at ``now`` for why pods do not start: the newest warning by the uid of its pod."""
-    return replace(reports, pod_events={**reports.pod_events, **words}, pod_events_read_at=now)
+    """``reports`` after a look at ``now`` for why pods do not start: the newest warning by the uid of its pod.
+
+    Those that were read last come last.
+    """
+    others = {uid: told for uid, told in reports.pod_events.items() if uid not in words}
+    return replace(reports, pod_events={**others, **words}, pod_events_read_at=now)
 
 
 def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None) -> Reports:

@@ -78,7 +78,7 @@ class PodView:
     waiting_reason: str = ""
     waiting_message: str = ""
     init_container: str = ""
-    """The init container that waits, or runs, before the trainer."""
+    """The init container that waits, or runs, before the trainer; or the sidecar that has not started."""
     running: bool = False
     unready: bool = False
     """Kubernetes says that it is not ready, and no container of it is why. While it runs this is the node's fault."""
@@ -173,7 +173,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
     first = _InitContainers(spec, status) if "running" not in state and "terminated" not in state else None
     waiting, init_container = state.get("waiting") or {}, ""
     if first is not None and waiting.get("reason") in _INITIALIZING:
-        init_container, waiting = first.find_waiting() or (first.find_running(), waiting)
+        init_container, waiting = first.find_waiting() or (first.find_running() or first.find_starting(), waiting)
     refused = first.find_failed() if first is not None else None
     owned = bool(controller_of(metadata))
     made_by_job = str(metadata.get("generateName") or "").endswith(f"-{index}-")
@@ -240,6 +240,9 @@ class _InitContainers:
         # Sidecars, and what else has a restart policy of its own: they start again when they fail, and are ended with
         # the pod, so that how they end says nothing.
         self._restarted = {item.get("name") for item in spec.get("initContainers") or () if item.get("restartPolicy")}
+        self._unstarted = {
+            item.get("name") for item in status.get("initContainerStatuses") or () if item.get("started") is False
+        }
         self._states = [
             (str(item.get("name", "")), item.get("state") or {}) for item in status.get("initContainerStatuses") or ()
         ]
@@ -252,6 +255,11 @@ class _InitContainers:
     def find_running(self) -> str:
         """The first that runs and is to end before the trainer starts."""
         running = (name for name, state in self._states if "running" in state and name not in self._restarted)
+        return next(running, "")
+
+    def find_starting(self) -> str:
+        """The first sidecar that runs and has not passed its startup probe, for which the others wait."""
+        running = (name for name, state in self._states if "running" in state and name in self._unstarted)
         return next(running, "")
 
     def find_failed(self) -> Ended | None:

@@ -209,25 +209,68 @@ def test_a_run_ends_without_what_is_for_people_alone(
         run.wait_phase("Succeeded")
 
 
-def test_why_a_pod_does_not_start_is_said_in_the_words_of_its_events(run: Run, operator: OperatorThread) -> None:
-    run.create()
-    pods = run.gang(1)
-    for pod in pods:
-        run.set_pod(pod, waiting("ContainerCreating", ""))
-    pod = pods[1]["metadata"]
+def warn(run: Run, pod: dict[str, Any], reason: str, note: str) -> None:
+    """What a kubelet does about a pod that does not start."""
     regarding = {"apiVersion": "v1", "kind": "Pod", "name": pod["name"], "namespace": run.namespace, "uid": pod["uid"]}
     event = {
-        "metadata": {"name": f"{pod['name']}.1"},
-        "type": "Warning", "reason": "FailedMount", "note": 'MountVolume.SetUp failed: configmap "data" not found',
+        "metadata": {"name": f"{pod['name']}.{reason.lower()}"},
+        "type": "Warning", "reason": reason, "note": note,
         "regarding": regarding, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Mount",
         "reportingController": "kubelet", "reportingInstance": "node-1",
     }  # fmt: skip
     run.api.create(f"/apis/events.k8s.io/v1/namespaces/{run.namespace}/events", event)
-    status = run.wait("it is said", lambda status: status.get("reason") == "FailedMount")
-    assert status["phase"] == "Starting"
-    message = run.condition("Running")["message"]
-    assert f"Pod {pod['name']} does not start: FailedMount: MountVolume.SetUp failed" in message
-    assert "Nothing to do" not in message
-    run.set_running(1)
-    run.wait_phase("Running")
-    assert run.condition("Running")["reason"] == "PodsRunning"
+
+
+def test_why_a_pod_does_not_start_is_said_in_the_words_of_its_events(
+    run: Run, fast_settings: Callable[..., Settings]
+) -> None:
+    with OperatorThread(fast_settings(run.namespace, start_timeout=600.0)):
+        run.create()
+        pods = run.gang(1)
+        for pod in pods:
+            run.set_pod(pod, waiting("ContainerCreating", ""))
+        pod = pods[1]["metadata"]
+        warn(run, pod, "FailedMount", 'MountVolume.SetUp failed: configmap "data" not found')
+        status = run.wait("it is said", lambda status: status.get("reason") == "FailedMount")
+        assert status["phase"] == "Starting"
+        message = run.condition("Running")["message"]
+        assert f"Pod {pod['name']} does not start: FailedMount: MountVolume.SetUp failed" in message
+        assert "Nothing to do" not in message
+        run.set_running(1)
+        run.wait_phase("Running")
+        assert run.condition("Running")["reason"] == "PodsRunning"
+
+
+def test_a_pod_that_never_starts_gives_its_node_back_and_another_one_is_to_be_tried(
+    run: Run, operator: OperatorThread
+) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    first, second = run.gang(1)
+    run.set_pod(first, running())
+    bind(run, second, "n1")
+    run.set_pod(second, waiting("ContainerCreating", ""))
+    warn(run, second["metadata"], "FailedScheduling", "0/3 nodes are available")
+    warn(run, second["metadata"], "FailedCreatePodSandBox", 'plugin type="calico" failed')
+    run.wait("it is said", lambda status: status.get("reason") == "FailedCreatePodSandBox")
+    status = run.wait("the attempt ends", lambda status: status.get("failures"))
+    assert status["phase"] == "Restarting"
+    failure = status["failures"][-1]
+    assert (failure["class"], failure["reason"], failure["node"]) == ("PodLost", "FailedCreatePodSandBox", "n1")
+    assert [node["name"] for node in status["avoidedNodes"]] == ["n1"]
+    assert not status.get("chargedRestarts")
+
+
+def test_an_init_container_that_goes_on_is_told_of_and_ends(run: Run, fast_settings: Callable[..., Settings]) -> None:
+    with OperatorThread(fast_settings(run.namespace, start_timeout=600.0, preflight_timeout=8.0)):
+        run.create()
+        status = waiting("PodInitializing", "")
+        status["initContainerStatuses"] = [
+            {"name": "fetch", "image": "x", "imageID": "", "ready": False, "restartCount": 0,
+             "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}
+        ]  # fmt: skip
+        for pod in run.gang(1):
+            run.set_pod(pod, status)
+        run.wait("it is said", lambda status: status.get("reason") == "InitContainerRuns")
+        assert "its init container fetch runs" in run.condition("Running")["message"]
+        failure = run.wait("the next attempt", lambda status: status.get("attempt") == 2)["failures"][-1]
+        assert (failure["class"], failure["reason"]) == ("PodLost", "InitContainerRuns")

@@ -71,6 +71,24 @@ def test_a_node_that_refuses_pods_is_avoided_until_there_is_no_room_elsewhere(
     assert not status.get("chargedRestarts")
 
 
+def test_a_preflight_may_go_where_one_was_refused_if_there_is_no_other_node(
+    run: Run, fast_settings: Callable[..., Settings], api: Api
+) -> None:
+    with OperatorThread(fast_settings(run.namespace, preflight="on")):
+        run.create()
+        [pod] = eventually("a pod", lambda: run.preflight_pods(1))
+        bind(api, pod, "n1")
+        run.set_preflight(1, REJECTED)
+        [pod] = eventually("another pod", lambda: run.preflight_pods(2))
+        assert [node["name"] for node in run.status["avoidedNodes"]] == ["n1"]
+        affinity = pod["spec"]["affinity"]["nodeAffinity"]
+        assert "requiredDuringSchedulingIgnoredDuringExecution" not in affinity
+        preferred = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+        assert {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["n1"]} in [
+            expression for term in preferred for expression in term["preference"]["matchExpressions"]
+        ]
+
+
 def test_a_part_of_a_gang_gives_its_nodes_back_and_tries_again(run: Run, operator: OperatorThread) -> None:
     run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 1, "maxRestarts": 0}))
     for attempt in (1, 2, 3):

@@ -49,6 +49,10 @@ FITS: dict[str, tuple[str, Raw, Raw]] = {
     "a quota of disk": ("resourcequotas", DISK_QUOTA, WITH_DISK),
     "little memory by default": ("limitranges", limit(default={"memory": "512Mi", "cpu": "250m"}), ALL),
     "the same, and a run that says nothing": ("limitranges", limit(default={"memory": "512Mi", "cpu": "250m"}), {}),
+    "limits by default and a most, and a run that only asks": (
+        "limitranges", limit(default={"memory": "4Gi", "cpu": "2"}, max={"memory": "4Gi", "cpu": "2"}),
+        {"requests": {"memory": "2Gi"}},
+    ),
     "a most that is the run's": ("limitranges", limit(max={"memory": "8Gi", "cpu": "2"}), ALL),
 }  # fmt: skip
 
@@ -66,14 +70,36 @@ def test_a_run_that_fits_starts(run: Run, api: Api, fast_settings: Callable[...,
         run.gang(1)
 
 
+TOO_LITTLE: dict[str, tuple[Raw, Raw]] = {
+    "a ratio": (limit(maxLimitRequestRatio={"memory": "2"}), ALL),
+    "a least": (limit(min={"cpu": "1", "memory": "2Gi"}, max={"memory": "16Gi"}), ALL),
+}
+
+
+@pytest.mark.parametrize("case", TOO_LITTLE)
+def test_a_preflight_that_asks_for_too_little_asks_for_what_the_gang_does(
+    run: Run, api: Api, fast_settings: Callable[..., Settings], case: str
+) -> None:
+    rule, resources = TOO_LITTLE[case]
+    put(api, run.namespace, "limitranges", rule)
+    with OperatorThread(fast_settings(run.namespace, preflight="on", start_timeout=600.0)):
+        run.create(lambda spec: spec.update(podTemplate={"resources": resources}))
+        run.set_preflight(2, ended(0, settled(), "Completed"))
+        run.gang(1)
+    [failure] = run.status["failures"]
+    assert (failure["attempt"], failure["class"], failure["reason"]) == (0, "PodLost", "LimitRange")
+    assert not run.status.get("chargedRestarts")
+
+
 REFUSED: dict[str, tuple[str, Raw, Raw, str, str, str]] = {
     "a quota that is too small": (
         "resourcequotas", {"hard": {"limits.memory": "1Gi"}}, ALL,
         "QuotaExceeded", "exceeded quota: rule, requested: limits.memory=8Gi",
         "To ask for less, change preflightResources",
     ),
-    "a ratio": (
-        "limitranges", limit(maxLimitRequestRatio={"memory": "2"}), ALL,
+    "a ratio that the gang has not either": (
+        "limitranges", limit(maxLimitRequestRatio={"memory": "2"}),
+        {"requests": {"memory": "1Gi"}, "limits": {"memory": "4Gi"}},
         "PodNotStarted", "memory max limit to request ratio per Container is 2",
         "Remedy: Bring preflightResources of the run's ClusterLoRARuntime",
     ),

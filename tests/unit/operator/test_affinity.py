@@ -47,7 +47,20 @@ def test_what_is_preferred_and_what_is_said_of_pods_stays() -> None:
     assert found["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] == [{"weight": 1}]
 
 
-def test_gangs_and_preflights_keep_away_and_others_are_as_they_were() -> None:
-    for job in (build_job(RUN, 2, Settings()), build_preflight_job(RUN, 1, Settings())):
-        assert "affinity" in job["spec"]["template"]["spec"]
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
+
+
+def test_gangs_keep_away_and_others_are_as_they_were() -> None:
+    assert REQUIRED in build_job(RUN, 2, Settings())["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
     assert "affinity" not in build_job(a_run(), 2, Settings())["spec"]["template"]["spec"]
+
+
+def test_a_preflight_takes_an_avoided_node_where_there_is_no_other() -> None:
+    """It gives nothing back and forgets no node, so that it would wait for ever."""
+    plain, found = (
+        build_preflight_job(run, 1, Settings())["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
+        for run in (a_run(), RUN)
+    )
+    assert list(found) == [PREFERRED]
+    assert found[PREFERRED] == [*plain[PREFERRED], {"weight": 100, "preference": {"matchExpressions": [AWAY]}}]

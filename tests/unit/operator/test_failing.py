@@ -133,7 +133,7 @@ CASES = [
     Case(
         "the next attempt waits for the pods of the last one",
         seen(a_run(status=FAILED_ONCE), running(0, deleting_at=ago(-60))),
-        {"launch": None, "phase": None, "requeue_after": 80.0},
+        {"launch": None, "phase": None, "requeue_after": 5.0},
     ),
     Case(
         "the next attempt is launched",

@@ -143,7 +143,7 @@ CASES = [
     Case(
         "a run that is resumed while its pods end waits for them",
         seen(a_run(status=SUSPENDED_ONCE), running(0, deleting_at=ago(-60))),
-        {"launch": None, "requeue_after": 80.0},
+        {"launch": None, "requeue_after": 5.0},
     ),
     Case(
         "an adapter that is published before the suspension counts",

@@ -9,10 +9,13 @@ import pytest
 from lora_api import LoRAFineTune
 from lora_operator.children.job import build_preflight_job
 from lora_operator.children.resources import preflight_resources
+from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
 from lora_operator.state.quantities import parse_exactly
+from lora_operator.state.reports import Refusal, Reports
 from lora_operator.state.runtimes import build_snapshot, fill_in
-from tests.unit.operator.builders import a_run, a_runtime
+from lora_operator.status.compute import compute_status
+from tests.unit.operator.builders import NOW, a_preflight, a_run, a_runtime, seen
 
 Resources = dict[str, dict[str, str]]
 
@@ -25,15 +28,14 @@ class Case:
 
 
 LITTLE = {"cpu": "500m", "memory": "1Gi"}
-MUCH = {"cpu": "4", "memory": "8Gi"}
 CASES = {
-    "a run that says nothing": Case({"requests": LITTLE, "limits": MUCH}),
+    "a run that says nothing": Case({"requests": {}, "limits": {}}),
     "limits are those of the run": Case(
         {"requests": LITTLE, "limits": {"cpu": "2", "memory": "64Gi"}},
         {"requests": {"cpu": "2", "memory": "64Gi"}, "limits": {"cpu": "2", "memory": "64Gi"}},
     ),
     "what the run asks for is the most that is asked for": Case(
-        {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": MUCH},
+        {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {}},
         {"requests": {"cpu": "250m", "memory": "512Mi"}},
     ),
     "and what it may take": Case(
@@ -41,22 +43,22 @@ CASES = {
         {"limits": {"cpu": "100m", "memory": "768Mi"}},
     ),
     "one that asks for much without a limit": Case(
-        {"requests": LITTLE, "limits": {"cpu": "32", "memory": "256Gi"}},
+        {"requests": LITTLE, "limits": {}},
         {"requests": {"cpu": "32", "memory": "256Gi"}},
     ),
     "disk where the run names it": Case(
         {
-            "requests": {**LITTLE, "ephemeral-storage": "1Gi"},
-            "limits": {**MUCH, "ephemeral-storage": "200Gi"},
+            "requests": {"ephemeral-storage": "1Gi"},
+            "limits": {"ephemeral-storage": "200Gi"},
         },
         {"requests": {"ephemeral-storage": "100Gi"}, "limits": {"ephemeral-storage": "200Gi"}},
     ),
     "disk that is only asked for": Case(
-        {"requests": {**LITTLE, "ephemeral-storage": "1Gi"}, "limits": MUCH},
+        {"requests": {"ephemeral-storage": "1Gi"}, "limits": {}},
         {"requests": {"ephemeral-storage": "100Gi"}},
     ),
     "devices are the gang's alone": Case(
-        {"requests": LITTLE, "limits": MUCH}, {"requests": {"rdma/hca": "1"}, "limits": {"rdma/hca": "1"}}
+        {"requests": {}, "limits": {}}, {"requests": {"rdma/hca": "1"}, "limits": {"rdma/hca": "1"}}
     ),
     "an administrator knows better": Case(
         {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"cpu": "8", "memory": "16Gi"}},
@@ -64,12 +66,12 @@ CASES = {
         {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"cpu": "8", "memory": "16Gi"}},
     ),
     "who raises a request has raised the limit": Case(
-        {"requests": {"cpu": "500m", "memory": "16Gi"}, "limits": {"cpu": "4", "memory": "16Gi"}},
+        {"requests": {"memory": "16Gi"}, "limits": {"memory": "16Gi"}},
         {"limits": {"memory": "2Gi"}},
         {"requests": {"memory": "16Gi"}},
     ),
     "and who lowers a limit the request": Case(
-        {"requests": {"cpu": "500m", "memory": "256Mi"}, "limits": {"cpu": "4", "memory": "256Mi"}},
+        {"requests": {"memory": "256Mi"}, "limits": {"memory": "256Mi"}},
         {"requests": {"memory": "64Gi"}, "limits": {"memory": "64Gi"}},
         {"limits": {"memory": "256Mi"}},
     ),
@@ -93,6 +95,36 @@ def test_what_a_preflight_asks_for(case: str) -> None:
         most = found["limits"].get(name, row.run.get("limits", {}).get(name))
         assert most is None or parse_exactly(asked) <= parse_exactly(most), "the API server refuses more"
     assert found == preflight_resources(a_run(**run)) or row.preflight, "without a runtime the same"
+
+
+MIXED = {"requests": {"cpu": "2", "rdma/hca": "1"}, "limits": {"cpu": "4", "memory": "9Gi", "rdma/hca": "1"}}
+OF_CPU = {"requests": {"cpu": "2"}, "limits": {"cpu": "4", "memory": "9Gi"}}
+LEAST = 'pods "x" is forbidden: minimum cpu usage per Container is 1, but request is 500m'
+RATIO = 'pods "x" is forbidden: cpu max limit to request ratio per Container is 4, but provided ratio is 8.000000'
+DEFAULT = 'Pod "x" is invalid: requests: Invalid value: "500m": must be less than or equal to cpu limit of 250m'
+FULL = 'pods "x" is forbidden: exceeded quota: rule, requested: limits.memory=8Gi'
+REFUSALS: dict[str, tuple[str, Resources, bool]] = {
+    "a least": (LEAST, MIXED, True),
+    "a ratio": (RATIO, MIXED, True),
+    "limits by default": (DEFAULT, MIXED, True),
+    "a quota, which asks for less": (FULL, MIXED, False),
+    "what the gang would be refused, too": (LEAST, {"requests": {"cpu": "100m"}}, False),
+    "what has nothing to do with amounts": ('pods "x" is forbidden: violates PodSecurity', MIXED, False),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_preflight_that_asks_for_too_little_asks_for_what_the_gang_does(case: str) -> None:
+    words, resources, again = REFUSALS[case]
+    run = a_run(podTemplate={"resources": resources})
+    reports = Reports(refusal=Refusal(words, NOW))
+    plan = decide(seen(run, a_preflight(), reports=reports), NOW, Settings())
+    assert (plan.failure is not None, plan.ended, plan.charged) == (again, False, False)
+    if plan.failure is None:
+        return
+    run = run.model_copy(update={"status": compute_status(run, plan, reports, NOW)})
+    assert preflight_resources(run) == OF_CPU
+    assert decide(seen(run, a_preflight(2), reports=reports), NOW, Settings()).failure is None, "once"
 
 
 def test_the_first_container_of_a_preflight_asks_for_the_same() -> None:

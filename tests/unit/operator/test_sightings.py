@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from lora_operator.diagnosis.firstseen import ORPHANS, end_seen, held_up_seen, job_seen, run_seen
+from lora_operator.diagnosis.firstseen import (
+    LEFTOVERS,
+    ORPHANS,
+    end_seen,
+    held_up_seen,
+    job_seen,
+    run_seen,
+    starting_seen,
+)
 from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Reports
@@ -22,9 +30,10 @@ def note(observed: Observed, before: Reports | None = None) -> Reports:
 def test_what_stays_keeps_its_time_and_what_passes_is_forgotten() -> None:
     held = seen(a_run(status=STARTED), JOB, waiting(0, "ErrImagePull"), waiting(1, "ContainerCreating"))
     before = Reports(seen={job_seen(JOB): ago(60), IMAGE: ago(30), CONFIG: ago(20)})
-    assert note(held, before).seen == {job_seen(JOB): ago(60), IMAGE: ago(30)}
+    starts = {starting_seen(waiting(0, "")): NOW, starting_seen(waiting(1, "")): NOW}
+    assert note(held, before).seen == {job_seen(JOB): ago(60), IMAGE: ago(30), **starts}
     pulled = seen(a_run(status=STARTED), JOB, running(0), waiting(1, "ContainerCreating"))
-    assert note(pulled, before).seen == {job_seen(JOB): ago(60)}
+    assert note(pulled, before).seen == {job_seen(JOB): ago(60), starting_seen(waiting(1, "")): NOW}
     again = seen(a_run(status=STARTED), JOB, running(0), waiting(1, "ImagePullBackOff"))
     assert note(again, note(pulled, before)).seen[IMAGE] == NOW, "a pull that succeeded begins it anew"
 
@@ -52,4 +61,4 @@ def test_one_that_runs_when_the_operator_begins_may_have_begun_when_it_got_its_n
 def test_orphans_are_seen_once_no_job_is_left() -> None:
     orphan = running(0, orphaned=True)
     assert note(seen(a_run(status=FAILED_ONCE), orphan)).seen == {ORPHANS: NOW}
-    assert note(seen(a_run(status=FAILED_ONCE), replace(orphan, deleting_at=NOW))).seen == {}
+    assert note(seen(a_run(status=FAILED_ONCE), replace(orphan, deleting_at=NOW))).seen == {LEFTOVERS: NOW}

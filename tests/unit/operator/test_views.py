@@ -1,6 +1,6 @@
 """What is seen of a pod that others have put containers into, and of one that only looks like ours."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import pytest
@@ -26,7 +26,12 @@ NONE: Mapping[str, Raw] = {}
 
 
 def view(
-    trainer: Raw | None, *, init: Mapping[str, Raw] = NONE, others: Mapping[str, Raw] = NONE, **status: Any
+    trainer: Raw | None,
+    *,
+    init: Mapping[str, Raw] = NONE,
+    others: Mapping[str, Raw] = NONE,
+    unstarted: Set[str] = frozenset(),
+    **status: Any,
 ) -> PodView:
     """A pod as the kubelet tells of it: it sorts containers by name, and init containers as they are in the pod."""
     containers = sorted({**others, **({} if trainer is None else {"trainer": trainer})}.items())
@@ -37,7 +42,9 @@ def view(
             ]
         },
         status={
-            "initContainerStatuses": [{"name": name, "state": state} for name, state in init.items()],
+            "initContainerStatuses": [
+                {"name": name, "state": state, "started": name not in unstarted} for name, state in init.items()
+            ],
             "containerStatuses": [{"name": name, "state": state} for name, state in containers],
             **status,
         },
@@ -78,6 +85,13 @@ STATES: dict[str, tuple[PodView, tuple[str, str, bool, str | None]]] = {
     "one of a mesh runs": (
         view(BEGINS, init={"wait-for-it": RUNS, "credentials": BEGINS}),
         ("PodInitializing", "wait-for-it", False, None),
+    ),
+    "a native sidecar runs, and its startup probe has not passed": (
+        view(BEGINS, init={"istio-proxy": RUNS, "credentials": BEGINS}, unstarted={"istio-proxy"}),
+        ("PodInitializing", "istio-proxy", False, None),
+    ),
+    "its probe has passed": (
+        view(BEGINS, init={"istio-proxy": RUNS, "credentials": RUNS}), ("PodInitializing", "credentials", False, None),
     ),
     "one of a mesh failed": (
         view(BEGINS, init={"istio-init": failed(1, message="iptables"), "credentials": BEGINS}, phase="Failed"),

@@ -1,16 +1,18 @@
 """What is read on top of the watches, and when."""
 
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from lora_operator.controller.questions import forgotten_pods, unseen_ends
-from lora_operator.evidence.wants import REFUSAL_DELAY, compute_next_look, wants_refusal
+from lora_operator.evidence.wants import REFUSAL_DELAY, compute_next_look, wants_events, wants_refusal
 from lora_operator.settings import Settings
 from lora_operator.state.plan import NOTHING
-from lora_operator.state.reports import Refusal, Reports, hear_refusal
+from lora_operator.state.reports import Refusal, Reports, hear_pod_events, hear_refusal
 from lora_operator.watched.views import JobView, PodView
-from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, condition, ended, seen
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, condition, ended, seen, waiting
 
 STARTED = {"attempt": 1, "phase": "Starting"}
 
@@ -85,6 +87,23 @@ def test_a_pod_is_forgotten_that_nobody_deletes_though_its_job_is_gone(
     status: dict[str, Any], parts: list[JobView | PodView], names: list[str]
 ) -> None:
     assert [pod.name for pod in forgotten_pods(seen(a_run(status=status), *parts))] == names
+
+
+def test_the_events_of_all_pods_are_read_in_their_turns() -> None:
+    """What keeps the seventh pod from starting may keep no other."""
+    pods = [waiting(index, "ContainerCreating") for index in range(7)]
+    observed = seen(a_run(status=STARTED), a_job(size=7), *pods)
+    settings, at, read = Settings(log_interval=10.0), NOW, []
+    for _ in range(4):
+        want = wants_events(observed, at, settings)
+        assert want is not None
+        read.append([pod.index for pod in want.pods])
+        observed = replace(observed, reports=hear_pod_events(observed.reports, {pod.uid: "" for pod in want.pods}, at))
+        assert wants_events(observed, at, settings) is None
+        left = compute_next_look(observed, NOTHING, settings)
+        assert left == (10.0 if len(read) < 3 else 30.0), "sooner while there are some of which nothing is known"
+        at += timedelta(seconds=left)
+    assert read == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
 
 
 QUOTA, POLICY = 'pods "a" is forbidden: exceeded quota: few', 'pods "a" is forbidden: violates PodSecurity'

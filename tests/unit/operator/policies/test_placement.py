@@ -7,6 +7,7 @@ import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
 from lora_operator.lifecycle.decide import decide
+from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.status.compute import compute_status
@@ -215,3 +216,28 @@ def test_words_that_are_too_long_for_a_status_are_cut() -> None:
     plan = decide(observed, NOW, SETTINGS)
     assert plan.failure is not None
     assert len(plan.failure.message) == 4096
+
+
+DAY = 86_400.0
+EVICTED = {**failure(1, "Evicted"), "at": stamp(ago(DAY))}
+NO_ROOM = {**failure(2, "NotPlaced"), "at": stamp(ago(DAY / 2))}
+BEFORE: dict[str, tuple[list[dict[str, Any]], int, float]] = {
+    "nothing has failed": ([], 0, 60.0),
+    "the Job was let in late": ([EVICTED], 1, DAY - 10),
+    "the pause is no wait, as it is failing": ([EVICTED], 4, DAY - 80),
+    "looking for room before is waiting, too": ([EVICTED, NO_ROOM], 2, DAY - 20),
+    "only for room": ([NO_ROOM], 1, 60.0),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_time_without_a_job_is_time_that_is_waited(name: str) -> None:
+    """A quota of Jobs may be full for a day: the first failure after that is no want of progress."""
+    failures, count, waited = BEFORE[name]
+    job = a_job(3, created=ago(60))
+    status = {"attempt": 3, "phase": "Restarting", "failures": failures, "recentFailures": count}
+    run = a_run(status={**status, "failingSince": stamp(ago(DAY))})
+    gang = [running(index, 3) for index in (0, 1)]
+    plan = decide(seen(run, job, *gang), NOW, Settings(preflight="off", restart_backoff=10.0))
+    assert plan.waiting_since == ago(waited)
+    assert compute_status(run, plan, Reports(), NOW).failing_since == min(NOW, ago(DAY - waited))

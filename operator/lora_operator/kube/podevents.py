@@ -1,0 +1,23 @@
+"""What the Events of a pod that has a node say of why it does not start. Pure."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_PROGRESS = frozenset({"Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled", "Created", "Started"})
+"""Reasons of Events by which a pod has got further: what was warned of before that has passed."""
+
+_OF_THE_SCHEDULER = frozenset({"FailedScheduling", "FailedBinding"})
+"""Warnings about a pod that has no node yet. They stay, and may be written after it has got one."""
+
+
+def find_warning(events: Iterable[Mapping[str, Any]]) -> str:
+    """Reason and note of the newest warning that holds still; empty if there is none."""
+    ordered = sorted(events, key=lambda event: int(event["metadata"]["resourceVersion"]))
+    newest = ""
+    for event in ordered:
+        reason = event.get("reason") or ""
+        if event.get("type") != "Warning":
+            newest = "" if reason in _PROGRESS else newest
+        elif reason not in _OF_THE_SCHEDULER:
+            newest = f"{reason}: {event.get('note') or ''}"
+    return newest

@@ -1,0 +1,144 @@
+"""Pods that have a node and do not start: it is said, and it ends."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from lora_api import ConditionType, FailureClass
+from lora_operator.diagnosis.firstseen import starting_seen, warned_seen
+from lora_operator.diagnosis.sightings import note_sightings
+from lora_operator.kube.podevents import find_warning
+from lora_operator.lifecycle.decide import decide
+from lora_operator.state.reports import Reports
+from lora_operator.watched.views import PodView
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_preflight, a_run, ago, running, seen
+from tests.unit.operator.cases import SETTINGS, STARTED
+
+START, PATIENCE = SETTINGS.start_timeout, SETTINGS.preflight_timeout
+SANDBOX = 'FailedCreatePodSandBox: plugin type="calico" failed'
+MISSING = 'FailedMount: MountVolume.SetUp failed for volume "x": secret "x" not found'
+MOUNT = "FailedMount: MountVolume.SetUp failed: rpc error: driver is not there"
+ATTACH = "FailedAttachVolume: Multi-Attach error"
+PROBE = "Unhealthy: Startup probe failed: connection refused"
+
+
+@dataclass(frozen=True)
+class Case:
+    limit: float
+    reason: str
+    says: str
+    event: str = ""
+    pod: dict[str, Any] = field(default_factory=dict)
+    avoids: bool = False
+
+
+CASES = {
+    "no network": Case(START, "FailedCreatePodSandBox", "calico", SANDBOX, avoids=True),
+    "a missing Secret, which no node has": Case(START, "FailedMount", 'secret "x" not found', MISSING),
+    "a driver of volumes that is away": Case(START, "FailedMount", "driver is not there", MOUNT, avoids=True),
+    "a volume that hangs on another node": Case(START, "FailedAttachVolume", "Multi-Attach", ATTACH),
+    "an init container that goes on": Case(
+        PATIENCE, "InitContainerRuns", "init container mesh", pod={"init_container": "mesh"}
+    ),
+    "which has got over what was warned of": Case(
+        PATIENCE, "InitContainerRuns", "init container mesh", MOUNT, {"init_container": "mesh"}
+    ),
+    "a sidecar whose probe fails": Case(
+        START, "Unhealthy", "Startup probe failed", PROBE, {"init_container": "mesh"}
+    ),
+    "one of which nobody says anything": Case(PATIENCE, "PodStarting", "on node n1"),
+}  # fmt: skip
+
+
+def stuck(case: Case, lasts: float, uid: str) -> tuple[PodView, Reports]:
+    index = int(uid[-1])
+    pod = a_pod(index, uid=uid, scheduled=True, node="n1", created=ago(9e5), **case.pod)
+    since = {starting_seen(pod): ago(lasts), warned_seen(pod): ago(lasts)}
+    return pod, Reports(pod_events={uid: case.event} if case.event else {}, seen=since)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pod_that_has_a_node_and_does_not_start(name: str) -> None:
+    case = CASES[name]
+    for lasts in (case.limit - 1, case.limit):
+        pod, reports = stuck(case, lasts, "pod-1-1")
+        plan = decide(seen(a_run(status=STARTED), a_job(), running(0), pod, reports=reports), NOW, SETTINGS)
+        mark = plan.conditions[ConditionType.RUNNING]
+        assert case.says in mark.message
+        assert "Remedy: " in mark.message
+        if lasts < case.limit:
+            assert (mark.reason, plan.requeue_after, plan.failure) == (case.reason, 1.0, None)
+            continue
+        assert plan.failure is not None
+        assert (plan.failure.failure_class, plan.failure.reason) == (FailureClass.POD_LOST, case.reason)
+        assert (plan.charged, plan.ended, plan.backoff > 0) == (False, False, True)
+        assert [node.name for node in plan.avoided or ()] == (["n1"] if case.avoids else [])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_preflight_that_has_a_node_and_does_not_start(name: str) -> None:
+    case = CASES[name]
+    for lasts in (case.limit - 1, case.limit):
+        pod, reports = stuck(case, lasts, "pod-1-0")
+        pod = a_pod(0, 0, **{**case.pod, "uid": pod.uid, "scheduled": True, "node": "n1", "job_uid": "pre-1"})
+        settings = replace(SETTINGS, preflight="on")
+        plan = decide(seen(a_run(), a_preflight(), pod, reports=reports), NOW, settings)
+        assert plan.conditions[ConditionType.PREFLIGHT_PASSED].reason == (
+            case.reason if lasts < case.limit else "PodLost"
+        )
+        assert plan.requeue_after == (1.0 if lasts < case.limit else None)
+        assert plan.ended is False
+
+
+@pytest.mark.parametrize(
+    ("lasts", "init_container", "want"), [(4, "mesh", "Starting"), (59, "", "Starting"), (60, "", "PodStarting")]
+)
+def test_what_is_brief_is_not_told_of(lasts: float, init_container: str, want: str) -> None:
+    pod, reports = stuck(Case(0, "", "", pod={"init_container": init_container}), lasts, "pod-1-1")
+    plan = decide(seen(a_run(status=STARTED), a_job(), running(0), pod, reports=reports), NOW, SETTINGS)
+    assert plan.conditions[ConditionType.RUNNING].reason == want
+
+
+def test_the_time_of_a_warning_begins_anew_where_it_has_passed() -> None:
+    pod, reports = stuck(Case(0, "", "", MOUNT), 500, "pod-1-1")
+    run, job = a_run(status=STARTED), a_job()
+    kept = note_sightings(seen(run, job, pod, reports=reports), NOW)
+    passed = note_sightings(seen(run, job, pod, reports=Reports(seen=reports.seen, pod_events={pod.uid: ""})), NOW)
+    assert kept.seen[warned_seen(pod)] == ago(500)
+    assert warned_seen(pod) not in passed.seen
+    assert kept.seen[starting_seen(pod)] == passed.seen[starting_seen(pod)] == ago(500)
+
+
+def test_who_finds_no_node_is_named_before_who_has_one() -> None:
+    """Half a gang: that the others still start is no reason to say nothing of what lacks room."""
+    pod, reports = stuck(Case(0, "", "", ATTACH), 10, "pod-1-0")
+    other = a_pod(1, unscheduled_reason="Unschedulable", unscheduled_message="0/3 nodes are available")
+    plan = decide(seen(a_run(status=STARTED), a_job(), pod, other, reports=reports), NOW, SETTINGS)
+    assert plan.conditions[ConditionType.SCHEDULED].reason == "Unschedulable"
+    assert "0/3 nodes" in plan.message
+
+
+def event(reason: str, note: str = "x", kind: str = "Warning") -> dict[str, Any]:
+    return {"type": kind, "reason": reason, "note": note}
+
+
+PULLING = event("Pulling", kind="Normal")
+EVENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "none": ([], ""),
+    "one": ([event("FailedMount")], "FailedMount: x"),
+    "the newest": ([event("FailedMount"), event("FailedCreatePodSandBox", "y")], "FailedCreatePodSandBox: y"),
+    "of the time without a node": ([event("FailedScheduling"), event("Scheduled", kind="Normal")], ""),
+    "the same, written late": ([event("Scheduled", kind="Normal"), event("FailedScheduling")], ""),
+    "beside another": ([event("FailedMount"), event("FailedScheduling")], "FailedMount: x"),
+    "got over": ([event("FailedMount"), PULLING], ""),
+    "told anew": ([PULLING, event("Failed", "y")], "Failed: y"),
+    "no progress": ([event("FailedMount"), event("BackOff", kind="Normal")], "FailedMount: x"),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_the_warning_that_holds(name: str) -> None:
+    events, want = EVENTS[name]
+    numbered = [{**item, "metadata": {"resourceVersion": str(number)}} for number, item in enumerate(events, 9)]
+    assert find_warning(reversed(numbered)) == want
