@@ -19,6 +19,7 @@ class FailureRule:
     ``runPolicy.maxRestarts``. ``retried`` starts another attempt from the last complete checkpoint. The rule that
     counts is that of the root cause: a peer that lost its connection to a pod that failed by itself is not looked at.
     ``node``: the failure speaks of the node of its pod, so that another node may do what this one did not.
+    ``elsewhere``: it would end the run, and is tried once more on another node first.
     ``outage``: a run that has had a first success waits for a day for this to pass, without being charged, since what
     is refused or away was right once; ``waiting_remedy`` is what helps meanwhile, if it is not the remedy.
     """
@@ -30,6 +31,7 @@ class FailureRule:
     meaning: str
     remedy: str
     node: bool = False
+    elsewhere: bool = False
     outage: bool = False
     waiting_remedy: str = ""
 
@@ -38,6 +40,8 @@ class FailureRule:
         """What follows such a failure, for people."""
         if self.outage:
             return "restarts for a day" if self.retried else "ends the run; once that has worked, restarts for a day"
+        if self.elsewhere:
+            return "restarts once on other nodes, then ends the run"
         return "ends the run" if not self.retried else "restarts, counts" if self.charged else "restarts"
 
 

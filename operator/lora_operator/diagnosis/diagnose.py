@@ -24,7 +24,9 @@ _EVICTED = frozenset(
      "NodeShutdown", "Terminated"}
 )  # fmt: skip
 _DISK_FULL = ("ephemeral local storage usage exceeds", "usage of emptydir volume", "usage exceeds the limit")
-_NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
+NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
+"""Reasons of a container that its node could not start: the image is at fault, or what the node starts it with."""
+
 _NEVER_RAN = frozenset({"UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "NodeAffinity"})
 _STATUS_UNKNOWN = "ContainerStatusUnknown"
 """What the kubelet says of a container that it does not find any more, with exit code 137."""
@@ -58,6 +60,7 @@ class Obstacle:
 
     ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
     others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
+    ``final_remedy`` is what helps after that, if it is not the remedy.
     """
 
     reason: str
@@ -68,6 +71,7 @@ class Obstacle:
     scheduling: bool = False
     permanent: bool = False
     limit: float | None = None
+    final_remedy: str = ""
 
     @property
     def text(self) -> str:
@@ -91,7 +95,7 @@ class Obstacle:
         lasted = "" if self.permanent else f" (for {(now - self.since).total_seconds():.0f} s)"
         return Failure(
             attempt=attempt, failure_class=self.failure_class, reason=self.reason,
-            message=f"{self.message}{lasted}", remedy=self.remedy, at=now,
+            message=f"{self.message}{lasted}", remedy=self.final_remedy or self.remedy, at=now,
         )  # fmt: skip
 
 
@@ -199,8 +203,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         )  # fmt: skip
     if _is_lost(ended):
         return _diagnose_lost(pod, ended)
-    if ended.reason in _NOT_STARTED:
-        message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
+    if ended.reason in NOT_STARTED:
+        message = f"The container of pod {pod.name} did not start{_on(pod)}: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
     if exit_code in (_KILLED, _TERMINATED):
         return Symptom(FailureClass.POD_LOST, "Killed", f"Pod {pod.name} was killed from outside", pod, at=at)
@@ -234,13 +238,17 @@ def _diagnose_init_container(pod: PodView, ended: Ended) -> Symptom:
     if _is_lost(ended):
         return _diagnose_lost(pod, ended)
     what, words = f"Init container {ended.init_container} of pod {pod.name}", ended.message.strip()
-    if ended.reason in _NOT_STARTED:
-        message = f"{what} did not start: {words or ended.reason}"
+    if ended.reason in NOT_STARTED:
+        message = f"{what} did not start{_on(pod)}: {words or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=ended.at)
     how = f"{what} ended with exit code {ended.exit_code} ({ended.reason or 'Error'})"
     remedy = describe_init_remedy(pod.name, ended.init_container)
     message = f"{how}: {words}" if words else how
     return Symptom(FailureClass.POD_LOST, INIT_CONTAINER_FAILED, message, pod, remedy, at=ended.at)
+
+
+def _on(pod: PodView) -> str:
+    return f" on node {pod.node}" if pod.node else ""
 
 
 def describe_init_remedy(pod: str, container: str) -> str:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
-from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.diagnose import NOT_STARTED, Symptom
 
 AVOIDED_FOR = timedelta(days=1)
 
@@ -47,7 +47,8 @@ def keep_recent(nodes: Iterable[AvoidedNode], now: datetime) -> list[AvoidedNode
 def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:
     """Whether a failure is one of the node of its pod, so that another node may do what this one did not."""
     refused = failure_class is FailureClass.POD_LOST and (reason in _REFUSALS or reason.startswith(_OUT_OF))
-    return RULES[failure_class].node or refused
+    unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
+    return RULES[failure_class].node or refused or unstarted
 
 
 def describe_forgotten(nodes: Sequence[AvoidedNode]) -> str:

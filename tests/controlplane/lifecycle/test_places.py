@@ -8,7 +8,7 @@ import pytest
 from lora_operator.settings import Settings
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, running, termination, unschedulable
+from tests.support.runs import Run, ended, running, termination, unschedulable
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -69,6 +69,28 @@ def test_a_node_that_refuses_pods_is_avoided_until_there_is_no_room_elsewhere(
     assert not status.get("avoidedNodes")
     assert avoided_by(run, 4) == []
     assert not status.get("chargedRestarts")
+
+
+def test_a_container_that_a_node_cannot_start_is_tried_on_one_other_node(
+    run: Run, operator: OperatorThread, api: Api
+) -> None:
+    words = "OCI runtime create failed: nvidia-container-cli: driver rpc error: timed out"
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    for attempt, bad in ((1, "n1"), (2, "n2")):
+        first, second = run.gang(attempt)
+        bind(api, first, "n9")
+        bind(api, second, bad)
+        run.set_pod(first, running())
+        run.set_pod(second, ended(128, words, "StartError"))
+        run.set_ended(attempt, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+        if attempt == 1:
+            status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+            assert f"did not start on node n1: {words}" in status["failures"][-1]["message"]
+            assert avoided_by(run, 2) == ["n1"]
+    status = run.wait_phase("Failed")
+    assert (status["reason"], status["attempt"]) == ("PodNotStarted", 2)
+    assert "node n1 said so too" in run.condition("Stalled")["message"]
+    assert [node["name"] for node in status["avoidedNodes"]] == ["n1", "n2"]
 
 
 def test_a_part_of_a_gang_gives_its_nodes_back_and_tries_again(run: Run, operator: OperatorThread) -> None:
