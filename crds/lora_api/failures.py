@@ -302,6 +302,11 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
             "Check the image of the runtime, or the operator's trainer.image where that has none, "
             "podTemplate.imagePullSecrets, and that the nodes reach the registry. Then raise runPolicy.retry."
         ),
+        outage=True,
+        waiting_remedy=(
+            "See that the registry answers and still has the image, and that podTemplate.imagePullSecrets are valid. "
+            "The image is pulled again by itself."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.POD_NOT_STARTED,
@@ -311,6 +316,11 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="A pod cannot be created or started as it is specified.",
         remedy="Correct what the message names, usually a missing Secret, a claim or a quota, then raise "
         "runPolicy.retry.",
+        outage=True,
+        waiting_remedy=(
+            "Correct what the message names, usually a missing Secret, a claim or a policy of the cluster. It is tried "
+            "again by itself."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.NAME_CONFLICT,

@@ -253,7 +253,8 @@ def _decide_healthy(
         return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), now, settings)
+        failure = obstacle.to_failure(job.attempt, now)
+        return decide_failure(observed, job.attempt, failure, now, settings, since=obstacle.since)
     short = is_short_of_room(observed, job, pods)
     if short:
         back = seconds_to_giving_back(observed, now)

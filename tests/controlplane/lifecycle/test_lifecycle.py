@@ -222,12 +222,32 @@ def test_what_keeps_a_pod_from_starting_is_shown_and_then_ends_the_run(
     run.wait("a condition", lambda status: run.condition("Running").get("reason") == failure_class)
     condition = run.condition("Running")
     assert (condition["status"], run.condition("Stalled")["status"]) == ("False", "False")
-    remedy = RULES[FailureClass(failure_class)].remedy
-    assert f"{reason}: {detail}. Remedy: {remedy}" in condition["message"]
+    rule = RULES[FailureClass(failure_class)]
+    assert f"{reason}: {detail}. Remedy: {rule.waiting_remedy}" in condition["message"]
     status = run.wait_phase("Failed")
+    assert status["failures"][0]["remedy"] == rule.remedy
     assert status["failures"][0]["class"] == failure_class
     assert detail in run.condition("Stalled")["message"]
     eventually("pods that never ran are taken away", lambda: run.pods(1) == [])
+
+
+def test_a_registry_that_is_away_ends_no_run_that_has_worked(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, start_timeout=1.0)):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        saved = termination("Checkpointed", "asked to stop", rank=0, step=12, checkpointStep=12)
+        for index in (1, 0):
+            run.set_ended(1, index, 75, saved)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        run.set_pod(run.gang(2)[0], waiting("ImagePullBackOff", "503 Service Unavailable"))
+        status = run.wait("attempt 3", lambda status: status.get("attempt") == 3)
+        assert (status["failures"][-1]["class"], status.get("chargedRestarts", 0)) == ("ImagePullFailed", 0)
+        assert "pulled again by itself" in status["failures"][-1]["remedy"]
+        run.set_running(3)
+        run.wait_phase("Running")
 
 
 def test_an_image_that_comes_late_is_no_failure(
