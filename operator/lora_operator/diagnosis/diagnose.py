@@ -18,6 +18,17 @@ INIT_CONTAINER_FAILED = "InitContainerFailed"
 PEER_SILENT = "PeerSilent"
 """Reason of a failure that is blamed on a pod for saying nothing."""
 
+_NEVER_BY_ENDING = frozenset(
+    {FailureClass.BAD_SPEC, FailureClass.BAD_DATA, FailureClass.MODEL_NOT_FOUND, FailureClass.SOURCE_CHANGED,
+     FailureClass.GATE_REFUSED, FailureClass.GPU_OUT_OF_MEMORY, FailureClass.WEIGHTS_CHANGED, FailureClass.GPU_FAULT,
+     FailureClass.GPU_UNSUPPORTED, FailureClass.LIMIT_TOO_LOW}
+)  # fmt: skip
+"""What a pod that is being taken away does not fail with for that: it has the same cause in the next attempt, too.
+
+A trainer that is ended loses its peers, its network, its device plugin and its half-done collectives, so that any other
+class may come from that. A failure of the run itself comes again, and is told of then.
+"""
+
 _NODE_LOST = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost"})
 _EVICTED = frozenset(
     {"PreemptionByScheduler", "EvictionByEvictionAPI", "TerminationByKubelet", "Evicted", "Preempting", "Shutdown",
@@ -180,16 +191,14 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     ended, termination = pod.ended, termination_of(pod)
     if ended is None:
         raise ValueError(f"pod {pod.name} has not ended")
-    at = ended.at
+    at, said = ended.at, termination.failure_class if termination else None
+    taken = None if said in _NEVER_BY_ENDING else _diagnose_disruption(pod)
+    if taken is not None:
+        return replace(taken, at=at, message=_add_said(taken.message, termination), step=_step(termination))
     if ended.reason == "OOMKilled":
         message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
         size = termination.micro_batch_size if termination else None
         return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
-    said = termination.failure_class if termination else None
-    if said is None or said in ECHOES or said == FailureClass.POD_LOST:
-        taken = _diagnose_disruption(pod)
-        if taken is not None:
-            return replace(taken, at=at)
     if termination is not None and said is not None:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
@@ -213,6 +222,18 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
         return Symptom(known, ended.reason, f"Pod {pod.name}: {RULES[known].meaning}", pod, at=at)
     message = f"Pod {pod.name} ended with exit code {exit_code} and no word why"
     return Symptom(FailureClass.INTERNAL, ended.reason or "Error", message, pod, at=at)
+
+
+def _add_said(message: str, termination: Termination | None) -> str:
+    """``message`` of a pod that was taken away, with what it said itself, where that is no echo."""
+    said = termination.failure_class if termination else None
+    if termination is None or said is None or said in ECHOES or said == FailureClass.POD_LOST:
+        return message
+    return f"{message.rstrip('.')}. It said: {said}: {termination.message or RULES[said].meaning}"
+
+
+def _step(termination: Termination | None) -> int | None:
+    return termination.step if termination else None
 
 
 def _is_lost(ended: Ended) -> bool:

@@ -177,8 +177,17 @@ def test_a_deleted_job_restarts_the_gang(run: Run, operator: OperatorThread, api
     assert (status["failures"][0]["class"], status["failures"][0]["reason"]) == ("PodLost", "JobDeleted")
 
 
-def test_an_evicted_pod_is_not_charged(run: Run, operator: OperatorThread) -> None:
-    run.create()
+@pytest.mark.parametrize(
+    ("code", "last_words", "said"),
+    [
+        (75, termination("Checkpointed", "saved step 9"), ""),
+        (70, termination("Internal", "the thread of the checkpoint died"), "It said: Internal: the thread of"),
+    ],
+)
+def test_an_evicted_pod_is_not_charged(
+    run: Run, operator: OperatorThread, code: int, last_words: str, said: str
+) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
     run.set_running(1)
     run.wait_phase("Running")
     target = {
@@ -190,8 +199,9 @@ def test_an_evicted_pod_is_not_charged(run: Run, operator: OperatorThread) -> No
     }
     pods = run.gang(1)
     run.set_pod(pods[0], ended(73, termination("PeerLost", "Connection closed by peer", rank=0)))
-    run.set_pod(pods[1], {**ended(75, termination("Checkpointed", "saved step 9")), "conditions": [target]})
+    run.set_pod(pods[1], {**ended(code, last_words), "conditions": [target]})
     status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    assert said in status["failures"][0]["message"]
     failure = status["failures"][0]
     assert (failure["class"], failure["reason"]) == ("Evicted", "PreemptionByScheduler")
     assert "preempting to accommodate" in failure["message"]
