@@ -6,6 +6,7 @@ from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.diagnosis.firstseen import can_be, ended_at
+from lora_operator.diagnosis.reasons import NOT_STARTED, is_lost, was_refused
 from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
 
@@ -35,16 +36,6 @@ _EVICTED = frozenset(
      "NodeShutdown", "Terminated"}
 )  # fmt: skip
 _DISK_FULL = ("ephemeral local storage usage exceeds", "usage of emptydir volume", "usage exceeds the limit")
-NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
-"""Reasons of a container that its node could not start: the image is at fault, or what the node starts it with."""
-
-_NEVER_RAN = frozenset({"UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "NodeAffinity"})
-_STATUS_UNKNOWN = "ContainerStatusUnknown"
-"""What the kubelet says of a container that it does not find any more, with exit code 137."""
-
-_UNKNOWN = (255, "Unknown")
-"""Exit code and reason of a container that ran when its node went down: containerd finds it so after the reboot."""
-
 _KILLED = 128 + 9
 _TERMINATED = 128 + 15
 
@@ -210,7 +201,7 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
             said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
             termination.micro_batch_size, termination.at,
         )  # fmt: skip
-    if _is_lost(ended):
+    if is_lost(ended):
         return _diagnose_lost(pod, ended)
     if ended.reason in NOT_STARTED:
         message = f"The container of pod {pod.name} did not start{_on(pod)}: {ended.message or ended.reason}"
@@ -236,11 +227,6 @@ def _step(termination: Termination | None) -> int | None:
     return termination.step if termination else None
 
 
-def _is_lost(ended: Ended) -> bool:
-    """Whether the node knows no more how the container ended: it went down, or its runtime lost the container."""
-    return ended.reason == _STATUS_UNKNOWN or (ended.exit_code, ended.reason) == _UNKNOWN
-
-
 def _diagnose_lost(pod: PodView, ended: Ended) -> Symptom:
     words = f": {ended.message}" if ended.message else ""
     message = f"Pod {pod.name} was lost: its node restarted, or no longer knows its containers{words}"
@@ -256,7 +242,7 @@ def _diagnose_init_container(pod: PodView, ended: Ended) -> Symptom:
     taken = _diagnose_disruption(pod)
     if taken is not None:
         return replace(taken, at=ended.at)
-    if _is_lost(ended):
+    if is_lost(ended):
         return _diagnose_lost(pod, ended)
     what, words = f"Init container {ended.init_container} of pod {pod.name}", ended.message.strip()
     if ended.reason in NOT_STARTED:
@@ -285,7 +271,7 @@ def _diagnose_without_exit(pod: PodView) -> Symptom:
     taken = _diagnose_disruption(pod)
     if taken is not None:
         return taken
-    if pod.reason in _NEVER_RAN:
+    if was_refused(pod):
         message = f"Node refused pod {pod.name}: {pod.message or pod.reason}"
         return Symptom(FailureClass.POD_LOST, pod.reason, message, pod, at=pod.deleting_at)
     message = f"Pod {pod.name} was deleted" if pod.gone or pod.deleting_at else f"Pod {pod.name} failed: {pod.message}"

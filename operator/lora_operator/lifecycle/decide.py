@@ -49,6 +49,7 @@ from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
 from lora_operator.policies.placement import (
     explain_by_room,
     is_short_of_room,
+    may_need_avoided,
     not_placed,
     not_started,
     seconds_to_giving_back,
@@ -224,7 +225,10 @@ def _decide_failing(
         incomplete = bool(waiting) or observed.is_short_of_pods(job)
         if incomplete:
             failure = explain_by_room(failure, observed, job, pods, now)
-        return decide_failure(observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete)
+        return decide_failure(
+            observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
+            forgets_nodes=may_need_avoided(pods),
+        )  # fmt: skip
     awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
     message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
     return Plan(
@@ -260,7 +264,8 @@ def _decide_healthy(
         back = seconds_to_giving_back(observed, now)
         if back <= 0:
             failure = not_placed(observed, job, pods, now)
-            return decide_failure(observed, job.attempt, failure, now, settings)
+            forgets = may_need_avoided(pods)
+            return decide_failure(observed, job.attempt, failure, now, settings, forgets_nodes=forgets)
         left = back if left is None else min(left, back)
     mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
     marks = {**start.conditions, ConditionType.RUNNING: mark}

@@ -38,11 +38,13 @@ def decide_failure(
     symptoms: Sequence[Symptom] = (),
     incomplete: bool = False,
     since: datetime | None = None,
+    forgets_nodes: bool = True,
 ) -> Plan:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows.
 
     ``symptoms`` are all that was wrong with the pods, ``incomplete`` whether some of them had not started.
-    ``since`` is when that which has become the failure began.
+    ``since`` is when that which has become the failure began. ``forgets_nodes``: where there was no room, the nodes
+    that were avoided may be used again.
     """
     run, checkpoint = observed.run, find_checkpoint(observed, attempt)
     smaller = shrink_micro_batch(run, failure)
@@ -64,8 +66,8 @@ def decide_failure(
     kind, retry = ConditionType.RUNNING, Phase.RESTARTING
     if attempt == PREFLIGHT:
         kind, retry = ConditionType.PREFLIGHT_PASSED, Phase.PREFLIGHT
-    placed = failure.failure_class is not FailureClass.NOT_PLACED
-    avoided = avoid(run.status, failure, symptoms, now) if placed else ()
+    forgets = failure.failure_class is FailureClass.NOT_PLACED and forgets_nodes
+    avoided = () if forgets else avoid(run.status, failure, symptoms, now)
     if verdict.retried:
         return Plan(
             phase=retry, reason=reason, message=text, attempt=attempt, failure=failure,

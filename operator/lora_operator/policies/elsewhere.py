@@ -7,7 +7,8 @@ the run. One more attempt tells, which avoids that node: what a second node says
 from collections.abc import Iterable, Sequence
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
-from lora_operator.diagnosis.diagnose import NOT_STARTED, Symptom
+from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.reasons import NOT_STARTED
 from lora_operator.policies.restarts import find_budget, since_retry
 
 

@@ -19,6 +19,8 @@ PLACEMENT_TIMEOUT = 600
 """Seconds, where the run names none."""
 
 _UNSCHEDULABLE = "Unschedulable"
+_SCHEDULERS_WORDS, _AFFINITY = "nodes are available", "affinity"
+"""What kube-scheduler says of each pod without a node, and of nodes that its affinity leaves out (1.29 to 1.37)."""
 
 
 def lacks_room(pod: PodView) -> bool:
@@ -52,11 +54,23 @@ def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
     return float(PLACEMENT_TIMEOUT if asked is None else asked) - (now - since).total_seconds()
 
 
+def may_need_avoided(pods: Sequence[PodView]) -> bool:
+    """Whether the nodes that the run avoids might have had room, so that the next attempt may use them again.
+
+    The scheduler tells of nodes that are left out by the affinity of a pod, with which the run avoids them. Where it
+    tells of others only, such as nodes that are full, those of the run are gone or cordoned, and would not help; nor
+    would they where a quota is full.
+    """
+    words = [pod.unscheduled_message for pod in pods if lacks_room(pod)]
+    return any(_AFFINITY in text or _SCHEDULERS_WORDS not in text for text in words)
+
+
 def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> Failure:
     """The end of an attempt for whose gang there was no room as a whole."""
     placed = sum(pod.scheduled or pod.has_ended for pod in pods)
     message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods)}"
-    message += describe_forgotten(observed.run.status.avoided_nodes or [])
+    if may_need_avoided(pods):
+        message += describe_forgotten(observed.run.status.avoided_nodes or [])
     return new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
 
 

@@ -39,8 +39,8 @@ def avoided_by(run: Run, attempt: int) -> list[str]:
     return [
         node
         for term in required.get("nodeSelectorTerms", [])
-        for one in term["matchExpressions"]
-        if (one["key"], one["operator"]) == ("kubernetes.io/hostname", "NotIn")
+        for one in term["matchFields"]
+        if (one["key"], one["operator"]) == ("metadata.name", "NotIn")
         for node in one["values"]
     ]
 

@@ -11,7 +11,7 @@ from lora_operator.policies.nodes import avoid, describe_forgotten
 from lora_operator.state.plan import Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_status
-from tests.unit.operator.builders import NOW, a_job, a_run, ago, ended, said, seen, stamp
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, said, seen, stamp
 from tests.unit.operator.cases import SETTINGS
 
 LOST, REFUSED = FailureClass.NODE_LOST, FailureClass.POD_LOST
@@ -25,6 +25,11 @@ def symptom(failure_class: FailureClass, reason: str, node: str) -> Symptom:
     return Symptom(failure_class, reason, "", ended(1, node=node))
 
 
+def rejected(reason: str, message: str, failure_class: FailureClass) -> Symptom:
+    pod = a_pod(1, scheduled=True, phase="Failed", reason=reason, message=message, node="n1")
+    return Symptom(failure_class, reason, message, pod)
+
+
 def known(name: str, seconds: float) -> dict[str, Any]:
     return {"name": name, "reason": "GPUFault", "since": stamp(ago(seconds))}
 
@@ -36,6 +41,29 @@ CASES: dict[str, tuple[Failure, list[Symptom], list[dict[str, Any]], list[tuple[
     "a node whose device plugin is away": (failed(REFUSED, "UnexpectedAdmissionError"), [], [], [("n1", "PodLost")]),
     "a node that has no GPU left, whatever its name": (
         failed(REFUSED, "OutOfnvidia.com/gpu"), [], [], [("n1", "PodLost")],
+    ),
+    **{
+        f"a node that refuses a pod: {reason}": (failed(REFUSED, reason), [], [], [("n1", "PodLost")])
+        for reason in ("AppArmor", "InvalidNodeInfo", "PodLevelResourcesNotAdmittedReason", "SysctlForbidden",
+                       "PodOSSelectorNodeLabelDoesNotMatch", "VolumeAttachmentLimitExceeded")
+    },
+    **{
+        f"a node that loses a pod: {reason}": (failed(REFUSED, reason), [], [], [("n1", "PodLost")])
+        for reason in ("ContainerStatusUnknown", "Unknown")
+    },
+    "a node that refuses pods as it shuts down": (
+        failed(FailureClass.EVICTED, "NodeShutdown"),
+        [rejected("NodeShutdown", "Pod was rejected as the node is shutting down.", FailureClass.EVICTED)],
+        [], [("n1", "Evicted")],
+    ),
+    "one that ended its pods as it shut down": (
+        failed(FailureClass.EVICTED, "Terminated"),
+        [rejected("Terminated", "Pod was terminated in response to imminent node shutdown.", FailureClass.EVICTED)],
+        [], [],
+    ),
+    "a node that refuses a pod for a reason of a later kubelet": (
+        failed(REFUSED, "NotInTheMood"), [rejected("NotInTheMood", "Pod was rejected: no", REFUSED)],
+        [], [("n1", "PodLost")],
     ),
     "a pod that somebody deleted says nothing of its node": (failed(REFUSED, "Deleted"), [], [], []),
     "nor does a preemption": (failed(FailureClass.EVICTED, "PreemptionByScheduler"), [], [], []),

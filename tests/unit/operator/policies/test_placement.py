@@ -29,6 +29,9 @@ from tests.unit.operator.cases import SETTINGS
 
 FULL = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
 OTHER = "0/4 nodes are available: 4 node(s) had untolerated taint(s)."
+LEFT_OUT = (
+    "0/4 nodes are available: 1 node(s) didn't match Pod's node affinity/selector, 3 Insufficient nvidia.com/gpu."
+)
 CLAIM = '0/4 nodes are available: persistentvolumeclaim "data" not found.'
 AVOIDED = [{"name": "n7", "reason": "NodeLost", "since": stamp(ago(60))}]
 JOB = a_job(size=4)
@@ -88,7 +91,7 @@ CASES = {
         gang(*(unplaced(index) for index in range(4)), since=50, avoidedNodes=AVOIDED), 10.0
     ),
     "then they are used again": Case(
-        gang(*(unplaced(index) for index in range(4)), since=60, avoidedNodes=AVOIDED), 0.0
+        gang(*(unplaced(index, LEFT_OUT) for index in range(4)), since=60, avoidedNodes=AVOIDED), 0.0
     ),
 }
 
@@ -106,6 +109,29 @@ def test_a_gang_that_is_short_of_room(name: str) -> None:
     else:
         assert found is None
         assert case.left is None or plan.requeue_after == case.left
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (FULL, ["n7"]),
+        (OTHER, ["n7"]),
+        (LEFT_OUT, []),
+        ("all 4 nodes are unavailable: queue is full", []),  # of another scheduler, which may not tell
+    ],
+)
+def test_nodes_are_avoided_on_where_they_are_not_why_there_is_no_room(words: str, kept: list[str]) -> None:
+    pods = [running(0), *(unplaced(index, words) for index in (1, 2, 3))]
+    plan = decide(gang(*pods, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
+    assert plan.failure is not None
+    assert [node.name for node in plan.avoided or ()] == kept
+    assert ("may be used again: n7" in plan.failure.message) == (not kept)
+
+
+def test_a_quota_that_is_full_forgets_no_node() -> None:
+    plan = decide(gang(running(0), running(1), refusal=QUOTA, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
+    assert plan.failure is not None
+    assert [node.name for node in plan.avoided or ()] == ["n7"]
 
 
 def test_the_default_is_ten_minutes() -> None:
