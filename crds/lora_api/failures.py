@@ -72,6 +72,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The base model or the dataset is not where its uri points.",
         remedy="Check uri and revision in the message; list the path with the credentials of this run.",
+        outage=True,
+        waiting_remedy="Put back what the message names. It is looked for again by itself.",
     ),
     FailureRule(
         failure_class=FailureClass.AUTH_DENIED,
@@ -236,6 +238,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=82,
         charged=False,
         retried=False,
+        node=True,
+        elsewhere=True,
         meaning="The GPU, its driver and the trainer's image do not fit together.",
         remedy=(
             "Upgrade the driver of the nodes or use an image for it, or send the run to other GPUs (nodeSelector in "
@@ -258,6 +262,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=84,
         charged=False,
         retried=False,
+        node=True,
+        elsewhere=True,
         meaning="A limit of the pod or its node is too low: /dev/shm, locked memory or open files.",
         remedy="Raise the limit that the message names, then delete this LoRAFineTune and create it again.",
     ),

@@ -6,7 +6,7 @@ from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.diagnosis.firstseen import can_be, ended_at
-from lora_operator.diagnosis.reasons import NOT_STARTED, is_lost, was_refused
+from lora_operator.diagnosis.reasons import NODE_FULL, NOT_STARTED, is_lost, was_refused
 from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
 
@@ -18,6 +18,11 @@ INIT_CONTAINER_FAILED = "InitContainerFailed"
 
 PEER_SILENT = "PeerSilent"
 """Reason of a failure that is blamed on a pod for saying nothing."""
+
+_NODE_FULL_REMEDY = (
+    "The next attempt avoids the node: see what else runs there. If it repeats, set requests and limits of memory in "
+    "podTemplate.resources of a new run, so that its pods go where there is enough."
+)
 
 _NEVER_BY_ENDING = frozenset(
     {FailureClass.BAD_SPEC, FailureClass.BAD_DATA, FailureClass.MODEL_NOT_FOUND, FailureClass.SOURCE_CHANGED,
@@ -186,6 +191,8 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     taken = None if said in _NEVER_BY_ENDING else _diagnose_disruption(pod)
     if taken is not None:
         return replace(taken, at=at, message=_add_said(taken.message, termination), step=_step(termination))
+    if ended.reason == "OOMKilled" and not pod.memory_limited:
+        return _diagnose_full_node(pod, ended, termination)
     if ended.reason == "OOMKilled":
         message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
         size = termination.micro_batch_size if termination else None
@@ -225,6 +232,14 @@ def _add_said(message: str, termination: Termination | None) -> str:
 
 def _step(termination: Termination | None) -> int | None:
     return termination.step if termination else None
+
+
+def _diagnose_full_node(pod: PodView, ended: Ended, termination: Termination | None) -> Symptom:
+    """A pod that has no limit which it could have passed: the kernel ended it because its node was full."""
+    node = f"node {pod.node}" if pod.node else "its node"
+    message = f"Pod {pod.name} was ended by the kernel: {node} had no memory left, and the pod has no memory limit"
+    step = _step(termination)
+    return Symptom(FailureClass.EVICTED, NODE_FULL, message, pod, _NODE_FULL_REMEDY, step=step, at=ended.at)
 
 
 def _diagnose_lost(pod: PodView, ended: Ended) -> Symptom:

@@ -58,7 +58,7 @@ def decide_failure(
     if verdict.retried and smaller is not None:
         failure = failure.model_copy(update={"remedy": _shrunk(run, failure, smaller)})
     elif verdict.retried and elsewhere and failure.remedy != RULES[failure.failure_class].waiting_remedy:
-        failure = failure.model_copy(update={"remedy": describe_next(failure.node)})
+        failure = failure.model_copy(update={"remedy": describe_next(failure)})
     refusal = verdict.refusal or describe_others(others)
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)

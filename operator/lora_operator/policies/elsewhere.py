@@ -50,9 +50,6 @@ def describe_others(nodes: Sequence[str]) -> str:
     return f" (node {', '.join(nodes)} said so too)" if nodes else ""
 
 
-def describe_next(node: str | None) -> str:
+def describe_next(failure: Failure) -> str:
     """What to do about a failure that is tried again elsewhere."""
-    return (
-        f"See what node {node} has that others have not, or lacks: its driver, its container runtime, its limits. The "
-        "next attempt avoids it. If another node says the same, the run ends."
-    )
+    return f"The next attempt avoids node {failure.node}. If another node says the same, the run ends: {failure.remedy}"

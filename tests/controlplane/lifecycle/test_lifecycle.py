@@ -140,8 +140,19 @@ def test_restarts_end_with_max_restarts(run: Run, operator: OperatorThread) -> N
     eventually("four Events", lambda: [event["reason"] for event in run.events()] == reasons)
 
 
+def test_a_pod_without_a_limit_that_the_kernel_ends_is_not_charged(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+    run.set_ended(1, 1, 137, reason="OOMKilled")
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    failure = status["failures"][0]
+    assert (failure["class"], failure["reason"]) == ("Evicted", "NodeOutOfMemory")
+
+
 def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operator: OperatorThread) -> None:
-    run.create()
+    run.create(lambda spec: spec.update(podTemplate={"resources": {"limits": {"memory": "1Gi"}}}))
     run.set_running(1)
     run.wait_phase("Running")
     run.set_ended(1, 1, 137, reason="OOMKilled")

@@ -53,6 +53,13 @@ CASES = [
         "OOMKilled",
     ),
     Case("out of memory as PID 1", ended(1, 137, reason="OOMKilled"), FailureClass.HOST_OUT_OF_MEMORY),
+    Case(
+        "out of memory without a limit: the node was full",
+        ended(1, 137, reason="OOMKilled", memory_limited=False, node="n1"),
+        FailureClass.EVICTED,
+        "NodeOutOfMemory",
+        "node n1 had no memory left, and the pod has no memory limit",
+    ),
     Case("killed from outside", ended(1, 137), FailureClass.POD_LOST, "Killed"),
     Case("ended by SIGTERM without a word", ended(1, 143), FailureClass.POD_LOST, "Killed"),
     Case(

@@ -1,10 +1,11 @@
 """What may be the fault of one node is tried on another one, once."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lora_api import ConditionType, FailureClass, Phase
+from lora_api import RULES, ConditionType, FailureClass, Phase
 from lora_operator.lifecycle.decide import decide
 from lora_operator.state.plan import Plan
 from lora_operator.watched.views import PodView
@@ -34,7 +35,10 @@ def decided(pods: list[PodView], *before: dict[str, Any], **status: Any) -> Plan
 
 START = FailureClass.POD_NOT_STARTED
 CASES: dict[str, tuple[list[PodView], list[dict[str, Any]], dict[str, Any], bool, str]] = {
-    "one node cannot start a container": ([unstarted(0, "n1"), lost(1)], [], {}, True, "The next attempt avoids it"),
+    "one node cannot start a container": (
+        [unstarted(0, "n1"), lost(1)], [], {}, True,
+        "The next attempt avoids node n1. If another node",
+    ),
     "and another one cannot either": (
         [unstarted(0, "n1"), lost(1)], [failed_before("PodNotStarted", "n7", "StartError")], {}, False,
         "(node n7 said so too)",
@@ -70,6 +74,23 @@ def test_what_one_node_cannot_do_is_tried_on_another(name: str) -> None:
     assert words in plan.message
     if again:
         assert [node.name for node in plan.avoided or ()] == ["n1"]
+
+
+@pytest.mark.parametrize("failure_class", [FailureClass.GPU_UNSUPPORTED, FailureClass.LIMIT_TOO_LOW])
+def test_a_driver_or_a_limit_may_be_that_of_one_node(failure_class: FailureClass) -> None:
+    low = ended(0, 82, said(failure_class, "it is too old"), node="n1", attempt=2, job_uid="job-2")
+    other = ended(1, 82, said(failure_class, "it is too old"), node="n2", attempt=2, job_uid="job-2")
+    again = decided([low, lost(1)])
+    assert (again.phase, again.charged) == (Phase.RESTARTING, False)
+    assert [node.name for node in again.avoided or ()] == ["n1"]
+    for plan in (
+        decided([low, other]),
+        decided([low, lost(1)], failed_before(failure_class, "n7")),
+        decided([replace(low, node=""), lost(1)]),
+    ):
+        assert plan.phase is Phase.FAILED
+        assert plan.failure is not None
+        assert plan.failure.remedy == RULES[failure_class].remedy
 
 
 def test_the_node_of_a_container_that_does_not_start_is_said() -> None:

@@ -65,6 +65,7 @@ CASES: dict[str, tuple[Failure, list[Symptom], list[dict[str, Any]], list[tuple[
         failed(REFUSED, "NotInTheMood"), [rejected("NotInTheMood", "Pod was rejected: no", REFUSED)],
         [], [("n1", "PodLost")],
     ),
+    "a node that had no memory left": (failed(FailureClass.EVICTED, "NodeOutOfMemory"), [], [], [("n1", "Evicted")]),
     "a pod that somebody deleted says nothing of its node": (failed(REFUSED, "Deleted"), [], [], []),
     "nor does a preemption": (failed(FailureClass.EVICTED, "PreemptionByScheduler"), [], [], []),
     "nor does a crash": (failed(FailureClass.INTERNAL, "Error"), [], [], []),

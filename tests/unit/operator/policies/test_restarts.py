@@ -95,6 +95,12 @@ CASES = {
     "what has lasted for less counts from its beginning": Case(
         UNSTARTED, SAVED, {"since": ago(600)}, Budget(0, 1, ago(600)), 10.0,
     ),
+    "a model that was there once may be put back": Case(
+        FailureClass.MODEL_NOT_FOUND, PASSED, budget=Budget(0, 1, NOW), backoff=10.0
+    ),
+    "one that nobody has seen ends the run": Case(
+        FailureClass.MODEL_NOT_FOUND, ends=FailureClass.MODEL_NOT_FOUND
+    ),
     "a pod that could never be made ends the run": Case(UNSTARTED, ends=UNSTARTED),
     "a store that is away is not charged": Case(
         STORE, {**PASSED, "chargedRestarts": 3, "recentFailures": 3, "failingSince": stamp(ago(1800))},
