@@ -17,6 +17,7 @@ from datetime import datetime
 
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.diagnose import (
+    ECHOES,
     Symptom,
     diagnose_pods,
     diagnose_root,
@@ -209,20 +210,21 @@ def _decide_failing(
 
     A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
 
-    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
+    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours. And a gang that was
+    not whole then was not, whichever pod begins to run in that moment, unless that one fails by itself too.
     """
     nodes = observed.run.spec.parallelism.nodes
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
-    since = observed.reports.failing_since or now
-    waiting = not_started(pods)
-    silent = find_silent(symptoms, [pod for pod in pods if pod not in waiting])
+    since, began = observed.reports.failing_since or now, observed.reports.failing_with
+    late = not_started(pods) if began is None else [pod for pod in pods if pod.uid not in began]
+    whole = [pod for pod in pods if pod not in late]
+    silent = find_silent(symptoms, whole)
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
     left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
-        failure = diagnose_root(
-            symptoms, [pod for pod in pods if pod not in waiting], job.attempt, now, observed.reports.seen
-        )
-        incomplete = bool(waiting) or observed.is_short_of_pods(job)
+        failure = diagnose_root(symptoms, whole, job.attempt, now, observed.reports.seen)
+        by_themselves = {one.pod.uid for one in symptoms if one.pod and one.failure_class not in ECHOES}
+        incomplete = any(pod.uid not in by_themselves for pod in late) or observed.is_short_of_pods(job)
         if incomplete:
             failure = explain_by_room(failure, observed, job, pods, now)
         return decide_failure(

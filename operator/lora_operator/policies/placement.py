@@ -34,6 +34,14 @@ def not_started(pods: Sequence[PodView]) -> list[PodView]:
     return [pod for pod in pods if pod.phase == "Pending" and not (pod.has_ended or pod.running)]
 
 
+def begun_by(observed: Observed) -> frozenset[str]:
+    """The uids of the pods of the gang that have begun to run, or have ended."""
+    job = observed.live_job()
+    pods = observed.gang(job) if job is not None else []
+    late = not_started(pods)
+    return frozenset(pod.uid for pod in pods if pod not in late)
+
+
 def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
     """Whether there is room for a part of the gang only, or the run itself keeps away from nodes that have some."""
     placed = any(pod.scheduled and not pod.has_ended for pod in pods)

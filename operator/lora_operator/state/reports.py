@@ -102,6 +102,8 @@ class Reports:
     queue_read_at: datetime | None = None
     queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
+    failing_with: frozenset[str] | None = None
+    """The uids of the pods that had begun to run when a failure was seen first."""
     awaiting_since: datetime | None = None
     short_of_room_since: datetime | None = None
     refused_child: RefusedChild | None = None

@@ -135,3 +135,21 @@ def test_a_pod_without_room_that_finds_it_in_time_costs_nothing(run: Run, operat
     run.set_pod(second, running())
     status = run.wait_phase("Running")
     assert (status["attempt"], status.get("failures", [])) == (1, [])
+
+
+def test_a_peer_that_starts_as_the_others_give_up_is_blamed_for_nothing(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, failure_grace=2.0, node_grace=2.0)):
+        run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+        late, patient = run.gang(1)
+        run.set_pod(late, unschedulable(FULL))
+        run.set_pod(patient, running())
+        run.wait("it waits", lambda _: run.condition("Scheduled").get("reason") == "Unschedulable")
+        run.set_pod(patient, ended(73, termination("PeerLost", "only 1 of 2 nodes came", rank=1)))
+        run.wait("the others have a moment", lambda status: status["reason"] == "PodFailed")
+        run.set_pod(late, running())
+        status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        failure = status["failures"][0]
+        assert (failure["class"], failure["pod"]) == ("PeerLost", patient["metadata"]["name"])
+        assert not status.get("chargedRestarts")

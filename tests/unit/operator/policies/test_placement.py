@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
+from lora_operator.controller.finetunes import settle
 from lora_operator.lifecycle.decide import decide
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Refusal, Reports
@@ -201,6 +202,42 @@ def test_nothing_is_charged_while_a_peer_has_not_started(
     assert (plan.failure.failure_class, plan.charged, plan.phase) == (want, False, Phase.RESTARTING)
     assert plan.failure.message.startswith(words)
     assert compute_status(observed.run, plan, Reports(), NOW).charged_restarts == 3
+
+
+LATE = running(3)
+INTERNAL = said("Internal", "it broke")
+
+
+@pytest.mark.parametrize(
+    ("others", "last", "began", "charged", "blamed"),
+    [
+        (GAVE_UP, LATE, 3, False, "tickets-1-0"),
+        (GAVE_UP, LATE, 4, True, "tickets-1-3"),  # it ran from the beginning, and says nothing
+        (GAVE_UP, ended(3, 73, GAVE_UP), 3, False, "tickets-1-0"),
+        (INTERNAL, LATE, 3, False, "tickets-1-0"),
+        (INTERNAL, ended(3, 70, INTERNAL), 3, True, "tickets-1-0"),  # whatever it is, it is not that one came late
+    ],
+)
+def test_a_gang_that_was_not_whole_is_not_charged_though_the_last_peer_starts_in_the_end(
+    others: str, last: PodView, began: int, charged: bool, blamed: str
+) -> None:
+    pods = (*(ended(index, 73, others) for index in range(3)), last)
+    with_them = frozenset(pod.uid for pod in pods[:began])
+    observed = replace(gang(*pods), reports=Reports(failing_since=ago(SETTINGS.node_grace), failing_with=with_them))
+    plan = decide(observed, NOW, SETTINGS)
+    assert plan.failure is not None
+    assert (plan.charged, plan.failure.pod) == (charged, blamed)
+
+
+def test_which_pods_had_begun_is_kept_from_the_first_failure_on() -> None:
+    first = gang(ended(0, 73, GAVE_UP), running(1), running(2), unplaced(3))
+    plan = decide(first, NOW, SETTINGS)
+    assert plan.failing
+    heard = settle(first.reports, first, plan, NOW)
+    assert heard.failing_with == {"pod-1-0", "pod-1-1", "pod-1-2"}
+    second = replace(gang(ended(0, 73, GAVE_UP), *(running(index) for index in (1, 2, 3))), reports=heard)
+    again = settle(heard, second, decide(second, NOW, SETTINGS), NOW)
+    assert again.failing_with == heard.failing_with
 
 
 def test_a_final_verdict_stays_final_while_a_peer_has_not_started() -> None:
