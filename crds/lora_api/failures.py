@@ -19,6 +19,7 @@ class FailureRule:
     ``runPolicy.maxRestarts``. ``retried`` starts another attempt from the last complete checkpoint. The rule that
     counts is that of the root cause: a peer that lost its connection to a pod that failed by itself is not looked at.
     ``node``: the failure speaks of the node of its pod, so that another node may do what this one did not.
+    ``elsewhere``: it would end the run, and is tried once more on another node first.
     ``outage``: a run that has had a first success waits for a day for this to pass, without being charged, since what
     is refused or away was right once; ``waiting_remedy`` is what helps meanwhile, if it is not the remedy.
     """
@@ -30,6 +31,7 @@ class FailureRule:
     meaning: str
     remedy: str
     node: bool = False
+    elsewhere: bool = False
     outage: bool = False
     waiting_remedy: str = ""
 
@@ -38,6 +40,8 @@ class FailureRule:
         """What follows such a failure, for people."""
         if self.outage:
             return "restarts for a day" if self.retried else "ends the run; once that has worked, restarts for a day"
+        if self.elsewhere:
+            return "restarts once on other nodes, then ends the run"
         return "ends the run" if not self.retried else "restarts, counts" if self.charged else "restarts"
 
 
@@ -68,6 +72,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The base model or the dataset is not where its uri points.",
         remedy="Check uri and revision in the message; list the path with the credentials of this run.",
+        outage=True,
+        waiting_remedy="Put back what the message names. It is looked for again by itself.",
     ),
     FailureRule(
         failure_class=FailureClass.AUTH_DENIED,
@@ -232,6 +238,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=82,
         charged=False,
         retried=False,
+        node=True,
+        elsewhere=True,
         meaning="The GPU, its driver and the trainer's image do not fit together.",
         remedy=(
             "Upgrade the driver of the nodes or use an image for it, or send the run to other GPUs (nodeSelector in "
@@ -254,6 +262,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=84,
         charged=False,
         retried=False,
+        node=True,
+        elsewhere=True,
         meaning="A limit of the pod or its node is too low: /dev/shm, locked memory or open files.",
         remedy="Raise the limit that the message names, then delete this LoRAFineTune and create it again.",
     ),
@@ -298,6 +308,11 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
             "Check the image of the runtime, or the operator's trainer.image where that has none, "
             "podTemplate.imagePullSecrets, and that the nodes reach the registry. Then raise runPolicy.retry."
         ),
+        outage=True,
+        waiting_remedy=(
+            "See that the registry answers and still has the image, and that podTemplate.imagePullSecrets are valid. "
+            "The image is pulled again by itself."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.POD_NOT_STARTED,
@@ -307,6 +322,11 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="A pod cannot be created or started as it is specified.",
         remedy="Correct what the message names, usually a missing Secret, a claim or a quota, then raise "
         "runPolicy.retry.",
+        outage=True,
+        waiting_remedy=(
+            "Correct what the message names, usually a missing Secret, a claim or a policy of the cluster. It is tried "
+            "again by itself."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.NAME_CONFLICT,

@@ -5,7 +5,9 @@ from typing import Any
 
 from lora_api.status import AvoidedNode
 
-HOSTNAME = "kubernetes.io/hostname"
+NAME = "metadata.name"
+"""The only field of nodes that can be asked for; each requirement of it has one value (Kubernetes 1.29 to 1.37)."""
+
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
@@ -13,7 +15,8 @@ _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
     """The pod ``template``, whose pods go to none of ``nodes``. What it asks of nodes itself still holds.
 
-    The terms of a node affinity are alternatives, so each of them gets what is asked here.
+    The terms of a node affinity are alternatives, so each of them gets what is asked here. Nodes are told by their
+    names: the label kubernetes.io/hostname need not be the name.
     """
     if not nodes:
         return dict(template)
@@ -23,7 +26,7 @@ def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict
     of_nodes = affinity.get("nodeAffinity") or {}
     required = of_nodes.get(_REQUIRED) or {}
     terms = [
-        {**term, "matchExpressions": [*(term.get("matchExpressions") or ()), away]}
+        {**term, "matchFields": [*(term.get("matchFields") or ()), *away]}
         for term in required.get("nodeSelectorTerms") or [{}]
     ]
     of_nodes = {**of_nodes, _REQUIRED: {**required, "nodeSelectorTerms": terms}}
@@ -40,10 +43,10 @@ def lean_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict
     spec = template["spec"]
     affinity = spec.get("affinity") or {}
     of_nodes = affinity.get("nodeAffinity") or {}
-    away = {"weight": 100, "preference": {"matchExpressions": [_not_on(nodes)]}}
+    away = {"weight": 100, "preference": {"matchFields": _not_on(nodes)}}
     of_nodes = {**of_nodes, _PREFERRED: [*(of_nodes.get(_PREFERRED) or ()), away]}
     return {**template, "spec": {**spec, "affinity": {**affinity, "nodeAffinity": of_nodes}}}
 
 
-def _not_on(nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
-    return {"key": HOSTNAME, "operator": "NotIn", "values": sorted(node.name for node in nodes)}
+def _not_on(nodes: Sequence[AvoidedNode]) -> list[dict[str, Any]]:
+    return [{"key": NAME, "operator": "NotIn", "values": [name]} for name in sorted(node.name for node in nodes)]

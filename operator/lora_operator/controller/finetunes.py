@@ -25,6 +25,7 @@ from lora_operator.lifecycle.lastwords import await_words
 from lora_operator.lifecycle.refusals import face_refusals
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
+from lora_operator.policies.placement import begun_by
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import has_started, is_finished
 from lora_operator.state.observed import Observed
@@ -291,6 +292,7 @@ def settle(reports: Reports, observed: Observed, plan: Plan, now: datetime) -> R
     return replace(
         reports,
         failing_since=(reports.failing_since or now) if plan.failing else None,
+        failing_with=(reports.failing_with or begun_by(observed)) if plan.failing else None,
         short_of_room_since=(reports.short_of_room_since or now) if plan.short_of_room else None,
         awaiting_since=None,
         forgotten_since=(reports.forgotten_since or now) if forgotten_pods(observed) else None,

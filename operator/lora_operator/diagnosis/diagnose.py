@@ -6,6 +6,7 @@ from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.diagnosis.firstseen import can_be, ended_at
+from lora_operator.diagnosis.reasons import NODE_FULL, NOT_STARTED, is_lost, was_refused
 from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
 
@@ -18,20 +19,28 @@ INIT_CONTAINER_FAILED = "InitContainerFailed"
 PEER_SILENT = "PeerSilent"
 """Reason of a failure that is blamed on a pod for saying nothing."""
 
+_NODE_FULL_REMEDY = (
+    "The next attempt avoids the node: see what else runs there. If it repeats, set requests and limits of memory in "
+    "podTemplate.resources of a new run, so that its pods go where there is enough."
+)
+
+_NEVER_BY_ENDING = frozenset(
+    {FailureClass.BAD_SPEC, FailureClass.BAD_DATA, FailureClass.MODEL_NOT_FOUND, FailureClass.SOURCE_CHANGED,
+     FailureClass.GATE_REFUSED, FailureClass.GPU_OUT_OF_MEMORY, FailureClass.WEIGHTS_CHANGED, FailureClass.GPU_FAULT,
+     FailureClass.GPU_UNSUPPORTED, FailureClass.LIMIT_TOO_LOW}
+)  # fmt: skip
+"""What a pod that is being taken away does not fail with for that: it has the same cause in the next attempt, too.
+
+A trainer that is ended loses its peers, its network, its device plugin and its half-done collectives, so that any other
+class may come from that. A failure of the run itself comes again, and is told of then.
+"""
+
 _NODE_LOST = frozenset({"DeletionByTaintManager", "DeletionByPodGC", "NodeLost"})
 _EVICTED = frozenset(
     {"PreemptionByScheduler", "EvictionByEvictionAPI", "TerminationByKubelet", "Evicted", "Preempting", "Shutdown",
      "NodeShutdown", "Terminated"}
 )  # fmt: skip
 _DISK_FULL = ("ephemeral local storage usage exceeds", "usage of emptydir volume", "usage exceeds the limit")
-_NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
-_NEVER_RAN = frozenset({"UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "NodeAffinity"})
-_STATUS_UNKNOWN = "ContainerStatusUnknown"
-"""What the kubelet says of a container that it does not find any more, with exit code 137."""
-
-_UNKNOWN = (255, "Unknown")
-"""Exit code and reason of a container that ran when its node went down: containerd finds it so after the reboot."""
-
 _KILLED = 128 + 9
 _TERMINATED = 128 + 15
 
@@ -59,6 +68,7 @@ class Obstacle:
     ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
     others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
     ``pod``: the one on whose node it is.
+    ``final_remedy`` is what helps after that, if it is not the remedy.
     """
 
     reason: str
@@ -70,6 +80,7 @@ class Obstacle:
     permanent: bool = False
     limit: float | None = None
     pod: PodView | None = None
+    final_remedy: str = ""
 
     @property
     def text(self) -> str:
@@ -93,7 +104,7 @@ class Obstacle:
         lasted = "" if self.permanent else f" (for {(now - self.since).total_seconds():.0f} s)"
         return Failure(
             attempt=attempt, failure_class=self.failure_class, reason=self.reason,
-            message=f"{self.message}{lasted}", remedy=self.remedy, at=now,
+            message=f"{self.message}{lasted}", remedy=self.final_remedy or self.remedy, at=now,
             pod=self.pod.name if self.pod else None, node=(self.pod.node or None) if self.pod else None,
         )  # fmt: skip
 
@@ -179,16 +190,16 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     ended, termination = pod.ended, termination_of(pod)
     if ended is None:
         raise ValueError(f"pod {pod.name} has not ended")
-    at = ended.at
+    at, said = ended.at, termination.failure_class if termination else None
+    taken = None if said in _NEVER_BY_ENDING else _diagnose_disruption(pod)
+    if taken is not None:
+        return replace(taken, at=at, message=_add_said(taken.message, termination), step=_step(termination))
+    if ended.reason == "OOMKilled" and not pod.memory_limited:
+        return _diagnose_full_node(pod, ended, termination)
     if ended.reason == "OOMKilled":
         message = f"Pod {pod.name} passed its memory limit and was ended by the kernel"
         size = termination.micro_batch_size if termination else None
         return Symptom(FailureClass.HOST_OUT_OF_MEMORY, "OOMKilled", message, pod, micro_batch_size=size, at=at)
-    said = termination.failure_class if termination else None
-    if said is None or said in ECHOES or said == FailureClass.POD_LOST:
-        taken = _diagnose_disruption(pod)
-        if taken is not None:
-            return replace(taken, at=at)
     if termination is not None and said is not None:
         message = termination.message or RULES[said].meaning
         remedy = termination.remedy or ""
@@ -200,10 +211,10 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
             said, ended.reason or str(said), message, pod, remedy, termination.rank, termination.step,
             termination.micro_batch_size, termination.at,
         )  # fmt: skip
-    if _is_lost(ended):
+    if is_lost(ended):
         return _diagnose_lost(pod, ended)
-    if ended.reason in _NOT_STARTED:
-        message = f"The container of pod {pod.name} did not start: {ended.message or ended.reason}"
+    if ended.reason in NOT_STARTED:
+        message = f"The container of pod {pod.name} did not start{_on(pod)}: {ended.message or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=at)
     if exit_code in (_KILLED, _TERMINATED):
         return Symptom(FailureClass.POD_LOST, "Killed", f"Pod {pod.name} was killed from outside", pod, at=at)
@@ -214,9 +225,24 @@ def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
     return Symptom(FailureClass.INTERNAL, ended.reason or "Error", message, pod, at=at)
 
 
-def _is_lost(ended: Ended) -> bool:
-    """Whether the node knows no more how the container ended: it went down, or its runtime lost the container."""
-    return ended.reason == _STATUS_UNKNOWN or (ended.exit_code, ended.reason) == _UNKNOWN
+def _add_said(message: str, termination: Termination | None) -> str:
+    """``message`` of a pod that was taken away, with what it said itself, where that is no echo."""
+    said = termination.failure_class if termination else None
+    if termination is None or said is None or said in ECHOES or said == FailureClass.POD_LOST:
+        return message
+    return f"{message.rstrip('.')}. It said: {said}: {termination.message or RULES[said].meaning}"
+
+
+def _step(termination: Termination | None) -> int | None:
+    return termination.step if termination else None
+
+
+def _diagnose_full_node(pod: PodView, ended: Ended, termination: Termination | None) -> Symptom:
+    """A pod that has no limit which it could have passed: the kernel ended it because its node was full."""
+    node = f"node {pod.node}" if pod.node else "its node"
+    message = f"Pod {pod.name} was ended by the kernel: {node} had no memory left, and the pod has no memory limit"
+    step = _step(termination)
+    return Symptom(FailureClass.EVICTED, NODE_FULL, message, pod, _NODE_FULL_REMEDY, step=step, at=ended.at)
 
 
 def _diagnose_lost(pod: PodView, ended: Ended) -> Symptom:
@@ -234,16 +260,20 @@ def _diagnose_init_container(pod: PodView, ended: Ended) -> Symptom:
     taken = _diagnose_disruption(pod)
     if taken is not None:
         return replace(taken, at=ended.at)
-    if _is_lost(ended):
+    if is_lost(ended):
         return _diagnose_lost(pod, ended)
     what, words = f"Init container {ended.init_container} of pod {pod.name}", ended.message.strip()
-    if ended.reason in _NOT_STARTED:
-        message = f"{what} did not start: {words or ended.reason}"
+    if ended.reason in NOT_STARTED:
+        message = f"{what} did not start{_on(pod)}: {words or ended.reason}"
         return Symptom(FailureClass.POD_NOT_STARTED, ended.reason, message, pod, at=ended.at)
     how = f"{what} ended with exit code {ended.exit_code} ({ended.reason or 'Error'})"
     remedy = describe_init_remedy(pod.name, ended.init_container)
     message = f"{how}: {words}" if words else how
     return Symptom(FailureClass.POD_LOST, INIT_CONTAINER_FAILED, message, pod, remedy, at=ended.at)
+
+
+def _on(pod: PodView) -> str:
+    return f" on node {pod.node}" if pod.node else ""
 
 
 def describe_init_remedy(pod: str, container: str) -> str:
@@ -259,7 +289,7 @@ def _diagnose_without_exit(pod: PodView) -> Symptom:
     taken = _diagnose_disruption(pod)
     if taken is not None:
         return taken
-    if pod.reason in _NEVER_RAN:
+    if was_refused(pod):
         message = f"Node refused pod {pod.name}: {pod.message or pod.reason}"
         return Symptom(FailureClass.POD_LOST, pod.reason, message, pod, at=pod.deleting_at)
     message = f"Pod {pod.name} was deleted" if pod.gone or pod.deleting_at else f"Pod {pod.name} failed: {pod.message}"

@@ -40,6 +40,10 @@ _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-s
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
 _PRIORITY_REMEDY = "Create the PriorityClass that the message names. The run starts by itself then."
+_UNKNOWN_REMEDY = (
+    "This may pass by itself. If it lasts, see what the message names: the API server, its admission, or what the pods "
+    "need and is not there. The run starts by itself once its pods can be made."
+)
 _PATIENCE = 86_400.0
 """Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
 _MOST_NAMES = 5
@@ -132,13 +136,14 @@ def _scheduling_remedy(pod: PodView) -> str:
 
 def _fatal(failure_class: FailureClass, pod: PodView, since: datetime) -> Obstacle:
     """``reason`` is the class: Kubernetes' own word changes with every try, and each change would be a write."""
-    crashes = failure_class is FailureClass.POD_LOST
+    crashes, rule = failure_class is FailureClass.POD_LOST, RULES[failure_class]
     what = "Image" if failure_class is FailureClass.IMAGE_PULL_FAILED else "Container"
     where = f", init container {pod.init_container}" if pod.init_container else ""
     return Obstacle(
         reason=INIT_CONTAINER_FAILED if crashes else str(failure_class),
         message=f"{what} of pod {pod.name}{where}: {pod.waiting_reason}: {pod.waiting_message}".rstrip(": "),
-        remedy=describe_init_remedy(pod.name, pod.init_container) if crashes else RULES[failure_class].remedy,
+        remedy=describe_init_remedy(pod.name, pod.init_container) if crashes else rule.waiting_remedy or rule.remedy,
+        final_remedy="" if crashes else rule.remedy,
         since=since,
         failure_class=failure_class,
     )
@@ -164,6 +169,7 @@ _REFUSALS: dict[str, tuple[str, str | None, float | None]] = {
     "webhook": ("WebhookFailed", _WEBHOOK_REMEDY, _PATIENCE),
     "priority": ("PriorityClassNotFound", _PRIORITY_REMEDY, _PATIENCE),
     "policy": (str(FailureClass.POD_NOT_STARTED), None, None),
+    "unknown": ("FailedCreate", _UNKNOWN_REMEDY, _PATIENCE),
 }
 """Reason and remedy of pods that are refused, and for how long that is waited for, where it is not the usual time.
 

@@ -17,6 +17,7 @@ from datetime import datetime
 
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.diagnose import (
+    ECHOES,
     Symptom,
     diagnose_pods,
     diagnose_root,
@@ -50,6 +51,7 @@ from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
 from lora_operator.policies.placement import (
     explain_by_room,
     is_short_of_room,
+    may_need_avoided,
     not_placed,
     not_started,
     seconds_to_giving_back,
@@ -236,23 +238,27 @@ def _decide_failing(
 
     A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
 
-    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours.
+    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours. And a gang that was
+    not whole then was not, whichever pod begins to run in that moment, unless that one fails by itself too.
     """
     nodes = observed.run.spec.parallelism.nodes
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
-    since = observed.reports.failing_since or now
-    waiting = not_started(pods)
-    silent = find_silent(symptoms, [pod for pod in pods if pod not in waiting])
+    since, began = observed.reports.failing_since or now, observed.reports.failing_with
+    late = not_started(pods) if began is None else [pod for pod in pods if pod.uid not in began]
+    whole = [pod for pod in pods if pod not in late]
+    silent = find_silent(symptoms, whole)
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
     left = grace - (now - since).total_seconds()
     if job.failure or len(ended) >= nodes or left <= 0:
-        failure = diagnose_root(
-            symptoms, [pod for pod in pods if pod not in waiting], job.attempt, now, observed.reports.seen
-        )
-        incomplete = bool(waiting) or observed.is_short_of_pods(job)
+        failure = diagnose_root(symptoms, whole, job.attempt, now, observed.reports.seen)
+        by_themselves = {one.pod.uid for one in symptoms if one.pod and one.failure_class not in ECHOES}
+        incomplete = any(pod.uid not in by_themselves for pod in late) or observed.is_short_of_pods(job)
         if incomplete:
             failure = explain_by_room(failure, observed, job, pods, now)
-        return decide_failure(observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete)
+        return decide_failure(
+            observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
+            forgets_nodes=may_need_avoided(pods),
+        )  # fmt: skip
     awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
     message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
     return Plan(
@@ -283,13 +289,15 @@ def _decide_healthy(
         return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), now, settings)
+        failure = obstacle.to_failure(job.attempt, now)
+        return decide_failure(observed, job.attempt, failure, now, settings, since=obstacle.since)
     short = is_short_of_room(observed, job, pods)
     if short:
         back = seconds_to_giving_back(observed, now)
         if back <= 0:
             failure = not_placed(observed, job, pods, now)
-            return decide_failure(observed, job.attempt, failure, now, settings)
+            forgets = may_need_avoided(pods)
+            return decide_failure(observed, job.attempt, failure, now, settings, forgets_nodes=forgets)
         left = back if left is None else min(left, back)
     mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
     marks = {**start.conditions, ConditionType.RUNNING: mark}

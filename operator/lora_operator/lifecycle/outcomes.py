@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
 from lora_operator.diagnosis.diagnose import Obstacle, Symptom
+from lora_operator.policies.elsewhere import describe_next, describe_others, find_others, tries_elsewhere
 from lora_operator.policies.memory import find_micro_batch, shrink_micro_batch
 from lora_operator.policies.nodes import avoid
 from lora_operator.policies.restarts import judge
@@ -36,33 +37,42 @@ def decide_failure(
     *,
     symptoms: Sequence[Symptom] = (),
     incomplete: bool = False,
+    since: datetime | None = None,
+    forgets_nodes: bool = True,
 ) -> Plan:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows.
 
     ``symptoms`` are all that was wrong with the pods, ``incomplete`` whether some of them had not started.
+    ``since`` is when that which has become the failure began. ``forgets_nodes``: where there was no room, the nodes
+    that were avoided may be used again.
     """
     run, checkpoint = observed.run, find_checkpoint(observed, attempt)
     smaller = shrink_micro_batch(run, failure)
+    others = find_others(run.status, failure, symptoms, checkpoint)
+    elsewhere = tries_elsewhere(failure, others)
     verdict = judge(
         run, failure, now, base=settings.restart_backoff, checkpoint=checkpoint, shrinks=smaller is not None,
-        incomplete=incomplete,
+        elsewhere=elsewhere, incomplete=incomplete, since=since,
     )  # fmt: skip
     failure = verdict.failure
     if verdict.retried and smaller is not None:
         failure = failure.model_copy(update={"remedy": _shrunk(run, failure, smaller)})
-    text = with_remedy(failure.message.strip().rstrip(".") + verdict.refusal, failure.remedy)
+    elif verdict.retried and elsewhere and failure.remedy != RULES[failure.failure_class].waiting_remedy:
+        failure = failure.model_copy(update={"remedy": describe_next(failure)})
+    refusal = verdict.refusal or describe_others(others)
+    text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)
     mark = Mark(value=False, reason=reason, message=text)
     kind, retry = ConditionType.RUNNING, Phase.RESTARTING
     if attempt == PREFLIGHT:
         kind, retry = ConditionType.PREFLIGHT_PASSED, Phase.PREFLIGHT
+    forgets = failure.failure_class is FailureClass.NOT_PLACED and forgets_nodes
+    avoided = () if forgets else avoid(run.status, failure, symptoms, now)
     if verdict.retried:
-        placed = failure.failure_class is not FailureClass.NOT_PLACED
         return Plan(
             phase=retry, reason=reason, message=text, attempt=attempt, failure=failure,
             charged=verdict.charged, micro_batch_size=smaller, conditions={kind: mark}, backoff=verdict.backoff,
-            budget=verdict.budget, checkpoint=checkpoint,
-            avoided=avoid(run.status, failure, symptoms, now) if placed else (),
+            budget=verdict.budget, checkpoint=checkpoint, avoided=avoided,
         )  # fmt: skip
     return Plan(
         phase=Phase.FAILED,
@@ -73,6 +83,7 @@ def decide_failure(
         conditions={kind: mark, ConditionType.FAILED: replace(mark, value=True)},
         budget=verdict.budget,
         checkpoint=checkpoint,
+        avoided=avoided,
         ended=True,
     )
 
@@ -156,7 +167,7 @@ def decide_obstructed(
     """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), now, settings)
+        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), now, settings, since=obstacle.since)
     wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
     return replace(wait, attempt=observed.run.status.attempt)
 

@@ -10,15 +10,9 @@ from datetime import datetime, timedelta
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
 from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.reasons import LOST_BY_NODE, NODE_FULL, NOT_READIED, NOT_STARTED, is_refusal, was_refused
 
 AVOIDED_FOR = timedelta(days=1)
-
-_REFUSALS = frozenset(
-    {"UnexpectedAdmissionError", "NodeAffinity", "TopologyAffinityError", "SMTAlignmentError", "PodOSNotSupported",
-     "UnexpectedPredicateFailureType", "PodFeatureUnsupported", "FailedCreatePodSandBox", "FailedMount"}
-)  # fmt: skip
-_OUT_OF = "OutOf"
-"""What the reasons begin with with which a kubelet refuses a pod for want of something: OutOfcpu, OutOfpods, ..."""
 
 
 def avoid(
@@ -29,7 +23,7 @@ def avoid(
     bad += [
         (one.pod.node, one.failure_class)
         for one in symptoms
-        if one.pod and speaks_of_node(one.failure_class, one.reason)
+        if one.pod and (speaks_of_node(one.failure_class, one.reason) or was_refused(one.pod))
     ]
     nodes = {node.name: node for node in keep_recent(status.avoided_nodes or [], now)}
     for name, failure_class in bad:
@@ -46,8 +40,11 @@ def keep_recent(nodes: Iterable[AvoidedNode], now: datetime) -> list[AvoidedNode
 
 def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:
     """Whether a failure is one of the node of its pod, so that another node may do what this one did not."""
-    refused = failure_class is FailureClass.POD_LOST and (reason in _REFUSALS or reason.startswith(_OUT_OF))
-    return RULES[failure_class].node or refused
+    lost = failure_class is FailureClass.POD_LOST
+    refused = lost and (is_refusal(reason) or reason in LOST_BY_NODE | NOT_READIED)
+    unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
+    full = failure_class is FailureClass.EVICTED and reason == NODE_FULL
+    return RULES[failure_class].node or refused or unstarted or full
 
 
 def describe_forgotten(nodes: Sequence[AvoidedNode]) -> str:

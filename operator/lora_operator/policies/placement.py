@@ -20,6 +20,8 @@ PLACEMENT_TIMEOUT = 600
 """Seconds, where the run names none."""
 
 _UNSCHEDULABLE = "Unschedulable"
+_SCHEDULERS_WORDS, _AFFINITY = "nodes are available", "affinity"
+"""What kube-scheduler says of each pod without a node, and of nodes that its affinity leaves out (1.29 to 1.37)."""
 
 
 def lacks_room(pod: PodView) -> bool:
@@ -31,6 +33,14 @@ def lacks_room(pod: PodView) -> bool:
 def not_started(pods: Sequence[PodView]) -> list[PodView]:
     """The pods that have not begun to run, and have not ended either."""
     return [pod for pod in pods if pod.phase == "Pending" and not (pod.has_ended or pod.running)]
+
+
+def begun_by(observed: Observed) -> frozenset[str]:
+    """The uids of the pods of the gang that have begun to run, or have ended."""
+    job = observed.live_job()
+    pods = observed.gang(job) if job is not None else []
+    late = not_started(pods)
+    return frozenset(pod.uid for pod in pods if pod not in late)
 
 
 def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
@@ -68,11 +78,23 @@ def waits_since(observed: Observed, job: JobView, base: float) -> datetime:
     return min(job.created, last.at + timedelta(seconds=pause))
 
 
+def may_need_avoided(pods: Sequence[PodView]) -> bool:
+    """Whether the nodes that the run avoids might have had room, so that the next attempt may use them again.
+
+    The scheduler tells of nodes that are left out by the affinity of a pod, with which the run avoids them. Where it
+    tells of others only, such as nodes that are full, those of the run are gone or cordoned, and would not help; nor
+    would they where a quota is full.
+    """
+    words = [pod.unscheduled_message for pod in pods if lacks_room(pod)]
+    return any(_AFFINITY in text or _SCHEDULERS_WORDS not in text for text in words)
+
+
 def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> Failure:
     """The end of an attempt for whose gang there was no room as a whole."""
     placed = sum(pod.scheduled or pod.has_ended for pod in pods)
     message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods)}"
-    message += describe_forgotten(observed.run.status.avoided_nodes or [])
+    if may_need_avoided(pods):
+        message += describe_forgotten(observed.run.status.avoided_nodes or [])
     return new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
 
 

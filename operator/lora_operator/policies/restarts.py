@@ -73,22 +73,25 @@ def judge(
     base: float,
     checkpoint: int | None = None,
     shrinks: bool = False,
+    elsewhere: bool = False,
     incomplete: bool = False,
+    since: datetime | None = None,
 ) -> Verdict:
     """What follows ``failure``.
 
     ``base`` is the first pause in seconds, ``checkpoint`` the step of the newest complete checkpoint that was told of.
-    ``shrinks``: the next attempt has a smaller micro-batch. ``incomplete``: some pods of the gang had not started, and
-    nothing is charged to a gang that was not whole.
+    ``shrinks``: the next attempt has a smaller micro-batch. ``elsewhere``: it is to show what another node says.
+    ``incomplete``: some pods of the gang had not started, and nothing is charged to a gang that was not whole.
+    ``since``: the failure is something that has lasted since then.
     """
     status, rule = run.status, RULES[failure.failure_class]
     budget, worked = find_budget(status, checkpoint), has_worked(status, failure, checkpoint)
     waits = rule.outage and worked
-    retried = rule.retried or waits or shrinks
+    retried = rule.retried or waits or shrinks or elsewhere
     charged = rule.charged and not incomplete
     if not retried:
         return Verdict(failure, retried=False, charged=False, backoff=0.0, budget=budget)
-    begun, refusal = budget.since or now, ""
+    begun, refusal = min(budget.since or now, since or now), ""
     waits_for_room = failure.failure_class is FailureClass.NOT_PLACED
     if charged:
         refusal = _refuse_charged(run, failure, budget)

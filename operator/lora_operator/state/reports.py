@@ -4,6 +4,7 @@ It is kept in memory alone and read again after a restart. Each ``hear_`` takes 
 returns what there is now.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -11,6 +12,16 @@ from typing import Literal
 
 from lora_api import Progress, ProgressLine
 from lora_operator.state.workload import QueueReport
+
+_DENIAL = re.compile(
+    r"violates PodSecurity|denied (?:the )?request"  # Pod Security; a webhook, a ValidatingAdmissionPolicy
+    r"|failed quota: .*must specify"  # a ResourceQuota that wants limits
+    r"|usage per (?:Container|Pod) is|max limit to request ratio per|must be less than or equal to"  # a LimitRange
+    r"|unable to validate against any security context constraint"  # OpenShift
+    r"|node label selector conflicts|conflicts with its namespace"  # PodNodeSelector, PodTolerationRestriction
+    r'|^(?:Error creating: )?(?:Pod|pods) "[^"]*" is invalid'
+)
+"""What admission says of a pod that it does not want (Kubernetes 1.29 to 1.37), so that asking again does not help."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +35,18 @@ class Refusal:
     since: datetime
 
     @property
-    def kind(self) -> Literal["quota", "webhook", "priority", "policy"]:
-        """Who refuses: a quota that is full, a webhook that does not answer, a missing PriorityClass, or a policy."""
+    def kind(self) -> Literal["quota", "webhook", "priority", "policy", "unknown"]:
+        """Who refuses: a quota that is full, a webhook that does not answer, a missing PriorityClass, or a policy.
+
+        Whatever is no denial that is known may pass by itself, such as a time-out within the API server.
+        """
         if "exceeded quota" in self.message:
             return "quota"
         if "failed calling webhook" in self.message:
             return "webhook"
-        return "priority" if "no PriorityClass with name" in self.message else "policy"
+        if "no PriorityClass with name" in self.message:
+            return "priority"
+        return "policy" if _DENIAL.search(self.message) else "unknown"
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,8 @@ class Reports:
     queue_read_at: datetime | None = None
     queue_changed_at: datetime | None = None
     failing_since: datetime | None = None
+    failing_with: frozenset[str] | None = None
+    """The uids of the pods that had begun to run when a failure was seen first."""
     awaiting_since: datetime | None = None
     short_of_room_since: datetime | None = None
     refused_child: RefusedChild | None = None

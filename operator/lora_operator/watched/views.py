@@ -77,6 +77,8 @@ class PodView:
     disruption_message: str = ""
     waiting_reason: str = ""
     waiting_message: str = ""
+    memory_limited: bool = True
+    """The kernel may end the trainer for what it uses itself; without a limit, only where the whole node is full."""
     init_container: str = ""
     """The init container that waits, or runs, before the trainer; or the sidecar that has not started."""
     running: bool = False
@@ -203,12 +205,20 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         disruption_message=disruption.get("message", "") if disrupted else "",
         waiting_reason=waiting.get("reason") or "",
         waiting_message=waiting.get("message") or "",
+        memory_limited=_has_memory_limit(spec),
         init_container=init_container,
         running="running" in state,
         unready=_is_unready(conditions),
         ended=refused or _parse_ended(state.get("terminated")),
         tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
+
+
+def _has_memory_limit(spec: Mapping[str, Any]) -> bool:
+    """Whether the trainer has a memory limit: its own, that of a LimitRange, or one of the whole pod."""
+    trainer = next((item for item in spec.get("containers") or () if item.get("name") == CONTAINER_NAME), None)
+    asked = ((item or {}).get("resources") or {} for item in (trainer, spec))
+    return trainer is None or any("memory" in (resources.get("limits") or {}) for resources in asked)
 
 
 _INITIALIZING = (None, "", "PodInitializing", "ContainerCreating")

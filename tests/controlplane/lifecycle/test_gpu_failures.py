@@ -41,12 +41,13 @@ def test_every_row_reaches_the_status(api: Api, namespace: str, operator: Operat
         end(run, second, "gpu-7", entry["exitCode"], termination_at(entry, at))
     for row, run in zip(GPU_ERRORS, runs, strict=True):
         entry, rule = words[key_of(row)], RULES[row.failure_class]
-        if rule.retried and not rule.charged:
+        if (rule.retried and not rule.charged) or rule.elsewhere:
             status = run.wait("attempt 2", lambda status: status.get("attempt") == 2, 60)
         else:
             status = run.wait_phase("Failed", 60)
         [failure] = status["failures"]
         assert (failure["class"], failure["node"], failure["rank"]) == (row.failure_class, "gpu-7", 0), row.text
-        assert failure["remedy"] == (row.remedy or rule.remedy)
+        elsewhere = "The next attempt avoids node gpu-7. If another node says the same, the run ends: "
+        assert failure["remedy"] == (elsewhere if rule.elsewhere else "") + (row.remedy or rule.remedy)
         assert failure["message"] == ("Node gpu-7, " if rule.node else "") + entry["words"]["message"]
         assert failure["exitCode"] == entry["exitCode"]

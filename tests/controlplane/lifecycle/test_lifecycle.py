@@ -140,8 +140,19 @@ def test_restarts_end_with_max_restarts(run: Run, operator: OperatorThread) -> N
     eventually("four Events", lambda: [event["reason"] for event in run.events()] == reasons)
 
 
+def test_a_pod_without_a_limit_that_the_kernel_ends_is_not_charged(run: Run, operator: OperatorThread) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    run.set_running(1)
+    run.wait_phase("Running")
+    run.set_ended(1, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+    run.set_ended(1, 1, 137, reason="OOMKilled")
+    status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    failure = status["failures"][0]
+    assert (failure["class"], failure["reason"]) == ("Evicted", "NodeOutOfMemory")
+
+
 def test_memory_limit_passed_ends_the_run_and_its_hanging_peer(run: Run, operator: OperatorThread) -> None:
-    run.create()
+    run.create(lambda spec: spec.update(podTemplate={"resources": {"limits": {"memory": "1Gi"}}}))
     run.set_running(1)
     run.wait_phase("Running")
     run.set_ended(1, 1, 137, reason="OOMKilled")
@@ -177,8 +188,17 @@ def test_a_deleted_job_restarts_the_gang(run: Run, operator: OperatorThread, api
     assert (status["failures"][0]["class"], status["failures"][0]["reason"]) == ("PodLost", "JobDeleted")
 
 
-def test_an_evicted_pod_is_not_charged(run: Run, operator: OperatorThread) -> None:
-    run.create()
+@pytest.mark.parametrize(
+    ("code", "last_words", "said"),
+    [
+        (75, termination("Checkpointed", "saved step 9"), ""),
+        (70, termination("Internal", "the thread of the checkpoint died"), "It said: Internal: the thread of"),
+    ],
+)
+def test_an_evicted_pod_is_not_charged(
+    run: Run, operator: OperatorThread, code: int, last_words: str, said: str
+) -> None:
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
     run.set_running(1)
     run.wait_phase("Running")
     target = {
@@ -190,8 +210,9 @@ def test_an_evicted_pod_is_not_charged(run: Run, operator: OperatorThread) -> No
     }
     pods = run.gang(1)
     run.set_pod(pods[0], ended(73, termination("PeerLost", "Connection closed by peer", rank=0)))
-    run.set_pod(pods[1], {**ended(75, termination("Checkpointed", "saved step 9")), "conditions": [target]})
+    run.set_pod(pods[1], {**ended(code, last_words), "conditions": [target]})
     status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+    assert said in status["failures"][0]["message"]
     failure = status["failures"][0]
     assert (failure["class"], failure["reason"]) == ("Evicted", "PreemptionByScheduler")
     assert "preempting to accommodate" in failure["message"]
@@ -222,12 +243,32 @@ def test_what_keeps_a_pod_from_starting_is_shown_and_then_ends_the_run(
     run.wait("a condition", lambda status: run.condition("Running").get("reason") == failure_class)
     condition = run.condition("Running")
     assert (condition["status"], run.condition("Stalled")["status"]) == ("False", "False")
-    remedy = RULES[FailureClass(failure_class)].remedy
-    assert f"{reason}: {detail}. Remedy: {remedy}" in condition["message"]
+    rule = RULES[FailureClass(failure_class)]
+    assert f"{reason}: {detail}. Remedy: {rule.waiting_remedy}" in condition["message"]
     status = run.wait_phase("Failed")
+    assert status["failures"][0]["remedy"] == rule.remedy
     assert status["failures"][0]["class"] == failure_class
     assert detail in run.condition("Stalled")["message"]
     eventually("pods that never ran are taken away", lambda: run.pods(1) == [])
+
+
+def test_a_registry_that_is_away_ends_no_run_that_has_worked(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, start_timeout=1.0)):
+        run.create()
+        run.set_running(1)
+        run.wait_phase("Running")
+        saved = termination("Checkpointed", "asked to stop", rank=0, step=12, checkpointStep=12)
+        for index in (1, 0):
+            run.set_ended(1, index, 75, saved)
+        run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        run.set_pod(run.gang(2)[0], waiting("ImagePullBackOff", "503 Service Unavailable"))
+        status = run.wait("attempt 3", lambda status: status.get("attempt") == 3)
+        assert (status["failures"][-1]["class"], status.get("chargedRestarts", 0)) == ("ImagePullFailed", 0)
+        assert "pulled again by itself" in status["failures"][-1]["remedy"]
+        run.set_running(3)
+        run.wait_phase("Running")
 
 
 def test_an_image_that_comes_late_is_no_failure(

@@ -8,7 +8,7 @@ import pytest
 from lora_operator.settings import Settings
 from tests.support.api import Api
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, running, termination, unschedulable
+from tests.support.runs import Run, ended, running, termination, unschedulable
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -39,8 +39,8 @@ def avoided_by(run: Run, attempt: int) -> list[str]:
     return [
         node
         for term in required.get("nodeSelectorTerms", [])
-        for one in term["matchExpressions"]
-        if (one["key"], one["operator"]) == ("kubernetes.io/hostname", "NotIn")
+        for one in term["matchFields"]
+        if (one["key"], one["operator"]) == ("metadata.name", "NotIn")
         for node in one["values"]
     ]
 
@@ -84,9 +84,31 @@ def test_a_preflight_may_go_where_one_was_refused_if_there_is_no_other_node(
         affinity = pod["spec"]["affinity"]["nodeAffinity"]
         assert "requiredDuringSchedulingIgnoredDuringExecution" not in affinity
         preferred = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
-        assert {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["n1"]} in [
-            expression for term in preferred for expression in term["preference"]["matchExpressions"]
+        assert {"key": "metadata.name", "operator": "NotIn", "values": ["n1"]} in [
+            field for term in preferred for field in term["preference"].get("matchFields", ())
         ]
+
+
+def test_a_container_that_a_node_cannot_start_is_tried_on_one_other_node(
+    run: Run, operator: OperatorThread, api: Api
+) -> None:
+    words = "OCI runtime create failed: nvidia-container-cli: driver rpc error: timed out"
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    for attempt, bad in ((1, "n1"), (2, "n2")):
+        first, second = run.gang(attempt)
+        bind(api, first, "n9")
+        bind(api, second, bad)
+        run.set_pod(first, running())
+        run.set_pod(second, ended(128, words, "StartError"))
+        run.set_ended(attempt, 0, 73, termination("PeerLost", "Connection closed by peer", rank=0))
+        if attempt == 1:
+            status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+            assert f"did not start on node n1: {words}" in status["failures"][-1]["message"]
+            assert avoided_by(run, 2) == ["n1"]
+    status = run.wait_phase("Failed")
+    assert (status["reason"], status["attempt"]) == ("PodNotStarted", 2)
+    assert "node n1 said so too" in run.condition("Stalled")["message"]
+    assert [node["name"] for node in status["avoidedNodes"]] == ["n1", "n2"]
 
 
 def test_a_part_of_a_gang_gives_its_nodes_back_and_tries_again(run: Run, operator: OperatorThread) -> None:
@@ -131,3 +153,21 @@ def test_a_pod_without_room_that_finds_it_in_time_costs_nothing(run: Run, operat
     run.set_pod(second, running())
     status = run.wait_phase("Running")
     assert (status["attempt"], status.get("failures", [])) == (1, [])
+
+
+def test_a_peer_that_starts_as_the_others_give_up_is_blamed_for_nothing(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    with OperatorThread(fast_settings(namespace, failure_grace=2.0, node_grace=2.0)):
+        run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+        late, patient = run.gang(1)
+        run.set_pod(late, unschedulable(FULL))
+        run.set_pod(patient, running())
+        run.wait("it waits", lambda _: run.condition("Scheduled").get("reason") == "Unschedulable")
+        run.set_pod(patient, ended(73, termination("PeerLost", "only 1 of 2 nodes came", rank=1)))
+        run.wait("the others have a moment", lambda status: status["reason"] == "PodFailed")
+        run.set_pod(late, running())
+        status = run.wait("attempt 2", lambda status: status.get("attempt") == 2)
+        failure = status["failures"][0]
+        assert (failure["class"], failure["pod"]) == ("PeerLost", patient["metadata"]["name"])
+        assert not status.get("chargedRestarts")

@@ -9,19 +9,22 @@ from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import NOW, a_run, stamp
 
-AWAY = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["n1", "n2"]}
+AWAY = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in ("n1", "n2")]
 H100 = {"key": "gpu", "operator": "In", "values": ["h100"]}
 ZONE = {"key": "zone", "operator": "In", "values": ["a"]}
 FIELD = {"key": "metadata.name", "operator": "In", "values": ["n5"]}
 RUN = a_run(status={"avoidedNodes": [{"name": name, "since": stamp(NOW)} for name in ("n2", "n1")]})
 TERMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "no affinity": ({}, [{"matchExpressions": [AWAY]}]),
-    "one that asks for nothing": ({"nodeAffinity": {}}, [{"matchExpressions": [AWAY]}]),
+    "no affinity": ({}, [{"matchFields": AWAY}]),
+    "one that asks for nothing": ({"nodeAffinity": {}}, [{"matchFields": AWAY}]),
     "each alternative keeps away": (
         {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
             "nodeSelectorTerms": [{"matchExpressions": [H100]}, {"matchExpressions": [ZONE], "matchFields": [FIELD]}]
         }}},
-        [{"matchExpressions": [H100, AWAY]}, {"matchExpressions": [ZONE, AWAY], "matchFields": [FIELD]}],
+        [
+            {"matchExpressions": [H100], "matchFields": AWAY},
+            {"matchExpressions": [ZONE], "matchFields": [FIELD, *AWAY]},
+        ],
     ),
 }  # fmt: skip
 

@@ -53,6 +53,13 @@ CASES = [
         "OOMKilled",
     ),
     Case("out of memory as PID 1", ended(1, 137, reason="OOMKilled"), FailureClass.HOST_OUT_OF_MEMORY),
+    Case(
+        "out of memory without a limit: the node was full",
+        ended(1, 137, reason="OOMKilled", memory_limited=False, node="n1"),
+        FailureClass.EVICTED,
+        "NodeOutOfMemory",
+        "node n1 had no memory left, and the pod has no memory limit",
+    ),
     Case("killed from outside", ended(1, 137), FailureClass.POD_LOST, "Killed"),
     Case("ended by SIGTERM without a word", ended(1, 143), FailureClass.POD_LOST, "Killed"),
     Case(
@@ -115,6 +122,53 @@ CASES = [
     ),
     Case("killed after a preemption", ended(1, 137, **DISRUPTED), FailureClass.EVICTED),
     Case("a fault of its own during a preemption", ended(1, 65, said("BadData"), **DISRUPTED), FailureClass.BAD_DATA),
+    *(
+        Case(
+            f"{name} of a pod that is taken away may come from that",
+            ended(1, 70, said(name, "it broke"), **DISRUPTED),
+            FailureClass.EVICTED,
+            "PreemptionByScheduler",
+            f"preempting. It said: {name}: it broke",
+        )
+        for name in (
+            "Internal",
+            "GPUKernelFailed",
+            "GPUUnavailable",
+            "DiskFull",
+            "Diverged",
+            "StoreUnavailable",
+            "AuthDenied",
+            "HostOutOfMemory",
+            "Stalled",
+            "ClassOfALaterVersion",
+        )
+    ),
+    *(
+        Case(f"{name} does not", ended(1, 70, said(name, "it broke"), **DISRUPTED), FailureClass(name), "", "it broke")
+        for name in (
+            "BadSpec",
+            "ModelNotFound",
+            "SourceChanged",
+            "GateRefused",
+            "GPUOutOfMemory",
+            "WeightsChanged",
+            "GPUFault",
+            "GPUUnsupported",
+            "LimitTooLow",
+        )
+    ),
+    Case("out of memory while it was taken away", ended(1, 137, reason="OOMKilled", **DISRUPTED), FailureClass.EVICTED),
+    Case(
+        "the kubelet's own word of an eviction counts too",
+        replace(
+            ended(1, 70, said("Internal", "it broke")),
+            reason="Evicted",
+            message="The node was low on memory",
+        ),
+        FailureClass.EVICTED,
+        "Evicted",
+        "low on memory. It said: Internal: it broke",
+    ),
     Case("a checkpoint because of a deletion", ended(1, 75, said("Checkpointed")), FailureClass.CHECKPOINTED),
     Case("evicted", a_pod(1, phase="Failed", reason="Evicted", message="low on memory"), FailureClass.EVICTED),
     Case(

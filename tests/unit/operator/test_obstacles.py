@@ -2,10 +2,10 @@
 
 import pytest
 
-from lora_api import ConditionType, FailureClass
+from lora_api import ConditionType, FailureClass, Phase
 from lora_operator.lifecycle.decide import decide
 from lora_operator.state.reports import Refusal, Reports, hear_refusal
-from tests.unit.operator.builders import NOW, a_run, ago, seen
+from tests.unit.operator.builders import NOW, a_run, ago, seen, stamp
 from tests.unit.operator.cases import JOB, SETTINGS, STARTED
 
 AWAY = (
@@ -20,6 +20,42 @@ REFUSED: dict[str, tuple[str, str, str, float | None]] = {
     "a webhook that is away": (AWAY, "WebhookFailed", "See why the webhook", DAY),
     "a webhook that says no": (DENIED, "PodNotStarted", "Correct what the message names", SETTINGS.start_timeout),
     "a priority class that is missing": (CLASS, "PriorityClassNotFound", "Create the PriorityClass", DAY),
+    "a LimitRange that wants more": (
+        'pods "x" is forbidden: minimum cpu usage per Container is 1, but request is 500m',
+        "PodNotStarted",
+        "Bring podTemplate.resources",
+        SETTINGS.start_timeout,
+    ),
+    "Pod Security": (
+        'pods "x" is forbidden: violates PodSecurity "restricted:latest": runAsNonRoot != true',
+        "PodNotStarted",
+        "Correct what the message names",
+        SETTINGS.start_timeout,
+    ),
+    "a policy written in CEL": (
+        "pods \"x\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no team",
+        "PodNotStarted",
+        "Correct what the message names",
+        SETTINGS.start_timeout,
+    ),
+    "a pod that cannot be": (
+        'Error creating: Pod "x" is invalid: spec.containers[0].name: Required value',
+        "PodNotStarted",
+        "Correct what the message names",
+        SETTINGS.start_timeout,
+    ),
+    **{
+        words: (words, "FailedCreate", "This may pass by itself", DAY)
+        for words in (
+            "Error creating: Internal error occurred: resource quota evaluation timed out",
+            "Error creating: etcdserver: request timed out",
+            'Error creating: pods "x" is forbidden: status unknown for quota: q, resources: pods',
+            'Error creating: pods "x" is forbidden: error looking up service account team/default: serviceaccount '
+            '"default" not found',
+            "Error creating: Unauthorized",
+            'pods "x" is forbidden: failed to complete mutation in 13s',
+        )
+    },
     "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", None),
 }
 
@@ -47,3 +83,16 @@ def test_the_time_goes_on_while_one_and_the_same_refuses() -> None:
     assert again is not None
     assert other is not None
     assert (again.since, other.since) == (ago(60), NOW)
+
+
+def test_what_refuses_the_pods_of_a_run_that_has_worked_is_waited_for_a_day() -> None:
+    """The attempt ends after the usual time, and the next one asks again."""
+    status = {**STARTED, "lastCheckpoint": {"step": 5, "at": stamp(ago(9000))}}
+    reports = Reports(refusal=Refusal(DENIED, ago(SETTINGS.start_timeout)))
+    plan = decide(seen(a_run(status=status), JOB, reports=reports), NOW, SETTINGS)
+    assert (plan.phase, plan.charged, plan.budget and plan.budget.since) == (Phase.RESTARTING, False, ago(600))
+    assert "It is tried again by itself" in plan.message
+    over = a_run(status={**status, "failingSince": stamp(ago(DAY))})
+    plan = decide(seen(over, JOB, reports=reports), NOW, SETTINGS)
+    assert (plan.phase, plan.reason) == (Phase.FAILED, "PodNotStarted")
+    assert "raise runPolicy.retry" in plan.message

@@ -172,7 +172,7 @@ CASES = [
         "neither a long wait in the queue nor an old refusal counts as time in which pods were refused",
         seen(
             a_run(status=STARTED), a_job(created=ago(9e6), started=ago(9e6)),
-            reports=Reports(refusal=Refusal("etcd has no leader", ago(5))),
+            reports=Reports(refusal=Refusal("violates PodSecurity", ago(5))),
         ),
         {"phase": Phase.STARTING, "reason": "PodNotStarted", "failure": None, "requeue_after": 595.0},
     ),

@@ -182,3 +182,21 @@ def test_when_a_pod_got_its_node_is_known() -> None:
     condition = {"type": "PodScheduled", "status": "True", "lastTransitionTime": AT}
     assert view(None, conditions=[condition]).scheduled_at == NOW
     assert view(None, conditions=[{**condition, "status": "False"}]).scheduled_at is None
+
+
+LIMITED: Raw = {"limits": {"memory": "1Gi", "cpu": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "limited"),
+    [
+        ({"containers": [{"name": "trainer", "resources": LIMITED}]}, True),
+        ({"containers": [{"name": "trainer", "resources": {"limits": {"cpu": "1"}}}]}, False),
+        ({"containers": [{"name": "trainer", "resources": {"requests": {"memory": "1Gi"}}}]}, False),
+        ({"containers": [{"name": "trainer"}, {"name": "mesh", "resources": LIMITED}]}, False),
+        ({"containers": [{"name": "trainer"}], "resources": LIMITED}, True),
+        ({}, True),
+    ],
+)
+def test_whether_the_trainer_can_pass_a_memory_limit(spec: Raw, limited: bool) -> None:
+    assert parse_pod(a_raw_pod(spec=spec)).memory_limited is limited

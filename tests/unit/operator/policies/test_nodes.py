@@ -6,11 +6,13 @@ import pytest
 
 from lora_api import Failure, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.lifecycle.decide import decide
 from lora_operator.policies.nodes import avoid, describe_forgotten
 from lora_operator.state.plan import Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_status
-from tests.unit.operator.builders import NOW, a_run, ago, ended, stamp
+from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, said, seen, stamp
+from tests.unit.operator.cases import SETTINGS
 
 LOST, REFUSED = FailureClass.NODE_LOST, FailureClass.POD_LOST
 
@@ -21,6 +23,11 @@ def failed(failure_class: FailureClass, reason: str = "", node: str | None = "n1
 
 def symptom(failure_class: FailureClass, reason: str, node: str) -> Symptom:
     return Symptom(failure_class, reason, "", ended(1, node=node))
+
+
+def rejected(reason: str, message: str, failure_class: FailureClass) -> Symptom:
+    pod = a_pod(1, scheduled=True, phase="Failed", reason=reason, message=message, node="n1")
+    return Symptom(failure_class, reason, message, pod)
 
 
 def known(name: str, seconds: float) -> dict[str, Any]:
@@ -35,6 +42,30 @@ CASES: dict[str, tuple[Failure, list[Symptom], list[dict[str, Any]], list[tuple[
     "a node that has no GPU left, whatever its name": (
         failed(REFUSED, "OutOfnvidia.com/gpu"), [], [], [("n1", "PodLost")],
     ),
+    **{
+        f"a node that refuses a pod: {reason}": (failed(REFUSED, reason), [], [], [("n1", "PodLost")])
+        for reason in ("AppArmor", "InvalidNodeInfo", "PodLevelResourcesNotAdmittedReason", "SysctlForbidden",
+                       "PodOSSelectorNodeLabelDoesNotMatch", "VolumeAttachmentLimitExceeded")
+    },
+    **{
+        f"a node that loses a pod: {reason}": (failed(REFUSED, reason), [], [], [("n1", "PodLost")])
+        for reason in ("ContainerStatusUnknown", "Unknown")
+    },
+    "a node that refuses pods as it shuts down": (
+        failed(FailureClass.EVICTED, "NodeShutdown"),
+        [rejected("NodeShutdown", "Pod was rejected as the node is shutting down.", FailureClass.EVICTED)],
+        [], [("n1", "Evicted")],
+    ),
+    "one that ended its pods as it shut down": (
+        failed(FailureClass.EVICTED, "Terminated"),
+        [rejected("Terminated", "Pod was terminated in response to imminent node shutdown.", FailureClass.EVICTED)],
+        [], [],
+    ),
+    "a node that refuses a pod for a reason of a later kubelet": (
+        failed(REFUSED, "NotInTheMood"), [rejected("NotInTheMood", "Pod was rejected: no", REFUSED)],
+        [], [("n1", "PodLost")],
+    ),
+    "a node that had no memory left": (failed(FailureClass.EVICTED, "NodeOutOfMemory"), [], [], [("n1", "Evicted")]),
     "a pod that somebody deleted says nothing of its node": (failed(REFUSED, "Deleted"), [], [], []),
     "nor does a preemption": (failed(FailureClass.EVICTED, "PreemptionByScheduler"), [], [], []),
     "nor does a crash": (failed(FailureClass.INTERNAL, "Error"), [], [], []),
@@ -76,3 +107,16 @@ def test_a_run_that_goes_on_forgets_them_too() -> None:
     plan = Plan(phase=Phase.RUNNING, reason="Running", attempt=2)
     run = a_run(status={"attempt": 2, "avoidedNodes": [known("n1", 86_400), known("n2", 60)]})
     assert [node.name for node in compute_status(run, plan, Reports(), NOW).avoided_nodes or []] == ["n2"]
+
+
+def test_the_node_that_ended_a_run_is_avoided_once_it_is_tried_again() -> None:
+    bad = ended(1, 81, said("GPUUnavailable"), node="n1")
+    run = a_run(status={"attempt": 1, "avoidedNodes": [known("n9", 60)]}, runPolicy={"maxRestarts": 0})
+    plan = decide(seen(run, a_job(), ended(0, 73, said("PeerLost"), node="n2"), bad), NOW, SETTINGS)
+    assert plan.ended
+    failed = compute_status(run, plan, Reports(), NOW)
+    policy = {"maxRestarts": 0, "retry": 1}
+    again = a_run(status=failed.model_dump(mode="json", by_alias=True, exclude_none=True), runPolicy=policy)
+    status = compute_status(again, decide(seen(again), NOW, SETTINGS), Reports(), NOW)
+    assert status.phase is Phase.RESTARTING
+    assert [node.name for node in status.avoided_nodes or []] == ["n9", "n1"]

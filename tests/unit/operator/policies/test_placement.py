@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
+from lora_operator.controller.finetunes import settle
 from lora_operator.lifecycle.decide import decide
 from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
@@ -30,6 +31,9 @@ from tests.unit.operator.cases import SETTINGS
 
 FULL = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
 OTHER = "0/4 nodes are available: 4 node(s) had untolerated taint(s)."
+LEFT_OUT = (
+    "0/4 nodes are available: 1 node(s) didn't match Pod's node affinity/selector, 3 Insufficient nvidia.com/gpu."
+)
 CLAIM = '0/4 nodes are available: persistentvolumeclaim "data" not found.'
 AVOIDED = [{"name": "n7", "reason": "NodeLost", "since": stamp(ago(60))}]
 JOB = a_job(size=4)
@@ -89,7 +93,7 @@ CASES = {
         gang(*(unplaced(index) for index in range(4)), since=50, avoidedNodes=AVOIDED), 10.0
     ),
     "then they are used again": Case(
-        gang(*(unplaced(index) for index in range(4)), since=60, avoidedNodes=AVOIDED), 0.0
+        gang(*(unplaced(index, LEFT_OUT) for index in range(4)), since=60, avoidedNodes=AVOIDED), 0.0
     ),
 }
 
@@ -107,6 +111,29 @@ def test_a_gang_that_is_short_of_room(name: str) -> None:
     else:
         assert found is None
         assert case.left is None or plan.requeue_after == case.left
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (FULL, ["n7"]),
+        (OTHER, ["n7"]),
+        (LEFT_OUT, []),
+        ("all 4 nodes are unavailable: queue is full", []),  # of another scheduler, which may not tell
+    ],
+)
+def test_nodes_are_avoided_on_where_they_are_not_why_there_is_no_room(words: str, kept: list[str]) -> None:
+    pods = [running(0), *(unplaced(index, words) for index in (1, 2, 3))]
+    plan = decide(gang(*pods, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
+    assert plan.failure is not None
+    assert [node.name for node in plan.avoided or ()] == kept
+    assert ("may be used again: n7" in plan.failure.message) == (not kept)
+
+
+def test_a_quota_that_is_full_forgets_no_node() -> None:
+    plan = decide(gang(running(0), running(1), refusal=QUOTA, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
+    assert plan.failure is not None
+    assert [node.name for node in plan.avoided or ()] == ["n7"]
 
 
 def test_the_default_is_ten_minutes() -> None:
@@ -176,6 +203,42 @@ def test_nothing_is_charged_while_a_peer_has_not_started(
     assert (plan.failure.failure_class, plan.charged, plan.phase) == (want, False, Phase.RESTARTING)
     assert plan.failure.message.startswith(words)
     assert compute_status(observed.run, plan, Reports(), NOW).charged_restarts == 3
+
+
+LATE = running(3)
+INTERNAL = said("Internal", "it broke")
+
+
+@pytest.mark.parametrize(
+    ("others", "last", "began", "charged", "blamed"),
+    [
+        (GAVE_UP, LATE, 3, False, "tickets-1-0"),
+        (GAVE_UP, LATE, 4, True, "tickets-1-3"),  # it ran from the beginning, and says nothing
+        (GAVE_UP, ended(3, 73, GAVE_UP), 3, False, "tickets-1-0"),
+        (INTERNAL, LATE, 3, False, "tickets-1-0"),
+        (INTERNAL, ended(3, 70, INTERNAL), 3, True, "tickets-1-0"),  # whatever it is, it is not that one came late
+    ],
+)
+def test_a_gang_that_was_not_whole_is_not_charged_though_the_last_peer_starts_in_the_end(
+    others: str, last: PodView, began: int, charged: bool, blamed: str
+) -> None:
+    pods = (*(ended(index, 73, others) for index in range(3)), last)
+    with_them = frozenset(pod.uid for pod in pods[:began])
+    observed = replace(gang(*pods), reports=Reports(failing_since=ago(SETTINGS.node_grace), failing_with=with_them))
+    plan = decide(observed, NOW, SETTINGS)
+    assert plan.failure is not None
+    assert (plan.charged, plan.failure.pod) == (charged, blamed)
+
+
+def test_which_pods_had_begun_is_kept_from_the_first_failure_on() -> None:
+    first = gang(ended(0, 73, GAVE_UP), running(1), running(2), unplaced(3))
+    plan = decide(first, NOW, SETTINGS)
+    assert plan.failing
+    heard = settle(first.reports, first, plan, NOW)
+    assert heard.failing_with == {"pod-1-0", "pod-1-1", "pod-1-2"}
+    second = replace(gang(ended(0, 73, GAVE_UP), *(running(index) for index in (1, 2, 3))), reports=heard)
+    again = settle(heard, second, decide(second, NOW, SETTINGS), NOW)
+    assert again.failing_with == heard.failing_with
 
 
 def test_a_final_verdict_stays_final_while_a_peer_has_not_started() -> None:

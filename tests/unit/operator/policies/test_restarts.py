@@ -12,6 +12,7 @@ from tests.unit.operator.builders import NOW, a_run, ago, condition, failure, st
 
 DAY = 86_400
 EVICTED, AUTH, STORE = FailureClass.EVICTED, FailureClass.AUTH_DENIED, FailureClass.STORE_UNAVAILABLE
+PULL, UNSTARTED = FailureClass.IMAGE_PULL_FAILED, FailureClass.POD_NOT_STARTED
 INTERNAL, NOT_PLACED = FailureClass.INTERNAL, FailureClass.NOT_PLACED
 PASSED = {"conditions": [condition("PreflightPassed")]}
 SAVED = {"lastCheckpoint": {"step": 12, "at": stamp(ago(500))}}
@@ -85,6 +86,22 @@ CASES = {
     "and one with which a step was done": Case(AUTH, {}, {"step": 7}, Budget(0, 1, NOW)),
     "and one with which a step was done before": Case(AUTH, {"progress": {"step": 7}}, budget=Budget(0, 1, NOW)),
     "it has a day for that": Case(AUTH, {**PASSED, "failingSince": stamp(ago(DAY))}, ends=AUTH, said="(for 1d00h"),
+    "an image that was never pulled ends the run": Case(PULL, ends=PULL),
+    "one that was may be away for a day": Case(
+        PULL, {**PASSED, "recentFailures": 1, "failingSince": stamp(ago(DAY - 1))}, budget=Budget(0, 2, ago(DAY - 1)),
+    ),
+    "and no longer": Case(PULL, {**SAVED, "failingSince": stamp(ago(DAY))}, ends=PULL, said="(for 1d00h"),
+    "what has lasted for a day has had it": Case(PULL, SAVED, {"since": ago(DAY)}, ends=PULL, said="(for 1d00h"),
+    "what has lasted for less counts from its beginning": Case(
+        UNSTARTED, SAVED, {"since": ago(600)}, Budget(0, 1, ago(600)), 10.0,
+    ),
+    "a model that was there once may be put back": Case(
+        FailureClass.MODEL_NOT_FOUND, PASSED, budget=Budget(0, 1, NOW), backoff=10.0
+    ),
+    "one that nobody has seen ends the run": Case(
+        FailureClass.MODEL_NOT_FOUND, ends=FailureClass.MODEL_NOT_FOUND
+    ),
+    "a pod that could never be made ends the run": Case(UNSTARTED, ends=UNSTARTED),
     "a store that is away is not charged": Case(
         STORE, {**PASSED, "chargedRestarts": 3, "recentFailures": 3, "failingSince": stamp(ago(1800))},
         budget=Budget(3, 4, ago(1800)), backoff=80.0,

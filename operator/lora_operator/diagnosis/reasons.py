@@ -1,0 +1,49 @@
+"""What the kubelet and the container runtime say of pods, and what it tells of their nodes. All pure."""
+
+from lora_operator.watched.views import Ended, PodView
+
+NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
+"""Reasons of a container that its node could not start: the image is at fault, or what the node starts it with."""
+
+NOT_READIED = frozenset({"FailedCreatePodSandBox", "FailedMount"})
+"""Reasons of Events of a pod that its node does not get ready: its network or its volumes do not work there."""
+
+NODE_FULL = "NodeOutOfMemory"
+"""Reason of a pod without a memory limit that the kernel ended: others of its node may have taken the memory."""
+
+_REFUSALS = frozenset(
+    {"UnexpectedAdmissionError", "NodeAffinity", "TopologyAffinityError", "SMTAlignmentError", "PodOSNotSupported",
+     "PodOSSelectorNodeLabelDoesNotMatch", "UnexpectedPredicateFailureType", "InvalidNodeInfo", "AppArmor",
+     "SysctlForbidden", "VolumeAttachmentLimitExceeded", "NodeCapacityExceeded", "PodFeatureUnsupported",
+     "SupplementalGroupsPolicyNotSupported", "InitContainerRestartPolicyForbidden"}
+)  # fmt: skip
+_KINDS_OF_REFUSAL = ("OutOf", "PodLevelResources")
+"""What reasons begin with with which a kubelet refuses a pod: OutOfcpu, OutOfnvidia.com/gpu, ..."""
+
+_REFUSED = "Pod was rejected"
+"""How the message of any pod begins that a kubelet refuses (Kubernetes 1.29 to 1.37): it adds reasons all the time."""
+
+_STATUS_UNKNOWN = "ContainerStatusUnknown"
+"""What the kubelet says of a container that it does not find any more, with exit code 137."""
+
+_UNKNOWN = (255, "Unknown")
+"""Exit code and reason of a container that ran when its node went down: containerd finds it so after the reboot."""
+
+LOST_BY_NODE = frozenset({_STATUS_UNKNOWN, _UNKNOWN[1]})
+"""Reasons of pods whose node no longer knows how they ended."""
+
+
+def is_lost(ended: Ended) -> bool:
+    """Whether the node knows no more how the container ended: it went down, or its runtime lost the container."""
+    return ended.reason == _STATUS_UNKNOWN or (ended.exit_code, ended.reason) == _UNKNOWN
+
+
+def is_refusal(reason: str) -> bool:
+    """Whether a kubelet that refuses a pod gives it this reason."""
+    return reason in _REFUSALS or reason.startswith(_KINDS_OF_REFUSAL)
+
+
+def was_refused(pod: PodView) -> bool:
+    """Whether the kubelet of its node did not take ``pod``, so that none of its containers ever ran."""
+    never_ran = pod.phase == "Failed" and pod.ended is None
+    return never_ran and (is_refusal(pod.reason) or pod.message.startswith(_REFUSED))
