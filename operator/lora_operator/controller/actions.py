@@ -2,8 +2,9 @@
 
 import logging
 from asyncio import gather
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
+from typing import TypeVar
 
 from lora_api import PLURAL, LoRAFineTune, TrainerPin
 from lora_api.finetune import ObjectMeta
@@ -13,7 +14,7 @@ from lora_operator.children.job import queue_labels
 from lora_operator.evidence.memory import Memory
 from lora_operator.kube.client import KubeClient, KubeError, NameConflictError
 from lora_operator.lifecycle.finished import list_children
-from lora_operator.lifecycle.refusals import needs_answer, permission_of
+from lora_operator.lifecycle.refusals import DELETE_JOBS, DELETE_RUN, PATCH_JOBS, is_refusal, needs_answer
 from lora_operator.names import child_name
 from lora_operator.objects import Raw
 from lora_operator.settings import RunSettings
@@ -31,10 +32,11 @@ from lora_operator.state.plan import (
 )
 from lora_operator.state.reports import RefusedChild, hear_denied, hear_refused_child
 from lora_operator.watched.cache import Cache, Resource
+from lora_operator.watched.views import JobView
 
 logger = logging.getLogger(__name__)
 
-FORBIDDEN = 403
+T = TypeVar("T")
 
 
 class Actor:
@@ -54,32 +56,33 @@ class Actor:
 
         Calls may take long: nothing more is made of a run that has changed in the meantime, or is gone.
         """
-        metadata = observed.run.metadata
-        key = metadata.namespace, metadata.name
         for action in plan.actions:
             if isinstance(action, LaunchAttempt | LaunchPreflight):
                 if not await self._launch(observed, action, settings, trainer):
                     return False
                 continue
-            try:
-                await self._end(observed, action)
-            except KubeError as error:
-                if error.status != FORBIDDEN:
-                    raise
-                logger.warning("%s/%s: may not %s: %s", *key, permission_of(action), error.message)
-                self._remember_denial(metadata, action, error.message)
+            if not await self._end(observed, action):
                 return False
-            self._remember_denial(metadata, action, None)
         return True
 
-    def _remember_denial(self, metadata: ObjectMeta, action: Action, answer: str | None) -> None:
-        """Keeps that the operator may not do ``action``, for the next decision; ``None``: it may."""
-        now = self._clock()
-        self._memory.change(
-            (metadata.namespace, metadata.name),
-            metadata.uid,
-            lambda reports: hear_denied(reports, permission_of(action), answer, now),
-        )
+    async def _try(self, metadata: ObjectMeta, permission: str, call: Awaitable[T]) -> tuple[bool, T | None]:
+        """Makes ``call``, and keeps for the next decision that it is refused, or that it is not.
+
+        Raises:
+            KubeError: an error that passes.
+        """
+        key, now = (metadata.namespace, metadata.name), self._clock()
+        try:
+            answer = await call
+        except KubeError as error:
+            if not is_refusal(error.status, error.message):
+                raise
+            status, words = error.status, error.message
+            logger.warning("%s/%s: may not %s: %s", *key, permission, error)
+            self._memory.change(key, metadata.uid, lambda old: hear_denied(old, permission, words, now, status))
+            return False, None
+        self._memory.change(key, metadata.uid, lambda old: hear_denied(old, permission, None, now))
+        return True, answer
 
     async def _launch(
         self, observed: Observed, launch: LaunchAttempt | LaunchPreflight, settings: RunSettings, trainer: TrainerPin
@@ -123,40 +126,61 @@ class Actor:
         self._memory.change(key, metadata.uid, lambda reports: hear_refused_child(reports, refused))
         return False
 
-    async def _end(self, observed: Observed, action: Action) -> None:
-        run = observed.run
+    async def _end(self, observed: Observed, action: Action) -> bool:
+        """Does ``action``; ``False``: it is refused, or a part of it."""
+        metadata = observed.run.metadata
         match action:
             case DeleteJob(job):
-                await self._delete_podgroup(run, job.attempt)
-                await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
-                self._cache.remove_job(job)
+                await self._delete_podgroup(observed.run, job.attempt)
+                return await self._delete_job(metadata, job)
             case EnqueueJob(job):
-                labels = queue_labels(run)
-                queued = await self._kube.patch_job_labels(job.namespace, job.name, job.uid, labels)
-                self._cache.put(Resource.JOBS, queued)
+                labels = queue_labels(observed.run)
+                call = self._kube.patch_job_labels(job.namespace, job.name, job.uid, labels)
+                return await self._patch_job(metadata, call)
             case StopJob(job):
-                stopped = await self._kube.patch_job_stop(job.namespace, job.name, job.uid)
-                self._cache.put(Resource.JOBS, stopped)
+                return await self._patch_job(metadata, self._kube.patch_job_stop(job.namespace, job.name, job.uid))
             case DeleteChildren():
-                await self._delete_children(observed)
+                return await self._delete_children(observed)
             case DeleteRun():
-                await self._kube.delete_object(PLURAL, run.metadata.namespace, run.metadata.name, run.metadata.uid)
+                deleted = self._kube.delete_object(PLURAL, metadata.namespace, metadata.name, metadata.uid)
+                return (await self._try(metadata, DELETE_RUN, deleted))[0]
+        return True
 
-    async def _delete_children(self, observed: Observed) -> None:
-        """Deletes what the run was made of."""
-        metadata = observed.run.metadata
-        for resource, name in list_children(observed, self._settings):
-            await self._kube.delete_child(resource, metadata.namespace, name, metadata.uid)
-        for job in observed.all_jobs():
-            await self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
+    async def _patch_job(self, metadata: ObjectMeta, call: Awaitable[Raw]) -> bool:
+        done, patched = await self._try(metadata, PATCH_JOBS, call)
+        if patched is not None:
+            self._cache.put(Resource.JOBS, patched)
+        return done
+
+    async def _delete_job(self, metadata: ObjectMeta, job: JobView) -> bool:
+        call = self._kube.delete_object("jobs", job.namespace, job.name, job.uid)
+        done, _ = await self._try(metadata, DELETE_JOBS, call)
+        if done:
             self._cache.remove_job(job)
+        return done
+
+    async def _delete_children(self, observed: Observed) -> bool:
+        """Deletes what the run was made of: all that may be deleted, whatever may not."""
+        metadata = observed.run.metadata
+        refused = set[str]()
+        for resource, name in list_children(observed, self._settings):
+            kind = resource.partition(".")[0]
+            if kind not in refused and not await self._delete_child(metadata, resource, name):
+                refused.add(kind)
+        for job in observed.all_jobs():
+            if "jobs" not in refused and not await self._delete_job(metadata, job):
+                refused.add("jobs")
+        return not refused
+
+    async def _delete_child(self, metadata: ObjectMeta, resource: str, name: str) -> bool:
+        call = self._kube.delete_child(resource, metadata.namespace, name, metadata.uid)
+        return (await self._try(metadata, f"delete {resource.partition('.')[0]}", call))[0]
 
     async def _delete_podgroup(self, run: LoRAFineTune, attempt: int) -> None:
         """Deletes the PodGroup of an attempt: without its pods it would hold resources that it waits for."""
         scheduler = self._settings.gang_scheduler
         if attempt and scheduler != "none":
-            name = child_name(run.metadata.name, attempt)
-            await self._kube.delete_child(f"podgroups.{scheduler}", run.metadata.namespace, name, run.metadata.uid)
+            await self._delete_child(run.metadata, f"podgroups.{scheduler}", child_name(run.metadata.name, attempt))
 
 
 def _is_kept(child: Raw, observed: Observed) -> bool:

@@ -22,7 +22,7 @@ from lora_operator.evidence.wants import compute_next_look, compute_wants
 from lora_operator.kube.client import ConflictError, KubeClient, KubeError, NotFoundError
 from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.lastwords import await_words
-from lora_operator.lifecycle.refusals import face_refusals
+from lora_operator.lifecycle.refusals import face_refusals, is_refusal
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
 from lora_operator.settings import RunSettings
@@ -89,7 +89,7 @@ class FineTunes:
         self._metrics = metrics
         self._clock = clock
         self._instance = instance
-        self._answers = Answerer(cache, kube)
+        self._answers = Answerer(cache, kube, memory, clock)
         self._actor = Actor(cache, kube, memory, settings, clock)
         self._remarks = Remarks(kube, clock, instance)
 
@@ -221,6 +221,10 @@ class FineTunes:
         except ConflictError:
             await self._answers.fetch_run(key)
             return False
+        except KubeError as error:
+            if is_refusal(error.status, error.message):
+                await self._remarks.say_not_written(metadata, error.message)
+            raise
         return True
 
     async def leave_alone(self, key: Key, error: UnreadableError) -> float | None:

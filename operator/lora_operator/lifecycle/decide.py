@@ -44,6 +44,7 @@ from lora_operator.lifecycle.outcomes import (
 )
 from lora_operator.lifecycle.preflight import decide_preflight, find_running_on, needs_preflight
 from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_queue, plan_queued
+from lora_operator.lifecycle.refusals import DELETE_JOBS
 from lora_operator.lifecycle.runtime import decide_runtime
 from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
 from lora_operator.policies.placement import (
@@ -93,7 +94,7 @@ def _decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
         attempt += 1
     job = observed.jobs.get(attempt)
     if job is not None:
-        return _decide_attempt(observed, job, now, settings)
+        return _clear_away(observed, job, _decide_attempt(observed, job, now, settings))
     if status.attempt == attempt:
         return decide_failure(observed, attempt, job_lost(attempt, now), now, settings)
     return _decide_launch(observed, attempt, now, settings)
@@ -146,11 +147,26 @@ def _decide_suspension(job: JobView) -> Plan:
 
 
 def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: RunSettings) -> Plan:
-    """Ends what is left of an attempt that is over, then launches the next one."""
+    """Ends what is left of an attempt that is over, then launches the next one.
+
+    A Job that may not be deleted does not hold that up, once nothing of it runs and nothing more of it will.
+    """
     job = observed.jobs.get(attempt)
-    if job is not None:
+    if job is not None and not (DELETE_JOBS in observed.reports.denied and _is_done(observed, job)):
         return NOTHING if job.deleting else Plan(actions=(DeleteJob(job),))
     return _decide_launch(observed, attempt + 1, now, settings)
+
+
+def _is_done(observed: Observed, job: JobView) -> bool:
+    """Whether no pod of ``job`` holds a node, and none is to come."""
+    held = any(pod.holds_node for pod in observed.pods if pod.job_uid == job.uid)
+    return not held and (job.finished or not observed.is_short_of_pods(job))
+
+
+def _clear_away(observed: Observed, job: JobView, plan: Plan) -> Plan:
+    """``plan`` for ``job``, which also deletes Jobs before it that could not be deleted in time."""
+    old = tuple(DeleteJob(one) for one in observed.jobs.values() if one.attempt < job.attempt and not one.deleting)
+    return plan if plan.is_verdict else replace(plan, actions=(*plan.actions, *old))
 
 
 def _wait_for_leftovers(observed: Observed, now: datetime, settings: RunSettings) -> Plan | None:

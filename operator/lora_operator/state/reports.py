@@ -56,11 +56,24 @@ class RefusedChild:
 
 
 @dataclass(frozen=True)
+class Denial:
+    """The API server does not let the operator do something, as it said at ``at`` for the ``times``-th time in a row.
+
+    ``status`` is that of HTTP; 0: it did not answer in time.
+    """
+
+    words: str
+    at: datetime
+    status: int = 403
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Reports:
     """What was read on top of the watches, and when.
 
     ``epoch`` counts what it was about: what is read of pods that others have taken the place of is dropped.
-    ``denied`` has, by what was to be done or read, the answer of an API server that does not allow it.
+    ``denied`` has, by what was to be done or read, that the API server does not allow it.
     ``last_words`` are ends of logs by the uid of the pod; ``None``: it could not be read.
     """
 
@@ -89,8 +102,7 @@ class Reports:
     awaiting_since: datetime | None = None
     short_of_room_since: datetime | None = None
     refused_child: RefusedChild | None = None
-    denied: Mapping[str, str] = field(default_factory=dict)
-    denied_at: datetime | None = None
+    denied: Mapping[str, Denial] = field(default_factory=dict)
     seen: Mapping[str, datetime] = field(default_factory=dict)
     """When this operator saw first what the pods are at (``diagnosis.sightings``)."""
     status_written_at: datetime | None = None
@@ -152,12 +164,16 @@ def hear_refused_child(reports: Reports, child: RefusedChild) -> Reports:
     return replace(reports, refused_child=replace(child, since=old.since) if old is not None and same else child)
 
 
-def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime) -> Reports:
+def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime, status: int = 403) -> Reports:
     """``reports`` after ``what`` was tried, and is not allowed as ``answer`` says; ``None``: it is."""
     if answer is None and what not in reports.denied:
         return reports
-    others = {other: words for other, words in reports.denied.items() if other != what}
-    return replace(reports, denied=others if answer is None else others | {what: answer}, denied_at=now)
+    others = {other: denial for other, denial in reports.denied.items() if other != what}
+    if answer is None:
+        return replace(reports, denied=others)
+    old = reports.denied.get(what)
+    times = 1 if old is None else old.times + 1
+    return replace(reports, denied=others | {what: Denial(answer, now, status, times)})
 
 
 def forget_pods(reports: Reports) -> Reports:
@@ -171,6 +187,7 @@ def forget_pods(reports: Reports) -> Reports:
         queue=reports.queue,
         queue_read_at=reports.queue_read_at,
         queue_changed_at=reports.queue_changed_at,
+        denied=reports.denied,
     )
     return reports if kept == reports else replace(kept, epoch=reports.epoch + 1)
 
@@ -184,5 +201,4 @@ def forget_attempt(reports: Reports) -> Reports:
         checkpoint_step=reports.checkpoint_step,
         status_written_at=reports.status_written_at,
         denied=reports.denied,
-        denied_at=reports.denied_at,
     )
