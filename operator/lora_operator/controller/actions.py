@@ -1,7 +1,7 @@
 """Does what was decided: the calls that create, end and delete things. IO only."""
 
+import asyncio
 import logging
-from asyncio import gather
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import TypeVar
@@ -11,13 +11,15 @@ from lora_api.finetune import ObjectMeta
 from lora_operator.children.assembly import build_children
 from lora_operator.children.controlkeys import draw_control_key
 from lora_operator.children.job import queue_labels
+from lora_operator.controller.lanes import HURRY, Lanes
 from lora_operator.evidence.memory import Memory
-from lora_operator.kube.client import KubeClient, KubeError, NameConflictError
+from lora_operator.kube.client import KubeClient, KubeError, NameConflictError, NoAnswerError
+from lora_operator.kube.patience import within
 from lora_operator.lifecycle.finished import list_children
 from lora_operator.lifecycle.refusals import DELETE_JOBS, DELETE_RUN, PATCH_JOBS, is_refusal, needs_answer
 from lora_operator.names import child_name
 from lora_operator.objects import Raw
-from lora_operator.settings import RunSettings
+from lora_operator.settings import RunSettings, Settings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import (
     Action,
@@ -30,7 +32,7 @@ from lora_operator.state.plan import (
     Plan,
     StopJob,
 )
-from lora_operator.state.reports import RefusedChild, hear_denied, hear_refused_child
+from lora_operator.state.reports import RefusedChild, hear_denied, hear_no_room, hear_refused_child
 from lora_operator.watched.cache import Cache, Resource
 from lora_operator.watched.views import JobView
 
@@ -43,13 +45,14 @@ class Actor:
     """Does what plans say, and remembers what the API server refused."""
 
     def __init__(
-        self, cache: Cache, kube: KubeClient, memory: Memory, settings: RunSettings, clock: Callable[[], datetime]
+        self, cache: Cache, kube: KubeClient, memory: Memory, settings: Settings, clock: Callable[[], datetime]
     ) -> None:
         self._cache = cache
         self._kube = kube
         self._memory = memory
         self._settings = settings
         self._clock = clock
+        self._lanes = Lanes(settings.concurrency)
 
     async def act(self, observed: Observed, plan: Plan, settings: RunSettings, trainer: TrainerPin) -> bool:
         """Does what ``plan`` says; ``False``: not all of it, and there is to be another decision.
@@ -72,10 +75,12 @@ class Actor:
             KubeError: an error that passes.
         """
         key, now = (metadata.namespace, metadata.name), self._clock()
+        before = self._memory.get(key, metadata.uid).denied.get(permission)
         try:
-            answer = await call
+            with within(min(self._settings.api_timeout, HURRY * 2.0 ** min(before.times if before else 0, 10))):
+                answer = await call
         except KubeError as error:
-            if not is_refusal(error.status, error.message):
+            if not (is_refusal(error.status, error.message) or isinstance(error, NoAnswerError)):
                 raise
             status, words = error.status, error.message
             logger.warning("%s/%s: may not %s: %s", *key, permission, error)
@@ -87,14 +92,39 @@ class Actor:
     async def _launch(
         self, observed: Observed, launch: LaunchAttempt | LaunchPreflight, settings: RunSettings, trainer: TrainerPin
     ) -> bool:
-        """Creates what ``launch`` is made of, group by group; ``False``: something of it was refused."""
+        """Creates what ``launch`` is made of; ``False``: something of it was refused, or there is no room for it now."""
+        metadata, loop = observed.run.metadata, asyncio.get_running_loop()
+        namespace, begin, answered = metadata.namespace, loop.time(), True
+        if not self._lanes.enter(namespace):
+            now = self._clock()
+            self._memory.change((namespace, metadata.name), metadata.uid, lambda reports: hear_no_room(reports, now))
+            return False
+        try:
+            with within(self._lanes.patience(namespace)):
+                return await self._create(observed, launch, settings, trainer)
+        except NoAnswerError as error:
+            answered, words, now = False, error.message, self._clock()
+            logger.warning("%s/%s: %s", namespace, metadata.name, words)
+            self._memory.change((namespace, metadata.name), metadata.uid, lambda old: hear_no_room(old, now))
+            return False
+        finally:
+            self._lanes.leave(namespace, loop.time() - begin, answered=answered)
+
+    async def _create(
+        self, observed: Observed, launch: LaunchAttempt | LaunchPreflight, settings: RunSettings, trainer: TrainerPin
+    ) -> bool:
+        """Creates what ``launch`` is made of, group by group; ``False``: something of it was refused.
+
+        Raises:
+            NoAnswerError: the API server takes long.
+        """
         run = observed.run
         control_key = draw_control_key() if isinstance(launch, LaunchAttempt) else None
         for together in build_children(run, launch, settings, trainer, control_key):
             if not self._cache.is_current(run.metadata):
                 return False
             calls = (self._kube.apply_child(child, run, expected=_is_kept(child, observed)) for child in together)
-            for child, applied in zip(together, await gather(*calls, return_exceptions=True), strict=True):
+            for child, applied in zip(together, await asyncio.gather(*calls, return_exceptions=True), strict=True):
                 if isinstance(applied, KubeError | NameConflictError):
                     return self._remember_refusal(run, child, applied)
                 if isinstance(applied, BaseException):

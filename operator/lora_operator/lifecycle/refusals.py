@@ -11,7 +11,13 @@ from datetime import datetime
 
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.obstacles import diagnose_refusal
-from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_conflict, decide_no_podgroups, decide_obstructed
+from lora_operator.lifecycle.outcomes import (
+    PREFLIGHT,
+    decide_conflict,
+    decide_no_podgroups,
+    decide_obstructed,
+    decide_wait,
+)
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished
 from lora_operator.state.observed import Observed
@@ -26,7 +32,7 @@ from lora_operator.state.plan import (
     Plan,
     StopJob,
 )
-from lora_operator.state.reports import Denial, RefusedChild
+from lora_operator.state.reports import NO_ANSWER, Denial, RefusedChild
 from lora_operator.wording import with_remedy
 
 FIRST_PAUSE = 5.0
@@ -41,6 +47,15 @@ _REMEDIES = {
     WEBHOOK_FAILED: "See why the webhook that the message names does not answer.",
     CALL_REFUSED: "See the webhook or the policy that the message names: it has to let the operator do that.",
 }
+FIRST_SILENCE = 2.0
+LONGEST_SILENCE = 30.0
+"""Seconds until something is created again that was not answered in time."""
+
+_SILENCE = with_remedy(
+    "The API server takes long to create things in this namespace",
+    "See whether an admission webhook hangs (kubectl get validatingwebhookconfigurations,"
+    "mutatingwebhookconfigurations). The run starts by itself once it answers.",
+)
 _PASSING = (401, 404, 408, 409, 429)
 """HTTP statuses of calls that come too early or too late, or of an API server that is not well."""
 
@@ -62,6 +77,17 @@ def needs_answer(child: RefusedChild) -> bool:
     return diagnose_refusal(child.kind, child.name, child.status, child.words, child.since) is not None
 
 
+def is_silence(child: RefusedChild) -> bool:
+    """Whether nobody has refused anything: there is no answer yet."""
+    return child.status == NO_ANSWER and not child.conflict
+
+
+def decide_silence(observed: Observed, lasted: float) -> Plan:
+    """The API server takes long to create things in the namespace of a run, for ``lasted`` seconds by now."""
+    wait = decide_wait("NoAnswer", _SILENCE, min(LONGEST_SILENCE, max(FIRST_SILENCE, lasted / 4)))
+    return replace(wait, attempt=observed.run.status.attempt)
+
+
 def _is_unknown_podgroup(child: RefusedChild) -> bool:
     return child.kind == "PodGroup" and child.status == 404
 
@@ -73,6 +99,8 @@ def _face_refused_child(observed: Observed, plan: Plan, now: datetime, settings:
     attempt = launch.number if isinstance(launch, LaunchAttempt) else PREFLIGHT
     if _is_unknown_podgroup(child):
         instead = decide_no_podgroups(observed, settings)
+    elif is_silence(child):
+        instead = decide_silence(observed, (now - child.since).total_seconds())
     elif child.conflict:
         instead = decide_conflict(observed, attempt, child.words, now, settings, passing=child.passing)
     else:

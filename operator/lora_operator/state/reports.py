@@ -33,6 +33,10 @@ class Refusal:
         return "priority" if "no PriorityClass with name" in self.message else "policy"
 
 
+NO_ANSWER = 0
+"""HTTP status of what was not answered in time."""
+
+
 @dataclass(frozen=True)
 class RefusedChild:
     """The answer of the API server to an object that was to be created, at ``at`` and of this kind since ``since``.
@@ -162,6 +166,16 @@ def hear_refused_child(reports: Reports, child: RefusedChild) -> Reports:
     old = reports.refused_child
     same = old is not None and old.sort == child.sort
     return replace(reports, refused_child=replace(child, since=old.since) if old is not None and same else child)
+
+
+def hear_no_room(reports: Reports, now: datetime) -> Reports:
+    """``reports`` after the API server took too long to create something, or has others to create before.
+
+    What it said before stays what is known.
+    """
+    old = reports.refused_child
+    silence = RefusedChild("Job", "", NO_ANSWER, "", since=now, at=now)
+    return replace(reports, refused_child=silence if old is None or old.conflict else replace(old, at=now))
 
 
 def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime, status: int = 403) -> Reports:

@@ -10,7 +10,7 @@ from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.refusals import FIRST_PAUSE, compute_pause, face_refusals, is_refusal, needs_answer
 from lora_operator.settings import Settings
 from lora_operator.state.plan import DeleteJob, DeleteRun, LaunchAttempt, LaunchPreflight, Mark, Plan, StopJob
-from lora_operator.state.reports import Denial, RefusedChild, Reports, hear_denied, hear_refused_child
+from lora_operator.state.reports import Denial, RefusedChild, Reports, hear_denied, hear_no_room, hear_refused_child
 from tests.unit.operator.builders import NOW, a_job, a_run, ago, condition, ended, failure, running, seen, stamp
 
 LAUNCH = Plan(actions=(LaunchAttempt(2),), phase=Phase.RESTARTING, reason="Restarting", attempt=2)
@@ -207,3 +207,18 @@ def test_a_job_that_was_left_is_deleted_beside_the_next_attempt() -> None:
     plan = decide(seen(run, a_job(1), ended(0), ended(1), a_job(2), running(0, 2), running(1, 2)), NOW, Settings())
     assert plan.actions == (DeleteJob(a_job(1)),)
     assert plan.phase == Phase.RUNNING
+
+
+@pytest.mark.parametrize(("lasted", "at", "after"), [(0.5, 0.5, 1.5), (40, 1, 9.0), (4000, 1, 29.0), (4000, 31, None)])
+def test_what_is_not_answered_is_asked_for_again_more_and_more_seldom(
+    lasted: float, at: float, after: float | None
+) -> None:
+    reports = hear_no_room(hear_no_room(Reports(), ago(lasted)), ago(at))
+    plan = face_refusals(seen(a_run(status={"attempt": 1}), reports=reports), LAUNCH, NOW, Settings())
+    assert (plan.reason, plan.requeue_after) == (("NoAnswer", after) if after else ("Restarting", None))
+    assert (plan.launch is None) == bool(after)
+
+
+def test_what_was_said_before_stays_known_while_there_is_no_room() -> None:
+    reports = hear_no_room(hear_refused_child(Reports(), QUOTA), NOW)
+    assert reports.refused_child == replace(QUOTA, at=NOW)
