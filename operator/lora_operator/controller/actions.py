@@ -92,7 +92,7 @@ class Actor:
     async def _launch(
         self, observed: Observed, launch: LaunchAttempt | LaunchPreflight, settings: RunSettings, trainer: TrainerPin
     ) -> bool:
-        """Creates what ``launch`` is made of; ``False``: something of it was refused, or there is no room for it now."""
+        """Creates what ``launch`` is made of; ``False``: something of it was refused, or there is no room now."""
         metadata, loop = observed.run.metadata, asyncio.get_running_loop()
         namespace, begin, answered = metadata.namespace, loop.time(), True
         if not self._lanes.enter(namespace):

@@ -25,7 +25,7 @@ from lora_operator.lifecycle.lastwords import await_words
 from lora_operator.lifecycle.refusals import face_refusals, is_refusal
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
-from lora_operator.settings import RunSettings
+from lora_operator.settings import RunSettings, Settings
 from lora_operator.state.facts import has_started, is_finished
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import DeleteJob, Plan
@@ -76,7 +76,7 @@ class FineTunes:
         kube: KubeClient,
         memory: Memory,
         collector: Collector,
-        settings: RunSettings,
+        settings: Settings,
         metrics: Metrics,
         clock: Callable[[], datetime],
         instance: str,
@@ -178,7 +178,8 @@ class FineTunes:
         """Writes the status, and says when the next look is due."""
         key = seen.metadata.namespace, seen.metadata.name
         again = await self._patch_status(key, seen, plan)
-        if is_finished(seen.observed.run.status) and not plan.actions and not seen.observed.reports.denied:
+        reports = self._memory.get(key, seen.metadata.uid)
+        if is_finished(seen.observed.run.status) and not (plan.actions or reports.denied or reports.seen):
             self._memory.forget(key)
         if any(isinstance(action, DeleteJob) for action in plan.actions):
             return 0.0

@@ -37,6 +37,21 @@ def end_seen(pod: PodView) -> str:
     return f"end/{pod.uid}"
 
 
+def retry_seen(at: datetime) -> str:
+    """The sighting of a status.retryTime."""
+    return f"retry/{at.isoformat()}"
+
+
+def started_seen(job: JobView) -> str:
+    """The sighting that the Job controller has come to ``job``."""
+    return f"started/{job.uid}"
+
+
+def starting_seen(job: JobView) -> str:
+    """The sighting of pods of ``job`` that have a node and do not run."""
+    return f"starting/{job.uid}"
+
+
 def could_run_since(job: JobView, pod: PodView, now: datetime) -> datetime:
     """When a pod that runs already at our first look may have begun: by the clocks of the control plane."""
     made = min(now, job.started or job.created)

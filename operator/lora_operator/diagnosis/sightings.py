@@ -9,10 +9,13 @@ from lora_operator.diagnosis.firstseen import (
     end_seen,
     held_up_seen,
     job_seen,
+    retry_seen,
     run_seen,
+    started_seen,
+    starting_seen,
 )
 from lora_operator.diagnosis.obstacles import find_held_up
-from lora_operator.state.observed import Observed
+from lora_operator.state.observed import Observed, stop_seen
 from lora_operator.state.reports import Reports
 
 
@@ -25,11 +28,18 @@ def note_sightings(observed: Observed, now: datetime) -> Reports:
 
 def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found = {ORPHANS: now} if observed.orphans() else {}
+    found |= {stop_seen(pod): now for pod in observed.pods if pod.deleting_at is not None and not pod.gone}
+    if observed.run.status.retry_time is not None:
+        found[retry_seen(observed.run.status.retry_time)] = now
     job = observed.live_job()
     if job is None:
         return found
     pods = observed.gang(job)
     found[job_seen(job)] = now
+    if job.started is not None:
+        found[started_seen(job)] = now
+    if any(pod.is_starting for pod in pods):
+        found[starting_seen(job)] = now
     found |= {end_seen(pod): now for pod in pods if pod.has_ended}
     found |= {held_up_seen(job, reason): now for reason in find_held_up(pods)}
     runs = next((pod for pod in pods if pod.running), None)

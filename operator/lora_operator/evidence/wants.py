@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from lora_operator.clock import is_due
+from lora_operator.diagnosis.firstseen import job_seen, started_seen, starting_seen
 from lora_operator.lifecycle.queued import is_stopping
 from lora_operator.policies.stall import seconds_to_stall
 from lora_operator.settings import RunSettings
@@ -105,7 +106,8 @@ def wants_refusal(observed: Observed, now: datetime, settings: RunSettings) -> J
     job = observed.live_job()
     if job is None or job.suspended or job.started is None or not observed.is_short_of_pods(job):
         return None
-    late = is_due(job.started, now, REFUSAL_DELAY)
+    seen = observed.reports.seen
+    late = is_due(seen.get(started_seen(job), now), now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
@@ -115,7 +117,7 @@ def wants_events(observed: Observed, now: datetime, settings: RunSettings) -> Ev
     if job is None or job.suspended:
         return None
     pods = tuple(pod for pod in observed.gang(job) if pod.is_starting and pod.deleting_at is None)[:ASKED_PODS]
-    late = bool(pods) and is_due(max(pod.created for pod in pods), now, POD_DELAY)
+    late = bool(pods) and is_due(observed.reports.seen.get(starting_seen(job), now), now, POD_DELAY)
     due = is_due(observed.reports.pod_events_read_at, now, 3 * settings.log_interval)
     return EventsOfPods(job, pods) if late and due else None
 
@@ -130,7 +132,9 @@ def wants_queue(observed: Observed, now: datetime, settings: RunSettings) -> Job
         return None
     had_pods = any(map(is_stopping, [*observed.gang(job), *observed.stopping(job)]))
     due = is_due(observed.reports.queue_read_at, now, _queue_interval(observed, settings))
-    return job if due and (had_pods or is_due(job.created, now, REFUSAL_DELAY)) else None
+    return (
+        job if due and (had_pods or is_due(observed.reports.seen.get(job_seen(job), now), now, REFUSAL_DELAY)) else None
+    )
 
 
 def _queue_interval(observed: Observed, settings: RunSettings) -> float:

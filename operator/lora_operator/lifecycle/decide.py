@@ -47,6 +47,7 @@ from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_
 from lora_operator.lifecycle.refusals import DELETE_JOBS
 from lora_operator.lifecycle.runtime import decide_runtime
 from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
+from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.policies.placement import (
     explain_by_room,
     is_short_of_room,
@@ -110,9 +111,9 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Ru
     waiting = _wait_for_leftovers(observed, now, settings)
     if waiting is not None:
         return waiting
-    retry_time = observed.run.status.retry_time
-    if retry_time is not None and retry_time > now:
-        return Plan(requeue_after=(retry_time - now).total_seconds())
+    pause = seconds_to_retry(observed, now)
+    if pause is not None:
+        return Plan(requeue_after=pause)
     if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
         return plan_queued(attempt, describe_queue("", None), actions=(LaunchAttempt(attempt),))
     return replace(_plan_start(attempt, scheduled=False), actions=(LaunchAttempt(attempt),))
@@ -176,7 +177,7 @@ def _wait_for_leftovers(observed: Observed, now: datetime, settings: RunSettings
     """
     left, orphans = seconds_to_letting_go(observed, now, settings), observed.orphans()
     leaving = [pod for pod in observed.leftovers() if pod not in orphans]
-    waits = [seconds_to_leaving(leaving, now, settings.failure_grace), left]
+    waits = [seconds_to_leaving(leaving, now, settings.failure_grace, observed.reports.seen), left]
     wait = max((seconds for seconds in waits if seconds is not None), default=None)
     if wait is None:
         return None
@@ -213,7 +214,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
     if job.suspended and job.completed_indexes:
         return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
-        return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
+        return decide_queued(job, [*pods, *stopping], observed.reports, now, settings.failure_grace)
     return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=job.created)
 
 
@@ -266,7 +267,10 @@ def _decide_healthy(
     obstacle = diagnose_obstacle(pods, job, observed.reports, now)
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
-        return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
+        return replace(
+            start,
+            requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace, observed.reports.seen),
+        )
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
         return decide_failure(observed, job.attempt, obstacle.to_failure(job.attempt, now), now, settings)
@@ -311,7 +315,7 @@ def _decide_running(
     reason = _STAGE_REASONS.get(reports.stage, "Running")
     stall = seconds_to_stall(run, reports, now)
     waits = [
-        seconds_to_lost(pods, now, settings.failure_grace),
+        seconds_to_lost(pods, now, settings.failure_grace, reports.seen),
         seconds_to_deadline(run, now),
         None if stall is None else max(1.0, stall),  # it may be overdue, and its log is read once more
     ]

@@ -16,6 +16,7 @@ from lora_operator.diagnosis.firstseen import running_since
 from lora_operator.diagnosis.obstacles import diagnose_obstacle
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
+from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import has_passed
 from lora_operator.state.observed import Observed
@@ -48,9 +49,9 @@ def decide_preflight(observed: Observed, now: datetime, settings: RunSettings) -
 
 
 def _decide_launch(observed: Observed, number: int, now: datetime) -> Plan:
-    retry_time = observed.run.status.retry_time
-    if retry_time is not None and retry_time > now:
-        return Plan(requeue_after=(retry_time - now).total_seconds())
+    pause = seconds_to_retry(observed, now)
+    if pause is not None:
+        return Plan(requeue_after=pause)
     return _waiting("Preflight", _CHECKING, actions=(LaunchPreflight(number),))
 
 

@@ -33,6 +33,9 @@ class Refusal:
         return "priority" if "no PriorityClass with name" in self.message else "policy"
 
 
+STOP = "stop/"
+"""What the sightings of pods that were asked to stop begin with: these outlive an attempt."""
+
 NO_ANSWER = 0
 """HTTP status of what was not answered in time."""
 
@@ -190,6 +193,10 @@ def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime, 
     return replace(reports, denied=others | {what: Denial(answer, now, status, times)})
 
 
+def _keep_stops(reports: Reports) -> Mapping[str, datetime]:
+    return {what: since for what, since in reports.seen.items() if what.startswith(STOP)}
+
+
 def forget_pods(reports: Reports) -> Reports:
     """``reports`` without what the pods have said: others take their place."""
     kept = Reports(
@@ -202,6 +209,7 @@ def forget_pods(reports: Reports) -> Reports:
         queue_read_at=reports.queue_read_at,
         queue_changed_at=reports.queue_changed_at,
         denied=reports.denied,
+        seen=_keep_stops(reports),
     )
     return reports if kept == reports else replace(kept, epoch=reports.epoch + 1)
 
@@ -215,4 +223,5 @@ def forget_attempt(reports: Reports) -> Reports:
         checkpoint_step=reports.checkpoint_step,
         status_written_at=reports.status_written_at,
         denied=reports.denied,
+        seen=_keep_stops(reports),
     )
