@@ -168,3 +168,22 @@ def test_when_a_pod_got_its_node_is_known() -> None:
     condition = {"type": "PodScheduled", "status": "True", "lastTransitionTime": AT}
     assert view(None, conditions=[condition]).scheduled_at == NOW
     assert view(None, conditions=[{**condition, "status": "False"}]).scheduled_at is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "running", "ended"),
+    [(None, "setup", "setup:1"), ("Never", "setup", "setup:1"), ("OnFailure", "setup", None), ("Always", "", None)],
+)
+def test_an_init_container_may_have_a_restart_policy_of_its_own(
+    policy: str | None, running: str, ended: str | None
+) -> None:
+    def with_state(state: Raw) -> PodView:
+        container = {"name": "setup", **({"restartPolicy": policy} if policy else {})}
+        status = {
+            "initContainerStatuses": [{"name": "setup", "state": state}],
+            "containerStatuses": [{"name": "trainer", "state": BEGINS}],
+        }
+        return parse_pod(a_raw_pod(spec={"initContainers": [container]}, status=status))
+
+    assert told(with_state(RUNS))[1] == running
+    assert told(with_state(failed()))[3] == ended
