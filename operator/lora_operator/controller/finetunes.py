@@ -15,7 +15,7 @@ from lora_operator.controller.answers import Answerer
 from lora_operator.controller.questions import Leftovers, NamespaceLabels, Question, forgotten_pods, questions
 from lora_operator.controller.reconcile import UnreadableError
 from lora_operator.controller.remarks import Remarks
-from lora_operator.diagnosis.sightings import note_sightings
+from lora_operator.diagnosis.sightings import note_job, note_sightings
 from lora_operator.evidence.collector import Collector
 from lora_operator.evidence.memory import Memory
 from lora_operator.evidence.wants import compute_next_look, compute_wants
@@ -265,7 +265,7 @@ def settle(reports: Reports, observed: Observed, plan: Plan, now: datetime) -> R
     if plan.launch is not None or plan.is_verdict:
         return forget_attempt(reports)
     if plan.phase == Phase.QUEUED:
-        return forget_pods(reports)
+        return note_job(observed, forget_pods(reports), now)
     if reports.refusal and not any(map(observed.is_short_of_pods, observed.all_jobs())):
         reports = replace(reports, refusal=None)
     reports = note_sightings(replace(observed, reports=reports), now)

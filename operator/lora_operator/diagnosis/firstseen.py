@@ -8,6 +8,7 @@ in memory (``Reports.seen``). An operator that starts anew sees it anew, and rat
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
+from lora_operator.state.reports import JOB
 from lora_operator.watched.views import JobView, PodView
 
 ORPHANS = "orphans"
@@ -19,7 +20,7 @@ _BELIEVED = 120.0
 
 def job_seen(job: JobView) -> str:
     """The sighting of ``job`` itself."""
-    return f"job/{job.uid}"
+    return f"{JOB}{job.uid}"
 
 
 def run_seen(job: JobView) -> str:

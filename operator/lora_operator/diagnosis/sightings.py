@@ -26,6 +26,14 @@ def note_sightings(observed: Observed, now: datetime) -> Reports:
     return observed.reports if new == old else replace(observed.reports, seen=new)
 
 
+def note_job(observed: Observed, reports: Reports, now: datetime) -> Reports:
+    """``reports`` with the sighting of the Job alone, whose pods are of no interest."""
+    job = observed.live_job()
+    if job is None or job_seen(job) in reports.seen:
+        return reports
+    return replace(reports, seen={**reports.seen, job_seen(job): now})
+
+
 def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found = {ORPHANS: now} if observed.orphans() else {}
     found |= {stop_seen(pod): now for pod in observed.pods if pod.deleting_at is not None and not pod.gone}

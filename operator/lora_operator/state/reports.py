@@ -36,6 +36,9 @@ class Refusal:
 STOP = "stop/"
 """What the sightings of pods that were asked to stop begin with: these outlive an attempt."""
 
+JOB = "job/"
+"""What the sightings of Jobs begin with: these outlive the pods."""
+
 NO_ANSWER = 0
 """HTTP status of what was not answered in time."""
 
@@ -193,8 +196,8 @@ def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime, 
     return replace(reports, denied=others | {what: Denial(answer, now, status, times)})
 
 
-def _keep_stops(reports: Reports) -> Mapping[str, datetime]:
-    return {what: since for what, since in reports.seen.items() if what.startswith(STOP)}
+def _keep_seen(reports: Reports, *kinds: str) -> Mapping[str, datetime]:
+    return {what: since for what, since in reports.seen.items() if what.startswith(kinds)}
 
 
 def forget_pods(reports: Reports) -> Reports:
@@ -209,7 +212,7 @@ def forget_pods(reports: Reports) -> Reports:
         queue_read_at=reports.queue_read_at,
         queue_changed_at=reports.queue_changed_at,
         denied=reports.denied,
-        seen=_keep_stops(reports),
+        seen=_keep_seen(reports, STOP, JOB),
     )
     return reports if kept == reports else replace(kept, epoch=reports.epoch + 1)
 
@@ -223,5 +226,5 @@ def forget_attempt(reports: Reports) -> Reports:
         checkpoint_step=reports.checkpoint_step,
         status_written_at=reports.status_written_at,
         denied=reports.denied,
-        seen=_keep_stops(reports),
+        seen=_keep_seen(reports, STOP),
     )

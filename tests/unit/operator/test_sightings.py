@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from lora_api import Phase
+from lora_operator.controller.finetunes import settle
 from lora_operator.diagnosis.diagnose import diagnose_pod, seconds_to_lost
 from lora_operator.diagnosis.firstseen import (
     ORPHANS,
@@ -18,6 +20,7 @@ from lora_operator.diagnosis.firstseen import (
 from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.state.observed import Observed, seconds_to_leaving, stop_seen
+from lora_operator.state.plan import Plan
 from lora_operator.state.reports import Reports, forget_attempt, forget_pods
 from tests.unit.operator.builders import NOW, a_job, a_preflight, a_run, ago, ended, running, seen, stamp, waiting
 from tests.unit.operator.cases import FAILED_ONCE, STARTED
@@ -88,7 +91,16 @@ def test_a_pod_that_was_asked_to_stop_has_its_time_whatever_the_clock_of_the_api
 def test_that_a_pod_was_asked_to_stop_is_remembered_beyond_its_attempt() -> None:
     pod = running(0, deleting_at=NOW)
     reports = Reports(seen={stop_seen(pod): ago(50), job_seen(JOB): ago(60)})
-    assert forget_attempt(reports).seen == forget_pods(reports).seen == {stop_seen(pod): ago(50)}
+    assert forget_attempt(reports).seen == {stop_seen(pod): ago(50)}
+    assert forget_pods(reports).seen == reports.seen, "nor does a Job that waits in its queue begin anew"
+
+
+def test_a_job_that_waits_in_its_queue_is_seen_once() -> None:
+    observed = seen(a_run(status=STARTED), a_job(suspended=True))
+    plan = Plan(phase=Phase.QUEUED)
+    first = settle(Reports(), observed, plan, ago(30))
+    assert first.seen == {job_seen(JOB): ago(30)}
+    assert settle(first, observed, plan, NOW) is first
 
 
 @pytest.mark.parametrize(
