@@ -65,6 +65,9 @@ Measure = Annotated[float | None, BeforeValidator(_finite_or_none)]
 
 CUT_MARK = " ... "
 
+_NO_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Colors and other orders to a terminal, and characters that nobody sees."""
+
 
 def cut_middle(text: str, length: int) -> str:
     """``text`` cut to at most ``length`` characters: an error's beginning and end say the most."""
@@ -77,13 +80,26 @@ def cut_middle(text: str, length: int) -> str:
 
 
 def clean_text(value: Any) -> Any:
-    """``value`` without lone surrogates, which come from undecodable bytes and cannot be written as UTF-8."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    """``value`` without what is no text.
+
+    Lone surrogates come from undecodable bytes and cannot be written as UTF-8. Colors and other orders to a terminal
+    are not for a status, where each takes six times its room.
+    """
+    return _NO_TEXT.sub("", value).encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def fit(text: str, size: int) -> str:
+    """``text`` cut in its middle to at most ``size`` bytes of UTF-8, and so to as many characters."""
+    kept, length = cut_middle(text, size), size
+    while (excess := len(kept.encode()) - size) > 0:
+        length = min(length, len(kept)) - max(1, excess // 4)
+        kept = cut_middle(text, length)
+    return kept
 
 
 def _bounded(length: int) -> BeforeValidator:
     def cut(value: Any) -> Any:
-        return cut_middle(clean_text(value), length) if isinstance(value, str) else value
+        return fit(clean_text(value), length) if isinstance(value, str) else value
 
     return BeforeValidator(cut)
 

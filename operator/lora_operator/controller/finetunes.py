@@ -15,18 +15,18 @@ from lora_operator.controller.answers import Answerer
 from lora_operator.controller.questions import Leftovers, NamespaceLabels, Question, forgotten_pods, questions
 from lora_operator.controller.reconcile import UnreadableError
 from lora_operator.controller.remarks import Remarks
-from lora_operator.diagnosis.sightings import note_sightings
+from lora_operator.diagnosis.sightings import note_job, note_sightings
 from lora_operator.evidence.collector import Collector
 from lora_operator.evidence.memory import Memory
 from lora_operator.evidence.wants import compute_next_look, compute_wants
 from lora_operator.kube.client import ConflictError, KubeClient, KubeError, NotFoundError
 from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.lastwords import await_words
-from lora_operator.lifecycle.refusals import face_refusals
+from lora_operator.lifecycle.refusals import face_refusals, is_refusal
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
 from lora_operator.policies.placement import begun_by
-from lora_operator.settings import RunSettings
+from lora_operator.settings import RunSettings, Settings
 from lora_operator.state.facts import has_started, is_finished
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import DeleteJob, Plan
@@ -79,7 +79,7 @@ class FineTunes:
         kube: KubeClient,
         memory: Memory,
         collector: Collector,
-        settings: RunSettings,
+        settings: Settings,
         metrics: Metrics,
         clock: Callable[[], datetime],
         instance: str,
@@ -92,7 +92,7 @@ class FineTunes:
         self._metrics = metrics
         self._clock = clock
         self._instance = instance
-        self._answers = Answerer(cache, kube)
+        self._answers = Answerer(cache, kube, memory, clock)
         self._actor = Actor(cache, kube, memory, settings, clock)
         self._remarks = Remarks(kube, clock, instance)
 
@@ -184,7 +184,8 @@ class FineTunes:
             again = await self._patch_status(key, seen, plan)
         except KubeError as error:
             return await self._face_refused_status(seen.metadata, error)
-        if is_finished(seen.observed.run.status) and not plan.actions and not seen.observed.reports.denied:
+        reports = self._memory.get(key, seen.metadata.uid)
+        if is_finished(seen.observed.run.status) and not (plan.actions or reports.denied or reports.seen):
             self._memory.forget(key)
         if any(isinstance(action, DeleteJob) for action in plan.actions):
             return 0.0
@@ -238,6 +239,10 @@ class FineTunes:
         except ConflictError:
             await self._answers.fetch_run(key)
             return False
+        except KubeError as error:
+            if error.status != INVALID and is_refusal(error.status, error.message):
+                await self._remarks.say_not_written(metadata, error.message)
+            raise
         return True
 
     async def leave_alone(self, key: Key, error: UnreadableError) -> float | None:
@@ -280,7 +285,7 @@ def settle(reports: Reports, observed: Observed, plan: Plan, now: datetime) -> R
     if plan.launch is not None or plan.is_verdict:
         return forget_attempt(reports)
     if plan.phase == Phase.QUEUED:
-        return forget_pods(reports)
+        return note_job(observed, forget_pods(reports), now)
     if reports.refusal and not any(map(observed.is_short_of_pods, observed.all_jobs())):
         reports = replace(reports, refusal=None)
     reports = note_sightings(replace(observed, reports=reports), now)

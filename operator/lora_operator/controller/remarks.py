@@ -78,6 +78,12 @@ class Remarks:
         )
         await self.say(metadata, "StatusRefused", f"{text}. Remedy: {remedy}. The API server says: {words}")
 
+    async def say_not_written(self, metadata: ObjectMeta, words: str) -> None:
+        """The status of a run may not be written, so that it cannot tell of that itself."""
+        text = f"The status of the run may not be written, and nothing follows until it is: {words}".rstrip(".")
+        remedy = "see the operator's role, and the webhook or the policy that the message names"
+        await self.say(metadata, "StatusNotWritten", f"{text}. Remedy: {remedy}")
+
     async def say_trainer(self, observed: Observed, plan: Plan, trainer: TrainerPin) -> None:
         """What there is to know of the trainer that an attempt is about to get."""
         attempt = plan.launched_attempt

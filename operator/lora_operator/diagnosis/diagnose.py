@@ -7,6 +7,7 @@ from datetime import datetime
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.diagnosis.firstseen import can_be, ended_at
 from lora_operator.diagnosis.reasons import NODE_FULL, NOT_STARTED, is_lost, was_refused
+from lora_operator.state.observed import ends_by
 from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
 
@@ -127,7 +128,7 @@ def diagnose_pods(
 
     ``seen``: when what was seen first (``sightings``).
     """
-    symptoms = [symptom for pod in pods if (symptom := diagnose_pod(pod, now, grace=grace)) is not None]
+    symptoms = [symptom for pod in pods if (symptom := diagnose_pod(pod, now, grace=grace, seen=seen))]
     indexes = {pod.index for pod in pods}
     symptoms += [
         Symptom(FailureClass.POD_LOST, "PodGone", f"Pod {index} of Job {job.name} failed and is gone", at=job.created)
@@ -149,7 +150,7 @@ def diagnose_pods(
     return [replace(one, at=ended_at(one.pod, seen, now)) if one.pod else one for one in symptoms]
 
 
-def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None:
+def diagnose_pod(pod: PodView, now: datetime, *, grace: float, seen: Mapping[str, datetime] = {}) -> Symptom | None:
     """What is wrong with ``pod``, or ``None``.
 
     A pod that was asked to stop is well until it ends, because it may be saving a checkpoint; it is lost when it is
@@ -164,15 +165,16 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float) -> Symptom | None
         return _diagnose_exit(pod, ended.exit_code)
     if pod.phase == "Failed" or pod.gone:
         return _diagnose_without_exit(pod)
-    if pod.deleting_at is not None and (now - pod.deleting_at).total_seconds() > grace:
+    due = ends_by(pod, seen, now)
+    if pod.deleting_at is not None and due is not None and (now - due).total_seconds() > grace:
         message = f"Node of pod {pod.name} does not answer: the pod was to be gone at {pod.deleting_at:%H:%M:%S} UTC"
         return Symptom(FailureClass.NODE_LOST, "NodeLost", message, pod, at=pod.deleting_at)
     return None
 
 
-def seconds_to_lost(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+def seconds_to_lost(pods: Iterable[PodView], now: datetime, grace: float, seen: Mapping[str, datetime]) -> float | None:
     """Seconds until the first of the ``pods`` that are asked to stop counts as lost; ``None`` where none is."""
-    due = [pod.deleting_at for pod in pods if pod.deleting_at and not pod.has_ended]
+    due = [at for pod in pods if not pod.has_ended and (at := ends_by(pod, seen, now))]
     return max(1.0, (min(due) - now).total_seconds() + grace + 1) if due else None
 
 

@@ -8,6 +8,7 @@ in memory (``Reports.seen``). An operator that starts anew sees it anew, and rat
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
+from lora_operator.state.reports import JOB
 from lora_operator.watched.views import JobView, PodView
 
 ORPHANS = "orphans"
@@ -22,7 +23,7 @@ _BELIEVED = 120.0
 
 def job_seen(job: JobView) -> str:
     """The sighting of ``job`` itself."""
-    return f"job/{job.uid}"
+    return f"{JOB}{job.uid}"
 
 
 def run_seen(job: JobView) -> str:
@@ -48,6 +49,16 @@ def warned_seen(pod: PodView) -> str:
 def end_seen(pod: PodView) -> str:
     """The sighting of the end of ``pod``."""
     return f"end/{pod.uid}"
+
+
+def retry_seen(at: datetime) -> str:
+    """The sighting of a status.retryTime."""
+    return f"retry/{at.isoformat()}"
+
+
+def started_seen(job: JobView) -> str:
+    """The sighting that the Job controller has come to ``job``."""
+    return f"started/{job.uid}"
 
 
 def could_run_since(job: JobView, pod: PodView, now: datetime) -> datetime:

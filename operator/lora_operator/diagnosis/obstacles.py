@@ -7,6 +7,7 @@ from datetime import datetime
 from lora_api import RULES, FailureClass
 from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, Obstacle, describe_init_remedy
 from lora_operator.diagnosis.firstseen import held_up_seen
+from lora_operator.diagnosis.invalid import describe_remedy, translate
 from lora_operator.diagnosis.stuck import diagnose_stuck
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.watched.views import JobView, PodView
@@ -210,6 +211,16 @@ def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datet
     """
     if "being terminated" in words or status not in (400, 403, 413, 422, 500):
         return None
+    own = translate(words) if status == 422 and "Too long" not in words else None
+    if own is not None:
+        return Obstacle(
+            reason=str(FailureClass.BAD_SPEC),
+            message=f"{own.rstrip('.')} ({kind} {name} is refused)",
+            remedy=describe_remedy(own),
+            since=since,
+            failure_class=FailureClass.BAD_SPEC,
+            permanent=True,
+        )
     found = _describe_refusal(kind, status, words)
     if found is None:
         return None

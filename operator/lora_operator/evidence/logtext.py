@@ -10,6 +10,10 @@ _ADVICE = re.compile(r"pip install kernels")
 """What libraries say of parts that this image does without on purpose."""
 
 
+_PROGRESS = '{"lora"'
+"""So begins a line for programs, also one that was cut or that is not understood."""
+
+
 def tell_people(log: str) -> str:
     """``log`` with its progress lines in words, of several in a row the last, and without advice that is no use."""
     lines, said = list[str](), ""
@@ -18,7 +22,7 @@ def tell_people(log: str) -> str:
         if progress is not None:
             said = _describe(progress) or said
             continue
-        if _ADVICE.search(line):
+        if _ADVICE.search(line) or line.startswith(_PROGRESS):
             continue
         line = _tell_result(line)
         if said:

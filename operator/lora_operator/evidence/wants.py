@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TypeAlias
 
 from lora_operator.clock import is_due
+from lora_operator.diagnosis.firstseen import job_seen, started_seen, starting_seen
 from lora_operator.diagnosis.stuck import find_stuck
 from lora_operator.lifecycle.queued import is_stopping
 from lora_operator.policies.stall import seconds_to_stall
@@ -106,7 +107,8 @@ def wants_refusal(observed: Observed, now: datetime, settings: RunSettings) -> J
     job = observed.live_job()
     if job is None or job.suspended or job.started is None or not observed.is_short_of_pods(job):
         return None
-    late = is_due(job.started, now, REFUSAL_DELAY)
+    seen = observed.reports.seen
+    late = is_due(seen.get(started_seen(job), now), now, REFUSAL_DELAY)
     return job if late and is_due(observed.reports.refusal_read_at, now, 3 * settings.log_interval) else None
 
 
@@ -117,7 +119,8 @@ def wants_events(observed: Observed, now: datetime, settings: RunSettings) -> Ev
         return None
     turns = {uid: turn for turn, uid in enumerate(observed.reports.pod_events)}
     pods = sorted(find_stuck(observed.gang(job)), key=lambda pod: turns.get(pod.uid, -1))[:ASKED_PODS]
-    late = bool(pods) and is_due(max(pod.created for pod in pods), now, POD_DELAY)
+    seen = observed.reports.seen
+    late = bool(pods) and is_due(max(seen.get(starting_seen(pod), now) for pod in pods), now, POD_DELAY)
     due = is_due(observed.reports.pod_events_read_at, now, _events_interval(observed, job, settings))
     return EventsOfPods(job, tuple(pods)) if late and due else None
 
@@ -138,7 +141,9 @@ def wants_queue(observed: Observed, now: datetime, settings: RunSettings) -> Job
         return None
     had_pods = any(map(is_stopping, [*observed.gang(job), *observed.stopping(job)]))
     due = is_due(observed.reports.queue_read_at, now, _queue_interval(observed, settings))
-    return job if due and (had_pods or is_due(job.created, now, REFUSAL_DELAY)) else None
+    return (
+        job if due and (had_pods or is_due(observed.reports.seen.get(job_seen(job), now), now, REFUSAL_DELAY)) else None
+    )
 
 
 def _queue_interval(observed: Observed, settings: RunSettings) -> float:

@@ -30,6 +30,7 @@ from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator.kube import yamlbody as applied
 from lora_operator.kube.ownership import find_conflict
+from lora_operator.kube.patience import patience
 from lora_operator.kube.podevents import find_warning
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.kube.undeclared import Undeclared
@@ -83,6 +84,7 @@ class KubeError(Exception):
     KubeError
     |- NotFoundError: there is no such object
     |- ConflictError: the object exists already, or is another one than was meant
+    |- NoAnswerError: there was none in time
     NameConflictError (no KubeError: nothing was refused, but a child's name is taken)
     """
 
@@ -98,6 +100,10 @@ class NotFoundError(KubeError):
 
 class ConflictError(KubeError):
     """409."""
+
+
+class NoAnswerError(KubeError):
+    """0: the API server was there, or not, and took too long."""
 
 
 class NameConflictError(Exception):
@@ -140,7 +146,7 @@ class KubeClient:
         self._api = kubernetes_client.ApiClient(configuration)
         self._api.user_agent = f"{MANAGER}/v1alpha1"
         self._limit = limit
-        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._timeout = timeout
         self._on_call = on_call
         self._undeclared = Undeclared()
 
@@ -378,12 +384,16 @@ class KubeClient:
             header_params={"Accept": accept, "Content-Type": content_type},
             auth_settings=["BearerToken"],
         )
+        seconds = patience.get() or self._timeout
+        timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             response = await self._api.rest_client.request(
-                method, url, headers=headers, body=body, _request_timeout=self._timeout
+                method, url, headers=headers, body=body, _request_timeout=timeout
             )
             data: bytes = await response.read()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except TimeoutError as error:
+            raise NoAnswerError(0, f"{method} {path}: no answer within {seconds:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
             raise KubeError(0, f"{method} {path}: no answer: {error!r}") from error
         retry_after = None
         if response.status in (429, 503):

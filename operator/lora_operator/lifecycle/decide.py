@@ -46,8 +46,10 @@ from lora_operator.lifecycle.outcomes import (
 )
 from lora_operator.lifecycle.preflight import decide_preflight, find_running_on, needs_preflight
 from lora_operator.lifecycle.queued import broken_gang, decide_queued, describe_queue, plan_queued
+from lora_operator.lifecycle.refusals import DELETE_JOBS
 from lora_operator.lifecycle.runtime import decide_runtime
 from lora_operator.policies.deadline import find_overrun, seconds_to_deadline
+from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.policies.placement import (
     explain_by_room,
     is_short_of_room,
@@ -101,7 +103,7 @@ def _decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
         attempt += 1
     job = observed.jobs.get(attempt)
     if job is not None:
-        return _decide_attempt(observed, job, now, settings)
+        return _clear_away(observed, job, _decide_attempt(observed, job, now, settings))
     if status.attempt == attempt:
         return decide_failure(observed, attempt, job_lost(attempt, now), now, settings)
     return _decide_launch(observed, attempt, now, settings)
@@ -117,9 +119,9 @@ def _decide_launch(observed: Observed, attempt: int, now: datetime, settings: Ru
     waiting = _wait_for_leftovers(observed, now, settings)
     if waiting is not None:
         return waiting
-    retry_time = observed.run.status.retry_time
-    if retry_time is not None and retry_time > now:
-        return Plan(requeue_after=(retry_time - now).total_seconds())
+    pause = seconds_to_retry(observed, now)
+    if pause is not None:
+        return Plan(requeue_after=pause)
     if uses_kueue(observed.run.spec.run_policy.queue_name, settings):
         return plan_queued(attempt, describe_queue("", None), actions=(LaunchAttempt(attempt),))
     return replace(_plan_start(attempt, scheduled=False), actions=(LaunchAttempt(attempt),))
@@ -154,11 +156,26 @@ def _decide_suspension(job: JobView) -> Plan:
 
 
 def _decide_replacement(observed: Observed, attempt: int, now: datetime, settings: RunSettings) -> Plan:
-    """Ends what is left of an attempt that is over, then launches the next one."""
+    """Ends what is left of an attempt that is over, then launches the next one.
+
+    A Job that may not be deleted does not hold that up, once nothing of it runs and nothing more of it will.
+    """
     job = observed.jobs.get(attempt)
-    if job is not None:
+    if job is not None and not (DELETE_JOBS in observed.reports.denied and _is_done(observed, job)):
         return NOTHING if job.deleting else Plan(actions=(DeleteJob(job),))
     return _decide_launch(observed, attempt + 1, now, settings)
+
+
+def _is_done(observed: Observed, job: JobView) -> bool:
+    """Whether no pod of ``job`` holds a node, and none is to come."""
+    held = any(pod.holds_node for pod in observed.pods if pod.job_uid == job.uid)
+    return not held and (job.finished or not observed.is_short_of_pods(job))
+
+
+def _clear_away(observed: Observed, job: JobView, plan: Plan) -> Plan:
+    """``plan`` for ``job``, which also deletes Jobs before it that could not be deleted in time."""
+    old = tuple(DeleteJob(one) for one in observed.jobs.values() if one.attempt < job.attempt and not one.deleting)
+    return plan if plan.is_verdict else replace(plan, actions=(*plan.actions, *old))
 
 
 def _wait_for_leftovers(observed: Observed, now: datetime, settings: RunSettings) -> Plan | None:
@@ -168,7 +185,7 @@ def _wait_for_leftovers(observed: Observed, now: datetime, settings: RunSettings
     """
     left, orphans = seconds_to_letting_go(observed, now, settings), observed.orphans()
     leaving = [pod for pod in observed.leftovers() if pod not in orphans]
-    waits = [seconds_to_leaving(leaving, now, settings.failure_grace), left]
+    waits = [seconds_to_leaving(leaving, now, settings.failure_grace, observed.reports.seen), left]
     wait = max((seconds for seconds in waits if seconds is not None), default=None)
     if wait is None:
         return None
@@ -226,7 +243,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
     if job.suspended and job.completed_indexes:
         return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
-        return decide_queued(job, [*pods, *stopping], observed.reports.queue, now, settings.failure_grace)
+        return decide_queued(job, [*pods, *stopping], observed.reports, now, settings.failure_grace)
     since = waits_since(observed, job, settings.restart_backoff)
     return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=since)
 
@@ -286,7 +303,10 @@ def _decide_healthy(
     )
     start = _plan_start(job.attempt, scheduled=scheduled)
     if obstacle is None:
-        return replace(start, requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace))
+        return replace(
+            start,
+            requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace, observed.reports.seen),
+        )
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
         failure = obstacle.to_failure(job.attempt, now)
@@ -333,7 +353,7 @@ def _decide_running(
     reason = _STAGE_REASONS.get(reports.stage, "Running")
     stall = seconds_to_stall(run, reports, now)
     waits = [
-        seconds_to_lost(pods, now, settings.failure_grace),
+        seconds_to_lost(pods, now, settings.failure_grace, reports.seen),
         seconds_to_deadline(run, now),
         None if stall is None else max(1.0, stall),  # it may be overdue, and its log is read once more
     ]

@@ -87,7 +87,10 @@ def _decide_ending(observed: Observed, now: datetime, settings: RunSettings) -> 
     alive = [pod for pod in observed.pods if pod.job_uid and pod.holds_node and pod not in orphans]
     if alive and job is not None and not job.deleting:
         return Plan(actions=(DeleteJob(job),))
-    waits = [seconds_to_leaving(alive, now, settings.failure_grace), seconds_to_letting_go(observed, now, settings)]
+    waits = [
+        seconds_to_leaving(alive, now, settings.failure_grace, observed.reports.seen),
+        seconds_to_letting_go(observed, now, settings),
+    ]
     wait = min((seconds for seconds in waits if seconds is not None), default=None)
     return None if wait is None else Plan(requeue_after=wait)
 

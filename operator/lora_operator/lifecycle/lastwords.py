@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import Failure, FailureClass
+from lora_api._base import clean_text
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan
 from lora_operator.watched.views import PodView
@@ -41,10 +42,15 @@ def find_speakers(observed: Observed, failure: Failure) -> list[PodView]:
 def compute_log_tail(failure: Failure, words: Mapping[str, str | None]) -> str | None:
     """What goes on record of ``words``, by the names of their pods: an equal share of what there is room for."""
     if failure.failure_class is not FailureClass.STALLED or failure.pod is not None:
-        return next((text[-CHARACTERS:] for text in words.values() if text), None)
+        return next((_keep_end(text, CHARACTERS) for text in words.values() if text), None)
     share = CHARACTERS // max(1, len(words))
     lines = []
     for name, text in words.items():
         head = f"{name}: "
-        lines.append(head + (text or "no log").strip()[-max(0, share - len(head) - 1) :])
+        lines.append(head + _keep_end((text or "no log").strip(), share - len(head) - 1))
     return "\n".join(lines) or None
+
+
+def _keep_end(text: str, size: int) -> str:
+    """The end of ``text`` in at most ``size`` bytes of UTF-8."""
+    return str(clean_text(text)).encode()[-size:].decode(errors="ignore") if size > 0 else ""

@@ -17,6 +17,7 @@ from lora_operator.diagnosis.firstseen import running_since
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, is_by_limit_range
 from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
+from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import REFUSED_BY_LIMIT_RANGE, asks_as_the_gang, has_passed
 from lora_operator.state.failures import new_failure
@@ -50,9 +51,9 @@ def decide_preflight(observed: Observed, now: datetime, settings: RunSettings) -
 
 
 def _decide_launch(observed: Observed, number: int, now: datetime) -> Plan:
-    retry_time = observed.run.status.retry_time
-    if retry_time is not None and retry_time > now:
-        return Plan(requeue_after=(retry_time - now).total_seconds())
+    pause = seconds_to_retry(observed, now)
+    if pause is not None:
+        return Plan(requeue_after=pause)
     return _waiting("Preflight", _CHECKING, actions=(LaunchPreflight(number),))
 
 

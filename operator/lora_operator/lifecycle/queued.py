@@ -17,6 +17,7 @@ from lora_api import ConditionType, Failure, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import seconds_to_lost
 from lora_operator.state.failures import new_failure
 from lora_operator.state.plan import LaunchAttempt, Mark, Plan
+from lora_operator.state.reports import Reports
 from lora_operator.state.workload import QueueReport
 from lora_operator.watched.views import JobView, PodView
 from lora_operator.wording import with_remedy
@@ -47,10 +48,9 @@ def broken_gang(job: JobView, now: datetime) -> Failure:
     return new_failure(FailureClass.EVICTED, job.attempt, message, now, "JobSuspended")
 
 
-def decide_queued(
-    job: JobView, pods: Sequence[PodView], report: QueueReport | None, now: datetime, grace: float
-) -> Plan:
+def decide_queued(job: JobView, pods: Sequence[PodView], reports: Reports, now: datetime, grace: float) -> Plan:
     """What to say of a Job that is suspended: it waits for quota, or its ``pods`` have to end first."""
+    report = reports.queue
     if not any(is_stopping(pod) for pod in pods):
         return plan_queued(job.attempt, describe_queue(job.name, report))
     reason, words = "JobSuspended", "The Job was suspended by whoever manages its queue"
@@ -58,7 +58,7 @@ def decide_queued(
         reason, words = report.evicted, f"Kueue took the quota back: {report.evicted_message}".rstrip(". :")
     message = f"{words}. The pods save a checkpoint and end; the run is queued again"
     plan = plan_queued(job.attempt, message, reason=reason)
-    return replace(plan, requeue_after=seconds_to_lost(pods, now, grace))
+    return replace(plan, requeue_after=seconds_to_lost(pods, now, grace, reports.seen))
 
 
 def is_stopping(pod: PodView) -> bool:

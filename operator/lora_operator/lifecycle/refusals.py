@@ -1,15 +1,23 @@
 """What to do instead where the API server has refused a call. All pure.
 
-What was to be created is asked for again after a while, and the run fails if the refusal lasts. Whatever else the
-operator may not do is told in the status, and stops nothing but itself.
+What was to be created is asked for again after a while, and the run fails if the refusal lasts. Whatever else is
+refused, by the operator's role, by a webhook or by a policy, is told in the status and tried again, more and more
+seldom. It stops nothing but itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.obstacles import diagnose_refusal
-from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_conflict, decide_no_podgroups, decide_obstructed
+from lora_operator.lifecycle.outcomes import (
+    PREFLIGHT,
+    decide_conflict,
+    decide_no_podgroups,
+    decide_obstructed,
+    decide_wait,
+)
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished
 from lora_operator.state.observed import Observed
@@ -24,14 +32,37 @@ from lora_operator.state.plan import (
     Plan,
     StopJob,
 )
-from lora_operator.state.reports import RefusedChild
+from lora_operator.state.reports import NO_ANSWER, Denial, RefusedChild
 from lora_operator.wording import with_remedy
 
-DENIED_SECONDS = 30.0
-"""Until something that the operator may not do is tried again: no event tells when its role changes."""
+FIRST_PAUSE = 5.0
+LONGEST_PAUSE = 300.0
+"""Seconds until something that is refused is tried again: no event tells when a role, a webhook or a policy changes."""
 
 FORBIDDEN = "OperatorForbidden"
-_ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade)."
+WEBHOOK_FAILED = "WebhookFailed"
+CALL_REFUSED = "CallRefused"
+_REMEDIES = {
+    FORBIDDEN: "Bring the operator's role to its version (helm upgrade).",
+    WEBHOOK_FAILED: "See why the webhook that the message names does not answer.",
+    CALL_REFUSED: "See the webhook or the policy that the message names: it has to let the operator do that.",
+}
+FIRST_SILENCE = 2.0
+LONGEST_SILENCE = 30.0
+"""Seconds until something is created again that was not answered in time."""
+
+_SILENCE = with_remedy(
+    "The API server takes long to create things in this namespace",
+    "See whether an admission webhook hangs (kubectl get validatingwebhookconfigurations,"
+    "mutatingwebhookconfigurations). The run starts by itself once it answers.",
+)
+_PASSING = (401, 404, 408, 409, 429)
+"""HTTP statuses of calls that come too early or too late, or of an API server that is not well."""
+
+
+DELETE_JOBS, PATCH_JOBS, DELETE_RUN = "delete jobs", "patch jobs", "delete lorafinetunes"
+CHILDREN = ("configmaps", "services", "podgroups", "networkpolicies")
+"""What a run may have been made of beside its Jobs."""
 
 
 def face_refusals(observed: Observed, plan: Plan, now: datetime, settings: RunSettings) -> Plan:
@@ -46,6 +77,17 @@ def needs_answer(child: RefusedChild) -> bool:
     return diagnose_refusal(child.kind, child.name, child.status, child.words, child.since) is not None
 
 
+def is_silence(child: RefusedChild) -> bool:
+    """Whether nobody has refused anything: there is no answer yet."""
+    return child.status == NO_ANSWER and not child.conflict
+
+
+def decide_silence(observed: Observed, lasted: float) -> Plan:
+    """The API server takes long to create things in the namespace of a run, for ``lasted`` seconds by now."""
+    wait = decide_wait("NoAnswer", _SILENCE, min(LONGEST_SILENCE, max(FIRST_SILENCE, lasted / 4)))
+    return replace(wait, attempt=observed.run.status.attempt)
+
+
 def _is_unknown_podgroup(child: RefusedChild) -> bool:
     return child.kind == "PodGroup" and child.status == 404
 
@@ -57,6 +99,8 @@ def _face_refused_child(observed: Observed, plan: Plan, now: datetime, settings:
     attempt = launch.number if isinstance(launch, LaunchAttempt) else PREFLIGHT
     if _is_unknown_podgroup(child):
         instead = decide_no_podgroups(observed, settings)
+    elif is_silence(child):
+        instead = decide_silence(observed, (now - child.since).total_seconds())
     elif child.conflict:
         instead = decide_conflict(observed, attempt, child.words, now, settings, passing=child.passing)
     else:
@@ -70,45 +114,83 @@ def _face_refused_child(observed: Observed, plan: Plan, now: datetime, settings:
     return replace(instead, requeue_after=left) if left > 0 else plan
 
 
-def permission_of(action: Action) -> str:
-    """What the operator's role has to allow for ``action``, but for creating things."""
+def is_refusal(status: int, words: str) -> bool:
+    """Whether somebody refuses a call, by its HTTP ``status`` and ``words``. Other errors pass by themselves."""
+    return "webhook" in words or (400 <= status < 500 and status not in _PASSING)
+
+
+def permissions_of(action: Action) -> frozenset[str]:
+    """What has to be allowed before ``action`` is worth a try, but for creating things."""
     match action:
-        case DeleteJob() | DeleteChildren():
-            return "delete jobs"
+        case DeleteJob():
+            return frozenset({DELETE_JOBS})
+        case DeleteChildren():
+            return frozenset({DELETE_JOBS, *(f"delete {kind}" for kind in CHILDREN)})
         case StopJob() | EnqueueJob():
-            return "patch jobs"
+            return frozenset({PATCH_JOBS})
         case DeleteRun():
-            return "delete lorafinetunes"
+            return frozenset({DELETE_RUN})
         case _:
-            return ""
+            return frozenset()
 
 
 def _face_denial(observed: Observed, plan: Plan, now: datetime) -> Plan:
-    reports = observed.reports
-    if not reports.denied or reports.denied_at is None or plan.is_verdict:
+    denied = observed.reports.denied
+    if not denied or plan.is_verdict:
         return plan
-    kept = tuple(action for action in plan.actions if permission_of(action) not in reports.denied)
-    left = DENIED_SECONDS - (now - reports.denied_at).total_seconds()
-    if kept != plan.actions and left <= 0:
-        return plan  # once more
-    text = "; ".join(f"the operator may not {what}: {answer}" for what, answer in sorted(reports.denied.items()))
-    text = with_remedy(text[0].upper() + text[1:], _ROLE_REMEDY)
+    left = {action: _seconds_to_try(action, denied, now) for action in plan.actions}
+    kept = tuple(action for action in plan.actions if left[action] <= 0)
+    if any(permissions_of(action) & denied.keys() for action in kept):
+        return replace(plan, actions=kept)  # once more
+    text = describe_denied(denied)
     if kept == plan.actions:
         return plan if plan.phase is None else replace(plan, message=f"{plan.message.rstrip('.')}. {text}")
-    wait = min(left, plan.requeue_after or left)
-    return replace(_tell(observed, plan, text), actions=kept, requeue_after=wait)
+    wait = min(seconds for seconds in left.values() if seconds > 0)
+    return replace(_tell(observed, plan, text), actions=kept, requeue_after=min(wait, plan.requeue_after or wait))
+
+
+def _seconds_to_try(action: Action, denied: Mapping[str, Denial], now: datetime) -> float:
+    """Seconds until ``action`` is tried again, as far as a part of it was refused."""
+    refused = [denied[what] for what in permissions_of(action) if what in denied]
+    return max((compute_pause(one) - (now - one.at).total_seconds() for one in refused), default=0.0)
+
+
+def compute_pause(denial: Denial) -> float:
+    """Seconds between what was refused and the next try."""
+    return float(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(denial.times - 1, 30)))
+
+
+def describe_denied(denied: Mapping[str, Denial]) -> str:
+    """What is refused, in the API server's words, and what to do about it."""
+    said = [_describe(what, denial) for what, denial in sorted(denied.items())]
+    remedies = dict.fromkeys(_REMEDIES[_reason(denial)] for _, denial in sorted(denied.items()))
+    text = "; ".join(said)
+    return with_remedy(text[0].upper() + text[1:], " ".join(remedies))
+
+
+def _describe(what: str, denial: Denial) -> str:
+    whom = "the operator may not" if _reason(denial) == FORBIDDEN else "the API server does not let the operator"
+    return f"{whom} {what}: {denial.words}".rstrip(". ")
+
+
+def _reason(denial: Denial) -> str:
+    if denial.status == 0 or "failed calling webhook" in denial.words:
+        return WEBHOOK_FAILED
+    judged = "webhook" in denial.words or "denied request" in denial.words
+    return FORBIDDEN if denial.status == 403 and not judged else CALL_REFUSED
 
 
 def _tell(observed: Observed, plan: Plan, text: str) -> Plan:
     """``plan``, which says ``text`` instead of what it did."""
-    status, mark = observed.run.status, Mark(value=False, reason=FORBIDDEN, message=text)
+    reason = min(map(_reason, observed.reports.denied.values()), key=list(_REMEDIES).index)
+    status, mark = observed.run.status, Mark(value=False, reason=reason, message=text)
     if is_finished(status):
         return replace(plan, conditions={**plan.conditions, ConditionType.CLEANED_UP: mark})
     if plan.phase is not None:
         return replace(plan, message=f"{plan.message.rstrip('.')}. {text}")
     return Plan(
         phase=status.phase or Phase.PENDING,
-        reason=FORBIDDEN,
+        reason=reason,
         message=text,
         attempt=status.attempt,
         conditions={ConditionType.RUNNING: mark},

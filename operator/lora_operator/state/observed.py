@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 from lora_api import ClusterLoRARuntime, LoRAFineTune
 from lora_operator.state.facts import has_passed, has_started, is_finished, is_over
-from lora_operator.state.reports import Reports
+from lora_operator.state.reports import STOP, Reports
 from lora_operator.watched.views import JobView, PodView
 
 
@@ -98,9 +98,27 @@ def is_taken_back(pod: PodView, job: JobView) -> bool:
     return job.was_suspended and let_go and not counted
 
 
-def seconds_to_leaving(pods: Iterable[PodView], now: datetime, grace: float) -> float | None:
+def stop_seen(pod: PodView) -> str:
+    """The sighting that ``pod`` was asked to stop."""
+    return f"{STOP}{pod.uid}"
+
+
+def ends_by(pod: PodView, seen: Mapping[str, datetime], now: datetime) -> datetime | None:
+    """When the kubelet has to have ended ``pod``, by our clock; ``None``: nobody asked it to stop.
+
+    The API server tells it too, by its own clock, which may be minutes off.
+    """
+    if pod.deleting_at is None:
+        return None
+    return seen.get(stop_seen(pod), now) + timedelta(seconds=pod.stop_seconds)
+
+
+def seconds_to_leaving(
+    pods: Iterable[PodView], now: datetime, grace: float, seen: Mapping[str, datetime]
+) -> float | None:
     """Seconds until the last of ``pods`` is given up on, which the kubelet had to have ended ``grace`` before."""
-    waits = [((pod.deleting_at or now) + timedelta(seconds=grace) - now).total_seconds() for pod in pods]
+    due = [ends_by(pod, seen, now) or now for pod in pods]
+    waits = [(at + timedelta(seconds=grace) - now).total_seconds() for at in due]
     return max((wait for wait in waits if wait > 0), default=None)
 
 

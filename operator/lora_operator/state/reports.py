@@ -49,6 +49,16 @@ class Refusal:
         return "policy" if _DENIAL.search(self.message) else "unknown"
 
 
+STOP = "stop/"
+"""What the sightings of pods that were asked to stop begin with: these outlive an attempt."""
+
+JOB = "job/"
+"""What the sightings of Jobs begin with: these outlive the pods."""
+
+NO_ANSWER = 0
+"""HTTP status of what was not answered in time."""
+
+
 @dataclass(frozen=True)
 class RefusedChild:
     """The answer of the API server to an object that was to be created, at ``at`` and of this kind since ``since``.
@@ -72,11 +82,24 @@ class RefusedChild:
 
 
 @dataclass(frozen=True)
+class Denial:
+    """The API server does not let the operator do something, as it said at ``at`` for the ``times``-th time in a row.
+
+    ``status`` is that of HTTP; 0: it did not answer in time.
+    """
+
+    words: str
+    at: datetime
+    status: int = 403
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Reports:
     """What was read on top of the watches, and when.
 
     ``epoch`` counts what it was about: what is read of pods that others have taken the place of is dropped.
-    ``denied`` has, by what was to be done or read, the answer of an API server that does not allow it.
+    ``denied`` has, by what was to be done or read, that the API server does not allow it.
     ``last_words`` are ends of logs by the uid of the pod; ``None``: it could not be read.
     """
 
@@ -107,8 +130,7 @@ class Reports:
     awaiting_since: datetime | None = None
     short_of_room_since: datetime | None = None
     refused_child: RefusedChild | None = None
-    denied: Mapping[str, str] = field(default_factory=dict)
-    denied_at: datetime | None = None
+    denied: Mapping[str, Denial] = field(default_factory=dict)
     seen: Mapping[str, datetime] = field(default_factory=dict)
     """When this operator saw first what the pods are at (``diagnosis.sightings``)."""
     status_written_at: datetime | None = None
@@ -174,12 +196,30 @@ def hear_refused_child(reports: Reports, child: RefusedChild) -> Reports:
     return replace(reports, refused_child=replace(child, since=old.since) if old is not None and same else child)
 
 
-def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime) -> Reports:
+def hear_no_room(reports: Reports, now: datetime) -> Reports:
+    """``reports`` after the API server took too long to create something, or has others to create before.
+
+    What it said before stays what is known.
+    """
+    old = reports.refused_child
+    silence = RefusedChild("Job", "", NO_ANSWER, "", since=now, at=now)
+    return replace(reports, refused_child=silence if old is None or old.conflict else replace(old, at=now))
+
+
+def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime, status: int = 403) -> Reports:
     """``reports`` after ``what`` was tried, and is not allowed as ``answer`` says; ``None``: it is."""
     if answer is None and what not in reports.denied:
         return reports
-    others = {other: words for other, words in reports.denied.items() if other != what}
-    return replace(reports, denied=others if answer is None else others | {what: answer}, denied_at=now)
+    others = {other: denial for other, denial in reports.denied.items() if other != what}
+    if answer is None:
+        return replace(reports, denied=others)
+    old = reports.denied.get(what)
+    times = 1 if old is None else old.times + 1
+    return replace(reports, denied=others | {what: Denial(answer, now, status, times)})
+
+
+def _keep_seen(reports: Reports, *kinds: str) -> Mapping[str, datetime]:
+    return {what: since for what, since in reports.seen.items() if what.startswith(kinds)}
 
 
 def forget_pods(reports: Reports) -> Reports:
@@ -193,6 +233,8 @@ def forget_pods(reports: Reports) -> Reports:
         queue=reports.queue,
         queue_read_at=reports.queue_read_at,
         queue_changed_at=reports.queue_changed_at,
+        denied=reports.denied,
+        seen=_keep_seen(reports, STOP, JOB),
     )
     return reports if kept == reports else replace(kept, epoch=reports.epoch + 1)
 
@@ -206,5 +248,5 @@ def forget_attempt(reports: Reports) -> Reports:
         checkpoint_step=reports.checkpoint_step,
         status_written_at=reports.status_written_at,
         denied=reports.denied,
-        denied_at=reports.denied_at,
+        seen=_keep_seen(reports, STOP),
     )

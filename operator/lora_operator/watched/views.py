@@ -65,6 +65,8 @@ class PodView:
     """A copy that the Job controller has taken for one of its own pods; it takes one of the two away."""
     run_uid: str = ""
     deleting_at: datetime | None = None
+    stop_seconds: float = 0.0
+    """So long the kubelet lets it stop, once it was asked to."""
     phase: str = "Pending"
     reason: str = ""
     message: str = ""
@@ -193,6 +195,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         copied=owned and not made_by_job,
         run_uid=labels.get(UID_LABEL, ""),
         deleting_at=parse_time(metadata.get("deletionTimestamp")),
+        stop_seconds=float(metadata.get("deletionGracePeriodSeconds") or 0),
         phase=status.get("phase") or "Pending",
         reason=status.get("reason") or "",
         message=status.get("message") or "",
@@ -224,6 +227,10 @@ def _has_memory_limit(spec: Mapping[str, Any]) -> bool:
 _INITIALIZING = (None, "", "PodInitializing", "ContainerCreating")
 """What a container that waits for others says. Of an init container they tell as little as of the trainer."""
 
+_SIDECAR = "Always"
+_RESTARTING = (_SIDECAR, "OnFailure")
+"""Restart policies of a container of its own. With ``Never``, and without any, its failure is that of the pod."""
+
 _UNREADY_CONTAINERS = ("ContainersNotReady", "ReadinessGatesNotReady")
 
 
@@ -247,9 +254,10 @@ class _InitContainers:
     """What runs before the trainer: our own, and those that others have put into the pod."""
 
     def __init__(self, spec: Mapping[str, Any], status: Mapping[str, Any]) -> None:
-        # Sidecars, and what else has a restart policy of its own: they start again when they fail, and are ended with
-        # the pod, so that how they end says nothing.
-        self._restarted = {item.get("name") for item in spec.get("initContainers") or () if item.get("restartPolicy")}
+        containers = spec.get("initContainers") or ()
+        # Those start again when they fail, so that how they end says nothing; sidecars are ended with the pod.
+        self._restarted = {item.get("name") for item in containers if item.get("restartPolicy") in _RESTARTING}
+        self._sidecars = {item.get("name") for item in containers if item.get("restartPolicy") == _SIDECAR}
         self._unstarted = {
             item.get("name") for item in status.get("initContainerStatuses") or () if item.get("started") is False
         }
@@ -264,7 +272,7 @@ class _InitContainers:
 
     def find_running(self) -> str:
         """The first that runs and is to end before the trainer starts."""
-        running = (name for name, state in self._states if "running" in state and name not in self._restarted)
+        running = (name for name, state in self._states if "running" in state and name not in self._sidecars)
         return next(running, "")
 
     def find_starting(self) -> str:

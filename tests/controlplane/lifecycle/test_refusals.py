@@ -189,6 +189,28 @@ def test_a_document_that_is_too_large_ends_the_run_at_once(
     assert "Remedy: Shorten what the specification says at length" in run.condition("Stalled")["message"]
 
 
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"example.org/nic": "500m"}, "must be an integer"),
+        ({"x/y/z": "1"}, "x/y/z"),
+        ({"hugepages-2Mi": "3Mi", "memory": "1Gi"}, "hugepages"),
+    ],
+)
+def test_resources_that_no_pod_takes_end_the_run_at_once_by_their_field(
+    run: Run, settings: Settings, resources: dict[str, str], words: str
+) -> None:
+    amounts = {"requests": resources, "limits": resources}
+    with OperatorThread(settings):
+        run.create(lambda spec: spec.setdefault("podTemplate", {}).update(resources=amounts))
+        status = run.wait_phase("Failed")
+    (failure,) = status["failures"]
+    assert failure["class"] == "BadSpec"
+    assert "spec.podTemplate.resources" in failure["message"]
+    assert words in failure["message"]
+    assert "containers[0]" not in failure["message"]
+
+
 def wait_until_refused(api: Api, namespace: str) -> None:
     """Policies and webhooks take a moment until the API server knows them."""
     container = {"name": "any", "image": "any"}

@@ -109,7 +109,7 @@ CUT = {
     "plain": "x" * 10_000,
     "three bytes a character": "\u4e16" * 10_000,
     "four bytes a character": "\U0001f600" * 10_000,
-    "six bytes a character once escaped": "\x01" * 10_000,
+    "two bytes a character once escaped": '"' * 10_000,
     "bytes that were never text": b"\xff".decode(errors="surrogateescape") * 10_000,
 }
 
@@ -124,6 +124,12 @@ def test_a_long_message_keeps_its_beginning_and_its_end(case: str) -> None:
     assert read.message.endswith("END")
     assert " ... " in read.message
     assert read.remedy == "Read it."
+
+
+def test_what_nobody_sees_takes_no_room() -> None:
+    read = parse_termination(termination(message="BEGIN\x01\x1b[1;31m" + "\x01" * 10_000 + "END\n\tx").to_message())
+    assert read is not None
+    assert read.message == "BEGINEND\n\tx"
 
 
 def test_a_short_message_is_not_touched() -> None:

@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from lora_api import ClusterLoRARuntime, LoRAFineTune
-from lora_operator.state.observed import Observed
+from lora_operator.diagnosis.firstseen import started_seen
+from lora_operator.state.observed import Observed, stop_seen
 from lora_operator.state.reports import Reports
 from lora_operator.watched.views import Ended, JobView, PodView
 
@@ -156,14 +157,18 @@ def seen(
     reports: Reports | None = None,
     runtime: ClusterLoRARuntime | None = None,
 ) -> Observed:
-    """What an operator sees of ``run``."""
+    """What an operator sees of ``run``. It saw Jobs start, and pods asked to stop, when these say so."""
+    reports = reports or Reports(run_uid=run.metadata.uid)
+    times = {stop_seen(part): part.deleting_at for part in parts if isinstance(part, PodView) and part.deleting_at}
     jobs = [part for part in parts if isinstance(part, JobView)]
+    times |= {started_seen(job): job.started for job in jobs if job.started}
+    reports = replace(reports, seen={**times, **reports.seen})
     return Observed(
         run=run,
         jobs={job.attempt: job for job in jobs if job.owner_uid == run.metadata.uid and not job.preflight},
         preflights={job.preflight: job for job in jobs if job.preflight},
         pods=tuple(part for part in parts if isinstance(part, PodView)),
         job_uids=frozenset(job.uid for job in jobs),
-        reports=reports or Reports(run_uid=run.metadata.uid),
+        reports=reports,
         runtime=runtime,
     )

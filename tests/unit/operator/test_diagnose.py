@@ -12,7 +12,7 @@ from lora_operator.diagnosis.firstseen import end_seen, job_seen
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, diagnose_refusal
 from lora_operator.lifecycle.outcomes import decide_obstructed
 from lora_operator.settings import Settings
-from lora_operator.state.observed import Observed
+from lora_operator.state.observed import Observed, stop_seen
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.watched.views import PodView
 from lora_operator.wording import with_remedy
@@ -192,7 +192,8 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_diagnose_pod(case: Case) -> None:
-    symptom = diagnose_pod(case.pod, NOW, grace=GRACE)
+    seen = {stop_seen(case.pod): case.pod.deleting_at} if case.pod.deleting_at else {}
+    symptom = diagnose_pod(case.pod, NOW, grace=GRACE, seen=seen)
     assert (symptom.failure_class if symptom else None) == case.want
     assert case.reason in (symptom.reason if symptom else "")
     assert case.message in (symptom.message if symptom else "")

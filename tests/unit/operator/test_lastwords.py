@@ -1,11 +1,12 @@
 """The ends of logs that go on record with a failure, and how long they are waited for."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from lora_api import Failure
+from lora_api import Failure, FailureClass
 from lora_operator.controller.finetunes import settle
 from lora_operator.lifecycle.lastwords import CHARACTERS, PATIENCE, SPEAKERS, await_words, compute_log_tail
 from lora_operator.state.observed import Observed
@@ -89,3 +90,15 @@ def test_words_have_no_more_room_than_there_is() -> None:
     assert tail is not None
     assert len(tail) <= CHARACTERS
     assert tail.count("tickets-1-") == SPEAKERS
+
+
+@pytest.mark.parametrize("text", ["\x00\x07\x1b[31m", "\U0001f600", "\u4e2d\n", "a\x1b[0m\tb\n", "\udcff"])
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_log_of_anything_takes_no_more_room_than_one_of_letters(text: str, stalled: bool) -> None:
+    kind = FailureClass.STALLED if stalled else FailureClass.INTERNAL
+    words = text * CHARACTERS
+    failure = Failure(attempt=1, failure_class=kind, message=words, pod=None if stalled else "tickets-1-0", at=NOW)
+    tail = compute_log_tail(failure, {f"tickets-1-{n}": words for n in range(SPEAKERS)})
+    for told in (tail, failure.message):
+        assert len(json.dumps(told or "", ensure_ascii=False).encode()) <= 2 * CHARACTERS, "line ends take two"
+        assert not set(told or "") & {"\x00", "\x07", "\x1b"}

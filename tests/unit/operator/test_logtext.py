@@ -29,7 +29,9 @@ LOGS = {
     "an evaluation": (progress(event="eval", step=3, evalLoss=0.5), "[step 3, evaluation loss 0.5]"),
     "one of a later version with nothing that is known": (f"a\n{progress(event='gas')}\nb", "a\nb"),
     "advice that is no use here": ("Please make sure you already `pip install kernels` and\nx", "x"),
-    "what only looks like progress": ('{"lora": 1}\n{"loss": 2}', '{"lora": 1}\n{"loss": 2}'),
+    "what only looks like progress": ('{"loss": 2}', '{"loss": 2}'),
+    "progress that was cut": ('{"lora": {"at": "2026-11-23T1\nx', "x"),
+    "progress that is not understood": ('{"lora": 1}\nx\n{"lora":{"step":"many"}}', "x"),
     "the result of a preflight, whose problems are its message already": (
         'a\n{"version": 1, "outcome": "failed", "at": "2026-11-23T18:00:00Z", "warnings": ["slow"], "problems": []}\n',
         "a\n[preflight failed]\nwarning: slow\n",

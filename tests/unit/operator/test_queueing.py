@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
+from lora_operator.diagnosis.firstseen import job_seen
 from lora_operator.evidence.wants import QUEUE_INTERVAL, REFUSAL_DELAY, compute_next_look, wants_queue, wants_refusal
 from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.settings import Settings
 from lora_operator.state.plan import Plan
 from lora_operator.state.reports import Reports, hear_queue
 from lora_operator.state.workload import QueueReport, find_position, parse_workload
-from tests.unit.operator.builders import NOW, a_job, a_run, ago, running, seen
+from tests.unit.operator.builders import NOW, a_job, a_run, ago, running, seen, sighted
 
 SETTINGS = Settings(log_interval=10.0)
 STARTED = {"attempt": 1}
@@ -97,14 +98,17 @@ QUEUED = a_job(suspended=True, was_suspended=True)
 
 def read(seconds_ago: float, same_for: float) -> Reports:
     """Reports of an answer that came ``seconds_ago``, and had then been the same for so long."""
-    return Reports(queue=WAITS, queue_read_at=ago(seconds_ago), queue_changed_at=ago(seconds_ago + same_for))
+    times = {job_seen(QUEUED): ago(seconds_ago + same_for + 4)}
+    return Reports(
+        queue=WAITS, queue_read_at=ago(seconds_ago), queue_changed_at=ago(seconds_ago + same_for), seen=times
+    )
 
 
 @pytest.mark.parametrize(
     ("observed", "asks", "next_look"),
     [
-        (seen(a_run(status=STARTED), a_job(suspended=True, created=ago(1))), False, REFUSAL_DELAY),
-        (seen(a_run(status=STARTED), a_job(suspended=True, created=ago(4))), True, REFUSAL_DELAY),
+        (seen(a_run(status=STARTED), QUEUED, reports=sighted(job_seen(QUEUED), 1)), False, REFUSAL_DELAY),
+        (seen(a_run(status=STARTED), QUEUED, reports=sighted(job_seen(QUEUED), 4)), True, REFUSAL_DELAY),
         (seen(a_run(status=STARTED), a_job(suspended=True, created=ago(1)), running()), True, REFUSAL_DELAY),
         (seen(a_run(status=STARTED), QUEUED, reports=read(29, same_for=0)), False, 30.0),
         (seen(a_run(status=STARTED), QUEUED, reports=read(31, same_for=0)), True, 30.0),

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
-from lora_operator.lifecycle.refusals import DENIED_SECONDS, face_refusals, needs_answer
+from lora_operator.lifecycle.decide import decide
+from lora_operator.lifecycle.refusals import FIRST_PAUSE, compute_pause, face_refusals, is_refusal, needs_answer
 from lora_operator.settings import Settings
 from lora_operator.state.plan import DeleteJob, DeleteRun, LaunchAttempt, LaunchPreflight, Mark, Plan, StopJob
-from lora_operator.state.reports import RefusedChild, Reports, hear_denied, hear_refused_child
-from tests.unit.operator.builders import NOW, a_job, a_run, ago, condition, seen, stamp
+from lora_operator.state.reports import Denial, RefusedChild, Reports, hear_denied, hear_no_room, hear_refused_child
+from tests.unit.operator.builders import NOW, a_job, a_run, ago, condition, ended, failure, running, seen, stamp
 
 LAUNCH = Plan(actions=(LaunchAttempt(2),), phase=Phase.RESTARTING, reason="Restarting", attempt=2)
 QUOTA = RefusedChild("Job", "tickets-2", 403, "exceeded quota: few", since=ago(5), at=ago(5))
@@ -93,7 +94,7 @@ DENIALS: dict[str, tuple[dict[str, Any], dict[str, str], float, Plan, tuple[Any,
         (), "OperatorForbidden", ConditionType.RUNNING,
     ),
     "and tried again": (
-        RUNNING, {"delete jobs": "no"}, DENIED_SECONDS, Plan(actions=(DeleteJob(a_job()),)),
+        RUNNING, {"delete jobs": "no"}, FIRST_PAUSE, Plan(actions=(DeleteJob(a_job()),)),
         (DeleteJob(a_job()),), "", None,
     ),
     "pods that may not be ended after the end": (
@@ -111,7 +112,7 @@ DENIALS: dict[str, tuple[dict[str, Any], dict[str, str], float, Plan, tuple[Any,
 @pytest.mark.parametrize("name", DENIALS)
 def test_what_the_operator_may_not_do_is_told_and_stops_nothing_else(name: str) -> None:
     status, denied, seconds, plan, actions, reason, marked = DENIALS[name]
-    reports = Reports(denied=denied, denied_at=ago(seconds))
+    reports = Reports(denied={what: Denial(words, ago(seconds)) for what, words in denied.items()})
     faced = face_refusals(seen(a_run(status=status), a_job(), reports=reports), plan, NOW, Settings())
     assert (faced.actions, faced.reason) == (actions, reason)
     if marked is not None:
@@ -119,11 +120,11 @@ def test_what_the_operator_may_not_do_is_told_and_stops_nothing_else(name: str) 
         assert mark == Mark(value=False, reason="OperatorForbidden", message=mark.message)
         assert f"may not {next(iter(denied))}: no" in mark.message
         assert "Remedy: " in mark.message
-        assert faced.requeue_after == DENIED_SECONDS - seconds
+        assert faced.requeue_after == FIRST_PAUSE - seconds
 
 
 def test_what_may_not_be_read_is_said_beside_what_goes_on() -> None:
-    reports = Reports(denied={"list events": "no", "get pods/log": "nor this"}, denied_at=ago(500))
+    reports = Reports(denied={"list events": Denial("no", ago(500)), "get pods/log": Denial("nor this", ago(500))})
     plan = Plan(phase=Phase.STARTING, reason="Starting", message="Waiting for the pods to start")
     faced = face_refusals(seen(a_run(status=RUNNING), reports=reports), plan, NOW, Settings())
     assert faced.reason == "Starting"
@@ -132,5 +133,92 @@ def test_what_may_not_be_read_is_said_beside_what_goes_on() -> None:
 
 def test_a_permission_that_is_given_is_forgotten() -> None:
     reports = hear_denied(hear_denied(Reports(), "list events", "no", ago(9)), "get pods/log", "no", ago(8))
-    assert hear_denied(reports, "list events", None, NOW).denied == {"get pods/log": "no"}
+    assert hear_denied(reports, "list events", None, NOW).denied == {"get pods/log": Denial("no", ago(8))}
     assert hear_denied(Reports(), "list events", None, NOW) == Reports(), "nothing changes where nothing was denied"
+
+
+HOOK = 'admission webhook "keep" denied the request: no deletes at night'
+AWAY = 'Internal error occurred: failed calling webhook "jobs.example.org": context deadline exceeded'
+VAP = "jobs.batch \"r-1\" is forbidden: ValidatingAdmissionPolicy 'night' with binding 'b' denied request: not now"
+ROLE = 'jobs.batch "r-1" is forbidden: User "lora" cannot delete resource "jobs"'
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "refused", "reason", "remedy"),
+    [
+        (403, ROLE, True, "OperatorForbidden", "helm upgrade"),
+        (403, HOOK, True, "CallRefused", "webhook or the policy"),
+        (400, HOOK, True, "CallRefused", "webhook or the policy"),
+        (409, HOOK, True, "CallRefused", "webhook or the policy"),
+        (422, VAP, True, "CallRefused", "webhook or the policy"),
+        (403, VAP, True, "CallRefused", "webhook or the policy"),
+        (500, AWAY, True, "WebhookFailed", "does not answer"),
+        (500, "etcdserver: leader changed", False, "", ""),
+        (503, "unavailable", False, "", ""),
+        (409, "the object has been modified", False, "", ""),
+        (0, "no answer", False, "", ""),
+    ],
+)
+def test_a_refused_call_is_told_with_the_remedy_of_whoever_refuses(
+    status: int, words: str, refused: bool, reason: str, remedy: str
+) -> None:
+    assert is_refusal(status, words) is refused
+    if not refused:
+        return
+    reports = hear_denied(Reports(), "delete jobs", words, ago(1), status)
+    observed = seen(a_run(status=RUNNING), a_job(), reports=reports)
+    faced = face_refusals(observed, Plan(actions=(DeleteJob(a_job()),)), NOW, Settings())
+    assert (faced.actions, faced.reason) == ((), reason)
+    assert words in faced.message
+    assert remedy in faced.message.partition("Remedy: ")[2]
+
+
+def test_what_is_refused_is_tried_again_more_and_more_seldom() -> None:
+    reports = Reports()
+    pauses = list[float]()
+    for _ in range(9):
+        reports = hear_denied(reports, "delete jobs", "no", NOW)
+        pauses.append(compute_pause(reports.denied["delete jobs"]))
+    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+
+
+def test_an_action_that_was_refused_holds_up_no_other() -> None:
+    reports = hear_denied(Reports(), "delete jobs", HOOK, ago(1), 400)
+    plan = replace(LAUNCH, actions=(*LAUNCH.actions, DeleteJob(a_job())))
+    faced = face_refusals(seen(a_run(status=RUNNING), reports=reports), plan, NOW, Settings())
+    assert faced.actions == LAUNCH.actions
+    assert HOOK in faced.message
+    assert faced.requeue_after == FIRST_PAUSE - 1
+
+
+def test_a_job_that_may_not_be_deleted_holds_up_no_attempt_once_its_pods_have_ended() -> None:
+    run = a_run(status={"attempt": 1, "phase": "Restarting", "failures": [failure()]})
+    denied = hear_denied(Reports(run_uid="run-uid"), "delete jobs", HOOK, ago(1), 400)
+    ended_gang = (a_job(), ended(0), ended(1))
+    assert decide(seen(run, *ended_gang), NOW, Settings()).actions == (DeleteJob(a_job()),)
+    assert decide(seen(run, *ended_gang, reports=denied), NOW, Settings()).launched_attempt == 2
+    for pods in ([ended(0), running(1)], [ended(0)]):
+        plan = decide(seen(run, a_job(), *pods, reports=denied), NOW, Settings())
+        assert plan.actions == (DeleteJob(a_job()),), "it holds nodes, or is about to"
+
+
+def test_a_job_that_was_left_is_deleted_beside_the_next_attempt() -> None:
+    run = a_run(status={"attempt": 2, "phase": "Restarting", "failures": [failure()]})
+    plan = decide(seen(run, a_job(1), ended(0), ended(1), a_job(2), running(0, 2), running(1, 2)), NOW, Settings())
+    assert plan.actions == (DeleteJob(a_job(1)),)
+    assert plan.phase == Phase.RUNNING
+
+
+@pytest.mark.parametrize(("lasted", "at", "after"), [(0.5, 0.5, 1.5), (40, 1, 9.0), (4000, 1, 29.0), (4000, 31, None)])
+def test_what_is_not_answered_is_asked_for_again_more_and_more_seldom(
+    lasted: float, at: float, after: float | None
+) -> None:
+    reports = hear_no_room(hear_no_room(Reports(), ago(lasted)), ago(at))
+    plan = face_refusals(seen(a_run(status={"attempt": 1}), reports=reports), LAUNCH, NOW, Settings())
+    assert (plan.reason, plan.requeue_after) == (("NoAnswer", after) if after else ("Restarting", None))
+    assert (plan.launch is None) == bool(after)
+
+
+def test_what_was_said_before_stays_known_while_there_is_no_room() -> None:
+    reports = hear_no_room(hear_refused_child(Reports(), QUOTA), NOW)
+    assert reports.refused_child == replace(QUOTA, at=NOW)

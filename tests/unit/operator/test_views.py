@@ -200,3 +200,22 @@ LIMITED: Raw = {"limits": {"memory": "1Gi", "cpu": "1"}}
 )
 def test_whether_the_trainer_can_pass_a_memory_limit(spec: Raw, limited: bool) -> None:
     assert parse_pod(a_raw_pod(spec=spec)).memory_limited is limited
+
+
+@pytest.mark.parametrize(
+    ("policy", "running", "ended"),
+    [(None, "setup", "setup:1"), ("Never", "setup", "setup:1"), ("OnFailure", "setup", None), ("Always", "", None)],
+)
+def test_an_init_container_may_have_a_restart_policy_of_its_own(
+    policy: str | None, running: str, ended: str | None
+) -> None:
+    def with_state(state: Raw) -> PodView:
+        container = {"name": "setup", **({"restartPolicy": policy} if policy else {})}
+        status = {
+            "initContainerStatuses": [{"name": "setup", "state": state}],
+            "containerStatuses": [{"name": "trainer", "state": BEGINS}],
+        }
+        return parse_pod(a_raw_pod(spec={"initContainers": [container]}, status=status))
+
+    assert told(with_state(RUNS))[1] == running
+    assert told(with_state(failed()))[3] == ended
