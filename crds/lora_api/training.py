@@ -15,7 +15,7 @@ MAX_GLOBAL_BATCH_SIZE = 65536
 # CEL can read neither the field nor whatever is beside it: a rule over several fields fails, and names its section.
 # No rule can ask for it beforehand. This one, of the field alone, fails too, and says where to look.
 _AS_INTEGER: JsonDict = {
-    "x-kubernetes-validations": [CelRule(rule="self==self", message="write it without point or exponent").to_wire()]
+    "x-kubernetes-validations": [{"rule": "self==self", "message": "write it without point or exponent"}]
 }
 
 QuantizationType = Literal["nf4", "int8", "none"]

@@ -66,4 +66,4 @@ def test_a_preflight_takes_an_avoided_node_where_there_is_no_other() -> None:
         for run in (a_run(), RUN)
     )
     assert list(found) == [PREFERRED]
-    assert found[PREFERRED] == [*plain[PREFERRED], {"weight": 100, "preference": {"matchExpressions": [AWAY]}}]
+    assert found[PREFERRED] == [*plain[PREFERRED], {"weight": 100, "preference": {"matchFields": AWAY}}]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lora_operator.controller.questions import forgotten_pods, unseen_ends
+from lora_operator.diagnosis.firstseen import starting_seen
 from lora_operator.evidence.wants import REFUSAL_DELAY, compute_next_look, wants_events, wants_refusal
 from lora_operator.settings import Settings
 from lora_operator.state.plan import NOTHING
@@ -92,7 +93,8 @@ def test_a_pod_is_forgotten_that_nobody_deletes_though_its_job_is_gone(
 def test_the_events_of_all_pods_are_read_in_their_turns() -> None:
     """What keeps the seventh pod from starting may keep no other."""
     pods = [waiting(index, "ContainerCreating") for index in range(7)]
-    observed = seen(a_run(status=STARTED), a_job(size=7), *pods)
+    reports = Reports(seen={starting_seen(pod): ago(60) for pod in pods})
+    observed = seen(a_run(status=STARTED), a_job(size=7), *pods, reports=reports)
     settings, at, read = Settings(log_interval=10.0), NOW, []
     for _ in range(4):
         want = wants_events(observed, at, settings)
