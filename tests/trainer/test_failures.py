@@ -40,6 +40,8 @@ SEEN_BY_KUBERNETES: dict[FailureClass, str] = {
     FailureClass.RUNTIME_REFUSED: "controlplane/lifecycle/test_runtimes.py",
     FailureClass.STALLED: "controlplane/lifecycle/test_policy.py",
     FailureClass.DEADLINE_EXCEEDED: "controlplane/lifecycle/test_policy.py",
+    FailureClass.NOT_PLACED: "controlplane/lifecycle/test_places.py",
+    FailureClass.NO_PROGRESS: "controlplane/lifecycle/test_budget.py",
 }
 """Rows without an exit code of the trainer, and the tests that provoke them."""
 

@@ -421,11 +421,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "spec.podTemplate.resources.requests",
         "needs the same value in limits",
     ),
-    "fewer devices than may be used": (
-        {"podTemplate.resources": {"requests": {"rdma/hca": 1}, "limits": {"rdma/hca": "2"}}},
-        "spec.podTemplate.resources.requests",
-        "needs the same value in limits",
-    ),
     "a taint that no node can have": (
         {"podTemplate.tolerations": [{"key": "a b", "operator": "Exists"}]},
         "spec.podTemplate.tolerations[0].key",

@@ -58,13 +58,17 @@ def test_a_run_of_one_node_is_launched_with_three_calls(run: Run, operator: Oper
     assert {"name": "MASTER_ADDR", "value": "localhost"} in pod["spec"]["containers"][0]["env"]
 
 
-def test_whatever_characters_a_pod_says_reach_the_status(run: Run, operator: OperatorThread) -> None:
-    """gloo's errors end with a picture of a beach."""
+def test_whatever_characters_a_pod_says_reach_the_status_but_for_those_that_nobody_sees(
+    run: Run, operator: OperatorThread
+) -> None:
+    """gloo's errors end with a picture of a beach. A control character may do anything to a terminal."""
     words = "Connection reset by peer. GLHF! \U0001f3d6\ufe0f \x7f \x9b31m \ufeff \u4e2d \\ud83c"
     run.create()
     run.set_running(1)
     run.set_failed(1, "Internal", 70, words)
-    assert run.wait("attempt 2", lambda status: status["attempt"] == 2)["failures"][0]["message"] == words
+    assert run.wait("attempt 2", lambda status: status["attempt"] == 2)["failures"][0]["message"] == (
+        "Connection reset by peer. GLHF! \U0001f3d6\ufe0f  31m \ufeff \u4e2d \\ud83c"
+    )
     eventually("the Event", lambda: any("\U0001f3d6" in event["note"] for event in run.events()))
 
 
@@ -130,14 +134,15 @@ def test_a_failed_rank_is_named_with_its_remedy(
 def test_restarts_end_with_max_restarts(run: Run, operator: OperatorThread) -> None:
     run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 1}))
     for attempt in (1, 2):
-        run.gang(attempt)
+        run.set_running(attempt)
+        run.wait_phase("Running")
         run.set_failed(attempt, "Internal", 70, "it broke")
     status = run.wait_phase("Failed")
     assert (status["attempt"], status["chargedRestarts"], len(status["failures"])) == (2, 1, 2)
     message = run.condition("Stalled")["message"]
     assert message.startswith("it broke (after 1 of runPolicy.maxRestarts = 1 restarts). Remedy: ")
-    reasons = ["Started", "Internal", "Started", "Internal"]
-    eventually("four Events", lambda: [event["reason"] for event in run.events()] == reasons)
+    reasons = ["Started", "Running", "Internal"] * 2
+    eventually("six Events", lambda: [event["reason"] for event in run.events()] == reasons)
 
 
 def test_a_pod_without_a_limit_that_the_kernel_ends_is_not_charged(run: Run, operator: OperatorThread) -> None:
