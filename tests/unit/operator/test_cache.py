@@ -70,6 +70,14 @@ def test_the_same_version_in_another_form_is_news() -> None:
     assert run["spec"] == {}
 
 
+def test_a_pod_or_a_job_of_a_version_that_is_known_is_no_news() -> None:
+    cache = Cache()
+    job = raw("tickets-1", 5)
+    assert cache.put(Resource.PODS, a_raw_pod(version=5)) == KEY
+    assert [cache.put(Resource.PODS, a_raw_pod(version=version)) for version in (4, 5, 6)] == [None, None, KEY]
+    assert [cache.put(Resource.JOBS, job), cache.put(Resource.JOBS, job)] == [KEY, None]
+
+
 def test_versions_are_numbers() -> None:
     cache = Cache()
     cache.put(Resource.RUNS, raw("tickets", 9))

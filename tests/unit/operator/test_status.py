@@ -1,6 +1,7 @@
 """From a plan to a status and its Events."""
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -133,6 +134,29 @@ def test_a_condition_that_this_operator_does_not_know_stays_and_comes_last() -> 
     old = a_run(status={"conditions": [condition("Invented"), condition("Ready", "False")]}).status
     new = compute_conditions(old.conditions, {ConditionType.FAILED: Mark(value=True, reason="BadData")}, 1, NOW)
     assert [item.type for item in new] == ["Ready", "Failed", "Invented"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "left"),
+    [
+        pytest.param(NOTHING, True, id="nothing happens"),
+        pytest.param(Plan(phase=Phase.RESTARTING, reason="WaitingForPodsToEnd", message="m"), True, id="it waits on"),
+        pytest.param(
+            Plan(phase=Phase.RESTARTING, reason="R", message="m", attempt=2, actions=(LaunchAttempt(2),)),
+            False,
+            id="the next attempt begins",
+        ),
+        pytest.param(
+            Plan(phase=Phase.RESTARTING, reason="R", message="m", failure=a_failure(2)),
+            False,
+            id="another failure, without a pause",
+        ),
+    ],
+)
+def test_when_the_next_attempt_may_start_is_shown_until_it_does(plan: Plan, left: bool) -> None:
+    at = NOW + timedelta(seconds=30)
+    run = a_run(status={"attempt": 1, "phase": "Restarting", "retryTime": at.isoformat()})
+    assert compute_status(run, plan, Reports(), NOW).retry_time == (at if left else None)
 
 
 def test_times_are_kept() -> None:
