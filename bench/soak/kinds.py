@@ -43,7 +43,10 @@ _FREE = (
 _FINAL_AT_FIRST = tuple(
     str(rule.failure_class)
     for rule in RULES.values()
-    if rule.exit_code is not None and not rule.retried and rule.failure_class is not FailureClass.GPU_OUT_OF_MEMORY
+    if rule.exit_code is not None
+    and not rule.retried
+    and not rule.elsewhere
+    and rule.failure_class is not FailureClass.GPU_OUT_OF_MEMORY
 )
 _FINAL = tuple(one for one in _FINAL_AT_FIRST if not RULES[FailureClass(one)].outage)
 

@@ -135,8 +135,8 @@ def compute_outcome(story: Story) -> Outcome:
             rule = RULES[ENDINGS[ending][0]]
             half = _halve(ending, micro_batch or MICRO_BATCH) if policy.on_out_of_memory != "fail" else None
             used_up = rule.charged and charged >= policy.max_restarts
-            # The pods of an attempt tell of a step, so that the run has worked: what may pass is waited for.
-            waits = rule.outage and attempt > 0
+            # The pods of an attempt that start tell of a step, so that the run has worked: what may pass is waited for.
+            waits = rule.outage and attempt > 0 and ending not in (NO_IMAGE, NO_SECRET)
             if (rule.retried or waits or half) and not used_up and not (rule.charged and _repeats(story, failures)):
                 charged, micro_batch = charged + rule.charged, half or micro_batch
                 continue

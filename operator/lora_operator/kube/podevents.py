@@ -6,6 +6,11 @@ from typing import Any
 _PROGRESS = frozenset({"Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled", "Created", "Started"})
 """Reasons of Events by which a pod has got further: what was warned of before that has passed."""
 
+_OF_CONTAINERS = frozenset({"Failed", "BackOff", "ErrImageNeverPull", "InspectFailed"})
+"""Warnings about an image that is not pulled or a container that is not made. The pod's status tells of them, and better.
+Its volumes and its network are there by then.
+"""
+
 _OF_THE_SCHEDULER = frozenset({"FailedScheduling", "FailedBinding"})
 """Warnings about a pod that has no node yet. They stay, and may be written after it has got one."""
 
@@ -18,6 +23,8 @@ def find_warning(events: Iterable[Mapping[str, Any]]) -> str:
         reason = event.get("reason") or ""
         if event.get("type") != "Warning":
             newest = "" if reason in _PROGRESS else newest
+        elif reason in _OF_CONTAINERS:
+            newest = ""
         elif reason not in _OF_THE_SCHEDULER:
             newest = f"{reason}: {event.get('note') or ''}"
     return newest

@@ -132,7 +132,9 @@ EVENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "the same, written late": ([event("Scheduled", kind="Normal"), event("FailedScheduling")], ""),
     "beside another": ([event("FailedMount"), event("FailedScheduling")], "FailedMount: x"),
     "got over": ([event("FailedMount"), PULLING], ""),
-    "told anew": ([PULLING, event("Failed", "y")], "Failed: y"),
+    "told anew": ([PULLING, event("FailedMount", "y")], "FailedMount: y"),
+    "of an image, which the pod's status tells of": ([event("FailedMount"), PULLING, event("Failed", "y")], ""),
+    "again": ([event("FailedMount"), event("BackOff", "y")], ""),
     "no progress": ([event("FailedMount"), event("BackOff", kind="Normal")], "FailedMount: x"),
 }
 
