@@ -7,7 +7,7 @@ _PROGRESS = frozenset({"Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled
 """Reasons of Events by which a pod has got further: what was warned of before that has passed."""
 
 _OF_CONTAINERS = frozenset({"Failed", "BackOff", "ErrImageNeverPull", "InspectFailed"})
-"""Warnings about an image that is not pulled or a container that is not made. The pod's status tells of them, and better.
+"""Warnings about an image that is not pulled or a container that is not made. The pod's status tells of them better.
 Its volumes and its network are there by then.
 """
 
