@@ -154,6 +154,8 @@ def main() -> None:
             if survives(mutant, copy, timeout):
                 alive.append(mutant)
                 print(f"survived: {mutant.describe()}", flush=True)
+            if tried % 20 == 0:
+                print(f"{tried} tried, {len(alive)} survived", flush=True)
     share = len(alive) / max(tried, 1)
     print(
         f"{len(alive)} of {tried} mutants survived ({share:.1%}), of {len(mutants)} that there are; seed {options.seed}"
