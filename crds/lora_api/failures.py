@@ -310,8 +310,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         ),
         outage=True,
         waiting_remedy=(
-            "See that the registry answers and still has the image, and that podTemplate.imagePullSecrets are valid. "
-            "The image is pulled again by itself."
+            "See that the registry answers and has the image of the runtime, or the operator's trainer.image where "
+            "that has none, and that podTemplate.imagePullSecrets are valid. The image is pulled again by itself."
         ),
     ),
     FailureRule(

@@ -123,11 +123,13 @@ def _decide_running_on(observed: Observed, now: datetime, settings: RunSettings)
     ended_at = observed.run.status.completion_time
     if job is None or job.deleting or job.stopping or job.finished:
         return NOTHING
-    if not any(pod.holds_node for pod in observed.gang(job)) and not observed.is_short_of_pods(job):
+    alive, short = [pod for pod in observed.gang(job) if pod.holds_node], observed.is_short_of_pods(job)
+    if not alive and not short:
         return NOTHING
     left = settings.failure_grace - (now - ended_at).total_seconds() if ended_at else 0.0
     succeeded = observed.run.status.adapter is not None
-    if succeeded and left > 0:
+    end_by_themselves = not short and all(pod.has_ended and not pod.runs_on for pod in alive)
+    if left > 0 and (succeeded or end_by_themselves):
         return Plan(requeue_after=left)
     if job.failed_indexes:
         return Plan(actions=(StopJob(job),))

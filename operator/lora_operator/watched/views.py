@@ -84,6 +84,8 @@ class PodView:
     init_container: str = ""
     """The init container that waits, or runs, before the trainer; or the sidecar that has not started."""
     running: bool = False
+    sidecar_runs: bool = False
+    """An ordinary container beside the trainer runs."""
     unready: bool = False
     """Kubernetes says that it is not ready, and no container of it is why. While it runs this is the node's fault."""
     ended: Ended | None = None
@@ -114,8 +116,11 @@ class PodView:
 
     @property
     def runs_on(self) -> bool:
-        """The trainer has ended, and a sidecar keeps the pod and its GPUs."""
-        return self.has_ended and self.holds_node
+        """The trainer has ended, and a sidecar keeps the pod and its GPUs.
+
+        Without one the pod ends by itself: a kubelet says so a moment after the trainer has ended.
+        """
+        return self.has_ended and self.holds_node and self.sidecar_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +216,17 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
         memory_limited=_has_memory_limit(spec),
         init_container=init_container,
         running="running" in state,
+        sidecar_runs=_sidecar_runs(status),
         unready=_is_unready(conditions),
         ended=refused or _parse_ended(state.get("terminated")),
         tracked=_TRACKING_FINALIZER in (metadata.get("finalizers") or ()),
     )
+
+
+def _sidecar_runs(status: Mapping[str, Any]) -> bool:
+    """Whether a container beside the trainer runs, which no kubelet ends."""
+    others = (item for item in status.get("containerStatuses") or () if item.get("name") != CONTAINER_NAME)
+    return any("running" in (item.get("state") or {}) for item in others)
 
 
 def _has_memory_limit(spec: Mapping[str, Any]) -> bool:

@@ -114,9 +114,38 @@ CASES = [
         seen(
             a_run(status={"conditions": [condition("PreflightPassed")]}),
             a_preflight(),
-            ended(0, 0, job_uid="pre-1", phase="Running"),
+            ended(0, 0, job_uid="pre-1", phase="Running", sidecar_runs=True),
         ),
         {"delete": a_preflight(), "launch": None},
+    ),
+    Case(
+        "one without a sidecar ends by itself, a moment after its container, and is kept for its log",
+        seen(
+            a_run(status={"conditions": [condition("PreflightPassed")]}),
+            a_preflight(),
+            ended(0, 0, job_uid="pre-1", phase="Running"),
+        ),
+        {"delete": None, "launch": 1},
+    ),
+    Case(
+        "so do the pods of a run that has failed",
+        seen(
+            a_run(status={"attempt": 1, "completionTime": stamp(ago(1)), "conditions": [condition("Failed")]}),
+            JOB,
+            ended(0, 65, said("BadData"), phase="Running"),
+            ended(1, 73, phase="Failed"),
+        ),
+        {"delete": None, "stop": None},
+    ),
+    Case(
+        "but not for ever",
+        seen(
+            a_run(status={"attempt": 1, "completionTime": stamp(ago(500)), "conditions": [condition("Failed")]}),
+            JOB,
+            ended(0, 65, said("BadData"), phase="Running"),
+            ended(1, 73, phase="Failed"),
+        ),
+        {"delete": JOB},
     ),
     Case(
         "a gang that has done its work succeeds, though sidecars run on",
