@@ -388,6 +388,8 @@ class Reconciler:
         """
         await self._lookups.fetch_run(key)  # another version of the CRD may be back, and no event tells
         status, metadata = error.status, error.metadata
+        if not self._cache.is_current(metadata):  # what was fetched is news, and its event will be none
+            return 0.0
         if status is not None and is_finished(status):
             self._remarks.log(key, f"{error}. The run has ended and stays as it is")
             return FINISHED_RETRY

@@ -215,6 +215,7 @@ def test_a_preflight_that_is_held_back_says_so(
     with OperatorThread(fast_settings(namespace, preflight="on")):
         create(run)
         assert queue.wait_job("pre1")["spec"]["suspend"] is False
+        eventually("its pod is there", lambda: run.preflight_pods(1))
         queue.suspend("pre1", suspend=True)
         status = run.wait("it waits", lambda status: status.get("reason") == "Queued")
         assert (status["phase"], run.condition("PreflightPassed")["reason"]) == ("Preflight", "Queued")
