@@ -156,13 +156,8 @@ def apiserver_service(
     return Service("kube-apiserver", argv)
 
 
-def controller_manager_service(
-    binary: Path, files: ControlPlaneFiles, kubeconfig: Path, port: int, *, nodes: bool
-) -> Service:
-    """kube-controller-manager, each controller with the rights of its own service account.
-
-    Without ``nodes``, what takes away the pods of nodes that do not exist (after 40 s) is left out: none exists.
-    """
+def controller_manager_service(binary: Path, files: ControlPlaneFiles, kubeconfig: Path, port: int) -> Service:
+    """kube-controller-manager, each controller with the rights of its own service account."""
     return Service(
         "kube-controller-manager",
         [
@@ -183,7 +178,6 @@ def controller_manager_service(
             "--kube-api-qps=100",
             "--kube-api-burst=200",
             "--profiling=false",
-            *([] if nodes else ["--controllers=*,-pod-garbage-collector-controller"]),
         ],
     )
 

@@ -67,7 +67,7 @@ class ControlPlane:
             user = "system:kube-controller-manager"
             kubeconfig = self.write_kubeconfig("controller-manager", user)
             self._manager = controller_manager_service(
-                self._binaries["kube-controller-manager"], self.files, kubeconfig, manager_port, nodes=False
+                self._binaries["kube-controller-manager"], self.files, kubeconfig, manager_port
             )
             self._processes.start(self._manager)
             # The first thing that the controllers do for others to see.

@@ -199,9 +199,7 @@ class _Start:
     def start_controllers(self) -> None:
         manager = self.issue("controller-manager", "system:kube-controller-manager")
         self.start(
-            components.controller_manager_service(
-                self.programs["kube-controller-manager"], self.files, manager, 10257, nodes=True
-            )
+            components.controller_manager_service(self.programs["kube-controller-manager"], self.files, manager, 10257)
         )
         scheduler = self.issue("scheduler", "system:kube-scheduler")
         self.start(components.scheduler_service(self.programs["kube-scheduler"], self.files, scheduler, 10259))
