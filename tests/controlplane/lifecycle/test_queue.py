@@ -15,7 +15,6 @@ from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
 
-NODE = "no-such-node"
 TRACKING = "batch.kubernetes.io/job-tracking"
 """Finalizer of pods whose end the Job controller will count."""
 
@@ -25,6 +24,8 @@ class Queue:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        # One of its own: 40 s after a node is first missed Kubernetes takes away whatever is on a node of that name.
+        self.node = f"no-such-node-{run.namespace}"
 
     def job(self, attempt: int | str) -> Raw:
         name = f"{self.run.name}-{attempt}"
@@ -47,7 +48,7 @@ class Queue:
         for pod in self.run.gang(attempt):
             metadata = pod["metadata"]
             path = f"/api/v1/namespaces/{self.run.namespace}/pods/{metadata['name']}/binding"
-            target = {"apiVersion": "v1", "kind": "Node", "name": NODE}
+            target = {"apiVersion": "v1", "kind": "Node", "name": self.node}
             self.run.api.create(path, {"metadata": {"name": metadata["name"]}, "target": target})
         self.run.set_running(attempt)
 
