@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lora_operator.settings import Settings
-from tests.support.api import Api
+from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
 from tests.support.runs import Run, ended, running, termination, unschedulable
 from tests.support.wait import eventually
@@ -22,7 +22,11 @@ FULL = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
 
 
 def bind(api: Api, pod: dict[str, Any], node: str) -> None:
-    """What the scheduler does. That there is no such node is not looked at."""
+    """What the scheduler does. A node of that name is made: from one that is missed Kubernetes takes away the pods."""
+    try:
+        api.create("/api/v1/nodes", {"metadata": {"name": node}})
+    except ApiError as error:
+        assert error.status == 409, error  # noqa: PT017  (it is there)
     metadata = pod["metadata"]
     path = f"/api/v1/namespaces/{metadata['namespace']}/pods/{metadata['name']}/binding"
     api.create(path, {"metadata": {"name": metadata["name"]}, "target": {"kind": "Node", "name": node}})
