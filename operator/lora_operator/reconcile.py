@@ -386,10 +386,9 @@ class Reconciler:
 
         One that has not begun does not, and its status says why. What there is of another one stays as it is.
         """
-        await self._lookups.fetch_run(key)  # another version of the CRD may be back, and no event tells
-        status, metadata = error.status, error.metadata
-        if not self._cache.is_current(metadata):  # what was fetched is news, and its event will be none
+        if await self._lookups.fetch_run(key):  # such as what another version of the CRD shows of it, once that is back
             return 0.0
+        status, metadata = error.status, error.metadata
         if status is not None and is_finished(status):
             self._remarks.log(key, f"{error}. The run has ended and stays as it is")
             return FINISHED_RETRY
@@ -397,7 +396,9 @@ class Reconciler:
             await self._remarks.say_not_understood(metadata, str(error))
             return INVALID_RETRY
         new = compute_invalid_status(status, metadata.generation, str(error), self._clock())
-        if self._kube.to_declared(new) != self._kube.to_declared(status) and await self._write(key, metadata, new):
+        if self._kube.to_declared(new) != self._kube.to_declared(status):
+            if not await self._write(key, metadata, new):
+                return 0.0
             await self._emit_events(metadata, compute_events(status, new))
         return INVALID_RETRY
 
