@@ -65,12 +65,13 @@ class Answerer:
                 await self._fetch_pods(key, f"{RUN_LABEL}={key[1]}", sorted(names))
         return None
 
-    async def fetch_run(self, key: Key) -> None:
-        """The run itself, that somebody else has written."""
+    async def fetch_run(self, key: Key) -> bool:
+        """The run itself, that somebody else has written. Whether that is news: if so, no event will tell of it."""
         try:
-            self._cache.put(Resource.RUNS, await self._kube.fetch_object(PLURAL, *key))
+            return self._cache.put(Resource.RUNS, await self._kube.fetch_object(PLURAL, *key)) is not None
         except NotFoundError:
             self._cache.forget_run(key)
+            return True
 
     async def _fetch_labels(self, namespace: str) -> Mapping[str, str] | None:
         """The labels of ``namespace``; ``None`` where the operator's role does not allow to read them."""

@@ -252,10 +252,9 @@ class FineTunes:
         """
         if not isinstance(error, UnreadableRunError):
             raise error
-        await self._answers.fetch_run(key)  # another version of the CRD may be back, and no event tells
-        status, metadata = error.error.status, error.error.metadata
-        if not self._cache.is_current(metadata):  # what was fetched is news, and its event will be none
+        if await self._answers.fetch_run(key):  # such as what another version of the CRD shows of it, once that is back
             return 0.0
+        status, metadata = error.error.status, error.error.metadata
         if status is not None and is_finished(status):
             self._remarks.log(key, f"{error}. The run has ended and stays as it is")
             return FINISHED_RETRY
@@ -264,7 +263,9 @@ class FineTunes:
             return INVALID_RETRY
         new = compute_invalid_status(status, metadata.generation, str(error), self._clock())
         try:
-            if self._kube.to_declared(new) != self._kube.to_declared(status) and await self._write(key, metadata, new):
+            if self._kube.to_declared(new) != self._kube.to_declared(status):
+                if not await self._write(key, metadata, new):
+                    return 0.0
                 await self._emit_events(metadata, compute_events(status, new))
         except KubeError as refusal:
             return await self._face_refused_status(metadata, refusal)

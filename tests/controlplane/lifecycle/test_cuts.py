@@ -20,7 +20,7 @@ from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
 
-SECONDS = 120.0
+SECONDS = 60.0
 AT_ONCE = 4
 
 

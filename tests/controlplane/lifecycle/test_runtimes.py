@@ -1,5 +1,6 @@
 """What a run takes from its ClusterLoRARuntime, and keeps, on a real API server and Job controller."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -184,6 +185,44 @@ def test_a_run_does_not_begin_with_a_snapshot_that_holds_a_rule_of_a_newer_versi
     egress[0]["namespaceSelector"] = {}  # the newer version is back
     run.api.patch(f"{run.path}/{run.name}/status", {"status": taken})
     run.gang(1)
+
+
+@pytest.mark.parametrize("call", ["fetch_object", "patch_status"])
+def test_a_run_that_is_put_right_while_it_is_found_wrong_is_looked_at_again_at_once(
+    run: Run, settings: Settings, put_runtime: PutRuntime, call: str
+) -> None:
+    """What the operator fetches of it is no news to the watch any more, which here tells nothing at all."""
+    run.create(naming(put_runtime(), runPolicy={"suspend": True}))
+    with OperatorThread(settings):
+        run.wait_phase("Suspended")
+    egress: list[Raw] = [{"namespaceSelector": {"matchExpressions": [{"key": "store", "operator": "Exists"}]}}]
+    taken = {"runtime": {"name": "h100", "generation": 1, "spec": {"egress": egress}}}
+    run.api.patch(f"{run.path}/{run.name}/status", {"status": taken})
+    run.api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"suspend": False}}})
+    put_right: list[str] = []
+
+    def put_it_right() -> None:
+        egress[0]["namespaceSelector"] = {}
+        run.api.patch(f"{run.path}/{run.name}/status", {"status": taken})
+
+    def meet(client: KubeClient) -> None:
+        whole = getattr(client, call)
+
+        async def answer(*args: Any) -> Any:
+            if not put_right:
+                put_right.append(call)
+                await asyncio.to_thread(put_it_right)
+            return await whole(*args)
+
+        setattr(client, call, answer)
+
+    thread = OperatorThread(settings, wrap=meet)
+    thread.operator._on_event = lambda *event: None  # type: ignore[method-assign]
+    with thread:
+        eventually("its Job", run.jobs)
+    assert put_right == [call], "it was found wrong, and by this call it was not any more"
+    writes = [one for one in thread.calls if not one.startswith("GET ")]
+    assert writes[0].endswith("/status") is (call == "patch_status"), "what is news already is not written over"
 
 
 def test_a_run_without_a_store_anywhere_is_refused(run: Run, operator: OperatorThread) -> None:
