@@ -14,6 +14,7 @@ from bench.soak.stories import (
     NATIVE_SIDECAR,
     NO_IMAGE,
     NO_SECRET,
+    NODE_FULL,
     NODE_LOST,
     OOM,
     OVERDUE,
@@ -38,7 +39,8 @@ _IMPATIENT = {"stallTimeoutSeconds": 10}
 
 _CHARGED = ("Internal", "PeerLost", "GPUKernelFailed", CRASHES)
 _FREE = (
-    KILLED, EVICTED, NODE_LOST, POD_DELETED, JOB_DELETED, "Checkpointed", "StoreUnavailable", "AuthDenied", "GPUFault",
+    KILLED, EVICTED, NODE_FULL, NODE_LOST, POD_DELETED, JOB_DELETED, "Checkpointed", "StoreUnavailable", "AuthDenied",
+    "GPUFault",
 )  # fmt: skip
 _FINAL_AT_FIRST = tuple(
     str(rule.failure_class)

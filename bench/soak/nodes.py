@@ -10,7 +10,7 @@ NODES = tuple(f"node-{number}" for number in range(8))
 BAD_NODES = ("bad-0", "bad-1")
 """Nodes that reject every pod. The scheduler does not know, and finds them the emptiest."""
 
-_HOSTNAME = "kubernetes.io/hostname"
+_NAME = "metadata.name"
 
 
 def choose_node(pod: Raw, index: int, bad: int) -> str:
@@ -35,6 +35,6 @@ def find_avoided(pod: Raw) -> Iterator[str]:
     affinity = (pod["spec"].get("affinity") or {}).get("nodeAffinity") or {}
     required = affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}
     for term in required.get("nodeSelectorTerms", ()):
-        for rule in term.get("matchExpressions", ()):
-            if (rule["key"], rule["operator"]) == (_HOSTNAME, "NotIn"):
+        for rule in term.get("matchFields", ()):
+            if (rule["key"], rule["operator"]) == (_NAME, "NotIn"):
                 yield from rule["values"]

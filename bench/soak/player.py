@@ -247,7 +247,8 @@ def _compute_end(index: int, gang: _Gang, ending: str) -> Raw | None:
     if ending == stories.EVICTED:
         taken = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": "low"}
         return {**ended(143), "conditions": [*on_node, taken]}
-    simple = {stories.KILLED: ended(137), stories.OOM: ended(137, reason="OOMKilled"), stories.CRASHES: ended(1)}
+    oom = ended(137, reason="OOMKilled")
+    simple = {stories.KILLED: ended(137), stories.OOM: oom, stories.NODE_FULL: oom, stories.CRASHES: ended(1)}
     if ending in simple:
         return simple[ending]
     code = RULES[FailureClass(ending)].exit_code

@@ -17,7 +17,8 @@ MICRO_BATCH = 4
 REPETITIONS = 3
 
 SUCCEEDS, PASSES, SUSPENDED, RUN_DELETED = "succeeds", "passes", "suspended", "run deleted"
-KILLED, EVICTED, NODE_LOST, OOM = "killed", "evicted", "node lost", "out of host memory"
+KILLED, EVICTED, NODE_LOST = "killed", "evicted", "node lost"
+OOM, NODE_FULL = "out of host memory", "ended by a full node"
 POD_DELETED, JOB_DELETED, CRASHES, OVERDUE = "pod deleted", "Job deleted", "crashes", "overdue"
 NO_IMAGE, NO_SECRET, NAME_TAKEN, REFUSED = "no image", "no secret", "name taken", "runtime refuses"
 STALLS, TOLD, REJECTED = "stalls", "succeeds once its progress was told", "rejected by a node"
@@ -43,6 +44,7 @@ ENDINGS: Mapping[str, tuple[FailureClass, ...]] = {
     POD_DELETED: (FailureClass.CHECKPOINTED, _LOST),
     JOB_DELETED: (_LOST, FailureClass.CHECKPOINTED),
     OOM: (FailureClass.HOST_OUT_OF_MEMORY,),
+    NODE_FULL: (FailureClass.EVICTED,),
     OVERDUE: (FailureClass.DEADLINE_EXCEEDED,),
     NO_IMAGE: (FailureClass.IMAGE_PULL_FAILED,),
     NO_SECRET: (FailureClass.POD_NOT_STARTED,),
@@ -88,6 +90,11 @@ class Story:
         if REFUSED in self.preflights:
             return "narrow"
         return "checked" if self.preflights else "unchecked"
+
+    @property
+    def memory_limited(self) -> bool:
+        """Whether its pods have a limit of memory. The kernel ends those that have none where their node is full."""
+        return OOM in self.attempts
 
     def bad_nodes(self, attempt: int) -> int:
         """How many nodes the run has met up to ``attempt`` that reject every pod."""

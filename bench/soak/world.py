@@ -241,6 +241,8 @@ def build_story_run(story: Story) -> Raw:
     spec = run["spec"]
     spec["training"]["microBatchSize"] = MICRO_BATCH
     spec |= {"runPolicy": copy.deepcopy(dict(story.policy)), "runtimeRef": {"name": story.runtime}}
+    if story.memory_limited:
+        spec["podTemplate"] = {"resources": {"limits": {"memory": "1Gi"}}}
     return run
 
 

@@ -65,20 +65,24 @@ def _disown(observed: Observed, plan: Plan) -> Plan:
 def list_children(observed: Observed, settings: RunSettings) -> list[tuple[str, str]]:
     """Resource and name of all that the operator may have made for a run, but for its Jobs, which are watched.
 
-    Earlier releases made a ConfigMap for each Job, and a Service for each attempt. The NetworkPolicy comes last, and
-    also where none is made any more: one may be left from before.
+    There may be children of one more preflight and one more attempt than the status tells of: an operator can end
+    after it made them, and before it wrote so. Earlier releases made a ConfigMap for each Job, and a Service for each
+    attempt. The NetworkPolicy comes last, and also where none is made any more: one may be left from before.
     """
     run, status = observed.run.metadata.name, observed.run.status
     passed = 1 if has_passed(status) else 0
-    numbers = {*range(1, status.failed_preflights + passed + 1), *observed.preflights}
+    numbers = {*range(1, status.failed_preflights + passed + 2), *observed.preflights}
     preflights = [preflight_name(run, number) for number in sorted(numbers)]
-    attempts = [child_name(run, attempt) for attempt in range(1, status.attempt + 1)]
+    attempts = [child_name(run, attempt) for attempt in range(1, status.attempt + 2)]
     kinds = ["configmaps", "services"]
     if settings.gang_scheduler != "none":
         kinds.append(f"podgroups.{settings.gang_scheduler}")
-    made = [("configmaps", name) for name in preflights] + [(kind, name) for kind in kinds for name in attempts]
-    service = [("services", service_name(run))] if attempts else []
-    return [*made, *service, ("networkpolicies", run)] if made else []
+    return [
+        *(("configmaps", name) for name in preflights),
+        *((kind, name) for kind in kinds for name in attempts),
+        ("services", service_name(run)),
+        ("networkpolicies", run),
+    ]
 
 
 def _decide_ending(observed: Observed, now: datetime, settings: RunSettings) -> Plan | None:

@@ -449,10 +449,8 @@ def test_growth_counts_beyond_what_more_runs_take() -> None:
 
 def test_the_scheduler_likes_bad_nodes_and_keeps_to_the_affinity() -> None:
     def avoiding(*names: str) -> Raw:
-        rule = {"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(names)}
-        required = {
-            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [rule]}]}
-        }
+        rule = {"key": "metadata.name", "operator": "NotIn", "values": list(names)}
+        required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": [rule]}]}}
         return {"metadata": {"name": "p"}, "spec": {"affinity": {"nodeAffinity": required}}}
 
     free: Raw = {"metadata": {"name": "p"}, "spec": {}}
