@@ -96,7 +96,12 @@ class Operators:
         )
 
     async def change(self, release: Release) -> None:
-        """Ends the operator, once it has been ready, and starts that of ``release``, as a Deployment does."""
+        """Ends the operator, once it has been ready, and starts that of ``release``, as a Deployment does.
+
+        From now on all operators that are started are of ``release``: one that lives on beside runs that its release
+        does not know may end them otherwise.
+        """
+        self._release = release
         deadline = time.monotonic() + _START_SECONDS
         while True:
             if _READY in self.main.log.read_text() or time.monotonic() > deadline:
@@ -104,7 +109,6 @@ class Operators:
             await asyncio.sleep(_SAMPLE_SECONDS / 4)
         async with self._held:
             await asyncio.to_thread(self.main.stop)
-            self._release = release
             self.main = self.start("operator")
 
     async def watch(self) -> None:
