@@ -6,8 +6,7 @@ from datetime import datetime
 from typing import Any, TypeAlias
 
 from lora_operator.clock import is_due
-from lora_operator.diagnosis.diagnose import PEER_SILENT
-from lora_operator.lifecycle.decide import decide
+from lora_operator.lifecycle.failing import find_failing
 from lora_operator.lifecycle.preflight import needs_preflight
 from lora_operator.lifecycle.runtime import asks_for_namespace
 from lora_operator.settings import RunSettings
@@ -106,10 +105,10 @@ def unseen_ends(observed: Observed) -> JobView | None:
 def blames_silence(observed: Observed, now: datetime, settings: RunSettings) -> JobView | None:
     """A Job one of whose pods is about to be blamed for saying nothing: the watch may be late."""
     job = observed.live_job()
-    if job is None or not any(pod.has_ended for pod in observed.gang(job)):
+    if job is None or job.preflight:
         return None
-    failure = decide(observed, now, settings).failure
-    return job if failure is not None and failure.reason == PEER_SILENT else None
+    failing = find_failing(observed, job, now, settings)
+    return job if failing is not None and failing.blames_silence else None
 
 
 def forgotten_pods(observed: Observed) -> list[PodView]:

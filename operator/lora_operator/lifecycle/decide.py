@@ -16,17 +16,10 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import ConditionType, Phase
-from lora_operator.diagnosis.diagnose import (
-    ECHOES,
-    Symptom,
-    diagnose_pods,
-    diagnose_root,
-    find_silent,
-    is_off,
-    seconds_to_lost,
-)
+from lora_operator.diagnosis.diagnose import diagnose_root, seconds_to_lost
 from lora_operator.diagnosis.firstseen import LEFTOVERS
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, name_pods
+from lora_operator.lifecycle.failing import Failing, find_failing
 from lora_operator.lifecycle.finished import decide_finished, decide_retry
 from lora_operator.lifecycle.orphans import (
     are_to_be_named,
@@ -55,7 +48,6 @@ from lora_operator.policies.placement import (
     is_short_of_room,
     may_need_avoided,
     not_placed,
-    not_started,
     seconds_to_giving_back,
     waits_since,
 )
@@ -228,16 +220,9 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
     if job.deleting:
         return decide_failure(observed, job.attempt, job_lost(job.attempt, now), now, settings)
     stopping = observed.stopping(job)
-    symptoms = diagnose_pods(
-        [*pods, *stopping],
-        job,
-        now,
-        grace=settings.failure_grace,
-        processes_per_node=observed.run.spec.parallelism.processes_per_node,
-        seen=observed.reports.seen,
-    )
-    if symptoms:
-        return _decide_failing(observed, job, pods, symptoms, now, settings)
+    failing = find_failing(observed, job, now, settings)
+    if failing is not None:
+        return _decide_failing(observed, job, failing, now, settings)
     if observed.run.spec.run_policy.suspend:
         return _decide_suspension(job)
     if job.suspended and job.completed_indexes:
@@ -248,36 +233,21 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
     return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=since)
 
 
-def _decide_failing(
-    observed: Observed, job: JobView, pods: list[PodView], symptoms: list[Symptom], now: datetime, settings: RunSettings
-) -> Plan:
-    """Gives the peers of a failed pod a moment for their own last words, then ends the attempt.
-
-    A peer that is silent gets longer: it takes Kubernetes a while to notice that a node is gone.
-
-    The moment counts from when this operator saw the failure: the clocks of the nodes are not ours. And a gang that was
-    not whole then was not, whichever pod begins to run in that moment, unless that one fails by itself too.
-    """
-    nodes = observed.run.spec.parallelism.nodes
-    ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
-    since, began = observed.reports.failing_since or now, observed.reports.failing_with
-    late = not_started(pods) if began is None else [pod for pod in pods if pod.uid not in began]
-    whole = [pod for pod in pods if pod not in late]
-    silent = find_silent(symptoms, whole)
-    grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
-    left = grace - (now - since).total_seconds()
-    if job.failure or len(ended) >= nodes or left <= 0:
-        failure = diagnose_root(symptoms, whole, job.attempt, now, observed.reports.seen)
-        by_themselves = {one.pod.uid for one in symptoms if one.pod and one.failure_class not in ECHOES}
-        incomplete = any(pod.uid not in by_themselves for pod in late) or observed.is_short_of_pods(job)
+def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: datetime, settings: RunSettings) -> Plan:
+    """Gives the peers of a failed pod a moment for their own last words, then ends the attempt."""
+    if failing.is_heard:
+        pods, symptoms = observed.gang(job), failing.symptoms
+        failure = diagnose_root(symptoms, failing.pods, job.attempt, now, observed.reports.seen)
+        incomplete = failing.failed_beside_late_pods or observed.is_short_of_pods(job)
         if incomplete:
             failure = explain_by_room(failure, observed, job, pods, now)
         return decide_failure(
             observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
             forgets_nodes=may_need_avoided(pods),
         )  # fmt: skip
+    silent = failing.silent
     awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
-    message = f"{symptoms[0].message.rstrip('.')}. Waiting up to {grace:.0f} s for {awaited}"
+    message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting up to {failing.grace:.0f} s for {awaited}"
     return Plan(
         phase=Phase.RUNNING,
         reason="PodFailed",
@@ -285,7 +255,7 @@ def _decide_failing(
         attempt=job.attempt,
         conditions={ConditionType.RUNNING: Mark(value=False, reason="PodFailed", message=message)},
         failing=True,
-        requeue_after=left,
+        requeue_after=failing.left,
     )
 
 
