@@ -88,7 +88,7 @@ def diagnose_obstacle(
     for failure_class, pod in find_held_up(pods).items():
         return _fatal(failure_class, pod, reports.seen.get(held_up_seen(job, failure_class), now))
     if reports.refusal:
-        return _refused(job, reports.refusal)
+        return diagnose_refused(job, reports.refusal)
     stuck = sorted(diagnose_stuck(pods, reports, now, patience), key=lambda one: one.seconds_left(now, limit) or 0.0)
     if stuck and (stuck[0].seconds_left(now, limit) or 0.0) <= 0:
         return stuck[0]
@@ -150,8 +150,11 @@ def _fatal(failure_class: FailureClass, pod: PodView, since: datetime) -> Obstac
     )
 
 
-def _refused(job: JobView, refusal: Refusal) -> Obstacle:
-    """Each try of the Job controller is of another pod: its name is left out, as each change would be a write."""
+def diagnose_refused(job: JobView, refusal: Refusal) -> Obstacle:
+    """Why no pods are made for ``job``.
+
+    Each try of the Job controller is of another pod: its name is left out, as each change would be a write.
+    """
     words = re.sub(rf'pods "{re.escape(job.name)}-[^"]*" is forbidden: ', "", refusal.message)
     reason, remedy, limit = _REFUSALS[refusal.kind]
     return Obstacle(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from lora_api import Failure, FailureClass
-from lora_operator.diagnosis.obstacles import describe_unscheduled, waits_for_claim
+from lora_operator.diagnosis.obstacles import describe_unscheduled, diagnose_refused, waits_for_claim
 from lora_operator.policies.nodes import describe_forgotten
 from lora_operator.policies.restarts import compute_backoff
 from lora_operator.state.failures import new_failure, reword
@@ -50,10 +50,13 @@ def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView]) 
 
 
 def _room_is_lacking(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
-    """Whether some pod of the gang finds no node, or a quota is full before all of them are made."""
+    """Whether some pod of the gang finds no node, or is refused for now, by a full quota or a webhook that is away.
+
+    A policy that denies a pod ends the attempt by itself, and sooner.
+    """
     refusal = observed.reports.refusal
-    by_quota = observed.is_short_of_pods(job) and refusal is not None and refusal.kind == "quota"
-    return by_quota or any(map(lacks_room, pods))
+    refused = observed.is_short_of_pods(job) and refusal is not None and refusal.kind != "policy"
+    return refused or any(map(lacks_room, pods))
 
 
 def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
@@ -95,7 +98,11 @@ def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: d
     message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods)}"
     if may_need_avoided(pods):
         message += describe_forgotten(observed.run.status.avoided_nodes or [])
-    return new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
+    failure = new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
+    refusal = observed.reports.refusal
+    if any(map(lacks_room, pods)) or refusal is None or not observed.is_short_of_pods(job):
+        return failure
+    return failure.model_copy(update={"remedy": diagnose_refused(job, refusal).remedy})
 
 
 def explain_by_room(

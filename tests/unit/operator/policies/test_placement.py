@@ -65,6 +65,7 @@ class Case:
 
 
 QUOTA = "exceeded quota: gpus, requested: 1, used: 2, limited: 2"
+AWAY = 'Internal error occurred: failed calling webhook "mesh.example.org": connection refused'
 CASES = {
     "a part that has nodes has a while": Case(gang(running(0), running(1), unplaced(2), unplaced(3)), 60.0),
     "the while counts from when it was seen": Case(
@@ -86,7 +87,9 @@ CASES = {
     ),
     "a quota that has room for a part is no better": Case(gang(running(0), running(1), refusal=QUOTA, since=60), 0.0),
     "a quota that has room for none holds nothing": Case(gang(refusal=QUOTA, since=9e6), None),
-    "pods that are refused otherwise are none of this": Case(
+    "a webhook that is away is no better either": Case(gang(running(0), running(1), refusal=AWAY, since=60), 0.0),
+    "a webhook that lets none through is waited for": Case(gang(refusal=AWAY, since=9e6), None),
+    "pods that a policy denies are none of this": Case(
         gang(running(0), running(1), refusal="violates PodSecurity", since=60), None
     ),
     "nodes that the run avoids may be all that there is": Case(
@@ -134,6 +137,23 @@ def test_a_quota_that_is_full_forgets_no_node() -> None:
     plan = decide(gang(running(0), running(1), refusal=QUOTA, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
     assert plan.failure is not None
     assert [node.name for node in plan.avoided or ()] == ["n7"]
+
+
+@pytest.mark.parametrize(
+    ("pods", "refusal", "word"),
+    [
+        ([running(0), running(1)], QUOTA, "Wait until the quota has room"),
+        ([running(0), running(1)], AWAY, "webhook"),
+        ([running(0), running(1), unplaced(2)], AWAY, "Free or add nodes"),
+    ],
+    ids=["a quota", "a webhook", "a webhook, and no room"],
+)
+def test_the_remedy_is_that_of_what_is_lacking(pods: list[PodView], refusal: str, word: str) -> None:
+    plan = decide(gang(*pods, refusal=refusal, since=60), NOW, SETTINGS)
+    assert plan.failure is not None
+    assert plan.failure.failure_class is FailureClass.NOT_PLACED
+    assert word in (plan.failure.remedy or "")
+    assert refusal in plan.failure.message
 
 
 def test_the_default_is_ten_minutes() -> None:
