@@ -8,6 +8,7 @@ LORA_CACHE ?= $(HOME)/.cache/lora-operator
 export LORA_CACHE
 export PYTHONPATH := crds:operator:trainer_image:.
 export TQDM_DISABLE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest
