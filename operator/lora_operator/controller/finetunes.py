@@ -295,13 +295,13 @@ def settle(reports: Reports, observed: Observed, plan: Plan, now: datetime) -> R
     job = observed.live_job()
     if reports.queue_read_at is not None and not (job is not None and job.suspended):
         reports = replace(reports, queue=None, queue_read_at=None, queue_changed_at=None)
-    if plan.words_of:  # the verdict is known, and is to be the same once they are read
+    if plan.notes.words_of:  # the verdict is known, and is to be the same once they are read
         return replace(reports, awaiting_since=reports.awaiting_since or now)
     return replace(
         reports,
-        failing_since=(reports.failing_since or now) if plan.failing else None,
-        failing_with=(reports.failing_with or begun_by(observed)) if plan.failing else None,
-        short_of_room_since=(reports.short_of_room_since or now) if plan.short_of_room else None,
+        failing_since=(reports.failing_since or now) if plan.notes.failing else None,
+        failing_with=(reports.failing_with or begun_by(observed)) if plan.notes.failing else None,
+        short_of_room_since=(reports.short_of_room_since or now) if plan.notes.short_of_room else None,
         awaiting_since=None,
         forgotten_since=(reports.forgotten_since or now) if forgotten_pods(observed) else None,
     )

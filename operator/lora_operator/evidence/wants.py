@@ -72,7 +72,7 @@ def compute_wants(observed: Observed, plan: Plan, now: datetime, settings: RunSe
     pod = wants_log(observed, now, settings)
     if pod is not None:
         yield ProgressOf(pod)
-    yield from (LastWordsOf(pod) for pod in plan.words_of)
+    yield from (LastWordsOf(pod) for pod in plan.notes.words_of)
     job = wants_refusal(observed, now, settings)
     if job is not None:
         yield RefusalOf(job)

@@ -55,7 +55,7 @@ from lora_operator.policies.stall import find_stall, seconds_to_stall
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished, is_over
 from lora_operator.state.observed import Observed, seconds_to_leaving
-from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, Plan
+from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, Notes, Plan
 from lora_operator.state.workload import uses_kueue
 from lora_operator.status.claims import disown
 from lora_operator.watched.views import JobView, PodView
@@ -254,7 +254,7 @@ def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: dat
         message=message,
         attempt=job.attempt,
         conditions={ConditionType.RUNNING: Mark(value=False, reason="PodFailed", message=message)},
-        failing=True,
+        notes=Notes(failing=True),
         requeue_after=failing.left,
     )
 
@@ -294,7 +294,12 @@ def _decide_healthy(
     if obstacle.scheduling:
         marks[ConditionType.SCHEDULED] = mark
     return replace(
-        start, reason=obstacle.reason, message=obstacle.text, conditions=marks, requeue_after=left, short_of_room=short
+        start,
+        reason=obstacle.reason,
+        message=obstacle.text,
+        conditions=marks,
+        requeue_after=left,
+        notes=Notes(short_of_room=short),
     )
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from lora_api import Failure, FailureClass
 from lora_api._base import clean_text
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import Plan
+from lora_operator.state.plan import Notes, Plan
 from lora_operator.watched.views import PodView
 
 PATIENCE = 15.0
@@ -20,15 +20,17 @@ SPEAKERS = 8
 
 def await_words(observed: Observed, plan: Plan, now: datetime) -> Plan:
     """``plan`` with the last words of the pods that its failure is about, or the wish to read them first."""
-    if plan.failure is None:
+    if plan.failed is None:
         return plan
-    pods, reports = find_speakers(observed, plan.failure), observed.reports
+    failure = plan.failed.failure
+    pods, reports = find_speakers(observed, failure), observed.reports
     unread = tuple(pod for pod in pods if pod.uid not in reports.last_words)
     waited = (now - (reports.awaiting_since or now)).total_seconds()
     if unread and waited < PATIENCE:
-        return Plan(words_of=unread, requeue_after=PATIENCE - waited)
+        return Plan(notes=Notes(words_of=unread), requeue_after=PATIENCE - waited)
     words = {pod.name: reports.last_words.get(pod.uid) for pod in pods}
-    return replace(plan, failure=plan.failure.model_copy(update={"log_tail": compute_log_tail(plan.failure, words)}))
+    told = failure.model_copy(update={"log_tail": compute_log_tail(failure, words)})
+    return replace(plan, failed=replace(plan.failed, failure=told))
 
 
 def find_speakers(observed: Observed, failure: Failure) -> list[PodView]:

@@ -15,7 +15,7 @@ from lora_operator.settings import RunSettings
 from lora_operator.state.checkpoints import find_checkpoint
 from lora_operator.state.failures import new_failure
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import Mark, Plan
+from lora_operator.state.plan import FailureRecord, Mark, Plan
 from lora_operator.wording import with_remedy
 
 PREFLIGHT = 0
@@ -67,24 +67,24 @@ def decide_failure(
     if attempt == PREFLIGHT:
         kind, retry = ConditionType.PREFLIGHT_PASSED, Phase.PREFLIGHT
     forgets = failure.failure_class is FailureClass.NOT_PLACED and forgets_nodes
-    avoided = () if forgets else avoid(run.status, failure, symptoms, now)
-    if verdict.retried:
-        return Plan(
-            phase=retry, reason=reason, message=text, attempt=attempt, failure=failure,
-            charged=verdict.charged, micro_batch_size=smaller, conditions={kind: mark}, backoff=verdict.backoff,
-            budget=verdict.budget, checkpoint=checkpoint, avoided=avoided,
-        )  # fmt: skip
+    record = FailureRecord(
+        failure=failure,
+        charged=verdict.charged,
+        backoff=verdict.backoff,
+        budget=verdict.budget,
+        checkpoint=checkpoint,
+        avoided=() if forgets else avoid(run.status, failure, symptoms, now),
+        micro_batch_size=smaller if verdict.retried else None,
+    )
+    conditions = {kind: mark} if verdict.retried else {kind: mark, ConditionType.FAILED: replace(mark, value=True)}
     return Plan(
-        phase=Phase.FAILED,
+        phase=retry if verdict.retried else Phase.FAILED,
         reason=reason,
         message=text,
         attempt=attempt,
-        failure=failure,
-        conditions={kind: mark, ConditionType.FAILED: replace(mark, value=True)},
-        budget=verdict.budget,
-        checkpoint=checkpoint,
-        avoided=avoided,
-        ended=True,
+        conditions=conditions,
+        failed=record,
+        ended=not verdict.retried,
     )
 
 

@@ -81,23 +81,48 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class FailureRecord:
+    """A failure, and what it changes.
+
+    ``charged``: it counts against runPolicy.maxRestarts. ``backoff`` are the seconds until another attempt may follow,
+    and ``micro_batch_size`` what that is to have. ``budget`` is what the run has used up, counted from ``checkpoint``;
+    the nodes that it avoids from now on are ``avoided``.
+    """
+
+    failure: Failure
+    charged: bool = False
+    backoff: float = 0.0
+    budget: Budget | None = None
+    checkpoint: int | None = None
+    avoided: tuple[AvoidedNode, ...] | None = None
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What the operator remembers for its next look, and no status holds.
+
+    ``failing``: a pod has failed, and the others get time for their last words. ``short_of_room``: pods hold nodes
+    while others find none, and give them back if that lasts. ``words_of``: the pods whose logs are to be read before a
+    failure is put on record.
+    """
+
+    failing: bool = False
+    short_of_room: bool = False
+    words_of: tuple[PodView, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do about a run, and the one change of its status.
 
     ``actions`` are done in their order, then the status is written. ``phase`` None: nothing is to be said that is not
     in the status already.
 
-    ``suspended`` is the attempt that runPolicy.suspend ends, ``backoff`` the seconds until a failed attempt may have a
-    successor, ``passed`` what the preflight settled, ``micro_batch_size`` what the next attempt is to have,
-    ``runtime`` what the run takes of its runtime. ``retry`` takes back the end of a failed run: it is runPolicy.retry;
-    ``afresh``: nothing was made for it.
-
-    With a failure come the ``budget``, the ``checkpoint`` that it is counted from, and the nodes that are ``avoided``
-    from now on. ``waiting_since`` is when the run began to wait for its nodes, or for its Job.
-
-    Three things are remembered for the next look: ``failing``, that a pod has failed and the others get time for their
-    last words; ``short_of_room``, that pods hold nodes while others find none, and give them back if that lasts;
-    ``words_of``, the pods whose logs are to be read before a failure is put on record.
+    ``suspended`` is the attempt that runPolicy.suspend ends, ``passed`` what the preflight settled, ``runtime`` what
+    the run takes of its runtime, ``waiting_since`` when it began to wait for its nodes, or for its Job. ``ended``: the
+    run is over. ``retry`` takes back the end of a failed run: it is runPolicy.retry; ``afresh``: nothing was made for
+    it.
     """
 
     actions: tuple[Action, ...] = ()
@@ -107,24 +132,21 @@ class Plan:
     attempt: int = 0
     conditions: Mapping[ConditionType, Mark] = field(default_factory=dict)
     suspended: int | None = None
-    backoff: float = 0.0
     runtime: RuntimeSnapshot | None = None
-    failure: Failure | None = None
-    charged: bool = False
-    budget: Budget | None = None
-    checkpoint: int | None = None
-    avoided: tuple[AvoidedNode, ...] | None = None
-    micro_batch_size: int | None = None
+    failed: FailureRecord | None = None
     adapter: AdapterStatus | None = None
     passed: PreflightOutcome | None = None
     ended: bool = False
     retry: int | None = None
     afresh: bool = False
-    failing: bool = False
-    words_of: tuple[PodView, ...] = ()
-    short_of_room: bool = False
     waiting_since: datetime | None = None
+    notes: Notes = Notes()
     requeue_after: float | None = None
+
+    @property
+    def failure(self) -> Failure | None:
+        """The failure that is put on record, if one is."""
+        return self.failed.failure if self.failed else None
 
     @property
     def launch(self) -> LaunchAttempt | LaunchPreflight | None:

@@ -47,8 +47,9 @@ def compute_status(
     if plan.phase is None:
         return _sign(old, old.model_copy(update={"trainer": trainer or old.trainer}))
     progress = reports.progress or old.progress
-    failures = add_failure(old.failures, plan.failure) if plan.failure else old.failures
-    stopped = plan.ended or plan.failure is not None or plan.suspended is not None or plan.phase == Phase.QUEUED
+    failed = plan.failed
+    failures = add_failure(old.failures, failed.failure) if failed else old.failures
+    stopped = plan.ended or failed is not None or plan.suspended is not None or plan.phase == Phase.QUEUED
     new = old.model_copy(
         update={
             "observed_generation": run.metadata.generation,
@@ -65,8 +66,8 @@ def compute_status(
             if stopped
             else progress,
             "failures": failures,
-            "micro_batch_size": plan.micro_batch_size or old.micro_batch_size,
-            "failed_preflights": old.failed_preflights + (1 if plan.failure and plan.failure.attempt == 0 else 0),
+            "micro_batch_size": (failed.micro_batch_size if failed else None) or old.micro_batch_size,
+            "failed_preflights": old.failed_preflights + (1 if failed and failed.failure.attempt == 0 else 0),
             "pins": plan.passed.pins if plan.passed else old.pins,
             "plan": plan.passed.plan if plan.passed else old.plan,
             **_budget(old, plan, reports, now),
@@ -90,17 +91,20 @@ def add_failure(failures: Sequence[Failure], failure: Failure) -> list[Failure]:
 
 def _budget(old: LoRAFineTuneStatus, plan: Plan, reports: Reports, now: datetime) -> dict[str, object]:
     """What is used up of what the run may fail, and the checkpoint since which that counts."""
-    step = max((step for step in (plan.checkpoint, reports.checkpoint_step) if step is not None), default=None)
-    budget = plan.budget or find_budget(old, step)
+    failed = plan.failed
+    steps = (failed.checkpoint if failed else None, reports.checkpoint_step)
+    step = max((step for step in steps if step is not None), default=None)
+    budget = (failed.budget if failed else None) or find_budget(old, step)
     if plan.suspended is not None:  # what comes after it is another time
         budget = Budget(budget.charged)
     newer = step is not None and is_newer(old, step)
+    avoided = failed.avoided if failed and failed.avoided is not None else old.avoided_nodes or []
     return {
         "last_checkpoint": CheckpointStatus(step=step, at=now) if step is not None and newer else old.last_checkpoint,
         "charged_restarts": budget.charged,
         "recent_failures": budget.count or None,
         "failing_since": budget.since,
-        "avoided_nodes": keep_recent((old.avoided_nodes or []) if plan.avoided is None else plan.avoided, now) or None,
+        "avoided_nodes": keep_recent(avoided, now) or None,
     }
 
 
@@ -205,9 +209,9 @@ def _loses_quota(old: LoRAFineTuneStatus, plan: Plan) -> bool:
 
 def _retry_time(old: LoRAFineTuneStatus, plan: Plan, now: datetime) -> datetime | None:
     """When the next attempt may start; it is of no interest once that has."""
-    if plan.failure is not None and plan.backoff and not plan.ended:
-        return now + timedelta(seconds=plan.backoff)
-    return None if plan.launch is not None or plan.ended or plan.failure is not None else old.retry_time
+    if plan.failed is not None and plan.failed.backoff and not plan.ended:
+        return now + timedelta(seconds=plan.failed.backoff)
+    return None if plan.launch is not None or plan.ended or plan.failed is not None else old.retry_time
 
 
 def _count_time(run: LoRAFineTune, new: LoRAFineTuneStatus, now: datetime) -> LoRAFineTuneStatus:

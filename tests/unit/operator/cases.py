@@ -74,14 +74,14 @@ _DONE = {"clean_up": DeleteChildren, "delete_run": DeleteRun}
 
 
 def value_of(plan: Plan, name: str) -> Any:
-    """A field of ``plan``; or what it does, in a word: the number, the Job, or whether."""
+    """A field of ``plan``, its failure or its notes; or what it does, in a word: the number, the Job, or whether."""
     if name in _NUMBERED:
         return next((one.number for one in plan.actions if isinstance(one, _NUMBERED[name])), None)
     if name in _OF_JOBS:
         return next((one.job for one in plan.actions if isinstance(one, _OF_JOBS[name])), None)
     if name in _DONE:
         return any(isinstance(one, _DONE[name]) for one in plan.actions)
-    return getattr(plan, name)
+    return next(getattr(part, name) for part in (plan, plan.failed, plan.notes) if hasattr(part, name))
 
 
 def check(case: Case, settings: Settings = SETTINGS) -> Plan:

@@ -234,7 +234,8 @@ def test_who_is_silent_is_given_time(name: str) -> None:
     assert (plan.failure.failure_class if plan.failure else None) == want
     assert plan.requeue_after == left
     if want is not None:
-        assert plan.charged == (want == FailureClass.PEER_LOST)
+        assert plan.failed is not None
+        assert plan.failed.charged == (want == FailureClass.PEER_LOST)
 
 
 SHRINK = {"onOutOfMemory": "shrinkMicroBatch"}
@@ -263,7 +264,8 @@ def test_the_micro_batch_shrinks(name: str) -> None:
     )
     pods = [ended(index, 71, said(failure_class, **words)) for index in (0, 1)]
     plan = decide(seen(run, JOB, *pods), NOW, SETTINGS)
-    assert (plan.micro_batch_size, plan.ended, plan.charged) == (want, want is None, False)
+    assert plan.failed is not None
+    assert (plan.failed.micro_batch_size, plan.ended, plan.failed.charged) == (want, want is None, False)
     new = compute_status(run, plan, Reports(), NOW)
     if want is None:
         assert plan.phase == Phase.FAILED
@@ -277,7 +279,8 @@ def test_the_micro_batch_shrinks(name: str) -> None:
 def test_without_being_asked_nothing_shrinks() -> None:
     pods = [ended(index, 71, said("GPUOutOfMemory")) for index in (0, 1)]
     plan = decide(seen(a_run(status=STARTED), JOB, *pods), NOW, SETTINGS)
-    assert (plan.phase, plan.micro_batch_size) == (Phase.FAILED, None)
+    assert plan.failed is not None
+    assert (plan.phase, plan.failed.micro_batch_size) == (Phase.FAILED, None)
 
 
 @pytest.mark.parametrize("failure_class", list(FailureClass))
@@ -285,10 +288,11 @@ def test_the_table_says_what_follows_a_failure(failure_class: FailureClass) -> N
     rule = RULES[failure_class]
     pods = [ended(index, 70, said(str(failure_class), "record 7 is broken.")) for index in (0, 1)]
     plan = decide(seen(a_run(status=STARTED), JOB, *pods), NOW, SETTINGS)
-    assert plan.failure is not None
-    assert (plan.failure.failure_class, plan.failure.remedy) == (failure_class, rule.remedy)
+    assert plan.failed is not None
+    failure = plan.failed.failure
+    assert (failure.failure_class, failure.remedy) == (failure_class, rule.remedy)
     assert (plan.phase == Phase.RESTARTING, plan.ended) == (rule.retried, not rule.retried)
-    assert plan.charged == (rule.charged and rule.retried)
+    assert plan.failed.charged == (rule.charged and rule.retried)
     assert plan.message == f"record 7 is broken. Remedy: {rule.remedy}"
 
 

@@ -10,14 +10,14 @@ from lora_api import Failure, FailureClass
 from lora_operator.controller.finetunes import settle
 from lora_operator.lifecycle.lastwords import CHARACTERS, PATIENCE, SPEAKERS, await_words, compute_log_tail
 from lora_operator.state.observed import Observed
-from lora_operator.state.plan import Plan
+from lora_operator.state.plan import FailureRecord, Plan
 from lora_operator.state.reports import Reports
 from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, ended, running, seen
 
 
 def failed(failure_class: str = "Internal", pod: str | None = "tickets-1-1") -> Plan:
     words = {"attempt": 1, "class": failure_class, "reason": "X", "message": "m", "remedy": "r", "pod": pod, "at": NOW}
-    return Plan(failure=Failure.model_validate(words), ended=True)
+    return Plan(failed=FailureRecord(Failure.model_validate(words)), ended=True)
 
 
 def of(*pods: Any, **reports: Any) -> Observed:
@@ -62,7 +62,7 @@ def test_last_words(name: str) -> None:
     case = CASES[name]
     plan = await_words(of(*case.pods, **case.reports), case.plan, NOW)
     if isinstance(case.want, list):
-        assert [pod.name for pod in plan.words_of] == case.want
+        assert [pod.name for pod in plan.notes.words_of] == case.want
         assert plan.failure is None, "nothing is on record yet"
         assert plan.requeue_after is not None
         assert plan.requeue_after > 0

@@ -90,7 +90,9 @@ def test_what_refuses_the_pods_of_a_run_that_has_worked_is_waited_for_a_day() ->
     status = {**STARTED, "lastCheckpoint": {"step": 5, "at": stamp(ago(9000))}}
     reports = Reports(refusal=Refusal(DENIED, ago(SETTINGS.start_timeout)))
     plan = decide(seen(a_run(status=status), JOB, reports=reports), NOW, SETTINGS)
-    assert (plan.phase, plan.charged, plan.budget and plan.budget.since) == (Phase.RESTARTING, False, ago(600))
+    assert plan.failed is not None
+    assert plan.failed.budget is not None
+    assert (plan.phase, plan.failed.charged, plan.failed.budget.since) == (Phase.RESTARTING, False, ago(600))
     assert "It is tried again by itself" in plan.message
     over = a_run(status={**status, "failingSince": stamp(ago(DAY))})
     plan = decide(seen(over, JOB, reports=reports), NOW, SETTINGS)

@@ -9,7 +9,7 @@ import pytest
 from lora_api import ConditionType, Failure, LoRAFineTuneStatus, Phase, Progress, ProgressLine
 from lora_api.status import MAX_FAILURES, STATUS_VERSION, AdapterStatus
 from lora_operator.lifecycle.decide import decide_success
-from lora_operator.state.plan import NOTHING, Budget, LaunchAttempt, Mark, Plan
+from lora_operator.state.plan import NOTHING, Budget, FailureRecord, LaunchAttempt, Mark, Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_conditions, compute_invalid_status, compute_status, is_progress_only
 from lora_operator.status.events import EventSpec, build_event, compute_events
@@ -49,7 +49,14 @@ def test_nothing_to_say_leaves_the_status_as_it_is() -> None:
             {"Ready": "True", "Reconciling": "False", "Stalled": "False", "Published": "True", "Complete": "True"},
         ),
         (
-            Plan(phase=Phase.FAILED, reason="BadData", message="no", attempt=1, failure=a_failure(), ended=True),
+            Plan(
+                phase=Phase.FAILED,
+                reason="BadData",
+                message="no",
+                attempt=1,
+                failed=FailureRecord(a_failure()),
+                ended=True,
+            ),
             {"Ready": "False", "Reconciling": "False", "Stalled": "True"},
         ),
     ],
@@ -147,7 +154,7 @@ def test_a_condition_that_this_operator_does_not_know_stays_and_comes_last() -> 
             id="the next attempt begins",
         ),
         pytest.param(
-            Plan(phase=Phase.RESTARTING, reason="R", message="m", failure=a_failure(2)),
+            Plan(phase=Phase.RESTARTING, reason="R", message="m", failed=FailureRecord(a_failure(2))),
             False,
             id="another failure, without a pause",
         ),
@@ -190,7 +197,9 @@ def test_the_time_of_a_condition_changes_with_its_value_only() -> None:
 
 def test_failures_are_counted_and_the_last_ones_kept() -> None:
     status = {"attempt": 12, "chargedRestarts": 2, "failures": [failure(number) for number in range(1, 11)]}
-    plan = Plan(phase=Phase.RESTARTING, reason="Internal", attempt=12, failure=a_failure(12), budget=Budget(3, 4))
+    plan = Plan(
+        phase=Phase.RESTARTING, reason="Internal", attempt=12, failed=FailureRecord(a_failure(12), budget=Budget(3, 4))
+    )
     new = compute_status(a_run(status=status), plan, Reports(), NOW)
     assert len(new.failures) == MAX_FAILURES
     assert (new.failures[-1].attempt, new.charged_restarts, new.recent_failures) == (12, 3, 4)
@@ -199,7 +208,7 @@ def test_failures_are_counted_and_the_last_ones_kept() -> None:
 def test_progress_survives_an_operator_that_knows_of_none() -> None:
     run = a_run(status={"attempt": 1, "progress": {"step": 9, "eta": "1m20s"}})
     assert compute_status(run, RUNNING, Reports(), NOW).progress == run.status.progress
-    failed = Plan(phase=Phase.RESTARTING, reason="x", attempt=1, failure=a_failure())
+    failed = Plan(phase=Phase.RESTARTING, reason="x", attempt=1, failed=FailureRecord(a_failure()))
     progress = compute_status(run, failed, Reports(), NOW).progress
     assert progress is not None
     assert (progress.step, progress.eta) == (9, None)
@@ -255,12 +264,12 @@ OBSTACLE = Mark(value=False, reason="ImagePullFailed", message="no such image")
         ),
         (
             STARTED,
-            Plan(phase=Phase.RESTARTING, reason="Internal", attempt=1, failure=a_failure(), charged=True),
+            Plan(phase=Phase.RESTARTING, reason="Internal", attempt=1, failed=FailureRecord(a_failure(), charged=True)),
             [("Warning", "Internal", "1")],
         ),
         (
             STARTED,
-            Plan(phase=Phase.FAILED, reason="Internal", attempt=1, failure=a_failure(), ended=True),
+            Plan(phase=Phase.FAILED, reason="Internal", attempt=1, failed=FailureRecord(a_failure()), ended=True),
             [("Warning", "Internal", "1")],
         ),
         (STARTED, decide_success(1, AdapterStatus.model_validate(ADAPTER)), [("Normal", "Succeeded", "1")]),
@@ -303,7 +312,7 @@ FAILED = Plan(
     reason="BadData",
     message="record 17 is bad. Remedy: mend it",
     attempt=2,
-    failure=Failure.model_validate({**failure(2, "BadData"), "message": "it broke"}),
+    failed=FailureRecord(Failure.model_validate({**failure(2, "BadData"), "message": "it broke"})),
     conditions={
         kind: Mark(value=kind == ConditionType.FAILED, reason="BadData", message="record 17 is bad. Remedy: mend it")
         for kind in (ConditionType.RUNNING, ConditionType.FAILED)

@@ -70,10 +70,11 @@ def test_a_pod_that_has_a_node_and_does_not_start(name: str) -> None:
         if lasts < case.limit:
             assert (mark.reason, plan.requeue_after, plan.failure) == (case.reason, 1.0, None)
             continue
-        assert plan.failure is not None
-        assert (plan.failure.failure_class, plan.failure.reason) == (FailureClass.POD_LOST, case.reason)
-        assert (plan.charged, plan.ended, plan.backoff > 0) == (False, False, True)
-        assert [node.name for node in plan.avoided or ()] == (["n1"] if case.avoids else [])
+        assert plan.failed is not None
+        failure = plan.failed.failure
+        assert (failure.failure_class, failure.reason) == (FailureClass.POD_LOST, case.reason)
+        assert (plan.failed.charged, plan.ended, plan.failed.backoff > 0) == (False, False, True)
+        assert [node.name for node in plan.failed.avoided or ()] == (["n1"] if case.avoids else [])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -68,12 +68,12 @@ def test_what_one_node_cannot_do_is_tried_on_another(name: str) -> None:
     pods, before, status, again, words = CASES[name]
     plan = decided(pods, *before, **status)
     assert plan.phase is (Phase.RESTARTING if again else Phase.FAILED)
-    assert plan.failure is not None
-    assert plan.failure.failure_class is START
-    assert not plan.charged
+    assert plan.failed is not None
+    assert plan.failed.failure.failure_class is START
+    assert not plan.failed.charged
     assert words in plan.message
     if again:
-        assert [node.name for node in plan.avoided or ()] == ["n1"]
+        assert [node.name for node in plan.failed.avoided or ()] == ["n1"]
 
 
 @pytest.mark.parametrize("failure_class", [FailureClass.GPU_UNSUPPORTED, FailureClass.LIMIT_TOO_LOW])
@@ -81,8 +81,9 @@ def test_a_driver_or_a_limit_may_be_that_of_one_node(failure_class: FailureClass
     low = ended(0, 82, said(failure_class, "it is too old"), node="n1", attempt=2, job_uid="job-2")
     other = ended(1, 82, said(failure_class, "it is too old"), node="n2", attempt=2, job_uid="job-2")
     again = decided([low, lost(1)])
-    assert (again.phase, again.charged) == (Phase.RESTARTING, False)
-    assert [node.name for node in again.avoided or ()] == ["n1"]
+    assert again.failed is not None
+    assert (again.phase, again.failed.charged) == (Phase.RESTARTING, False)
+    assert [node.name for node in again.failed.avoided or ()] == ["n1"]
     for plan in (
         decided([low, other]),
         decided([low, lost(1)], failed_before(failure_class, "n7")),

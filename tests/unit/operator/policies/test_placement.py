@@ -106,11 +106,12 @@ def test_a_gang_that_is_short_of_room(name: str) -> None:
     case = CASES[name]
     plan = decide(case.observed, NOW, SETTINGS)
     found = plan.failure.failure_class if plan.failure else None
-    assert plan.short_of_room == (case.left not in (None, 0.0))
+    assert plan.notes.short_of_room == (case.left not in (None, 0.0))
     if case.left == 0.0:
-        assert (found, plan.charged, plan.phase) == (FailureClass.NOT_PLACED, False, Phase.RESTARTING)
-        assert plan.avoided == ()
-        assert plan.backoff == SETTINGS.restart_backoff
+        assert plan.failed is not None
+        assert (found, plan.failed.charged, plan.phase) == (FailureClass.NOT_PLACED, False, Phase.RESTARTING)
+        assert plan.failed.avoided == ()
+        assert plan.failed.backoff == SETTINGS.restart_backoff
     else:
         assert found is None
         assert case.left is None or plan.requeue_after == case.left
@@ -128,15 +129,15 @@ def test_a_gang_that_is_short_of_room(name: str) -> None:
 def test_nodes_are_avoided_on_where_they_are_not_why_there_is_no_room(words: str, kept: list[str]) -> None:
     pods = [running(0), *(unplaced(index, words) for index in (1, 2, 3))]
     plan = decide(gang(*pods, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
-    assert plan.failure is not None
-    assert [node.name for node in plan.avoided or ()] == kept
-    assert ("may be used again: n7" in plan.failure.message) == (not kept)
+    assert plan.failed is not None
+    assert [node.name for node in plan.failed.avoided or ()] == kept
+    assert ("may be used again: n7" in plan.failed.failure.message) == (not kept)
 
 
 def test_a_quota_that_is_full_forgets_no_node() -> None:
     plan = decide(gang(running(0), running(1), refusal=QUOTA, since=60, avoidedNodes=AVOIDED), NOW, SETTINGS)
-    assert plan.failure is not None
-    assert [node.name for node in plan.avoided or ()] == ["n7"]
+    assert plan.failed is not None
+    assert [node.name for node in plan.failed.avoided or ()] == ["n7"]
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,10 @@ def test_nothing_is_charged_while_a_peer_has_not_started(
     refusal = Refusal(QUOTA, ago(30)) if "quota" in name else None
     observed = replace(observed, reports=Reports(failing_since=ago(SETTINGS.node_grace), refusal=refusal))
     plan = decide(observed, NOW, SETTINGS)
-    assert plan.failure is not None, name
-    assert (plan.failure.failure_class, plan.charged, plan.phase) == (want, False, Phase.RESTARTING)
-    assert plan.failure.message.startswith(words)
+    assert plan.failed is not None, name
+    failure = plan.failed.failure
+    assert (failure.failure_class, plan.failed.charged, plan.phase) == (want, False, Phase.RESTARTING)
+    assert failure.message.startswith(words)
     assert compute_status(observed.run, plan, Reports(), NOW).charged_restarts == 3
 
 
@@ -246,14 +248,14 @@ def test_a_gang_that_was_not_whole_is_not_charged_though_the_last_peer_starts_in
     with_them = frozenset(pod.uid for pod in pods[:began])
     observed = replace(gang(*pods), reports=Reports(failing_since=ago(SETTINGS.node_grace), failing_with=with_them))
     plan = decide(observed, NOW, SETTINGS)
-    assert plan.failure is not None
-    assert (plan.charged, plan.failure.pod) == (charged, blamed)
+    assert plan.failed is not None
+    assert (plan.failed.charged, plan.failed.failure.pod) == (charged, blamed)
 
 
 def test_which_pods_had_begun_is_kept_from_the_first_failure_on() -> None:
     first = gang(ended(0, 73, GAVE_UP), running(1), running(2), unplaced(3))
     plan = decide(first, NOW, SETTINGS)
-    assert plan.failing
+    assert plan.notes.failing
     heard = settle(first.reports, first, plan, NOW)
     assert heard.failing_with == {"pod-1-0", "pod-1-1", "pod-1-2"}
     second = replace(gang(ended(0, 73, GAVE_UP), *(running(index) for index in (1, 2, 3))), reports=heard)
@@ -273,8 +275,9 @@ def test_looking_for_room_for_days_leaves_the_other_failures_on_record() -> None
     for attempt in (1, 2, 3):
         again = replace(observed, run=run)
         plan = decide(again, NOW, SETTINGS)
-        assert plan.failure is not None
-        plan = replace(plan, failure=plan.failure.model_copy(update={"attempt": attempt}))
+        assert plan.failed is not None
+        told = plan.failed.failure.model_copy(update={"attempt": attempt})
+        plan = replace(plan, failed=replace(plan.failed, failure=told))
         run = run.model_copy(update={"status": compute_status(run, plan, Reports(), NOW)})
         run = run.model_copy(
             update={
