@@ -9,7 +9,7 @@ from lora_trainer.gpuerrors import GPU_ERRORS, Blame
 from tests.support.api import Api, Raw
 from tests.support.gpuwords import key_of, read_words, termination_at
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, ended, termination
+from tests.support.runs import Run, ended, running, termination
 
 pytestmark = pytest.mark.controlplane
 
@@ -19,13 +19,13 @@ def once(spec: Raw) -> None:
     spec["runPolicy"] = {"maxRestarts": 0}
 
 
-def end(run: Run, pod: Raw, node: str, exit_code: int, words: str) -> None:
-    """Brings ``pod`` to ``node``, where it ends with ``words``."""
+def start(run: Run, pod: Raw, node: str) -> None:
+    """Brings ``pod`` to ``node``, where it runs: a gang that was not whole when it failed is judged otherwise."""
     name = pod["metadata"]["name"]
     target = {"apiVersion": "v1", "kind": "Node", "name": node}
     path = f"/api/v1/namespaces/{run.namespace}/pods/{name}/binding"
     run.api.create(path, {"metadata": {"name": name}, "target": target})
-    run.set_pod(pod, ended(exit_code, words))
+    run.set_pod(pod, running())
 
 
 def test_every_row_reaches_the_status(api: Api, namespace: str, operator: OperatorThread) -> None:
@@ -37,8 +37,10 @@ def test_every_row_reaches_the_status(api: Api, namespace: str, operator: Operat
     for row, run in zip(GPU_ERRORS, runs, strict=True):
         entry, (first, second) = words[key_of(row)], run.gang(1)
         earlier = at + timedelta(seconds=5 if row.blame is Blame.PEER else -5)
-        end(run, first, "gpu-1", 73, termination("PeerLost", "closed", rank=0, at=earlier.isoformat()))
-        end(run, second, "gpu-7", entry["exitCode"], termination_at(entry, at))
+        start(run, first, "gpu-1")
+        start(run, second, "gpu-7")
+        run.set_pod(first, ended(73, termination("PeerLost", "closed", rank=0, at=earlier.isoformat())))
+        run.set_pod(second, ended(entry["exitCode"], termination_at(entry, at)))
     for row, run in zip(GPU_ERRORS, runs, strict=True):
         entry, rule = words[key_of(row)], RULES[row.failure_class]
         if (rule.retried and not rule.charged) or rule.elsewhere:
