@@ -212,7 +212,7 @@ class FineTunes:
         logger.log(level, "%s/%s: %s, attempt %d: %s", *key, new.phase, new.attempt, new.reason)
         self._memory.change(key, metadata.uid, lambda reports: replace(reports, status_written_at=now))
         self._metrics.count_change(key[0], old, new, now)
-        left_out = describe_left_out(observed.run) if plan.launch is not None else []
+        left_out = describe_left_out(observed.run, plan)
         for event in left_out:
             logger.warning("%s/%s: %s", *key, event.note)
         await self._emit_events(metadata, [*left_out, *compute_events(old, new)])

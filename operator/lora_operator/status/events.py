@@ -12,6 +12,7 @@ from lora_api import API_VERSION, KIND, RULES, ConditionType, LoRAFineTune, LoRA
 from lora_api.finetune import ObjectMeta
 from lora_operator.children.environment import find_left_out
 from lora_operator.names import MANAGER
+from lora_operator.state.plan import Plan
 
 _MAX_NOTE = 1024
 """Bytes in UTF-8."""
@@ -72,9 +73,9 @@ def compute_events(old: LoRAFineTuneStatus, new: LoRAFineTuneStatus) -> list[Eve
     return events
 
 
-def describe_left_out(run: LoRAFineTune) -> list[EventSpec]:
-    """What of podTemplate.env its pods do not get: told once a run, however many attempts it has."""
-    names = find_left_out(run)
+def describe_left_out(run: LoRAFineTune, plan: Plan) -> list[EventSpec]:
+    """What of podTemplate.env the pods that ``plan`` launches do not get: told once a run, as it has one name."""
+    names = find_left_out(run) if plan.launch is not None else []
     if not names:
         return []
     note = (

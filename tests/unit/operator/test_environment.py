@@ -9,10 +9,12 @@ from lora_api.environment import SECRET_KEYS
 from lora_operator.children.environment import find_left_out
 from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.settings import Settings
+from lora_operator.state.plan import NOTHING, LaunchAttempt, Plan
 from lora_operator.state.runtimes import build_snapshot, fill_in
 from lora_operator.status.events import describe_left_out
 from tests.unit.operator.builders import a_run, a_runtime
 
+LAUNCH = Plan(actions=(LaunchAttempt(1),))
 SECRET = {"credentials": {"secretRef": {"name": "lora-store"}}}
 
 
@@ -112,8 +114,9 @@ def test_a_value_is_what_was_written() -> None:
 def test_what_is_left_out_is_told_once_a_run() -> None:
     run = a_run(**variables(NCCL_DEBUG="INFO", HF_HOME="/x", HF_ENDPOINT="http://x"))
     assert find_left_out(run) == ["HF_HOME", "HF_ENDPOINT"]
-    [event] = describe_left_out(run)
+    [event] = describe_left_out(run, LAUNCH)
     assert event.note.startswith("podTemplate.env: HF_HOME, HF_ENDPOINT are left out: ")
     assert "ClusterLoRARuntime" in event.note
     assert event.about == "env", "the same name for every attempt: the API server takes it once"
-    assert describe_left_out(a_run(**variables(NCCL_DEBUG="INFO"))) == []
+    assert describe_left_out(run, NOTHING) == []
+    assert describe_left_out(a_run(**variables(NCCL_DEBUG="INFO")), LAUNCH) == []

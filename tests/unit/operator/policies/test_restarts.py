@@ -53,6 +53,13 @@ CASES = {
         INTERNAL, {"failures": [{**failure(number), "step": 40} for number in (1, 2)]}, {"step": 40}, ends=INTERNAL,
         said="the 3rd time in a row at step 40",
     ),
+    "a node may be taken away at one step as often as it likes": Case(
+        EVICTED, {"failures": [{**failure(number), "class": "Evicted", "step": 40} for number in (1, 2, 3)]},
+        {"step": 40}, Budget(0, 1, NOW), 10.0,
+    ),
+    "failures before any step are at none": Case(
+        INTERNAL, {"failures": [failure(number) for number in (1, 2, 3)]}, {}, Budget(1, 1, NOW), 10.0
+    ),
     "nothing is charged to a gang that was not whole": Case(
         INTERNAL, {"chargedRestarts": 3}, {"incomplete": True}, Budget(3, 4, NOW), 80.0
     ),
