@@ -15,7 +15,7 @@ from lora_operator.controller.lanes import HURRY, Lanes
 from lora_operator.evidence.memory import Memory
 from lora_operator.kube.client import KubeClient, KubeError, NameConflictError, NoAnswerError
 from lora_operator.kube.patience import within
-from lora_operator.lifecycle.finished import list_children
+from lora_operator.lifecycle.cleanup import list_children
 from lora_operator.lifecycle.refusals import DELETE_JOBS, DELETE_RUN, PATCH_JOBS, is_refusal, needs_answer
 from lora_operator.names import child_name
 from lora_operator.objects import Raw

@@ -19,8 +19,8 @@ from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.diagnose import diagnose_root, seconds_to_lost
 from lora_operator.diagnosis.firstseen import LEFTOVERS
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, name_pods
+from lora_operator.lifecycle.cleanup import decide_finished, decide_retry
 from lora_operator.lifecycle.failing import Failing, find_failing
-from lora_operator.lifecycle.finished import decide_finished, decide_retry
 from lora_operator.lifecycle.orphans import (
     are_to_be_named,
     find_published,

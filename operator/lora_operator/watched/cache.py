@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lora_api.finetune import ObjectMeta
 from lora_operator.objects import Key, Raw
-from lora_operator.watched.documents import Document, RunDocument, parse_document, parse_run
+from lora_operator.watched.documents import Document, RunDocument, parse_document, parse_run_document
 from lora_operator.watched.views import JobView, PodView, parse_job, parse_pod
 
 _REMEMBERED_DELETIONS = 20_000
@@ -55,7 +55,7 @@ class Cache:
         match resource:
             case Resource.RUNS:
                 key = raw["metadata"]["namespace"], raw["metadata"]["name"]
-                return key if self._put_document(self._runs, key, parse_run(raw)) else None
+                return key if self._put_document(self._runs, key, parse_run_document(raw)) else None
             case Resource.JOBS:
                 job = parse_job(raw)
                 return self._put_view(self._jobs, job) if job.run else None

@@ -49,7 +49,7 @@ def parse_document(raw: Mapping[str, Any]) -> Document:
     return Document(metadata["uid"], int(metadata["resourceVersion"]), to_json(kept))
 
 
-def parse_run(raw: Mapping[str, Any]) -> RunDocument:
+def parse_run_document(raw: Mapping[str, Any]) -> RunDocument:
     """A LoRAFineTune."""
     document, status = parse_document(raw), raw.get("status") or {}
     begun = status.get("attempt") or status.get("runtime")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lora_operator.lifecycle.finished import list_children
+from lora_operator.lifecycle.cleanup import list_children
 from tests.unit.operator.builders import a_preflight, a_run, condition, seen
 from tests.unit.operator.cases import SETTINGS
 
