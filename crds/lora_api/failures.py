@@ -10,6 +10,10 @@ from lora_api.failureclass import FailureClass
 
 __all__ = ["CLASS_BY_EXIT_CODE", "FAILURE_RULES", "MAY_FOLLOW", "RULES", "FailureClass", "FailureRule"]
 
+_GOES_ON = "raise runPolicy.retry: the run goes on from its last checkpoint"
+_NEW_RUN = "a new run, which goes on from the last checkpoint with checkpoint.resumeFrom"
+"""How nothing is lost: where others mend the cause, and where the specification has to change."""
+
 
 @dataclass(frozen=True)
 class FailureRule:
@@ -71,7 +75,10 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         charged=False,
         retried=False,
         meaning="The base model or the dataset is not where its uri points.",
-        remedy="Check uri and revision in the message; list the path with the credentials of this run.",
+        remedy=(
+            "Check uri and revision in the message; list the path with the credentials of this run. Put there what is "
+            "missing, then raise runPolicy.retry; for another uri or revision, create the run again."
+        ),
         outage=True,
         waiting_remedy="Put back what the message names. It is looked for again by itself.",
     ),
@@ -108,7 +115,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="A GPU ran out of memory.",
         remedy=(
             "Halve training.microBatchSize (the result stays the same, only slower), or use more GPUs, or a smaller "
-            "dataset.maxSeqLength."
+            f"dataset.maxSeqLength. That takes {_NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -172,7 +179,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The base model or the dataset is no longer what the preflight checked.",
         remedy=(
-            "Put back what was there, or delete this LoRAFineTune and create it again to train on what is there now."
+            f"Put back what was there, then {_GOES_ON}. To train on what is there now, delete this LoRAFineTune and "
+            "create it again."
         ),
     ),
     FailureRule(
@@ -194,8 +202,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="A pod passed its memory limit and was ended by the kernel.",
         remedy=(
-            "Raise podTemplate.resources.limits.memory, or lower training.microBatchSize or dataset.maxSeqLength, then "
-            "delete this LoRAFineTune and create it again."
+            "Raise podTemplate.resources.limits.memory, or lower training.microBatchSize or dataset.maxSeqLength. That "
+            f"takes {_NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -205,8 +213,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The pod's scratch disk is full.",
         remedy=(
-            "The model is copied to the node's disk: use nodes with more ephemeral storage, or raise "
-            "podTemplate.resources.limits.ephemeral-storage in a new run. With other nodes, raise runPolicy.retry."
+            "The model is copied to the node's disk: make room there, or add nodes with more ephemeral storage, "
+            f"then {_GOES_ON}. To raise podTemplate.resources.limits.ephemeral-storage takes {_NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -242,8 +250,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         elsewhere=True,
         meaning="The GPU, its driver and the trainer's image do not fit together.",
         remedy=(
-            "Upgrade the driver of the nodes or use an image for it, or send the run to other GPUs (nodeSelector in "
-            "podTemplate or in the runtime); then delete this LoRAFineTune and create it again."
+            f"Upgrade the driver of the nodes, then {_GOES_ON}. Another image, or other GPUs (nodeSelector in "
+            f"podTemplate or in the runtime), take {_NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -265,7 +273,10 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         node=True,
         elsewhere=True,
         meaning="A limit of the pod or its node is too low: /dev/shm, locked memory or open files.",
-        remedy="Raise the limit that the message names, then delete this LoRAFineTune and create it again.",
+        remedy=(
+            f"Raise the limit that the message names. Where it is that of a node, {_GOES_ON}. One of the run or its "
+            f"runtime takes {_NEW_RUN}."
+        ),
     ),
     FailureRule(
         failure_class=FailureClass.POD_LOST,
@@ -388,8 +399,9 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="For a day every attempt was ended from outside before it had completed a newer checkpoint.",
         remedy=(
-            "Look at status.failures for what ends the attempts, and at the nodes that they name. Save checkpoints "
-            "more often (checkpoint.everyMinutes), or give the run a higher priority; then create it again."
+            "Look at status.failures for what ends the attempts, and at the nodes that they name. Mend that, "
+            f"then {_GOES_ON}. Where nodes are needed for others, a higher priority or more frequent checkpoints "
+            f"(checkpoint.everyMinutes) take {_NEW_RUN}."
         ),
     ),
 )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 
 from lora_api import RULES, FailureClass
@@ -9,7 +10,7 @@ from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, Obstacle, de
 from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.diagnosis.invalid import describe_remedy, translate
 from lora_operator.diagnosis.stuck import diagnose_stuck
-from lora_operator.state.reports import Refusal, Reports
+from lora_operator.state.reports import Refusal, Refuser, Reports, find_refuser
 from lora_operator.watched.views import JobView, PodView
 
 _IMAGE = frozenset(
@@ -23,6 +24,9 @@ _HOLDS_UP: Mapping[str, FailureClass] = {
     "CrashLoopBackOff": FailureClass.POD_LOST,  # of a sidecar before the trainer: that has no second start
 }
 """What the kubelet says of a container that does not start, and what the run fails with if that lasts."""
+
+_FAILED_CREATE = "FailedCreate"
+"""Reason of a refusal that is no denial that is known, so that it may pass."""
 
 _SCHEDULING_REMEDY = (
     "Free or add nodes that have what the pods ask for (kubectl describe pod shows it), or ask for less in "
@@ -40,20 +44,46 @@ _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
 _ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
-_PRIORITY_REMEDY = "Create the PriorityClass that the message names. The run starts by itself then."
-_UNKNOWN_REMEDY = (
-    "This may pass by itself. If it lasts, see what the message names: the API server, its admission, or what the pods "
-    "need and is not there. The run starts by itself once its pods can be made."
-)
 _PATIENCE = 86_400.0
 """Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
 _MOST_NAMES = 5
 """Pods that a message names; of more it gives the number."""
-_WEBHOOK_REMEDY = "See why the webhook that the message names does not answer. The run starts by itself once it does."
-_POLICY_REMEDY = "Ask for what the policy in the message allows, or have it make an exception for the namespace."
 _SIZE_REMEDY = (
     "Shorten what the specification says at length, such as dataset.chatTemplate or podTemplate.annotations, and "
     "create the run again."
+)
+
+_BY_ITSELF, _RETRY = "and the run starts by itself", "and raise runPolicy.retry"
+
+
+@dataclass(frozen=True)
+class _Remedy:
+    """What to do while the run waits, and once it has failed for that: then nothing starts by itself any more."""
+
+    waiting: str
+    final: str = ""
+
+
+def _either(text: str) -> _Remedy:
+    return _Remedy(f"{text}, {_BY_ITSELF}.", f"{text}, {_RETRY}.")
+
+
+_WEBHOOK = _Remedy(
+    "See why the webhook that the message names does not answer. The run starts by itself once it does.",
+    "See why the webhook that the message names does not answer. Once it does, raise runPolicy.retry.",
+)
+_PRIORITY = _either("Create the PriorityClass that the message names")
+_UNKNOWN = _Remedy(
+    "This may pass by itself. If it lasts, see what the message names: the API server, its admission, or what the pods "
+    "need and is not there. The run starts by itself once its pods can be made.",
+    "See what the message names: the API server, its admission, or what the pods need and is not there. Once that is "
+    "mended, raise runPolicy.retry.",
+)
+_POLICY = _either(
+    "Ask for what the policy in the message allows, in a new run; or have it make an exception for the namespace"
+)
+_INVALID = _either(
+    "Correct what the message names: a field of the run, in a new run, or what a webhook of the cluster has put there"
 )
 
 
@@ -157,23 +187,25 @@ def diagnose_refused(job: JobView, refusal: Refusal) -> Obstacle:
     """
     words = re.sub(rf'pods "{re.escape(job.name)}-[^"]*" is forbidden: ', "", refusal.message)
     reason, remedy, limit = _REFUSALS[refusal.kind]
+    told = _refusal_remedy(job, words) if remedy is None else remedy
     return Obstacle(
         reason=reason,
         message=f"Pods of Job {job.name} are refused: {words}",
-        remedy=_refusal_remedy(job, words) if remedy is None else remedy,
+        remedy=told.waiting,
         since=refusal.since,
         failure_class=None if refusal.kind == "quota" else FailureClass.POD_NOT_STARTED,
         scheduling=True,
         limit=limit,
+        final_remedy=told.final,
     )
 
 
-_REFUSALS: dict[str, tuple[str, str | None, float | None]] = {
+_REFUSALS: dict[Refuser, tuple[str, _Remedy | None, float | None]] = {
     "quota": ("QuotaExceeded", None, None),
-    "webhook": ("WebhookFailed", _WEBHOOK_REMEDY, _PATIENCE),
-    "priority": ("PriorityClassNotFound", _PRIORITY_REMEDY, _PATIENCE),
+    "webhook": ("WebhookFailed", _WEBHOOK, _PATIENCE),
+    "priority": ("PriorityClassNotFound", _PRIORITY, _PATIENCE),
     "policy": (str(FailureClass.POD_NOT_STARTED), None, None),
-    "unknown": ("FailedCreate", _UNKNOWN_REMEDY, _PATIENCE),
+    "unknown": (_FAILED_CREATE, _UNKNOWN, _PATIENCE),
 }
 """Reason and remedy of pods that are refused, and for how long that is waited for, where it is not the usual time.
 
@@ -181,30 +213,30 @@ The remedy is ``None`` where it goes by the words.
 """
 
 
-def _refusal_remedy(job: JobView, words: str) -> str:
+def _refusal_remedy(job: JobView, words: str) -> _Remedy:
     """What to do about pods that are refused, with the fields that the words are about."""
     whose = "podTemplate.resources of the run, or of its ClusterLoRARuntime"
     if job.preflight:
         whose = "preflightResources of the run's ClusterLoRARuntime (or podTemplate.resources, which it follows)"
     again = "then delete this LoRAFineTune and create it again"
-    if "exceeded quota" in words:
-        return f"{_QUOTA_REMEDY} To ask for less, change {whose}, {again}."
+    if find_refuser(words) == "quota":
+        return _Remedy(f"{_QUOTA_REMEDY} To ask for less, change {whose}, {again}.")
     _, says_nothing, rest = words.partition("must specify")
     if says_nothing:
         names = _SAYS_NOTHING.findall(rest)
         fields = sorted({name if "." in name else f"requests.{name}" for name in names})
-        return (
-            f"Set {', '.join(fields)} in {whose}, {again}; or give the namespace a LimitRange with defaults, and the "
-            "run starts by itself."
-        )
+        return _either(f"Set {', '.join(fields)} in {whose}, {again}; or give the namespace a LimitRange with defaults")
     if is_by_limit_range(words):
-        return f"Bring {whose} to what the LimitRange of the namespace allows, {again}; or have the LimitRange changed."
-    return RULES[FailureClass.POD_NOT_STARTED].remedy
+        return _either(
+            f"Bring {whose} to what the LimitRange of the namespace allows, {again}; or have the LimitRange changed"
+        )
+    rule = RULES[FailureClass.POD_NOT_STARTED]
+    return _Remedy(rule.waiting_remedy, rule.remedy)
 
 
 def is_by_limit_range(words: str) -> bool:
     """Whether pods are refused for how much they ask for, or how little."""
-    return "exceeded quota" not in words and _LIMIT_RANGE.search(words) is not None
+    return find_refuser(words) != "quota" and _LIMIT_RANGE.search(words) is not None
 
 
 def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datetime) -> Obstacle | None:
@@ -224,28 +256,36 @@ def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datet
             failure_class=FailureClass.BAD_SPEC,
             permanent=True,
         )
-    found = _describe_refusal(kind, status, words)
+    found = _describe_refusal(status, words)
     if found is None:
         return None
     reason, remedy, failure_class = found
     return Obstacle(
         reason=reason,
         message=f"{kind} {name} is refused: {words}",
-        remedy=remedy,
+        remedy=remedy.waiting,
         since=since,
         failure_class=failure_class,
         permanent=failure_class is FailureClass.BAD_SPEC,
+        limit=_PATIENCE if reason == _FAILED_CREATE else None,
+        final_remedy=remedy.final,
     )
 
 
-def _describe_refusal(kind: str, status: int, words: str) -> tuple[str, str, FailureClass | None] | None:
+def _describe_refusal(status: int, words: str) -> tuple[str, _Remedy, FailureClass | None] | None:
     """Reason, remedy, and what the run fails with if it lasts."""
-    if status == 500:  # webhooks that fail answer with it, and so does an API server that is not well
-        return ("WebhookFailed", _WEBHOOK_REMEDY, None) if "webhook" in words else None
-    if "exceeded quota" in words:
-        return "QuotaExceeded", _QUOTA_REMEDY, None
+    refuser = find_refuser(words)
+    if refuser == "quota":
+        return "QuotaExceeded", _Remedy(_QUOTA_REMEDY), None
+    if refuser == "webhook" or (status == 500 and "webhook" in words):
+        return "WebhookFailed", _WEBHOOK, None
+    if status == 500:  # so answers an API server that is not well
+        return None
     if status == 403 and 'User "' in words and "cannot create" in words:
-        return "OperatorForbidden", _ROLE_REMEDY, None
+        return "OperatorForbidden", _Remedy(_ROLE_REMEDY), None
     if status == 413 or "template.annotations: Too long" in words:
-        return str(FailureClass.BAD_SPEC), _SIZE_REMEDY, FailureClass.BAD_SPEC
-    return str(FailureClass.POD_NOT_STARTED), _POLICY_REMEDY, FailureClass.POD_NOT_STARTED
+        return str(FailureClass.BAD_SPEC), _Remedy(_SIZE_REMEDY), FailureClass.BAD_SPEC
+    if status == 403 and refuser == "unknown":
+        return _FAILED_CREATE, _UNKNOWN, FailureClass.POD_NOT_STARTED
+    remedy = _INVALID if " is invalid: " in words else _POLICY
+    return str(FailureClass.POD_NOT_STARTED), remedy, FailureClass.POD_NOT_STARTED

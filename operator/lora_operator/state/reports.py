@@ -15,13 +15,34 @@ from lora_operator.state.workload import QueueReport
 
 _DENIAL = re.compile(
     r"violates PodSecurity|denied (?:the )?request"  # Pod Security; a webhook, a ValidatingAdmissionPolicy
+    r"|denied one or more images"  # ImagePolicyWebhook
     r"|failed quota: .*must specify"  # a ResourceQuota that wants limits
     r"|usage per (?:Container|Pod) is|max limit to request ratio per|must be less than or equal to"  # a LimitRange
     r"|unable to validate against any security context constraint"  # OpenShift
     r"|node label selector conflicts|conflicts with its namespace"  # PodNodeSelector, PodTolerationRestriction
-    r'|^(?:Error creating: )?(?:Pod|pods) "[^"]*" is invalid'
+    r'|^(?:Error creating: )?[\w.]+ "[^"]*" is invalid'
 )
-"""What admission says of a pod that it does not want (Kubernetes 1.29 to 1.37), so that asking again does not help."""
+"""What admission says of what it does not want (Kubernetes 1.29 to 1.37), so that asking again does not help."""
+
+_QUOTA = re.compile(r"exceed(?:ed|s)? [\w' -]*\bquota\b|\bquota (?:is |was )?exceeded")
+"""A full ResourceQuota, a full ClusterResourceQuota of OpenShift, or one of a webhook, such as HNC's."""
+
+Refuser = Literal["quota", "webhook", "priority", "policy", "unknown"]
+"""Who refuses: a quota that is full, a webhook that does not answer, a missing PriorityClass, or a policy."""
+
+
+def find_refuser(words: str) -> Refuser:
+    """Who refuses a pod, or another object, with these ``words``.
+
+    Whatever is no denial that is known may pass by itself, such as a time-out within the API server.
+    """
+    if _QUOTA.search(words):
+        return "quota"
+    if "failed calling webhook" in words:
+        return "webhook"
+    if "no PriorityClass with name" in words:
+        return "priority"
+    return "policy" if _DENIAL.search(words) else "unknown"
 
 
 @dataclass(frozen=True)
@@ -35,18 +56,9 @@ class Refusal:
     since: datetime
 
     @property
-    def kind(self) -> Literal["quota", "webhook", "priority", "policy", "unknown"]:
-        """Who refuses: a quota that is full, a webhook that does not answer, a missing PriorityClass, or a policy.
-
-        Whatever is no denial that is known may pass by itself, such as a time-out within the API server.
-        """
-        if "exceeded quota" in self.message:
-            return "quota"
-        if "failed calling webhook" in self.message:
-            return "webhook"
-        if "no PriorityClass with name" in self.message:
-            return "priority"
-        return "policy" if _DENIAL.search(self.message) else "unknown"
+    def kind(self) -> Refuser:
+        """Who refuses."""
+        return find_refuser(self.message)
 
 
 STOP = "stop/"
@@ -76,9 +88,9 @@ class RefusedChild:
     passing: bool = False
 
     @property
-    def sort(self) -> tuple[str, int, bool]:
+    def sort(self) -> tuple[str, int, bool, Refuser]:
         """What tells refusals of one sort: the words may name what is used by now."""
-        return self.kind, self.status, self.passing
+        return self.kind, self.status, self.passing, find_refuser(self.words)
 
 
 @dataclass(frozen=True)

@@ -399,6 +399,12 @@ ROLE = 'jobs.batch is forbidden: User "system:serviceaccount:lora-system:lora-op
 WEBHOOK = 'Internal error occurred: failed calling webhook "jobs.example.com": connection refused'
 TOO_LONG = 'Job.batch "run-1" is invalid: spec.template.annotations: Too long: may not be more than 262144 bytes'
 DENIED = 'admission webhook "jobs.example.com" denied the request: every Job needs a team'
+HIERARCHICAL = (
+    'admission webhook "resourcesquotas.hnc.x-k8s.io" denied the request: exceeded hierarchical quota in namespace '
+    '"team": "hrq", requested: count/jobs.batch=1, used: count/jobs.batch=8, limited: count/jobs.batch=8'
+)
+UNKNOWN = 'jobs.batch "tickets-1" is forbidden: status unknown for quota: compute, resources: count/jobs.batch'
+NOT_READY = 'jobs.batch "tickets-1" is forbidden: not yet ready to handle request'
 GOING = (
     'jobs.batch "tickets-1" is forbidden: unable to create new content in namespace team because it is being terminated'
 )
@@ -415,6 +421,9 @@ GOING = (
         ("Service", 403, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 422, "spec.template: Too long", ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 422, TOO_LONG, ("BadSpec", FailureClass.BAD_SPEC, True)),
+        *(("Job", status, HIERARCHICAL, ("QuotaExceeded", None, False)) for status in (400, 403, 500)),
+        ("Job", 403, UNKNOWN, ("FailedCreate", FailureClass.POD_NOT_STARTED, False)),
+        ("Job", 403, NOT_READY, ("FailedCreate", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 413, "Request entity too large", ("BadSpec", FailureClass.BAD_SPEC, True)),
         ("Job", 403, GOING, None),
         ("Job", 404, 'namespaces "team" not found', None),
@@ -438,6 +447,9 @@ def test_diagnose_refusal(
         (DENIED, 403, 0.0, (Phase.PENDING, "PodNotStarted", 30.0)),
         (DENIED, 403, 590.0, (Phase.PENDING, "PodNotStarted", 10.0)),
         (DENIED, 403, 600.0, (Phase.FAILED, "PodNotStarted", None)),
+        (HIERARCHICAL, 403, 1e6, (Phase.PENDING, "QuotaExceeded", 30.0)),
+        (UNKNOWN, 403, 86_399.0, (Phase.PENDING, "FailedCreate", 1.0)),
+        (NOT_READY, 403, 86_400.0, (Phase.FAILED, "PodNotStarted", None)),
         ("too large", 413, 0.0, (Phase.FAILED, "BadSpec", None)),
     ],
 )
@@ -448,6 +460,10 @@ def test_what_is_refused_is_asked_for_again_until_it_has_lasted(
     assert obstacle is not None
     plan = decide_obstructed(Observed(run=a_run()), 1, obstacle, NOW + timedelta(seconds=seconds), Settings())
     assert (plan.phase, plan.reason, plan.requeue_after) == want
+    ended = plan.phase is Phase.FAILED
+    assert ("starts by itself" in plan.message, "raise runPolicy.retry" in plan.message) == (
+        not ended, ended and plan.reason != "BadSpec"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

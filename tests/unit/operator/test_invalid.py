@@ -56,6 +56,7 @@ def test_a_field_of_the_run_that_no_job_takes_ends_it_at_once(words: str, said: 
     "words",
     [
         JOB + "spec.template.spec.volumes[2].name: Duplicate value: a webhook has put it there",
+        JOB + "metadata.labels: Invalid value: 'a b': a valid label must be",
         "jobs.batch \"r0-1\" is forbidden: ValidatingAdmissionPolicy 'p' denied request: containers[0].resources",
     ],
 )
@@ -63,3 +64,5 @@ def test_what_others_have_put_into_the_job_or_forbid_is_waited_for(words: str) -
     obstacle = diagnose_refusal("Job", "r0-1", 422, words, NOW)
     assert obstacle is not None
     assert not obstacle.permanent
+    invalid = words.startswith(JOB)
+    assert ("the policy" in obstacle.remedy, "a webhook of the cluster" in obstacle.remedy) == (not invalid, invalid)

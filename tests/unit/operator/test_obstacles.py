@@ -15,6 +15,10 @@ AWAY = (
 DENIED = 'admission webhook "pods.example.com" denied the request: no team'
 CLASS = 'pods "tickets-1-0-x7k2p" is forbidden: no PriorityClass with name high was found'
 FULL = 'pods "tickets-1-0-x7k2p" is forbidden: exceeded quota: few, requested: pods=1, used: pods=2, limited: pods=2'
+HIERARCHICAL = (
+    'Error creating: admission webhook "resourcesquotas.hnc.x-k8s.io" denied the request: exceeded hierarchical quota '
+    'in namespace "team": "hrq", requested: pods=1, used: pods=8, limited: pods=8'
+)
 DAY = 86_400.0
 REFUSED: dict[str, tuple[str, str, str, float | None]] = {
     "a webhook that is away": (AWAY, "WebhookFailed", "See why the webhook", DAY),
@@ -56,8 +60,18 @@ REFUSED: dict[str, tuple[str, str, str, float | None]] = {
             'pods "x" is forbidden: failed to complete mutation in 13s',
         )
     },
+    "an image that a policy denies": (
+        'Error creating: pods "x" is forbidden: image policy webhook backend denied one or more images: not signed',
+        "PodNotStarted",
+        "Correct what the message names",
+        SETTINGS.start_timeout,
+    ),
+    "a hierarchical quota that is full": (HIERARCHICAL, "QuotaExceeded", "Wait until the quota has room", None),
     "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", None),
 }
+
+FINAL = {"FailedCreate": "See what the message names"}
+"""What the remedy begins with once the run has failed, where that is not what it began with before."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -69,7 +83,8 @@ def test_pods_that_are_refused(name: str) -> None:
         plan = decide(seen(a_run(status=STARTED), JOB, reports=reports), NOW, SETTINGS)
         mark = plan.conditions[ConditionType.RUNNING]
         assert mark.reason == ("PodNotStarted" if ends else reason)
-        assert f"Remedy: {remedy}" in mark.message
+        assert f"Remedy: {FINAL.get(reason, remedy) if ends else remedy}" in mark.message
+        assert ("by itself" in mark.message, "raise runPolicy.retry" in mark.message) == (not ends, ends)
         assert (plan.failure and plan.failure.failure_class) == (FailureClass.POD_NOT_STARTED if ends else None)
         if not ends and limit is not None:
             assert plan.requeue_after == 1.0

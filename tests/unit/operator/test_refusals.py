@@ -15,7 +15,8 @@ from tests.unit.operator.builders import NOW, a_job, a_run, ago, condition, ende
 
 LAUNCH = Plan(actions=(LaunchAttempt(2),), phase=Phase.RESTARTING, reason="Restarting", attempt=2)
 QUOTA = RefusedChild("Job", "tickets-2", 403, "exceeded quota: few", since=ago(5), at=ago(5))
-POLICY = replace(QUOTA, words="violates a policy")
+POLICY = replace(QUOTA, words='admission webhook "jobs.example.com" denied the request: no team')
+PASSING = replace(QUOTA, words="status unknown for quota: few, resources: count/jobs.batch")
 TAKEN = replace(QUOTA, status=0, words="Job tickets-2 belongs to something else", conflict=True)
 
 
@@ -33,6 +34,8 @@ CASES = {
     "once the time has come it is": Case(replace(QUOTA, at=ago(30)), "Restarting"),
     "a policy is waited for": Case(POLICY, "PodNotStarted", 25.0),
     "but not for ever": Case(replace(POLICY, since=ago(600)), "PodNotStarted", None, FailureClass.POD_NOT_STARTED),
+    "what is no denial that is known has a day": Case(replace(PASSING, since=ago(600)), "FailedCreate", 25.0),
+    "and no longer": Case(replace(PASSING, since=ago(86_400)), "PodNotStarted", None, FailureClass.POD_NOT_STARTED),
     "a name that is taken ends the run": Case(TAKEN, "NameConflict", None, FailureClass.NAME_CONFLICT),
     "unless what has it is about to go": Case(
         replace(TAKEN, passing=True, at=ago(0.5)), "WaitingForCleanup", 1.5
@@ -81,9 +84,10 @@ def test_the_time_of_a_refusal_goes_on_while_it_is_of_one_sort() -> None:
     again = hear_refused_child(first, replace(QUOTA, words="exceeded quota: used 3", since=NOW, at=NOW))
     assert again.refused_child is not None
     assert (again.refused_child.since, again.refused_child.at) == (ago(100), NOW)
-    other = hear_refused_child(again, replace(TAKEN, since=NOW, at=NOW))
-    assert other.refused_child is not None
-    assert other.refused_child.since == NOW
+    for one in (TAKEN, POLICY, PASSING):
+        other = hear_refused_child(again, replace(one, since=NOW, at=NOW))
+        assert other.refused_child is not None
+        assert other.refused_child.since == NOW
 
 
 RUNNING = {"attempt": 1, "phase": "Restarting"}
