@@ -211,6 +211,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         exit_code=77,
         charged=False,
         retried=False,
+        node=True,
+        elsewhere=True,
         meaning="The pod's scratch disk is full.",
         remedy=(
             "The model is copied to the node's disk: make room there, or add nodes with more ephemeral storage, "

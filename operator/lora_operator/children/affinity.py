@@ -11,6 +11,9 @@ NAME = "metadata.name"
 _REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 _PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
+_REST = 20
+"""What all else that a pod prefers weighs together, where it is to lean away from nodes, which weighs 100."""
+
 
 def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
     """The pod ``template``, whose pods go to none of ``nodes``. What it asks of nodes itself still holds.
@@ -36,7 +39,8 @@ def keep_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict
 def lean_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict[str, Any]:
     """The pod ``template``, whose pods go to none of ``nodes`` where another one takes them.
 
-    A preflight needs no GPU, and nobody would let it off again: there may be no other node for it.
+    A preflight needs no GPU, and nobody would let it off again: there may be no other node for it. What else it prefers
+    counts for less: a node with a GPU is better than one that has failed it.
     """
     if not nodes:
         return dict(template)
@@ -44,7 +48,9 @@ def lean_away(template: Mapping[str, Any], nodes: Sequence[AvoidedNode]) -> dict
     affinity = spec.get("affinity") or {}
     of_nodes = affinity.get("nodeAffinity") or {}
     away = {"weight": 100, "preference": {"matchFields": _not_on(nodes)}}
-    of_nodes = {**of_nodes, _PREFERRED: [*(of_nodes.get(_PREFERRED) or ()), away]}
+    others = of_nodes.get(_PREFERRED) or ()
+    lighter = [{**one, "weight": max(1, one["weight"] * _REST // (100 * len(others)))} for one in others]
+    of_nodes = {**of_nodes, _PREFERRED: [*lighter, away]}
     return {**template, "spec": {**spec, "affinity": {**affinity, "nodeAffinity": of_nodes}}}
 
 

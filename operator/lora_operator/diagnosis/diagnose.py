@@ -17,12 +17,16 @@ ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
 INIT_CONTAINER_FAILED = "InitContainerFailed"
 """Reason of a failure of a container that is to end, or to run, before the trainer starts."""
 
+DISK_LIMIT = "DiskLimitExceeded"
+"""Reason of a pod that used more of the disk than it may, which no other node changes."""
+
 PEER_SILENT = "PeerSilent"
 """Reason of a failure that is blamed on a pod for saying nothing."""
 
 _NODE_FULL_REMEDY = (
-    "The next attempt avoids the node: see what else runs there. If it repeats, set requests and limits of memory in "
-    "podTemplate.resources of a new run, so that its pods go where there is enough."
+    "See what else runs on the node. Where it is the run that needs so much, set requests and limits of memory in "
+    "podTemplate.resources, so that its pods go where there is enough: that takes a new run, which goes on from the "
+    "last checkpoint with checkpoint.resumeFrom. Else make room, then raise runPolicy.retry if the run has ended."
 )
 
 _NEVER_BY_ENDING = frozenset(
@@ -41,7 +45,14 @@ _EVICTED = frozenset(
     {"PreemptionByScheduler", "EvictionByEvictionAPI", "TerminationByKubelet", "Evicted", "Preempting", "Shutdown",
      "NodeShutdown", "Terminated"}
 )  # fmt: skip
-_DISK_FULL = ("ephemeral local storage usage exceeds", "usage of emptydir volume", "usage exceeds the limit")
+_DISK_FULL = (
+    "ephemeral local storage usage exceeds",
+    "exceeded its local ephemeral storage limit",
+    "usage of emptydir volume",
+    "usage exceeds the limit",
+)
+"""What the kubelet says of a pod, a container and a volume that pass their own limit (Kubernetes 1.29 to 1.37)."""
+
 _KILLED = 128 + 9
 _TERMINATED = 128 + 15
 
@@ -304,7 +315,7 @@ def _diagnose_disruption(pod: PodView) -> Symptom | None:
     reason = pod.disruption or pod.reason
     if any(text in pod.message.lower() for text in _DISK_FULL):
         message = f"Pod {pod.name} was evicted: {pod.message}"
-        return Symptom(FailureClass.DISK_FULL, reason or "Evicted", message, pod, at=pod.deleting_at)
+        return Symptom(FailureClass.DISK_FULL, DISK_LIMIT, message, pod, at=pod.deleting_at)
     if reason in _NODE_LOST:
         message = f"Pod {pod.name} lost its node: {detail or reason}"
         return Symptom(FailureClass.NODE_LOST, reason, message, pod, at=pod.deleting_at)

@@ -52,14 +52,15 @@ def decide_failure(
     elsewhere = tries_elsewhere(failure, others)
     verdict = judge(
         run, failure, now, base=settings.restart_backoff, checkpoint=checkpoint, shrinks=smaller is not None,
-        elsewhere=elsewhere, incomplete=incomplete, since=since,
+        elsewhere=elsewhere, repeated=bool(others), incomplete=incomplete, since=since,
     )  # fmt: skip
     failure = verdict.failure
     if verdict.retried and smaller is not None:
         failure = failure.model_copy(update={"remedy": _shrunk(run, failure, smaller)})
-    elif verdict.retried and elsewhere and failure.remedy != RULES[failure.failure_class].waiting_remedy:
-        failure = failure.model_copy(update={"remedy": describe_next(failure)})
-    refusal = verdict.refusal or describe_others(others)
+    elif verdict.retried and elsewhere:
+        ends = failure.remedy != RULES[failure.failure_class].waiting_remedy
+        failure = failure.model_copy(update={"remedy": describe_next(failure, ends=ends)})
+    refusal = verdict.refusal or describe_others(failure, others)
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)
     mark = Mark(value=False, reason=reason, message=text)

@@ -1,21 +1,24 @@
 """Whether another node may do what one could not, where the class of the failure alone would end the run. All pure.
 
-A driver that is too old, a limit that is too low or a container that does not start may be the fault of one node, or of
-the run. One more attempt tells, which avoids that node: what a second node says too is the run's own.
+A driver that is too old, a limit that is too low, a disk or a memory that is full or a container that does not start
+may be the fault of one node, or of the run. One more attempt tells, which avoids that node: what a second node says too
+is the run's own.
 """
 
 from collections.abc import Iterable, Sequence
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
-from lora_operator.diagnosis.diagnose import Symptom
-from lora_operator.diagnosis.reasons import NOT_STARTED
-from lora_operator.policies.restarts import find_budget, since_retry
+from lora_operator.diagnosis.diagnose import DISK_LIMIT, Symptom
+from lora_operator.diagnosis.reasons import NODE_FULL, NOT_STARTED
+from lora_operator.policies.restarts import SAME_FAILURES, find_budget, since_retry
 
 
 def may_differ(failure_class: FailureClass, reason: str) -> bool:
-    """Whether such a failure ends a run, though another node may not have it."""
+    """Whether such a failure is to end a run, though another node may not have it."""
+    by_class = RULES[failure_class].elsewhere and reason != DISK_LIMIT
     unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
-    return RULES[failure_class].elsewhere or unstarted
+    full = failure_class is FailureClass.EVICTED and reason == NODE_FULL
+    return by_class or unstarted or full
 
 
 def tries_elsewhere(failure: Failure, others: Sequence[str]) -> bool:
@@ -28,28 +31,43 @@ def find_others(
 ) -> list[str]:
     """The nodes that have said what ``failure`` says, in this attempt or since the last complete checkpoint.
 
-    The node of ``failure`` itself is one of them where it said so before: it was avoided, and there is no other.
+    The node of ``failure`` itself is one of them where it says so for the third time: it was avoided, and no other has
+    taken the pods. A preflight and a gang need different things, so that neither speaks for the other.
     """
     if not may_differ(failure.failure_class, failure.reason):
         return []
-    now = {one.pod.node for one in symptoms if one.pod and one.failure_class is failure.failure_class}
+    now = {
+        one.pod.node
+        for one in symptoms
+        if one.pod and one.failure_class is failure.failure_class and may_differ(one.failure_class, one.reason)
+    }
     last = status.last_checkpoint
     earlier = since_retry(status) if find_budget(status, checkpoint).count else []
-    before = {
+    before = [
         one.node
         for one in earlier
         if one.failure_class is failure.failure_class
         and may_differ(one.failure_class, one.reason)
+        and bool(one.attempt) == bool(failure.attempt)
         and (last is None or one.at > last.at)
-    }
-    return sorted(node for node in (now - {failure.node}) | before if node)
+    ]
+    others = (now | set(before)) - {failure.node}
+    if before.count(failure.node) >= SAME_FAILURES - 1:
+        others.add(failure.node)
+    return sorted(node for node in others if node)
 
 
-def describe_others(nodes: Sequence[str]) -> str:
-    """That other nodes have said the same, as the end of a sentence; empty where none has."""
-    return f" (node {', '.join(nodes)} said so too)" if nodes else ""
+def describe_others(failure: Failure, nodes: Sequence[str]) -> str:
+    """That ``nodes`` have said the same, as the end of a sentence; empty where none has."""
+    others = [node for node in nodes if node != failure.node]
+    if others:
+        return f" (node {', '.join(others)} said so too)"
+    return f" (the {SAME_FAILURES}rd time, and no other node took the pod)" if nodes else ""
 
 
-def describe_next(failure: Failure) -> str:
-    """What to do about a failure that is tried again elsewhere."""
-    return f"The next attempt avoids node {failure.node}. If another node says the same, the run ends: {failure.remedy}"
+def describe_next(failure: Failure, *, ends: bool) -> str:
+    """What to do about a failure that is tried again elsewhere. ``ends``: what a second node says ends the run."""
+    avoids = f"The next attempt avoids node {failure.node}."
+    if not failure.attempt:
+        avoids = f"The next preflight avoids node {failure.node} where another one takes it."
+    return f"{avoids} If another node says the same{', the run ends' if ends else ''}: {failure.remedy}"

@@ -74,6 +74,7 @@ def judge(
     checkpoint: int | None = None,
     shrinks: bool = False,
     elsewhere: bool = False,
+    repeated: bool = False,
     incomplete: bool = False,
     since: datetime | None = None,
 ) -> Verdict:
@@ -81,13 +82,14 @@ def judge(
 
     ``base`` is the first pause in seconds, ``checkpoint`` the step of the newest complete checkpoint that was told of.
     ``shrinks``: the next attempt has a smaller micro-batch. ``elsewhere``: it is to show what another node says.
+    ``repeated``: other nodes have said the same, so that no further one is asked.
     ``incomplete``: some pods of the gang had not started, and nothing is charged to a gang that was not whole.
     ``since``: the failure is something that has lasted since then.
     """
     status, rule = run.status, RULES[failure.failure_class]
     budget, worked = find_budget(status, checkpoint), has_worked(status, failure, checkpoint)
     waits = rule.outage and worked
-    retried = rule.retried or waits or shrinks or elsewhere
+    retried = (rule.retried and not repeated) or waits or shrinks or elsewhere
     charged = rule.charged and not incomplete
     if not retried:
         return Verdict(failure, retried=False, charged=False, backoff=0.0, budget=budget)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lora_operator.children.affinity import keep_away
+from lora_operator.children.affinity import keep_away, lean_away
 from lora_operator.children.job import build_job, build_preflight_job
 from lora_operator.settings import Settings
 from tests.unit.operator.builders import NOW, a_run, stamp
@@ -66,4 +66,16 @@ def test_a_preflight_takes_an_avoided_node_where_there_is_no_other() -> None:
         for run in (a_run(), RUN)
     )
     assert list(found) == [PREFERRED]
-    assert found[PREFERRED] == [*plain[PREFERRED], {"weight": 100, "preference": {"matchFields": AWAY}}]
+    others, away = found[PREFERRED][:-1], found[PREFERRED][-1]
+    assert away == {"weight": 100, "preference": {"matchFields": AWAY}}
+    assert [one["preference"] for one in others] == [one["preference"] for one in plain[PREFERRED]]
+
+
+@pytest.mark.parametrize("many", [1, 2, 9])
+def test_a_node_that_failed_a_preflight_counts_for_more_than_all_else_it_prefers(many: int) -> None:
+    affinity = {"nodeAffinity": {PREFERRED: [{"weight": 100, "preference": {"x": one}} for one in range(many)]}}
+    found = lean_away({"spec": {"affinity": affinity}}, RUN.status.avoided_nodes or [])
+    weights = [one["weight"] for one in found["spec"]["affinity"]["nodeAffinity"][PREFERRED]]
+    assert weights[-1] == 100
+    assert 0 < sum(weights[:-1]) <= 20
+    assert affinity["nodeAffinity"][PREFERRED][0]["weight"] == 100, "what was given is not changed"

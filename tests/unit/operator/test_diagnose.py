@@ -175,6 +175,29 @@ CASES = [
         "evicted because its own disk is full",
         a_pod(1, phase="Failed", reason="Evicted", message="Usage of EmptyDir volume work exceeds the limit"),
         FailureClass.DISK_FULL,
+        "DiskLimitExceeded",
+    ),
+    Case(
+        "or its container's",
+        a_pod(
+            1,
+            phase="Failed",
+            reason="Evicted",
+            message='Container trainer exceeded its local ephemeral storage limit "2Gi". ',
+        ),
+        FailureClass.DISK_FULL,
+        "DiskLimitExceeded",
+    ),
+    Case(
+        "a disk that others have filled too is the node's",
+        a_pod(
+            1,
+            phase="Failed",
+            reason="Evicted",
+            message="The node was low on resource: ephemeral-storage. "
+            "Container trainer was using 3Gi, request is 0, has larger consumption of ephemeral-storage. ",
+        ),
+        FailureClass.EVICTED,
     ),
     Case(
         "the taint manager means a lost node",

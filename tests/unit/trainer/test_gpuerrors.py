@@ -84,7 +84,7 @@ def test_only_what_another_node_can_change_is_retried() -> None:
         assert RULES[FailureClass(kind)].elsewhere, "once, on other nodes"
     assert not RULES[FailureClass.GPU_FAULT].charged, "as for a lost node"
     named = {kind for kind, rule in RULES.items() if rule.node}
-    assert named == {"GPUFault", "GPUUnavailable", "GPUUnsupported", "LimitTooLow", "NodeLost"}
+    assert named == {"GPUFault", "GPUUnavailable", "GPUUnsupported", "LimitTooLow", "NodeLost", "DiskFull"}
     # All ranks end alike, so the pod that is looked at need not be on the node whose part changed.
     assert not RULES[FailureClass.WEIGHTS_CHANGED].node
 

@@ -66,6 +66,8 @@ CASES: dict[str, tuple[Failure, list[Symptom], list[dict[str, Any]], list[tuple[
         [], [("n1", "PodLost")],
     ),
     "a node that had no memory left": (failed(FailureClass.EVICTED, "NodeOutOfMemory"), [], [], [("n1", "Evicted")]),
+    "a node whose disk is full": (failed(FailureClass.DISK_FULL, "Error"), [], [], [("n1", "DiskFull")]),
+    "but not one whose pod passed its own limit": (failed(FailureClass.DISK_FULL, "DiskLimitExceeded"), [], [], []),
     "a pod that somebody deleted says nothing of its node": (failed(REFUSED, "Deleted"), [], [], []),
     "nor does a preemption": (failed(FailureClass.EVICTED, "PreemptionByScheduler"), [], [], []),
     "nor does a crash": (failed(FailureClass.INTERNAL, "Error"), [], [], []),
