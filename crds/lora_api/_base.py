@@ -88,11 +88,23 @@ def clean_text(value: Any) -> Any:
     return _NO_TEXT.sub("", value).encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
+def measure(text: str) -> int:
+    """Bytes of ``text`` as Go's JSON encoder writes it into an object, at most ``LONGEST_CHARACTER`` for each of it."""
+    more = 5 * sum(map(text.count, "<>&")) + 3 * sum(map(text.count, "\u2028\u2029"))
+    return len(text.encode()) + more + sum(map(text.count, '"\\\n\r\t'))
+
+
+LONGEST_CHARACTER = 6
+"""Bytes of ``\\u003c``."""
+
+
 def fit(text: str, size: int) -> str:
-    """``text`` cut in its middle to at most ``size`` bytes of UTF-8, and so to as many characters."""
+    """``text`` cut in its middle to at most ``size`` bytes in the JSON of an object, and so to as many characters."""
+    if len(text) * LONGEST_CHARACTER <= size:
+        return text
     kept, length = cut_middle(text, size), size
-    while (excess := len(kept.encode()) - size) > 0:
-        length = min(length, len(kept)) - max(1, excess // 4)
+    while (excess := measure(kept) - size) > 0:
+        length = min(length, len(kept)) - max(1, excess // LONGEST_CHARACTER)
         kept = cut_middle(text, length)
     return kept
 

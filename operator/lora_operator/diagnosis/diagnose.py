@@ -6,7 +6,14 @@ from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.diagnosis.firstseen import can_be, ended_at
-from lora_operator.diagnosis.reasons import NODE_FULL, NOT_STARTED, is_lost, was_refused
+from lora_operator.diagnosis.reasons import (
+    DISK_LIMIT,
+    NODE_FULL,
+    NOT_STARTED,
+    is_lost,
+    passed_disk_limit,
+    was_refused,
+)
 from lora_operator.state.observed import ends_by
 from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
@@ -16,9 +23,6 @@ ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
 
 INIT_CONTAINER_FAILED = "InitContainerFailed"
 """Reason of a failure of a container that is to end, or to run, before the trainer starts."""
-
-DISK_LIMIT = "DiskLimitExceeded"
-"""Reason of a pod that used more of the disk than it may, which no other node changes."""
 
 PEER_SILENT = "PeerSilent"
 """Reason of a failure that is blamed on a pod for saying nothing."""
@@ -45,14 +49,6 @@ _EVICTED = frozenset(
     {"PreemptionByScheduler", "EvictionByEvictionAPI", "TerminationByKubelet", "Evicted", "Preempting", "Shutdown",
      "NodeShutdown", "Terminated"}
 )  # fmt: skip
-_DISK_FULL = (
-    "ephemeral local storage usage exceeds",
-    "exceeded its local ephemeral storage limit",
-    "usage of emptydir volume",
-    "usage exceeds the limit",
-)
-"""What the kubelet says of a pod, a container and a volume that pass their own limit (Kubernetes 1.29 to 1.37)."""
-
 _KILLED = 128 + 9
 _TERMINATED = 128 + 15
 
@@ -313,7 +309,7 @@ def _diagnose_disruption(pod: PodView) -> Symptom | None:
     """Kubernetes itself took the pod away."""
     detail = pod.disruption_message or pod.message
     reason = pod.disruption or pod.reason
-    if any(text in pod.message.lower() for text in _DISK_FULL):
+    if passed_disk_limit(pod):
         message = f"Pod {pod.name} was evicted: {pod.message}"
         return Symptom(FailureClass.DISK_FULL, DISK_LIMIT, message, pod, at=pod.deleting_at)
     if reason in _NODE_LOST:

@@ -47,3 +47,16 @@ def was_refused(pod: PodView) -> bool:
     """Whether the kubelet of its node did not take ``pod``, so that none of its containers ever ran."""
     never_ran = pod.phase == "Failed" and pod.ended is None
     return never_ran and (is_refusal(pod.reason) or pod.message.startswith(_REFUSED))
+
+
+DISK_LIMIT = "DiskLimitExceeded"
+"""Reason of a pod that used more of the disk than it may, which no other node changes."""
+
+_DISK_LIMITS = ("ephemeral local storage usage exceeds", "exceeded its local ephemeral storage limit",
+                "usage of emptydir volume", "usage exceeds the limit")  # fmt: skip
+"""What the kubelet says of a pod, a container and a volume that pass their own limit (Kubernetes 1.29 to 1.37)."""
+
+
+def passed_disk_limit(pod: PodView) -> bool:
+    """Whether the kubelet evicted ``pod`` for what it has on the disk, whatever room its node has."""
+    return any(text in pod.message.lower() for text in _DISK_LIMITS)

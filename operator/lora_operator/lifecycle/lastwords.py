@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import Failure, FailureClass
-from lora_api._base import clean_text
+from lora_api._base import LONGEST_CHARACTER, clean_text, measure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Notes, Plan
 from lora_operator.watched.views import PodView
@@ -54,5 +54,8 @@ def compute_log_tail(failure: Failure, words: Mapping[str, str | None]) -> str |
 
 
 def _keep_end(text: str, size: int) -> str:
-    """The end of ``text`` in at most ``size`` bytes of UTF-8."""
-    return str(clean_text(text)).encode()[-size:].decode(errors="ignore") if size > 0 else ""
+    """The end of ``text`` in at most ``size`` bytes, as they are written into an object."""
+    kept = str(clean_text(text))[-size:] if size > 0 else ""
+    while (excess := measure(kept) - size) > 0 and kept:
+        kept = kept[max(1, excess // LONGEST_CHARACTER) :]
+    return kept

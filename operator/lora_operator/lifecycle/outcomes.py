@@ -13,7 +13,7 @@ from lora_operator.policies.nodes import avoid
 from lora_operator.policies.restarts import judge
 from lora_operator.settings import RunSettings
 from lora_operator.state.checkpoints import find_checkpoint
-from lora_operator.state.failures import new_failure
+from lora_operator.state.failures import advise, new_failure
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import FailureRecord, Mark, Plan
 from lora_operator.wording import with_remedy
@@ -56,10 +56,10 @@ def decide_failure(
     )  # fmt: skip
     failure = verdict.failure
     if verdict.retried and smaller is not None:
-        failure = failure.model_copy(update={"remedy": _shrunk(run, failure, smaller)})
+        failure = advise(failure, _shrunk(run, failure, smaller))
     elif verdict.retried and elsewhere:
         ends = failure.remedy != RULES[failure.failure_class].waiting_remedy
-        failure = failure.model_copy(update={"remedy": describe_next(failure, ends=ends)})
+        failure = advise(failure, describe_next(failure, ends=ends))
     refusal = verdict.refusal or describe_others(failure, others)
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)

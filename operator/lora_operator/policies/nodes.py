@@ -9,8 +9,16 @@ from datetime import datetime, timedelta
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
-from lora_operator.diagnosis.diagnose import DISK_LIMIT, Symptom
-from lora_operator.diagnosis.reasons import LOST_BY_NODE, NODE_FULL, NOT_READIED, NOT_STARTED, is_refusal, was_refused
+from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.reasons import (
+    DISK_LIMIT,
+    LOST_BY_NODE,
+    NODE_FULL,
+    NOT_READIED,
+    NOT_STARTED,
+    is_refusal,
+    was_refused,
+)
 
 AVOIDED_FOR = timedelta(days=1)
 

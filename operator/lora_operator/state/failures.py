@@ -17,6 +17,11 @@ def new_failure(failure_class: FailureClass, attempt: int, message: str, now: da
     )
 
 
+def advise(failure: Failure, remedy: str) -> Failure:
+    """``failure`` with another ``remedy``, which is cut where it is too long for a status."""
+    return Failure.model_validate({**dict(failure), "remedy": remedy})
+
+
 def reword(failure: Failure, message: str) -> Failure:
     """``failure`` with another ``message``, which is cut where it is too long for a status."""
     return Failure.model_validate({**dict(failure), "message": message})

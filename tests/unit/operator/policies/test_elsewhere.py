@@ -108,6 +108,17 @@ def test_a_driver_a_limit_or_a_disk_may_be_that_of_one_node(failure_class: Failu
         assert plan.failure.remedy == RULES[failure_class].remedy
 
 
+def test_a_long_remedy_has_room_for_what_comes_before_it() -> None:
+    """The API server would refuse a longer one, and with it the whole status."""
+    old = ended(
+        0, 82, said("GPUUnsupported", "it is too old", remedy="x" * 1024), node="n1", attempt=2, job_uid="job-2"
+    )
+    plan = decided([old, lost(1)])
+    assert plan.failure is not None
+    assert len(plan.failure.remedy) == 1024
+    assert plan.failure.remedy.startswith("The next attempt avoids node n1.")
+
+
 def test_the_node_of_a_container_that_does_not_start_is_said() -> None:
     plan = decided([unstarted(0, "n1"), lost(1)])
     assert plan.message.startswith(f"The container of pod tickets-2-0 did not start on node n1: {DRIVER}")
