@@ -6,14 +6,7 @@ from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
 from lora_operator.diagnosis.firstseen import can_be, ended_at
-from lora_operator.diagnosis.reasons import (
-    DISK_LIMIT,
-    NODE_FULL,
-    NOT_STARTED,
-    is_lost,
-    passed_disk_limit,
-    was_refused,
-)
+from lora_operator.diagnosis.reasons import DISK_LIMIT, NODE_FULL, NOT_STARTED, is_lost, passed_disk_limit, was_refused
 from lora_operator.state.observed import ends_by
 from lora_operator.watched.views import Ended, JobView, PodView
 from lora_operator.wording import with_remedy
