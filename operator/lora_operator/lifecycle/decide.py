@@ -245,9 +245,7 @@ def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: dat
             observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
             forgets_nodes=may_need_avoided(pods),
         )  # fmt: skip
-    silent = failing.silent
-    awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
-    message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting up to {failing.grace:.0f} s for {awaited}"
+    message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting {failing.describe_wait()}"
     return Plan(
         phase=Phase.RUNNING,
         reason="PodFailed",
