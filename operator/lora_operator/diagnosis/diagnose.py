@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
-from lora_operator.diagnosis.firstseen import can_be, ended_at
+from lora_operator.diagnosis.firstseen import can_be, ended_at, was_asked_first
 from lora_operator.diagnosis.reasons import DISK_LIMIT, NODE_FULL, NOT_STARTED, is_lost, passed_disk_limit, was_refused
 from lora_operator.state.observed import ends_by
 from lora_operator.watched.views import Ended, JobView, PodView
@@ -162,7 +162,7 @@ def diagnose_pod(pod: PodView, now: datetime, *, grace: float, seen: Mapping[str
     if ended is not None and ended.exit_code == 0:
         return _diagnose_silent_success(pod)
     if ended is not None:
-        return _diagnose_exit(pod, ended.exit_code)
+        return _diagnose_exit(pod, ended.exit_code, seen)
     if pod.phase == "Failed" or pod.gone:
         return _diagnose_without_exit(pod)
     due = ends_by(pod, seen, now)
@@ -188,12 +188,14 @@ def _diagnose_silent_success(pod: PodView) -> Symptom | None:
     return Symptom(FailureClass.INTERNAL, "NoTerminationMessage", message, pod, at=pod.ended.at if pod.ended else None)
 
 
-def _diagnose_exit(pod: PodView, exit_code: int) -> Symptom:
+def _diagnose_exit(pod: PodView, exit_code: int, seen: Mapping[str, datetime]) -> Symptom:
     ended, termination = pod.ended, termination_of(pod)
     if ended is None:
         raise ValueError(f"pod {pod.name} has not ended")
     at, said = ended.at, termination.failure_class if termination else None
     taken = None if said in _NEVER_BY_ENDING else _diagnose_disruption(pod)
+    if taken is None and said not in _NEVER_BY_ENDING | ECHOES | {None} and was_asked_first(pod, pod, seen):
+        taken = _diagnose_deletion(pod)
     if taken is not None:
         return replace(taken, at=at, message=_add_said(taken.message, termination), step=_step(termination))
     if ended.reason == "OOMKilled" and not pod.memory_limited:
@@ -314,15 +316,35 @@ def _diagnose_disruption(pod: PodView) -> Symptom | None:
     return None
 
 
+def _diagnose_deletion(pod: PodView) -> Symptom:
+    """Somebody asked the pod to stop, and Kubernetes does not say why: people, or what drains a node by deleting."""
+    message = f"Pod {pod.name} was asked to stop"
+    return Symptom(FailureClass.POD_LOST, "Deleted", message, pod, at=pod.deleting_at)
+
+
+def _find_taken(causes: Sequence[Symptom], pods: Sequence[PodView], seen: Mapping[str, datetime]) -> Symptom | None:
+    """What ``causes`` come from where a pod of the gang was taken away before any of them: its peers fail by that."""
+    failed = [cause.pod for cause in causes if cause.pod is not None]
+    if len(failed) < len(causes) or any(cause.failure_class in _NEVER_BY_ENDING for cause in causes):
+        return None
+    for pod in pods:
+        if all(was_asked_first(pod, other, seen) for other in failed):
+            own = next((cause for cause in causes if cause.pod is pod), None)
+            return own or _diagnose_disruption(pod) or _diagnose_deletion(pod)
+    return None
+
+
 def find_silent(symptoms: Sequence[Symptom], pods: Sequence[PodView]) -> list[PodView]:
     """The pods that say nothing while their peers have only lost a peer: hung, or on a node that is gone.
 
+    One that was asked to stop is saving a checkpoint: it ends, or counts as lost once its time for that is over.
     Those whose node does not answer come first: its node controller marks pods as not ready once it has not heard from
     the kubelet for 50 s (--node-monitor-grace-period, Kubernetes 1.32).
     """
     if any(symptom.failure_class != FailureClass.PEER_LOST for symptom in symptoms):
         return []
-    return sorted((pod for pod in pods if not pod.has_ended), key=lambda pod: not is_off(pod))
+    quiet = (pod for pod in pods if not pod.has_ended and pod.deleting_at is None)
+    return sorted(quiet, key=lambda pod: not is_off(pod))
 
 
 def is_off(pod: PodView) -> bool:
@@ -347,7 +369,7 @@ def diagnose_root(
     asked = [symptom for symptom in symptoms if symptom.failure_class == FailureClass.CHECKPOINTED]
     silent = find_silent(symptoms, pods)
     if causes:
-        root = _earliest(causes, now)
+        root = _find_taken(causes, pods, seen) or _earliest(causes, now)
     elif asked:
         root = next((symptom for symptom in asked if symptom.pod and symptom.pod.deleting_at), _earliest(asked, now))
     elif silent and is_off(silent[0]):
@@ -359,7 +381,7 @@ def diagnose_root(
         message = f"Pod {silent[0].name} stopped answering its peers and says nothing itself; {_words(first)}"
         root = replace(first, message=message, reason=PEER_SILENT, pod=silent[0], rank=None, remedy="")
     else:
-        root = _earliest(lost, now)
+        root = _find_taken(lost, pods, seen) or _earliest(lost, now)
     ended = root.pod.ended if root.pod else None
     return Failure(
         attempt=attempt,

@@ -8,6 +8,7 @@ in memory (``Reports.seen``). An operator that starts anew sees it anew, and rat
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
+from lora_operator.state.observed import stop_seen
 from lora_operator.state.reports import JOB
 from lora_operator.watched.views import JobView, PodView
 
@@ -76,6 +77,14 @@ def running_since(job: JobView, seen: Mapping[str, datetime], now: datetime) -> 
 def ended_at(pod: PodView | None, seen: Mapping[str, datetime], now: datetime) -> datetime:
     """When it was seen that ``pod`` has ended."""
     return now if pod is None else min(now, seen.get(end_seen(pod), now))
+
+
+def was_asked_first(pod: PodView, ended: PodView, seen: Mapping[str, datetime]) -> bool:
+    """Whether ``pod`` was asked to stop before ``ended`` was seen to end, or nobody saw which came first."""
+    if pod.deleting_at is None:
+        return False
+    stop, end = seen.get(stop_seen(pod)), seen.get(end_seen(ended))
+    return stop is None or end is None or stop <= end
 
 
 def can_be(at: datetime | None, pod: PodView | None, job: JobView, seen: Mapping[str, datetime]) -> bool:

@@ -40,6 +40,11 @@ _GATED_REMEDY = (
     "See why whoever set the pod's scheduling gates (spec.schedulingGates) does not remove them. The run starts by "
     "itself then."
 )
+_ONE_POD = "ReadWriteOncePod"
+_ONE_POD_REMEDY = (
+    "The claim is in use, and its access mode lets one pod of the whole cluster use it: give the run a claim that is "
+    "ReadWriteMany or ReadOnlyMany. If another run has it, this one starts by itself after that."
+)
 _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
@@ -127,11 +132,16 @@ def diagnose_obstacle(
             return Obstacle(
                 reason=pod.unscheduled_reason,
                 message=describe_unscheduled(starting),
-                remedy=_scheduling_remedy(pod),
+                remedy=scheduling_remedy(pod),
                 since=pod.created,
                 scheduling=True,
             )
     return stuck[0] if stuck else None
+
+
+def find_unscheduled(pods: Sequence[PodView]) -> list[PodView]:
+    """The pods without a node of which a scheduler has said why."""
+    return [pod for pod in pods if pod.unscheduled_reason and not (pod.scheduled or pod.has_ended)]
 
 
 def describe_unscheduled(pods: Sequence[PodView]) -> str:
@@ -159,9 +169,12 @@ def waits_for_claim(pod: PodView) -> bool:
     return "persistentvolumeclaim" in pod.unscheduled_message.lower()
 
 
-def _scheduling_remedy(pod: PodView) -> str:
+def scheduling_remedy(pod: PodView) -> str:
+    """What to do about ``pod``, which has no node."""
     if pod.unscheduled_reason == "SchedulingGated":
         return _GATED_REMEDY
+    if _ONE_POD in pod.unscheduled_message:
+        return _ONE_POD_REMEDY
     return _CLAIM_REMEDY if waits_for_claim(pod) else _SCHEDULING_REMEDY
 
 

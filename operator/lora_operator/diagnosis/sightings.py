@@ -41,7 +41,7 @@ def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found = {ORPHANS: now} if observed.orphans() else {}
     if any(pod.deleting_at for pod in observed.leftovers()):
         found[LEFTOVERS] = now
-    found |= {stop_seen(pod): now for pod in observed.pods if pod.deleting_at is not None and not pod.gone}
+    found |= {stop_seen(pod): now for pod in observed.pods if pod.deleting_at is not None}
     if observed.run.status.retry_time is not None:
         found[retry_seen(observed.run.status.retry_time)] = now
     job = observed.live_job()

@@ -245,9 +245,7 @@ def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: dat
             observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
             forgets_nodes=may_need_avoided(pods),
         )  # fmt: skip
-    silent = failing.silent
-    awaited = f"a word of pod {silent[0].name} or of its node" if silent else "the last words of the other pods"
-    message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting up to {failing.grace:.0f} s for {awaited}"
+    message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting {failing.describe_wait()}"
     return Plan(
         phase=Phase.RUNNING,
         reason="PodFailed",
@@ -271,24 +269,20 @@ def _decide_healthy(
     obstacle = diagnose_obstacle(
         pods, job, observed.reports, now, limit=settings.start_timeout, patience=settings.preflight_timeout
     )
-    start = _plan_start(job.attempt, scheduled=scheduled)
-    if obstacle is None:
-        return replace(
-            start,
-            requeue_after=seconds_to_lost(observed.stopping(job), now, settings.failure_grace, observed.reports.seen),
-        )
-    left = obstacle.seconds_left(now, settings.start_timeout)
-    if left is not None and left <= 0:
+    left = obstacle.seconds_left(now, settings.start_timeout) if obstacle is not None else None
+    if obstacle is not None and left is not None and left <= 0:
         failure = obstacle.to_failure(job.attempt, now)
         return decide_failure(observed, job.attempt, failure, now, settings, since=obstacle.since)
     short = is_short_of_room(observed, job, pods)
-    if short:
-        back = seconds_to_giving_back(observed, now)
-        if back <= 0:
-            failure = not_placed(observed, job, pods, now)
-            forgets = may_need_avoided(pods)
-            return decide_failure(observed, job.attempt, failure, now, settings, forgets_nodes=forgets)
-        left = back if left is None else min(left, back)
+    back = seconds_to_giving_back(observed, now) if short else None
+    if back is not None and back <= 0:
+        failure = not_placed(observed, job, pods, now)
+        forgets = may_need_avoided(pods)
+        return decide_failure(observed, job.attempt, failure, now, settings, forgets_nodes=forgets)
+    start = replace(_plan_start(job.attempt, scheduled=scheduled), notes=Notes(short_of_room=short))
+    if obstacle is None:
+        lost = seconds_to_lost(observed.stopping(job), now, settings.failure_grace, observed.reports.seen)
+        return replace(start, requeue_after=_earliest(lost, back))
     mark = Mark(value=False, reason=obstacle.reason, message=obstacle.text)
     marks = {**start.conditions, ConditionType.RUNNING: mark}
     if obstacle.scheduling:
@@ -298,9 +292,12 @@ def _decide_healthy(
         reason=obstacle.reason,
         message=obstacle.text,
         conditions=marks,
-        requeue_after=left,
-        notes=Notes(short_of_room=short),
+        requeue_after=_earliest(left, back),
     )
+
+
+def _earliest(*waits: float | None) -> float | None:
+    return min((seconds for seconds in waits if seconds is not None), default=None)
 
 
 _STAGE_REASONS = {
@@ -338,5 +335,5 @@ def _decide_running(
         message="The gang is training",
         attempt=job.attempt,
         conditions=marks,
-        requeue_after=min((seconds for seconds in waits if seconds is not None), default=None),
+        requeue_after=_earliest(*waits),
     )

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from lora_operator.diagnosis.diagnose import ECHOES, Symptom, diagnose_pods, find_silent, is_off
+from lora_api import FailureClass
+from lora_operator.diagnosis.diagnose import ECHOES, Symptom, diagnose_pods, find_silent, is_off, seconds_to_lost
+from lora_operator.diagnosis.obstacles import name_pods
 from lora_operator.policies.placement import not_started
 from lora_operator.settings import RunSettings
 from lora_operator.state.observed import Observed
@@ -15,14 +17,16 @@ class Failing:
     """What a gang shows that has failed, or is about to.
 
     ``pods`` are those that ran when the first one failed, ``late`` those that did not; ``silent`` the ones that say
-    nothing while their peers have only lost a peer. The peers are listened to for ``grace`` seconds in all; ``left`` of
-    them are still to come, none once there is nobody left to speak.
+    nothing while their peers have only lost a peer, ``leaving`` those that were asked to stop meanwhile. The peers
+    are listened to for ``grace`` seconds in all; ``left`` of them are still to come, none once there is nobody left
+    to speak.
     """
 
     symptoms: list[Symptom]
     pods: list[PodView]
     late: list[PodView]
     silent: list[PodView]
+    leaving: list[PodView]
     grace: float
     left: float
 
@@ -42,13 +46,22 @@ class Failing:
         by_themselves = {one.pod.uid for one in self.symptoms if one.pod and one.failure_class not in ECHOES}
         return any(pod.uid not in by_themselves for pod in self.late)
 
+    def describe_wait(self) -> str:
+        """What is waited for, as the end of a sentence."""
+        if self.leaving:
+            return f"for the end of {name_pods([pod.name for pod in self.leaving])}, asked to stop"
+        silent = self.silent[0].name if self.silent else None
+        awaited = f"a word of pod {silent} or of its node" if silent else "the last words of the other pods"
+        return f"up to {self.grace:.0f} s for {awaited}"
+
 
 def find_failing(observed: Observed, job: JobView, now: datetime, settings: RunSettings) -> Failing | None:
     """What the gang of ``job`` shows; ``None`` while no pod has failed.
 
-    A peer that is silent is listened to for longer: it takes Kubernetes a while to notice that a node is gone. The time
-    counts from when this operator saw the failure: the clocks of the nodes are not ours. And a gang that was not whole
-    then was not, whichever pod begins to run in that moment.
+    A peer that is silent is listened to for longer: it takes Kubernetes a while to notice that a node is gone. One that
+    was asked to stop has its time to save a checkpoint, and is what the others have lost. The time counts from when
+    this operator saw the failure: the clocks of the nodes are not ours. And a gang that was not whole then was not,
+    whichever pod begins to run in that moment.
     """
     reports, pods = observed.reports, observed.gang(job)
     symptoms = diagnose_pods(
@@ -67,8 +80,10 @@ def find_failing(observed: Observed, job: JobView, now: datetime, settings: RunS
     silent = find_silent(symptoms, whole)
     grace = settings.node_grace if silent and not is_off(silent[0]) else settings.failure_grace
     ended = {pod.index for pod in pods if pod.has_ended} | job.failed_indexes | job.completed_indexes
+    left = grace - (now - (reports.failing_since or now)).total_seconds()
+    leaving = [pod for pod in whole if pod.deleting_at is not None and not pod.has_ended]
+    if leaving and all(one.failure_class is FailureClass.PEER_LOST for one in symptoms):
+        left = max(left, seconds_to_lost(leaving, now, settings.failure_grace, reports.seen) or 0.0)
     if job.failure or len(ended) >= observed.run.spec.parallelism.nodes:
         left = 0.0
-    else:
-        left = grace - (now - (reports.failing_since or now)).total_seconds()
-    return Failing(symptoms, whole, late, silent, grace, left)
+    return Failing(symptoms, whole, late, silent, leaving, grace, left)

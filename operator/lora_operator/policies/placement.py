@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from lora_api import Failure, FailureClass
-from lora_operator.diagnosis.obstacles import describe_unscheduled, diagnose_refused, waits_for_claim
+from lora_operator.diagnosis.obstacles import (
+    describe_unscheduled,
+    diagnose_refused,
+    find_unscheduled,
+    name_pods,
+    scheduling_remedy,
+    waits_for_claim,
+)
 from lora_operator.policies.nodes import describe_forgotten
 from lora_operator.policies.restarts import compute_backoff
 from lora_operator.state.failures import new_failure, reword
@@ -20,14 +27,22 @@ PLACEMENT_TIMEOUT = 600
 """Seconds, where the run names none."""
 
 _UNSCHEDULABLE = "Unschedulable"
+_NO_SCHEDULER_REMEDY = (
+    "See whether the scheduler that spec.schedulerName of the pods names runs, and what its log says. The next attempt "
+    "starts by itself."
+)
 _SCHEDULERS_WORDS, _AFFINITY = "nodes are available", "affinity"
 """What kube-scheduler says of each pod without a node, and of nodes that its affinity leaves out (1.29 to 1.37)."""
 
 
+def has_no_node(pod: PodView) -> bool:
+    """Whether ``pod`` waits for a node: for room, a claim, a gate, or a scheduler that does not come to it."""
+    return not (pod.scheduled or pod.has_ended)
+
+
 def lacks_room(pod: PodView) -> bool:
-    """Whether no node has room for ``pod``. One that waits for an image, a claim or a gate has another reason."""
-    unplaced = not (pod.scheduled or pod.has_ended)
-    return unplaced and pod.unscheduled_reason == _UNSCHEDULABLE and not waits_for_claim(pod)
+    """Whether no node has room for ``pod``. One that waits for a claim or a gate has another reason."""
+    return has_no_node(pod) and pod.unscheduled_reason == _UNSCHEDULABLE and not waits_for_claim(pod)
 
 
 def not_started(pods: Sequence[PodView]) -> list[PodView]:
@@ -44,19 +59,23 @@ def begun_by(observed: Observed) -> frozenset[str]:
 
 
 def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
-    """Whether there is room for a part of the gang only, or the run itself keeps away from nodes that have some."""
-    placed = any(pod.scheduled and not pod.has_ended for pod in pods)
-    return _room_is_lacking(observed, job, pods) and (placed or bool(observed.run.status.avoided_nodes))
+    """Whether a part of the gang has nodes and the rest has not, or the run itself keeps away from nodes with room.
+
+    A gang that has none holds nothing, and waits where it is.
+    """
+    if any(pod.scheduled and not pod.has_ended for pod in pods):
+        return _waits_for_pods(observed, job, pods)
+    return bool(observed.run.status.avoided_nodes) and may_need_avoided(pods)
 
 
-def _room_is_lacking(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
-    """Whether some pod of the gang finds no node, or is refused for now, by a full quota or a webhook that is away.
+def _waits_for_pods(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
+    """Whether some pod of the gang has no node, or is refused for now, by a full quota or a webhook that is away.
 
     A policy that denies a pod ends the attempt by itself, and sooner.
     """
     refusal = observed.reports.refusal
     refused = observed.is_short_of_pods(job) and refusal is not None and refusal.kind != "policy"
-    return refused or any(map(lacks_room, pods))
+    return refused or any(map(has_no_node, pods))
 
 
 def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
@@ -99,17 +118,27 @@ def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: d
     if may_need_avoided(pods):
         message += describe_forgotten(observed.run.status.avoided_nodes or [])
     failure = new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
-    refusal = observed.reports.refusal
-    if any(map(lacks_room, pods)) or refusal is None or not observed.is_short_of_pods(job):
-        return failure
-    return failure.model_copy(update={"remedy": diagnose_refused(job, refusal).remedy})
+    remedy = _find_remedy(observed, job, pods)
+    return failure.model_copy(update={"remedy": remedy}) if remedy else failure
+
+
+def _find_remedy(observed: Observed, job: JobView, pods: Sequence[PodView]) -> str | None:
+    """What helps where it is not more room."""
+    if any(map(lacks_room, pods)):
+        return None
+    waiting, refusal = find_unscheduled(pods), observed.reports.refusal
+    if waiting:
+        return scheduling_remedy(waiting[0])
+    if refusal is not None and observed.is_short_of_pods(job):
+        return diagnose_refused(job, refusal).remedy
+    return _NO_SCHEDULER_REMEDY if any(map(has_no_node, pods)) else None
 
 
 def explain_by_room(
     failure: Failure, observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime
 ) -> Failure:
     """``failure`` of a gang that was never whole: a peer that was lost is one that found no room."""
-    if failure.failure_class is FailureClass.PEER_LOST and _room_is_lacking(observed, job, pods):
+    if failure.failure_class is FailureClass.PEER_LOST and _waits_for_pods(observed, job, pods):
         found = not_placed(observed, job, pods, now)
         kept = {name: getattr(failure, name) for name in ("pod", "node", "rank", "exit_code", "at")}
         return reword(found.model_copy(update=kept), f"{found.message}; {failure.pod} says: {failure.message}")
@@ -119,8 +148,11 @@ def explain_by_room(
 
 def describe_waits(observed: Observed, job: JobView, pods: Sequence[PodView]) -> str:
     """Which pods wait, and for what: the words of the scheduler or of the quota, each of them once."""
-    without = [pod for pod in pods if lacks_room(pod)]
-    words = [describe_unscheduled(without).rstrip(".")] if without else []
+    waiting = find_unscheduled(pods)
+    words = [describe_unscheduled(waiting).rstrip(".")] if waiting else []
+    silent = [pod.name for pod in pods if has_no_node(pod) and pod not in waiting]
+    if silent:
+        words.append(f"No scheduler has come to {name_pods(silent)}")
     refusal = observed.reports.refusal
     if refusal is not None and observed.is_short_of_pods(job):
         words.append(f"{job.size - len(pods)} of {job.size} pods are not made: {refusal.message}")

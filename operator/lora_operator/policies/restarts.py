@@ -8,6 +8,7 @@
 Each failure since the last newer checkpoint, of whichever class, doubles the pause before the next attempt.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -109,6 +110,8 @@ def judge(
         return Verdict(failure, retried=False, charged=False, backoff=0.0, budget=budget, refusal=refusal)
     after = Budget(budget.charged + charged, budget.count + 1, budget.since if waits_for_room else begun)
     backoff = compute_backoff(budget.count, base)
+    if waits_for_room:
+        backoff *= spread(run.metadata.uid, failure.attempt)
     return Verdict(failure, retried=True, charged=charged, backoff=backoff, budget=after)
 
 
@@ -126,6 +129,16 @@ def _no_progress(failure: Failure, now: datetime) -> Failure:
     message = f"No newer checkpoint is complete; the last attempt ended as {failure.failure_class}: {failure.message}"
     kept = {name: getattr(failure, name) for name in ("pod", "node", "rank", "step", "exit_code", "at")}
     return new_failure(FailureClass.NO_PROGRESS, failure.attempt, message, now).model_copy(update=kept)
+
+
+def spread(uid: str, attempt: int) -> float:
+    """A share of a pause between a half and all of it, another one for each run and attempt.
+
+    Two gangs that hold what the other one needs give it back at the same moment. Without this they would also begin
+    again at the same moment, time after time.
+    """
+    digest = hashlib.sha256(f"{uid}/{attempt}".encode()).digest()
+    return 1.0 - int.from_bytes(digest[:4]) / 2**33
 
 
 def compute_backoff(failures: int, base: float) -> float:

@@ -121,6 +121,34 @@ def test_no_pod_is_called_silent_before_a_last_look(
     assert (status["failures"][0]["class"], status["chargedRestarts"]) == ("PodLost" if is_taken else "NodeLost", 0)
 
 
+def test_a_pod_that_is_drained_has_its_time_for_a_checkpoint_and_nobody_is_blamed(
+    run: Run, fast_settings: Callable[..., Settings], namespace: str
+) -> None:
+    """Its peers end first, and say only that they lost it; then so long passes as a silent pod would have."""
+    with OperatorThread(fast_settings(namespace, node_grace=1.0)):
+        run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+        drained, _ = run.gang(1)
+        path = f"/api/v1/namespaces/{namespace}/pods/{drained['metadata']['name']}"
+        target = {"apiVersion": "v1", "kind": "Node", "name": f"{namespace}-drained"}
+        run.api.create(f"{path}/binding", {"metadata": {"name": drained["metadata"]["name"]}, "target": target})
+        run.set_running(1)
+        run.wait_phase("Running")
+        run.api.delete(path)
+        eventually("it is asked to stop", lambda: "deletionTimestamp" in run.gang(1)[0]["metadata"])
+        run.set_ended(1, 1, 73, termination("PeerLost", "Connection closed by peer", rank=1))
+        run.wait("it is waited for", lambda status: "asked to stop" in run.condition("Running")["message"])
+        begin = time.monotonic()
+        eventually("the time of a silent pod", lambda: time.monotonic() - begin > 2.0)
+        assert not run.status.get("failures")
+        run.set_ended(1, 0, 75, termination("Checkpointed", "Saved a checkpoint", rank=0, step=9))
+        status = run.wait("the next attempt", lambda status: status.get("failures"))
+    assert (status["failures"][0]["class"], status["failures"][0]["pod"]) == (
+        "Checkpointed",
+        drained["metadata"]["name"],
+    )
+    assert (status["chargedRestarts"], status["phase"]) == (0, "Restarting")
+
+
 def test_an_operator_cut_after_any_call_is_continued_by_the_next(
     cp: devcluster.ControlPlane,
     api: Api,

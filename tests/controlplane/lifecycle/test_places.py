@@ -116,11 +116,11 @@ def test_a_container_that_a_node_cannot_start_is_tried_on_one_other_node(
 
 
 def test_a_part_of_a_gang_gives_its_nodes_back_and_tries_again(run: Run, operator: OperatorThread) -> None:
-    run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 1, "maxRestarts": 0}))
+    run.create(lambda spec: spec.update(runPolicy={"placementTimeoutSeconds": 4, "maxRestarts": 0}))
     for attempt in (1, 2, 3):
         first, second = run.gang(attempt)
-        run.set_pod(first, running())
         run.set_pod(second, unschedulable(FULL))
+        run.set_pod(first, running())
         name = second["metadata"]["name"]
         run.wait("it says who waits", lambda _, name=name: name in run.condition("Scheduled").get("message", ""))
         assert FULL.rstrip(".") in run.condition("Scheduled")["message"]

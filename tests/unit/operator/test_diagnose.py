@@ -289,9 +289,9 @@ ROOTS = [
         2,
     ),
     Root(
-        "a pod that is about to end is not ready either",
+        "a pod that was asked to stop is what its peers have lost",
         [ended(0, 73, said("PeerLost")), running(1, unready=True, deleting_at=ago(-60))],
-        FailureClass.PEER_LOST,
+        FailureClass.POD_LOST,
         1,
     ),
     Root(

@@ -35,6 +35,10 @@ LEFT_OUT = (
     "0/4 nodes are available: 1 node(s) didn't match Pod's node affinity/selector, 3 Insufficient nvidia.com/gpu."
 )
 CLAIM = '0/4 nodes are available: persistentvolumeclaim "data" not found.'
+IN_USE = (
+    "0/4 nodes are available: 4 node has pod using PersistentVolumeClaim with the same name and ReadWriteOncePod "
+    "access mode."
+)
 AVOIDED = [{"name": "n7", "reason": "NodeLost", "since": stamp(ago(60))}]
 JOB = a_job(size=4)
 
@@ -79,11 +83,15 @@ CASES = {
     "a pod that waits for its image has room": Case(
         gang(running(0), running(1), running(2), waiting(3, "ContainerCreating"), since=9e6), None
     ),
-    "a pod that waits for a claim is no question of room": Case(
-        gang(running(0), running(1), running(2), unplaced(3, CLAIM), since=9e6), None
+    "a part that waits for the claim of another pod holds its nodes as well": Case(
+        gang(running(0), running(1), running(2), unplaced(3, CLAIM), since=50), 10.0
     ),
-    "nor is one that somebody holds back": Case(
-        gang(running(0), running(1), running(2), unplaced(3, unscheduled_reason="SchedulingGated"), since=9e6), None
+    "and one that waits for a pod which somebody holds back": Case(
+        gang(running(0), running(1), running(2), unplaced(3, unscheduled_reason="SchedulingGated"), since=60), 0.0
+    ),
+    "and one to whose pods no scheduler comes": Case(gang(running(0), a_pod(1), a_pod(2), a_pod(3), since=60), 0.0),
+    "a gang that waits for a claim as a whole holds none": Case(
+        gang(*(unplaced(index, CLAIM) for index in range(4)), since=9e6), None
     ),
     "a quota that has room for a part is no better": Case(gang(running(0), running(1), refusal=QUOTA, since=60), 0.0),
     "a quota that has room for none holds nothing": Case(gang(refusal=QUOTA, since=9e6), None),
@@ -93,8 +101,12 @@ CASES = {
         gang(running(0), running(1), refusal="violates PodSecurity", since=60), None
     ),
     "nodes that the run avoids may be all that there is": Case(
-        gang(*(unplaced(index) for index in range(4)), since=50, avoidedNodes=AVOIDED), 10.0
+        gang(*(unplaced(index, LEFT_OUT) for index in range(4)), since=50, avoidedNodes=AVOIDED), 10.0
     ),
+    "but not where all others are full": Case(
+        gang(*(unplaced(index) for index in range(4)), since=9e6, avoidedNodes=AVOIDED), None
+    ),
+    "nor where a quota is": Case(gang(refusal=QUOTA, since=9e6, avoidedNodes=AVOIDED), None),
     "then they are used again": Case(
         gang(*(unplaced(index, LEFT_OUT) for index in range(4)), since=60, avoidedNodes=AVOIDED), 0.0
     ),
@@ -111,7 +123,7 @@ def test_a_gang_that_is_short_of_room(name: str) -> None:
         assert plan.failed is not None
         assert (found, plan.failed.charged, plan.phase) == (FailureClass.NOT_PLACED, False, Phase.RESTARTING)
         assert plan.failed.avoided == ()
-        assert plan.failed.backoff == SETTINGS.restart_backoff
+        assert SETTINGS.restart_backoff / 2 <= plan.failed.backoff <= SETTINGS.restart_backoff
     else:
         assert found is None
         assert case.left is None or plan.requeue_after == case.left
@@ -146,8 +158,11 @@ def test_a_quota_that_is_full_forgets_no_node() -> None:
         ([running(0), running(1)], QUOTA, "Wait until the quota has room"),
         ([running(0), running(1)], AWAY, "webhook"),
         ([running(0), running(1), unplaced(2)], AWAY, "Free or add nodes"),
+        ([running(0), running(1), running(2), unplaced(3, CLAIM)], "", "Create the claim"),
+        ([running(0), running(1), running(2), unplaced(3, IN_USE)], "", "ReadWriteMany"),
+        ([running(0), a_pod(1), a_pod(2), a_pod(3)], "", "schedulerName"),
     ],
-    ids=["a quota", "a webhook", "a webhook, and no room"],
+    ids=["a quota", "a webhook", "a webhook, and no room", "a claim", "a claim for one pod", "no scheduler"],
 )
 def test_the_remedy_is_that_of_what_is_lacking(pods: list[PodView], refusal: str, word: str) -> None:
     plan = decide(gang(*pods, refusal=refusal, since=60), NOW, SETTINGS)

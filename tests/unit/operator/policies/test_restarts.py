@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lora_api import RULES, Failure, FailureClass
-from lora_operator.policies.restarts import judge
+from lora_operator.policies.restarts import judge, spread
 from lora_operator.state.plan import Budget
 from tests.unit.operator.builders import NOW, a_run, ago, condition, failure, stamp
 
@@ -137,7 +137,8 @@ def test_what_follows_a_failure(name: str) -> None:
     assert verdict.retried
     assert verdict.failure.failure_class is case.failure_class
     assert verdict.budget == case.budget
-    assert case.backoff in (None, verdict.backoff)
+    share = spread("run-uid", 4) if case.failure_class is NOT_PLACED else 1.0
+    assert case.backoff is None or verdict.backoff == case.backoff * share
     assert verdict.charged == (case.failure_class is INTERNAL and "incomplete" not in case.more)
 
 
@@ -156,6 +157,14 @@ def test_no_progress_names_where_the_last_attempt_ended() -> None:
     found = judge(a_run(status={"failingSince": stamp(ago(DAY))}), failed, NOW, base=10.0).failure
     assert (found.attempt, found.pod, found.node, found.exit_code, found.at) == (4, "tickets-4-1", "n7", 137, ago(9))
     assert found.remedy == RULES[FailureClass.NO_PROGRESS].remedy
+
+
+def test_gangs_that_gave_back_at_one_time_begin_again_at_others() -> None:
+    shares = [spread(f"uid-{number}", attempt) for number in range(50) for attempt in (1, 2)]
+    assert len(set(shares)) == 100
+    assert min(shares) >= 0.5
+    assert max(shares) <= 1.0
+    assert max(shares) - min(shares) > 0.4
 
 
 def test_no_pause_is_longer_than_ten_minutes() -> None:
