@@ -8,10 +8,19 @@ from dataclasses import dataclass
 
 from lora_api.failureclass import FailureClass
 
-__all__ = ["CLASS_BY_EXIT_CODE", "FAILURE_RULES", "MAY_FOLLOW", "RULES", "FailureClass", "FailureRule"]
+__all__ = [
+    "CLASS_BY_EXIT_CODE",
+    "FAILURE_RULES",
+    "GOES_ON",
+    "MAY_FOLLOW",
+    "NEW_RUN",
+    "RULES",
+    "FailureClass",
+    "FailureRule",
+]
 
-_GOES_ON = "raise runPolicy.retry: the run goes on from its last checkpoint"
-_NEW_RUN = "a new run, which goes on from the last checkpoint with checkpoint.resumeFrom"
+GOES_ON = "raise runPolicy.retry: the run goes on from its last checkpoint"
+NEW_RUN = "a new run, which goes on from the last checkpoint with checkpoint.resumeFrom"
 """How nothing is lost: where others mend the cause, and where the specification has to change."""
 
 
@@ -115,7 +124,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="A GPU ran out of memory.",
         remedy=(
             "Halve training.microBatchSize (the result stays the same, only slower), or use more GPUs, or a smaller "
-            f"dataset.maxSeqLength. That takes {_NEW_RUN}."
+            f"dataset.maxSeqLength. That takes {NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -179,7 +188,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         retried=False,
         meaning="The base model or the dataset is no longer what the preflight checked.",
         remedy=(
-            f"Put back what was there, then {_GOES_ON}. To train on what is there now, delete this LoRAFineTune and "
+            f"Put back what was there, then {GOES_ON}. To train on what is there now, delete this LoRAFineTune and "
             "create it again."
         ),
     ),
@@ -203,7 +212,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="A pod passed its memory limit and was ended by the kernel.",
         remedy=(
             "Raise podTemplate.resources.limits.memory, or lower training.microBatchSize or dataset.maxSeqLength. That "
-            f"takes {_NEW_RUN}."
+            f"takes {NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -216,7 +225,7 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="The pod's scratch disk is full.",
         remedy=(
             "The model is copied to the node's disk: make room there, or add nodes with more ephemeral storage, "
-            f"then {_GOES_ON}. To raise podTemplate.resources.limits.ephemeral-storage takes {_NEW_RUN}."
+            f"then {GOES_ON}. To raise podTemplate.resources.limits.ephemeral-storage takes {NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -252,8 +261,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         elsewhere=True,
         meaning="The GPU, its driver and the trainer's image do not fit together.",
         remedy=(
-            f"Upgrade the driver of the nodes, then {_GOES_ON}. Another image, or other GPUs (nodeSelector in "
-            f"podTemplate or in the runtime), take {_NEW_RUN}."
+            f"Upgrade the driver of the nodes, then {GOES_ON}. Another image, or other GPUs (nodeSelector in "
+            f"podTemplate or in the runtime), take {NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -276,8 +285,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         elsewhere=True,
         meaning="A limit of the pod or its node is too low: /dev/shm, locked memory or open files.",
         remedy=(
-            f"Raise the limit that the message names. Where it is that of a node, {_GOES_ON}. One of the run or its "
-            f"runtime takes {_NEW_RUN}."
+            f"Raise the limit that the message names. Where it is that of a node, {GOES_ON}. One of the run or its "
+            f"runtime takes {NEW_RUN}."
         ),
     ),
     FailureRule(
@@ -402,8 +411,8 @@ FAILURE_RULES: tuple[FailureRule, ...] = (
         meaning="For a day every attempt was ended from outside before it had completed a newer checkpoint.",
         remedy=(
             "Look at status.failures for what ends the attempts, and at the nodes that they name. Mend that, "
-            f"then {_GOES_ON}. Where nodes are needed for others, a higher priority or more frequent checkpoints "
-            f"(checkpoint.everyMinutes) take {_NEW_RUN}."
+            f"then {GOES_ON}. Where nodes are needed for others, a higher priority or more frequent checkpoints "
+            f"(checkpoint.everyMinutes) take {NEW_RUN}."
         ),
     ),
 )

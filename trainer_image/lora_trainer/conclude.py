@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lora_api.failures import CLASS_BY_EXIT_CODE, RULES, FailureClass
+from lora_api.failures import CLASS_BY_EXIT_CODE, NEW_RUN, RULES, FailureClass
 from lora_api.messages import Termination
 from lora_trainer.lastwords import find_last_words, with_gpu
 from lora_trainer.outcome import WorkerError, read_errors, read_result, root_cause
@@ -175,6 +175,6 @@ def _explain_bus_error(shared_memory: Path) -> Explanation:
     return Explanation(
         FailureClass.LIMIT_TOO_LOW,
         f"{how}, and the pod's /dev/shm of {size:.0f} MiB is full",
-        "Raise podTemplate.resources.limits.memory, and sizeLimit of the volume at /dev/shm where a runtime sets one; "
-        "then create the run again.",
+        "Raise podTemplate.resources.limits.memory, and sizeLimit of the volume at /dev/shm where a runtime sets one. "
+        f"That takes {NEW_RUN}.",
     )

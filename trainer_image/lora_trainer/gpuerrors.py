@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 
-from lora_api.failures import FailureClass
+from lora_api.failures import GOES_ON, NEW_RUN, FailureClass
 
 
 class Blame(StrEnum):
@@ -73,15 +73,15 @@ _BESIDE_TORCH = (
 )
 _SHARED_MEMORY = (
     "The pod's /dev/shm is full. It is memory of the pod: raise podTemplate.resources.limits.memory, and sizeLimit of "
-    "the volume where a runtime sets one; then create the run again."
+    f"the volume where a runtime sets one. That takes {NEW_RUN}."
 )
 _LOCKED_MEMORY = (
     "InfiniBand needs locked memory: set LimitMEMLOCK=infinity for containerd on the nodes (ulimit -l in a pod shows "
-    "it), or set NCCL_IB_DISABLE=1 in podTemplate.env to use TCP; then create the run again."
+    f"it), then {GOES_ON}. Or set NCCL_IB_DISABLE=1 in podTemplate.env to use TCP: that takes {NEW_RUN}."
 )
 _HOST_MEMORY = (
-    "The memory of the pod or of its node is used up: raise podTemplate.resources.limits.memory, or use nodes with "
-    "more; then create the run again."
+    "The memory of the pod or of its node is used up. Where it is the node's, use nodes with more, then "
+    f"{GOES_ON}. To raise podTemplate.resources.limits.memory takes {NEW_RUN}."
 )
 _IMAGE = (
     "The image lacks a library or has it in another version than torch: use the trainer's image that belongs to this "
@@ -100,8 +100,8 @@ _NO_BFLOAT16 = (
     "or set quantization.computeDtype to float32."
 )
 _NO_PEER_COPIES = (
-    "Set NCCL_P2P_DISABLE=1 and NCCL_IB_DISABLE=1 in podTemplate.env, or upgrade the driver of the nodes to 550.40.07 "
-    "or newer; then create the run again."
+    f"Upgrade the driver of the nodes to 550.40.07 or newer, then {GOES_ON}. Or set NCCL_P2P_DISABLE=1 and "
+    f"NCCL_IB_DISABLE=1 in podTemplate.env: that takes {NEW_RUN}."
 )
 _SHARED_GPU = (
     "Each process needs a whole GPU of its own: NCCL joins neither time-sliced GPUs nor two MIG slices of one. Use "
@@ -204,7 +204,7 @@ _LIMITS = (
          _nccl(_SYSTEM, "Call to ibv_create_cq failed with error Cannot allocate memory"),
          "NCCL 2.29.7 src/misc/ibvwrap.cc:218; openucx/ucx#8229", _LOCKED_MEMORY),
     _row(_LIMIT, NODE, "", "Too many open files", "[Errno 24] Too many open files", "Linux, EMFILE",
-         "Raise LimitNOFILE of containerd on the nodes (ulimit -n in a pod shows it), then create the run again."),
+         f"Raise LimitNOFILE of containerd on the nodes (ulimit -n in a pod shows it), then {GOES_ON}."),
     _row(_HOST, OWN, "", "Cannot allocate memory", "[Errno 12] Cannot allocate memory", "Linux, ENOMEM", _HOST_MEMORY),
 )  # fmt: skip
 
