@@ -8,14 +8,13 @@ from collections.abc import Iterable, Sequence
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_operator.diagnosis.diagnose import Symptom
-from lora_operator.diagnosis.reasons import NOT_STARTED
+from lora_operator.diagnosis.reasons import is_unstarted
 from lora_operator.policies.restarts import find_budget, since_retry
 
 
 def may_differ(failure_class: FailureClass, reason: str) -> bool:
     """Whether such a failure ends a run, though another node may not have it."""
-    unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
-    return RULES[failure_class].elsewhere or unstarted
+    return RULES[failure_class].elsewhere or is_unstarted(failure_class, reason)
 
 
 def tries_elsewhere(failure: Failure, others: Sequence[str]) -> bool:
@@ -30,7 +29,7 @@ def find_others(
 
     The node of ``failure`` itself is one of them where it said so before: it was avoided, and there is no other.
     """
-    if not may_differ(failure.failure_class, failure.reason):
+    if not (failure.node and may_differ(failure.failure_class, failure.reason)):
         return []
     now = {one.pod.node for one in symptoms if one.pod and one.failure_class is failure.failure_class}
     last = status.last_checkpoint

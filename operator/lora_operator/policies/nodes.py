@@ -10,7 +10,14 @@ from datetime import datetime, timedelta
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
 from lora_operator.diagnosis.diagnose import Symptom
-from lora_operator.diagnosis.reasons import LOST_BY_NODE, NODE_FULL, NOT_READIED, NOT_STARTED, is_refusal, was_refused
+from lora_operator.diagnosis.reasons import (
+    LOST_BY_NODE,
+    NODE_FULL,
+    NOT_READIED,
+    is_refusal,
+    is_unstarted,
+    was_refused,
+)
 
 AVOIDED_FOR = timedelta(days=1)
 
@@ -42,9 +49,8 @@ def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:
     """Whether a failure is one of the node of its pod, so that another node may do what this one did not."""
     lost = failure_class is FailureClass.POD_LOST
     refused = lost and (is_refusal(reason) or reason in LOST_BY_NODE | NOT_READIED)
-    unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
     full = failure_class is FailureClass.EVICTED and reason == NODE_FULL
-    return RULES[failure_class].node or refused or unstarted or full
+    return RULES[failure_class].node or refused or full or is_unstarted(failure_class, reason)
 
 
 def describe_forgotten(nodes: Sequence[AvoidedNode]) -> str:
