@@ -32,9 +32,9 @@ def run_seen(job: JobView) -> str:
     return f"run/{job.uid}"
 
 
-def held_up_seen(job: JobView, reason: str) -> str:
-    """The sighting of pods of ``job`` that do not start, for ``reason``."""
-    return f"{reason}/{job.uid}"
+def held_up_seen(pod: PodView, reason: str) -> str:
+    """The sighting of ``pod`` that does not start, for ``reason``."""
+    return f"{reason}/{pod.uid}"
 
 
 def starting_seen(pod: PodView) -> str:

@@ -2,28 +2,37 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora_api import RULES, FailureClass
 from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, Obstacle, describe_init_remedy
 from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.diagnosis.invalid import describe_remedy, translate
+from lora_operator.diagnosis.reasons import is_missing
 from lora_operator.diagnosis.stuck import diagnose_stuck
 from lora_operator.state.reports import Refusal, Refuser, Reports, find_refuser
-from lora_operator.watched.views import JobView, PodView
+from lora_operator.watched.views import INITIALIZING, JobView, PodView
 
 _IMAGE = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError",
      "RegistryUnavailable", "SignatureValidationFailed"}
 )  # fmt: skip
-_CONFIG = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError", "StartError"})
 _HOLDS_UP: Mapping[str, FailureClass] = {
     **dict.fromkeys(_IMAGE, FailureClass.IMAGE_PULL_FAILED),
-    **dict.fromkeys(_CONFIG, FailureClass.POD_NOT_STARTED),
     "CrashLoopBackOff": FailureClass.POD_LOST,  # of a sidecar before the trainer: that has no second start
 }
-"""What the kubelet says of a container that does not start, and what the run fails with if that lasts."""
+"""What the kubelet says of a container that does not start, and what the run fails with if that lasts.
+
+Whatever else it says is that a container cannot be made or started (``PodNotStarted``): it learns new words.
+"""
+_WORST_FIRST = (FailureClass.IMAGE_PULL_FAILED, FailureClass.POD_NOT_STARTED, FailureClass.POD_LOST)
+_OF_THE_RUN = _IMAGE | {"CreateContainerConfigError"}
+"""What the kubelet says where the run itself is at fault, as a rule: no other node would say anything else."""
+_DISK = re.compile(r"no space left on device|read-only file system|input/output error", re.IGNORECASE)
+"""Words about the disk of a node, whatever the kubelet says that they are about."""
+_THROTTLED = re.compile(r"too ?many ?requests|rate limit|QPS exceeded", re.IGNORECASE)
+"""Words of a registry or a kubelet that lets in one pull after the other: no other node would be faster."""
 
 _FAILED_CREATE = "FailedCreate"
 """Reason of a refusal that is no denial that is known, so that it may pass."""
@@ -45,6 +54,12 @@ _ONE_POD_REMEDY = (
     "The claim is in use, and its access mode lets one pod of the whole cluster use it: give the run a claim that is "
     "ReadWriteMany or ReadOnlyMany. If another run has it, this one starts by itself after that."
 )
+_NODE_REMEDY = "See the disk, the devices and the container runtime of node {node}. "
+_LAGS_REMEDY = (
+    "Other pods of the run have started, so see node {node}: its disk, its devices, its container runtime, and whether "
+    "it reaches the registry. The run starts by itself then."
+)
+_THROTTLED_REMEDY = "Wait: other pods of the run have the image. If it lasts, have the registry allow more."
 _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
@@ -92,11 +107,14 @@ _INVALID = _either(
 )
 
 
-def find_held_up(pods: Sequence[PodView]) -> Mapping[FailureClass, PodView]:
-    """A pod each for what keeps containers from starting, the worst first."""
-    found = [(_HOLDS_UP.get(pod.waiting_reason), pod) for pod in _starting(pods)]
-    worst = dict.fromkeys(_HOLDS_UP.values())
-    return {kind: next(pod for what, pod in found if what is kind) for kind in worst if kind in dict(found)}
+def find_held_up(pods: Sequence[PodView]) -> list[tuple[FailureClass, PodView]]:
+    """The pods whose containers are kept from starting, each with what the run fails with for that, the worst first."""
+    found = [(_kind_of(pod), pod) for pod in _starting(pods) if pod.waiting_reason not in INITIALIZING]
+    return sorted(found, key=lambda one: _WORST_FIRST.index(one[0]))
+
+
+def _kind_of(pod: PodView) -> FailureClass:
+    return _HOLDS_UP.get(pod.waiting_reason, FailureClass.POD_NOT_STARTED)
 
 
 def _starting(pods: Sequence[PodView]) -> list[PodView]:
@@ -116,12 +134,14 @@ def diagnose_obstacle(
 
     ``limit``: seconds that what does not start has, ``patience``: those that what starts slowly has.
 
-    What keeps containers from starting counts from when it was seen first, and from then anew where it had passed: a
-    pod may have waited long for its node before, and what pulls an image tries again by itself.
+    What keeps a container from starting counts from when it was seen first of its pod, and from then anew where it had
+    passed: a pod may have waited long for its node before, and what pulls an image tries again by itself.
     """
     starting = _starting(pods)
-    for failure_class, pod in find_held_up(pods).items():
-        return _fatal(failure_class, pod, reports.seen.get(held_up_seen(job, failure_class), now))
+    held_up = [(reports.seen.get(held_up_seen(pod, kind), now), pod) for kind, pod in find_held_up(pods)]
+    if held_up:
+        since, pod = min(held_up, key=lambda one: one[0])
+        return _describe_held_up(pod, pods, since)
     if reports.refusal:
         return diagnose_refused(job, reports.refusal)
     stuck = sorted(diagnose_stuck(pods, reports, now, patience), key=lambda one: one.seconds_left(now, limit) or 0.0)
@@ -178,19 +198,58 @@ def scheduling_remedy(pod: PodView) -> str:
     return _CLAIM_REMEDY if waits_for_claim(pod) else _SCHEDULING_REMEDY
 
 
-def _fatal(failure_class: FailureClass, pod: PodView, since: datetime) -> Obstacle:
-    """``reason`` is the class: Kubernetes' own word changes with every try, and each change would be a write."""
-    crashes, rule = failure_class is FailureClass.POD_LOST, RULES[failure_class]
-    what = "Image" if failure_class is FailureClass.IMAGE_PULL_FAILED else "Container"
-    where = f", init container {pod.init_container}" if pod.init_container else ""
-    return Obstacle(
-        reason=INIT_CONTAINER_FAILED if crashes else str(failure_class),
-        message=f"{what} of pod {pod.name}{where}: {pod.waiting_reason}: {pod.waiting_message}".rstrip(": "),
-        remedy=describe_init_remedy(pod.name, pod.init_container) if crashes else rule.waiting_remedy or rule.remedy,
-        final_remedy="" if crashes else rule.remedy,
+def _describe_held_up(pod: PodView, pods: Sequence[PodView], since: datetime) -> Obstacle:
+    """Why the container of ``pod`` does not start, which is one of the gang ``pods``.
+
+    ``reason`` is a class: Kubernetes' own word changes with every try, and each change would be a write. What another
+    pod of the gang has got over is no fault of the run: the attempt ends, and another one follows.
+    """
+    kind, words = _kind_of(pod), pod.waiting_message
+    if kind is FailureClass.POD_LOST:
+        return _describe_crash(pod, since)
+    here = not is_missing(words)  # what is missing is missing on every node
+    lags = here and any(other.running for other in pods)
+    throttled = kind is FailureClass.IMAGE_PULL_FAILED and _THROTTLED.search(words) is not None
+    of_node = here and not throttled and (lags or _may_be_of_its_node(pod, pods))
+    node, rule = pod.node if of_node else "", RULES[kind]
+    first = _NODE_REMEDY.format(node=node) if node else ""
+    found = Obstacle(
+        reason=str(kind),
+        message=_say_waiting("Image" if kind is FailureClass.IMAGE_PULL_FAILED else "Container", pod, node),
+        remedy=f"{first}{rule.waiting_remedy or rule.remedy}",
+        final_remedy=f"{first}{rule.remedy}",
         since=since,
-        failure_class=failure_class,
+        failure_class=kind,
+        pod=pod if node else None,
     )
+    if not lags:
+        return found
+    remedy = _THROTTLED_REMEDY if throttled else _LAGS_REMEDY.format(node=pod.node or "(unknown)")
+    return replace(found, failure_class=FailureClass.POD_LOST, remedy=remedy, final_remedy="")
+
+
+def _describe_crash(pod: PodView, since: datetime) -> Obstacle:
+    """A sidecar that has to run before the trainer, and ends each time. Its log says why."""
+    return Obstacle(
+        reason=INIT_CONTAINER_FAILED,
+        message=_say_waiting("Container", pod),
+        remedy=describe_init_remedy(pod.name, pod.init_container),
+        since=since,
+        failure_class=FailureClass.POD_LOST,
+    )
+
+
+def _say_waiting(what: str, pod: PodView, node: str = "") -> str:
+    where = f" on node {node}" if node else ""
+    where += f", init container {pod.init_container}" if pod.init_container else ""
+    return f"{what} of pod {pod.name}{where}: {pod.waiting_reason}: {pod.waiting_message}".rstrip(": ")
+
+
+def _may_be_of_its_node(pod: PodView, pods: Sequence[PodView]) -> bool:
+    """Whether another node may start the container of ``pod``, as far as a gang tells of which none runs."""
+    others = [other for kind, other in find_held_up(pods) if kind is _kind_of(pod)]
+    alone = all(other.node == pod.node for other in others)
+    return alone and (pod.waiting_reason not in _OF_THE_RUN or _DISK.search(pod.waiting_message) is not None)
 
 
 def diagnose_refused(job: JobView, refusal: Refusal) -> Obstacle:

@@ -1,12 +1,27 @@
 """What the kubelet and the container runtime say of pods, and what it tells of their nodes. All pure."""
 
+import re
+
+from lora_api import FailureClass
+from lora_operator.kube.podevents import OF_THE_NODE
 from lora_operator.watched.views import Ended, PodView
 
 NOT_STARTED = frozenset({"StartError", "ContainerCannotRun"})
 """Reasons of a container that its node could not start: the image is at fault, or what the node starts it with."""
 
-NOT_READIED = frozenset({"FailedCreatePodSandBox", "FailedMount"})
-"""Reasons of Events of a pod that its node does not get ready: its network or its volumes do not work there."""
+_HELD_UP = frozenset({str(FailureClass.IMAGE_PULL_FAILED), str(FailureClass.POD_NOT_STARTED)})
+"""Reasons of a container that does not start, by what the kubelet says that it waits for."""
+
+NOT_READIED = OF_THE_NODE | _HELD_UP
+"""Reasons of a pod that its node does not get ready, while others of its gang may be: see ``is_missing``."""
+
+_MISSING = re.compile(
+    r"(?:secret|configmap|persistentvolume|persistentvolumeclaim|serviceaccount|resourceclaim|secretproviderclass)"
+    r'(?:es|s)?(?:\.[a-z0-9.-]+)? \\*"[^"]*" not found'
+    r"|references non-existent (?:secret|config) key|couldn't find key .+ in (?:Secret|ConfigMap)",
+    re.IGNORECASE,
+)
+"""What the kubelet says of objects that are not there (Kubernetes 1.29 to 1.37). A file or a driver is the node's."""
 
 NODE_FULL = "NodeOutOfMemory"
 """Reason of a pod without a memory limit that the kernel ended: others of its node may have taken the memory."""
@@ -31,6 +46,18 @@ _UNKNOWN = (255, "Unknown")
 
 LOST_BY_NODE = frozenset({_STATUS_UNKNOWN, _UNKNOWN[1]})
 """Reasons of pods whose node no longer knows how they ended."""
+
+
+def is_missing(words: str) -> bool:
+    """Whether ``words`` are of an object that is missing, or of a key of it: so it is on every node."""
+    return _MISSING.search(words) is not None
+
+
+def is_unstarted(failure_class: FailureClass, reason: str) -> bool:
+    """Whether a container was not started. Such a failure names its node where that may be at fault, and only there."""
+    return str(failure_class) in _HELD_UP and (
+        reason == str(failure_class) or (failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED)
+    )
 
 
 def is_lost(ended: Ended) -> bool:

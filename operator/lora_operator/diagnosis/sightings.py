@@ -52,7 +52,7 @@ def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     if job.started is not None:
         found[started_seen(job)] = now
     found |= {end_seen(pod): now for pod in pods if pod.has_ended}
-    found |= {held_up_seen(job, reason): now for reason in find_held_up(pods)}
+    found |= {held_up_seen(pod, kind): now for kind, pod in find_held_up(pods)}
     found |= {starting_seen(pod): now for pod in find_stuck(pods)}
     found |= {warned_seen(pod): now for pod in find_warned(pods, observed.reports)}
     runs = next((pod for pod in pods if pod.running), None)

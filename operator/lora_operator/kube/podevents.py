@@ -3,6 +3,18 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+OF_THE_NODE = frozenset(
+    {"FailedMount", "FailedMapVolume", "FailedCreatePodSandBox", "NetworkNotReady", "FailedPrepareDynamicResources",
+     "FailedCreatePodContainer"}
+)  # fmt: skip
+"""Reasons of a kubelet whose volumes, network, devices or cgroups do not work, so that no container is made."""
+
+BLOCKING = OF_THE_NODE | {"FailedAttachVolume", "FailedMountOnFilesystemMismatch", "Unhealthy"}
+"""Reasons of the kubelet and of the controller of volumes for what a pod does not start without.
+
+Others, such as those of a policy that only looks on, are written about pods that are well.
+"""
+
 _PROGRESS = frozenset({"Scheduled", "SuccessfulAttachVolume", "Pulling", "Pulled", "Created", "Started"})
 """Reasons of Events by which a pod has got further: what was warned of before that has passed."""
 
@@ -16,15 +28,17 @@ _OF_THE_SCHEDULER = frozenset({"FailedScheduling", "FailedBinding"})
 
 
 def find_warning(events: Iterable[Mapping[str, Any]]) -> str:
-    """Reason and note of the newest warning that holds still; empty if there is none."""
+    """Reason and note of the newest warning that holds still, first of those that block; empty if there is none."""
     ordered = sorted(events, key=lambda event: int(event["metadata"]["resourceVersion"]))
-    newest = ""
+    blocks = other = ""
     for event in ordered:
         reason = event.get("reason") or ""
         if event.get("type") != "Warning":
-            newest = "" if reason in _PROGRESS else newest
+            blocks = "" if reason in _PROGRESS else blocks
         elif reason in _OF_CONTAINERS:
-            newest = ""
+            blocks = ""
+        elif reason in BLOCKING:
+            blocks = f"{reason}: {event.get('note') or ''}"
         elif reason not in _OF_THE_SCHEDULER:
-            newest = f"{reason}: {event.get('note') or ''}"
-    return newest
+            other = f"{reason}: {event.get('note') or ''}"
+    return blocks or other

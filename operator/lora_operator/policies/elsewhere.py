@@ -9,16 +9,15 @@ from collections.abc import Iterable, Sequence
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_operator.diagnosis.diagnose import Symptom
-from lora_operator.diagnosis.reasons import DISK_LIMIT, NODE_FULL, NOT_STARTED
+from lora_operator.diagnosis.reasons import DISK_LIMIT, NODE_FULL, is_unstarted
 from lora_operator.policies.restarts import SAME_FAILURES, find_budget, since_retry
 
 
 def may_differ(failure_class: FailureClass, reason: str) -> bool:
     """Whether such a failure is to end a run, though another node may not have it."""
     by_class = RULES[failure_class].elsewhere and reason != DISK_LIMIT
-    unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
     full = failure_class is FailureClass.EVICTED and reason == NODE_FULL
-    return by_class or unstarted or full
+    return by_class or full or is_unstarted(failure_class, reason)
 
 
 def tries_elsewhere(failure: Failure, others: Sequence[str]) -> bool:
@@ -34,7 +33,7 @@ def find_others(
     The node of ``failure`` itself is one of them where it says so for the third time: it was avoided, and no other has
     taken the pods. A preflight and a gang need different things, so that neither speaks for the other.
     """
-    if not may_differ(failure.failure_class, failure.reason):
+    if not (failure.node and may_differ(failure.failure_class, failure.reason)):
         return []
     now = {
         one.pod.node

@@ -15,8 +15,8 @@ from lora_operator.diagnosis.reasons import (
     LOST_BY_NODE,
     NODE_FULL,
     NOT_READIED,
-    NOT_STARTED,
     is_refusal,
+    is_unstarted,
     was_refused,
 )
 
@@ -50,10 +50,9 @@ def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:
     """Whether a failure is one of the node of its pod, so that another node may do what this one did not."""
     lost = failure_class is FailureClass.POD_LOST
     refused = lost and (is_refusal(reason) or reason in LOST_BY_NODE | NOT_READIED)
-    unstarted = failure_class is FailureClass.POD_NOT_STARTED and reason in NOT_STARTED
     full = failure_class is FailureClass.EVICTED and reason == NODE_FULL
     by_class = RULES[failure_class].node and reason != DISK_LIMIT
-    return by_class or refused or unstarted or full
+    return by_class or refused or full or is_unstarted(failure_class, reason)
 
 
 def describe_forgotten(nodes: Sequence[AvoidedNode]) -> str:

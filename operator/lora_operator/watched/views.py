@@ -181,7 +181,7 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
     state = _trainer_state(status)
     first = _InitContainers(spec, status) if "running" not in state and "terminated" not in state else None
     waiting, init_container = state.get("waiting") or {}, ""
-    if first is not None and waiting.get("reason") in _INITIALIZING:
+    if first is not None and waiting.get("reason") in INITIALIZING:
         init_container, waiting = first.find_waiting() or (first.find_running() or first.find_starting(), waiting)
     refused = first.find_failed() if first is not None else None
     owned = bool(controller_of(metadata))
@@ -236,7 +236,7 @@ def _has_memory_limit(spec: Mapping[str, Any]) -> bool:
     return trainer is None or any("memory" in (resources.get("limits") or {}) for resources in asked)
 
 
-_INITIALIZING = (None, "", "PodInitializing", "ContainerCreating")
+INITIALIZING = (None, "", "PodInitializing", "ContainerCreating")
 """What a container that waits for others says. Of an init container they tell as little as of the trainer."""
 
 _SIDECAR = "Always"
@@ -280,7 +280,7 @@ class _InitContainers:
     def find_waiting(self) -> tuple[str, Mapping[str, Any]] | None:
         """The first that waits for something that it says, and what it waits for."""
         waiting = ((name, state.get("waiting") or {}) for name, state in self._states)
-        return next(((name, wait) for name, wait in waiting if wait.get("reason") not in _INITIALIZING), None)
+        return next(((name, wait) for name, wait in waiting if wait.get("reason") not in INITIALIZING), None)
 
     def find_running(self) -> str:
         """The first that runs and is to end before the trainer starts."""

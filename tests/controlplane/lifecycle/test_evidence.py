@@ -262,6 +262,25 @@ def test_a_pod_that_never_starts_gives_its_node_back_and_another_one_is_to_be_tr
     assert not status.get("chargedRestarts")
 
 
+def test_what_one_node_does_not_start_beside_others_that_do_is_tried_on_another_one(
+    run: Run, operator: OperatorThread
+) -> None:
+    words = "failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=0"
+    run.create(lambda spec: spec.update(runPolicy={"maxRestarts": 0}))
+    first, second = run.gang(1)
+    run.set_pod(first, running())
+    bind(run, second, "n1")
+    run.set_pod(second, waiting("CreateContainerError", words))
+    run.wait("it is said", lambda status: status.get("reason") == "PodNotStarted")
+    assert f"on node n1: CreateContainerError: {words}. Remedy: " in run.condition("Running")["message"]
+    status = run.wait("the attempt ends", lambda status: status.get("failures"))
+    assert status["phase"] == "Restarting"
+    failure = status["failures"][-1]
+    assert (failure["class"], failure["reason"], failure["node"]) == ("PodLost", "PodNotStarted", "n1")
+    assert [node["name"] for node in status["avoidedNodes"]] == ["n1"]
+    assert not status.get("chargedRestarts")
+
+
 def test_an_init_container_that_goes_on_is_told_of_and_ends(run: Run, fast_settings: Callable[..., Settings]) -> None:
     with OperatorThread(fast_settings(run.namespace, start_timeout=600.0, preflight_timeout=8.0)):
         run.create()

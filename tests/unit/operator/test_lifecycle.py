@@ -180,8 +180,8 @@ CASES = [
     Case(
         "an image that cannot be pulled for long ends the run",
         seen(
-            a_run(status=STARTED), JOB, waiting(0, "ImagePullBackOff"), running(1),
-            reports=sighted(held_up_seen(JOB, "ImagePullFailed"), 601),
+            a_run(status=STARTED), JOB, waiting(0, "ImagePullBackOff"), waiting(1, "ContainerCreating"),
+            reports=sighted(held_up_seen(waiting(0, ""), "ImagePullFailed"), 601),
         ),
         {"phase": Phase.FAILED, "ended": True},
         FailureClass.IMAGE_PULL_FAILED,
@@ -195,7 +195,7 @@ CASES = [
         "a sidecar before the trainer that does not come up ends the attempt, and is tried again",
         seen(
             a_run(status=STARTED), JOB, waiting(0, "CrashLoopBackOff", init_container="istio-proxy"), running(1),
-            reports=sighted(held_up_seen(JOB, "PodLost"), 601),
+            reports=sighted(held_up_seen(waiting(0, ""), "PodLost"), 601),
         ),
         {"phase": Phase.RESTARTING, "charged": False},
         FailureClass.POD_LOST,
@@ -203,8 +203,8 @@ CASES = [
     Case(
         "a missing Secret ends the run after a while",
         seen(
-            a_run(status=STARTED), JOB, waiting(0, "CreateContainerConfigError"), running(1),
-            reports=sighted(held_up_seen(JOB, "PodNotStarted"), 601),
+            a_run(status=STARTED), JOB, waiting(0, "CreateContainerConfigError", 'secret "x" not found'), running(1),
+            reports=sighted(held_up_seen(waiting(0, ""), "PodNotStarted"), 601),
         ),
         {"phase": Phase.FAILED},
         FailureClass.POD_NOT_STARTED,

@@ -40,7 +40,7 @@ from tests.unit.operator.builders import (
 
 SETTINGS = Settings(failure_grace=20.0, start_timeout=600.0, preflight_timeout=300.0)
 JOB = a_preflight()
-NO_IMAGE = held_up_seen(JOB, "ImagePullFailed")
+NO_IMAGE = held_up_seen(waiting(0, ""), "ImagePullFailed")
 PASSED = ConditionType.PREFLIGHT_PASSED
 CHECKING = (False, "Preflight")
 HELD = a_preflight(suspended=True, was_suspended=True)

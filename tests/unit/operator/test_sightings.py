@@ -28,8 +28,9 @@ from tests.unit.operator.cases import FAILED_ONCE, STARTED
 
 JOB = a_job()
 PREFLIGHT = a_preflight(started=ago(80))
-IMAGE = held_up_seen(JOB, "ImagePullFailed")
-CONFIG = held_up_seen(JOB, "PodNotStarted")
+IMAGE = held_up_seen(waiting(0, ""), "ImagePullFailed")
+OTHER_IMAGE = held_up_seen(waiting(1, ""), "ImagePullFailed")
+CONFIG = held_up_seen(waiting(0, ""), "PodNotStarted")
 
 
 def note(observed: Observed, before: Reports | None = None) -> Reports:
@@ -45,8 +46,11 @@ def test_what_stays_keeps_its_time_and_what_passes_is_forgotten() -> None:
     assert note(held, before).seen == {**old, IMAGE: ago(30), **starts}
     pulled = seen(a_run(status=STARTED), JOB, running(0), waiting(1, "ContainerCreating"))
     assert note(pulled, before).seen == {**old, starting_seen(waiting(1, "")): NOW}
-    again = seen(a_run(status=STARTED), JOB, running(0), waiting(1, "ImagePullBackOff"))
+    again = seen(a_run(status=STARTED), JOB, waiting(0, "ImagePullBackOff"))
     assert note(again, note(pulled, before)).seen[IMAGE] == NOW, "a pull that succeeded begins it anew"
+    other = note(seen(a_run(status=STARTED), JOB, running(0), waiting(1, "ImagePullBackOff")), before).seen
+    assert other[OTHER_IMAGE] == NOW, "the time of one pod is not that of another"
+    assert IMAGE not in other
 
 
 def test_nothing_new_is_no_new_report() -> None:

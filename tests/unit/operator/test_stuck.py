@@ -18,7 +18,20 @@ from tests.unit.operator.cases import SETTINGS, STARTED
 START, PATIENCE = SETTINGS.start_timeout, SETTINGS.preflight_timeout
 SANDBOX = 'FailedCreatePodSandBox: plugin type="calico" failed'
 MISSING = 'FailedMount: MountVolume.SetUp failed for volume "x": secret "x" not found'
+KEY = 'FailedMount: MountVolume.SetUp failed for volume "x": references non-existent secret key: ca.crt'
+CLAIM = 'FailedMount: failed to fetch PVC from API server: persistentvolumeclaims "data" not found'
+ACCOUNT = 'FailedMount: failed to fetch token: serviceaccounts "trainer" not found'
+CLASS = 'FailedMount: rpc error: desc = SecretProviderClass.secrets-store.csi.x-k8s.io \\"vault\\" not found'
 MOUNT = "FailedMount: MountVolume.SetUp failed: rpc error: driver is not there"
+DRIVER = "FailedMount: driver name ebs.csi.aws.com not found in the list of registered CSI drivers"
+HOOK = 'FailedCreatePodSandBox: exec: "nvidia-container-runtime-hook": executable file not found in $PATH'
+CNI = "NetworkNotReady: network is not ready: cni plugin not initialized"
+DEVICES = "FailedPrepareDynamicResources: plugin gpu.nvidia.com not registered"
+BLOCK = "FailedMapVolume: MapVolume.MapPodDevice failed"
+CGROUP = "FailedCreatePodContainer: unable to ensure pod container exists: no space left on device"
+AUDIT = "PolicyViolation: policy require-labels/check fail"
+SEARCH = "DNSConfigForming: Nameserver limits were exceeded"
+PULL_SECRET = "FailedToRetrieveImagePullSecret: Unable to retrieve some image pull secrets (regcred)"
 ATTACH = "FailedAttachVolume: Multi-Attach error"
 PROBE = "Unhealthy: Startup probe failed: connection refused"
 
@@ -36,6 +49,20 @@ class Case:
 CASES = {
     "no network": Case(START, "FailedCreatePodSandBox", "calico", SANDBOX, avoids=True),
     "a missing Secret, which no node has": Case(START, "FailedMount", 'secret "x" not found', MISSING),
+    "a missing key of a Secret": Case(START, "FailedMount", "ca.crt", KEY),
+    "a missing claim": Case(START, "FailedMount", '"data" not found', CLAIM),
+    "a missing ServiceAccount": Case(START, "FailedMount", '"trainer" not found', ACCOUNT),
+    "a missing class of secrets": Case(START, "FailedMount", "vault", CLASS),
+    "a driver that one node does not have": Case(START, "FailedMount", "ebs.csi.aws.com", DRIVER, avoids=True),
+    "a hook that one node does not have": Case(START, "FailedCreatePodSandBox", "nvidia-", HOOK, avoids=True),
+    "a network that is not there yet": Case(START, "NetworkNotReady", "cni plugin", CNI, avoids=True),
+    "a driver of devices": Case(START, "FailedPrepareDynamicResources", "gpu.nvidia.com", DEVICES, avoids=True),
+    "a volume of blocks": Case(START, "FailedMapVolume", "MapPodDevice", BLOCK, avoids=True),
+    "a cgroup": Case(START, "FailedCreatePodContainer", "no space left", CGROUP, avoids=True),
+    "a policy that only looks on": Case(PATIENCE, "PodStarting", "require-labels", AUDIT),
+    "too many name servers": Case(PATIENCE, "PodStarting", "Nameserver limits", SEARCH),
+    "a Secret of a registry, without which it may be pulled": Case(PATIENCE, "PodStarting", "regcred", PULL_SECRET),
+    "a probe of a container beside the trainer": Case(PATIENCE, "PodStarting", "Startup probe", PROBE),
     "a driver of volumes that is away": Case(START, "FailedMount", "driver is not there", MOUNT, avoids=True),
     "a volume that hangs on another node": Case(START, "FailedAttachVolume", "Multi-Attach", ATTACH),
     "an init container that goes on": Case(
@@ -101,6 +128,20 @@ def test_what_is_brief_is_not_told_of(lasts: float, init_container: str, want: s
     assert plan.conditions[ConditionType.RUNNING].reason == want
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (MISSING, "Make what the message names"), (CLAIM, "Make what the message names"),
+        (DRIVER, "See the driver of the volume on node n1"), (MOUNT, "See the driver of the volume on node n1"),
+        (DEVICES, "See the driver of the devices on node n1"), (CNI, "See the network plugin"),
+    ],
+)  # fmt: skip
+def test_what_a_node_lacks_has_another_remedy_than_what_the_namespace_lacks(words: str, remedy: str) -> None:
+    pod, reports = stuck(Case(0, "", "", words), 10, "pod-1-1")
+    plan = decide(seen(a_run(status=STARTED), a_job(), running(0), pod, reports=reports), NOW, SETTINGS)
+    assert f"Remedy: {remedy}" in plan.message
+
+
 def test_the_time_of_a_warning_begins_anew_where_it_has_passed() -> None:
     pod, reports = stuck(Case(0, "", "", MOUNT), 500, "pod-1-1")
     run, job = a_run(status=STARTED), a_job()
@@ -136,8 +177,14 @@ EVENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "told anew": ([PULLING, event("FailedMount", "y")], "FailedMount: y"),
     "of an image, which the pod's status tells of": ([event("FailedMount"), PULLING, event("Failed", "y")], ""),
     "again": ([event("FailedMount"), event("BackOff", "y")], ""),
+    "a policy that looks on hides nothing": ([event("FailedMount"), event("PolicyViolation", "y")], "FailedMount: x"),
+    "and is told of where nothing blocks": ([PULLING, event("PolicyViolation", "y")], "PolicyViolation: y"),
+    "before what blocks": ([event("PolicyViolation", "y"), event("FailedMount")], "FailedMount: x"),
+    "while what blocked is got over": (
+        [event("FailedMount"), PULLING, event("DNSConfigForming", "y")], "DNSConfigForming: y"
+    ),
     "no progress": ([event("FailedMount"), event("BackOff", kind="Normal")], "FailedMount: x"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EVENTS)
