@@ -1,15 +1,15 @@
-"""Why an attempt failed, or does not start: from what Kubernetes and the pods say to one Failure. All pure."""
+"""Why an attempt failed: from what Kubernetes and the pods say to one Failure. All pure."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 
 from lora_api import CLASS_BY_EXIT_CODE, MAY_FOLLOW, RULES, Failure, FailureClass, Termination, parse_termination
+from lora_operator.diagnosis.findings import Symptom
 from lora_operator.diagnosis.firstseen import can_be, ended_at, was_asked_first
 from lora_operator.diagnosis.reasons import DISK_LIMIT, NODE_FULL, NOT_STARTED, is_lost, passed_disk_limit, was_refused
 from lora_operator.state.observed import ends_by
 from lora_operator.watched.views import Ended, JobView, PodView
-from lora_operator.wording import with_remedy
 
 ECHOES = frozenset({FailureClass.PEER_LOST, FailureClass.CHECKPOINTED})
 """What the innocent pods of a gang say after another one failed or was asked to stop."""
@@ -44,70 +44,6 @@ _EVICTED = frozenset(
 )  # fmt: skip
 _KILLED = 128 + 9
 _TERMINATED = 128 + 15
-
-
-@dataclass(frozen=True)
-class Symptom:
-    """What is wrong with one pod."""
-
-    failure_class: FailureClass
-    reason: str
-    message: str
-    pod: PodView | None = None
-    remedy: str = ""
-    rank: int | None = None
-    step: int | None = None
-    micro_batch_size: int | None = None
-    at: datetime | None = None
-    """By the clock of the node, where the order of ends asks for it; nothing else is to be read into it."""
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why an attempt does not start.
-
-    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
-    others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
-    ``pod``: the one on whose node it is.
-    ``final_remedy`` is what helps after that, if it is not the remedy.
-    """
-
-    reason: str
-    message: str
-    remedy: str
-    since: datetime
-    failure_class: FailureClass | None = None
-    scheduling: bool = False
-    permanent: bool = False
-    limit: float | None = None
-    pod: PodView | None = None
-    final_remedy: str = ""
-
-    @property
-    def text(self) -> str:
-        """For a condition's message."""
-        return with_remedy(self.message, self.remedy)
-
-    def seconds_left(self, now: datetime, limit: float) -> float | None:
-        """Seconds until the run fails because this has lasted for ``limit`` seconds, or ``None``."""
-        if self.failure_class is None:
-            return None
-        return 0.0 if self.permanent else (self.limit or limit) - (now - self.since).total_seconds()
-
-    def to_failure(self, attempt: int, now: datetime) -> Failure:
-        """The failure of ``attempt`` that this became.
-
-        Raises:
-            ValueError: it is one that is waited for.
-        """
-        if self.failure_class is None:
-            raise ValueError(f"{self.reason} ends no attempt")
-        lasted = "" if self.permanent else f" (for {(now - self.since).total_seconds():.0f} s)"
-        return Failure(
-            attempt=attempt, failure_class=self.failure_class, reason=self.reason,
-            message=f"{self.message}{lasted}", remedy=self.final_remedy or self.remedy, at=now,
-            pod=self.pod.name if self.pod else None, node=(self.pod.node or None) if self.pod else None,
-        )  # fmt: skip
 
 
 def termination_of(pod: PodView) -> Termination | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from lora_api import RULES, FailureClass
-from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, Obstacle, describe_init_remedy
+from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, describe_init_remedy
+from lora_operator.diagnosis.findings import Obstacle
 from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.diagnosis.invalid import describe_remedy, translate
 from lora_operator.diagnosis.reasons import is_missing

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from lora_api import FailureClass
-from lora_operator.diagnosis.diagnose import Obstacle
+from lora_operator.diagnosis.findings import Obstacle
 from lora_operator.diagnosis.firstseen import starting_seen, warned_seen
 from lora_operator.diagnosis.reasons import is_missing
 from lora_operator.kube.podevents import BLOCKING

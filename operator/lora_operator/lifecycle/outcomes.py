@@ -6,7 +6,7 @@ from datetime import datetime
 
 from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
-from lora_operator.diagnosis.diagnose import Obstacle, Symptom
+from lora_operator.diagnosis.findings import Obstacle, Symptom
 from lora_operator.policies.elsewhere import describe_next, describe_others, find_others, tries_elsewhere
 from lora_operator.policies.memory import find_micro_batch, shrink_micro_batch
 from lora_operator.policies.nodes import avoid

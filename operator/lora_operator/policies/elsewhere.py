@@ -8,7 +8,7 @@ is the run's own.
 from collections.abc import Iterable, Sequence
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
-from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.findings import Symptom
 from lora_operator.diagnosis.reasons import DISK_LIMIT, NODE_FULL, is_unstarted
 from lora_operator.policies.restarts import SAME_FAILURES, find_budget, since_retry
 

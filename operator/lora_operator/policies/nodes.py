@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
 from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
-from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.findings import Symptom
 from lora_operator.diagnosis.reasons import (
     DISK_LIMIT,
     LOST_BY_NODE,

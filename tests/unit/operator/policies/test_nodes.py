@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lora_api import Failure, FailureClass, Phase
-from lora_operator.diagnosis.diagnose import Symptom
+from lora_operator.diagnosis.findings import Symptom
 from lora_operator.lifecycle.decide import decide
 from lora_operator.policies.nodes import avoid, describe_forgotten
 from lora_operator.state.plan import Plan
