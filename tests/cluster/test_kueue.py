@@ -179,15 +179,18 @@ def test_where_kueue_takes_up_every_job_preflight_and_gang_are_admitted_or_it_is
         queued = runs.submit("queued", runPolicy={"queueName": QUEUE})
         assert runs.wait_end(queued).status.phase == Phase.SUCCEEDED
         alone = runs.submit("alone")
-        waiting = runs.wait(alone, "its preflight is held back", lambda run: run.status.reason == "Queued")
-        assert waiting.status.phase == Phase.PREFLIGHT
-        assert (
-            "Kueue holds Job alone-pre1 back, which names no queue"
-            in find_condition(waiting, "PreflightPassed").message
+        held = "Kueue holds Job {} back, which names no queue"
+        waiting = runs.wait(
+            alone, "its preflight is held back", lambda run: held.format("alone-pre1") in str(run.status.conditions)
         )
+        assert (waiting.status.phase, waiting.status.reason) == (Phase.PREFLIGHT, "Queued")
+        assert held.format("alone-pre1") in find_condition(waiting, "PreflightPassed").message
         runs.kubectl("label", "job", "alone-pre1", f"kueue.x-k8s.io/queue-name={QUEUE}")
-        gang = runs.wait(alone, "its gang is held back", lambda run: run.status.phase == Phase.QUEUED)
-        assert "Kueue holds Job alone-1 back, which names no queue" in message(gang)
+        gang = runs.wait(
+            alone, "its gang is held back", lambda run: held.format("alone-1") in str(run.status.conditions)
+        )
+        assert gang.status.phase == Phase.QUEUED
+        assert held.format("alone-1") in message(gang)
         runs.kubectl("label", "job", "alone-1", f"kueue.x-k8s.io/queue-name={QUEUE}")
         assert runs.wait_end(alone).status.phase == Phase.SUCCEEDED
     finally:

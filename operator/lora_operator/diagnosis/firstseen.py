@@ -27,6 +27,11 @@ def job_seen(job: JobView) -> str:
     return f"{JOB}{job.uid}"
 
 
+def suspended_seen(job: JobView) -> str:
+    """The sighting that ``job`` is suspended."""
+    return f"suspended/{job.uid}"
+
+
 def run_seen(job: JobView) -> str:
     """The sighting of a pod of ``job`` that runs."""
     return f"run/{job.uid}"

@@ -14,6 +14,7 @@ from lora_operator.diagnosis.firstseen import (
     run_seen,
     started_seen,
     starting_seen,
+    suspended_seen,
     warned_seen,
 )
 from lora_operator.diagnosis.obstacles import find_held_up
@@ -51,6 +52,8 @@ def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
     found[job_seen(job)] = now
     if job.started is not None:
         found[started_seen(job)] = now
+    if job.suspended:
+        found[suspended_seen(job)] = now
     found |= {end_seen(pod): now for pod in pods if pod.has_ended}
     found |= {held_up_seen(pod, kind): now for kind, pod in find_held_up(pods)}
     found |= {starting_seen(pod): now for pod in find_stuck(pods)}

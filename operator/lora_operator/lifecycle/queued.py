@@ -15,6 +15,7 @@ from datetime import datetime
 
 from lora_api import ConditionType, Failure, FailureClass, Phase
 from lora_operator.diagnosis.diagnose import seconds_to_lost
+from lora_operator.diagnosis.firstseen import suspended_seen
 from lora_operator.state.failures import new_failure
 from lora_operator.state.plan import LaunchAttempt, Mark, Plan
 from lora_operator.state.reports import Reports
@@ -23,6 +24,8 @@ from lora_operator.watched.views import JobView, PodView
 from lora_operator.wording import with_remedy
 
 _INADMISSIBLE = "Inadmissible"
+_PATIENCE = 5.0
+"""Seconds after which is said that quota was taken back, though nobody could read why."""
 
 _NO_KUEUE_REMEDY = (
     "Install Kueue and make the LocalQueue in this namespace; or delete this LoRAFineTune and create it again without "
@@ -49,10 +52,16 @@ def broken_gang(job: JobView, now: datetime) -> Failure:
 
 
 def decide_queued(job: JobView, pods: Sequence[PodView], reports: Reports, now: datetime, grace: float) -> Plan:
-    """What to say of a Job that is suspended: it waits for quota, or its ``pods`` have to end first."""
+    """What to say of a Job that is suspended: it waits for quota, or its ``pods`` have to end first.
+
+    Why the quota was taken back is said once, in Kueue's words: they are read before anything is said.
+    """
     report = reports.queue
     if not any(is_stopping(pod) for pod in pods):
         return plan_queued(job.attempt, describe_queue(job.name, report))
+    left = _PATIENCE - (now - reports.seen.get(suspended_seen(job), now)).total_seconds()
+    if report is None and left > 0:
+        return Plan(requeue_after=left)
     reason, words = "JobSuspended", "The Job was suspended by whoever manages its queue"
     if report is not None and report.evicted:
         reason, words = report.evicted, f"Kueue took the quota back: {report.evicted_message}".rstrip(". :")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
+from lora_operator.diagnosis.firstseen import suspended_seen
 from lora_operator.state.reports import Refusal, Reports
 from tests.unit.operator.builders import (
     NOW,
@@ -77,7 +78,17 @@ CASES = [
     ),
     Case(
         "somebody else suspends the Job",
-        seen(a_run(status=STARTED), QUEUED, taken(0), taken(1)),
+        seen(a_run(status=STARTED), QUEUED, taken(0), taken(1), reports=Reports(queue=WAITS)),
+        {"phase": Phase.QUEUED, "reason": "JobSuspended", "failure": None},
+    ),
+    Case(
+        "why it was suspended is read before anything is said",
+        seen(a_run(status=STARTED), QUEUED, taken(0), taken(1), reports=Reports(seen={suspended_seen(QUEUED): ago(2)})),
+        {"phase": None, "failure": None, "requeue_after": 3.0},
+    ),
+    Case(
+        "if nobody can read it, it is said without",
+        seen(a_run(status=STARTED), QUEUED, taken(0), taken(1), reports=Reports(seen={suspended_seen(QUEUED): ago(5)})),
         {"phase": Phase.QUEUED, "reason": "JobSuspended", "failure": None},
     ),
     Case(
