@@ -11,6 +11,7 @@ from devcluster import Cluster, kueue
 from lora_api import LoRAFineTune, Phase
 from tests.cluster.conftest import NAMESPACE, Install
 from tests.cluster.runs import Runs, find_condition
+from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.kueue, pytest.mark.timeout(1800)]
 
@@ -99,7 +100,7 @@ def test_a_run_waits_for_quota_and_one_whose_quota_is_taken_back_ends_with_the_s
     assert undisturbed.status.adapter is not None
     assert done.status.adapter.digest == undisturbed.status.adapter.digest
 
-    listing = runs.kubectl("get", "events", "--field-selector=involvedObject.name=first", "--output=json")
+    listing = runs.kubectl("get", "events", f"--field-selector=involvedObject.uid={done.metadata.uid}", "--output=json")
     notes = {event["reason"]: event["message"] for event in json.loads(listing)["items"]}
     assert "Kueue took the quota back: Preempted to accommodate a workload" in notes["Preempted"]
 
@@ -151,8 +152,10 @@ def test_a_restart_loses_its_quota_its_place_and_its_evictions(cluster: Cluster,
     runs.wait_step(early, 5)
     stop_queue(cluster, "HoldAndDrain")
     runs.wait(early, "its quota is taken back", lambda run: run.status.preemptions == 1)
-    stop_queue(cluster, "None")
+    eventually("its pods have ended", lambda: runs.pods(early) == [])
     late = runs.submit("late", **{**settings, "training": {"maxSteps": 4}})
+    runs.wait(late, "it is in the queue", lambda run: run.status.phase == Phase.QUEUED)
+    stop_queue(cluster, "None")
     runs.wait(early, "it goes on", lambda run: run.status.phase == Phase.RUNNING)
     before = workload_of(runs, "early-1")
     assert evictions(before) == 1, "one that is only suspended keeps its Workload, and its place before the late one"

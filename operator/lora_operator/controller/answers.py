@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from lora_api import PLURAL
-from lora_operator.controller.questions import JobOf, Leftovers, NamespaceLabels, PodsOf, Question, RunAsItIs
+from lora_operator.controller.questions import JobAsItIs, JobOf, Leftovers, NamespaceLabels, PodsOf, Question, RunAsItIs
 from lora_operator.evidence.memory import Memory
 from lora_operator.kube.client import KubeClient, KubeError, NotFoundError
 from lora_operator.lifecycle.refusals import is_refusal
@@ -57,7 +57,9 @@ class Answerer:
             case RunAsItIs():
                 await self.fetch_run(key)
             case JobOf(attempt):
-                await self._fetch_job(key, attempt)
+                await self._fetch_job(key[0], child_name(key[1], attempt))
+            case JobAsItIs(job):
+                await self._fetch_job(key[0], job.name)
             case PodsOf(job):
                 names = [pod.name for pod in observed.gang(job)]
                 await self._fetch_pods(key, f"{JOB_NAME_LABEL}={job.name}", names)
@@ -83,9 +85,9 @@ class Answerer:
             return None
         return dict(found["metadata"].get("labels") or {})
 
-    async def _fetch_job(self, key: Key, attempt: int) -> None:
+    async def _fetch_job(self, namespace: str, name: str) -> None:
         try:
-            job = await self._kube.fetch_object("jobs", key[0], child_name(key[1], attempt))
+            job = await self._kube.fetch_object("jobs", namespace, name)
         except NotFoundError:
             return
         self._cache.put(Resource.JOBS, job)
@@ -106,7 +108,7 @@ def _permission_of(question: Question) -> str:
             return "get namespaces"
         case RunAsItIs():
             return "get lorafinetunes"
-        case JobOf():
+        case JobOf() | JobAsItIs():
             return "get jobs"
         case PodsOf() | Leftovers():
             return "list pods"

@@ -28,6 +28,13 @@ class JobOf:
 
 
 @dataclass(frozen=True)
+class JobAsItIs:
+    """A Job whose pod was deleted: its queue may have suspended it."""
+
+    job: JobView
+
+
+@dataclass(frozen=True)
 class PodsOf:
     """The pods of a Job, where no watch has shown what became of some of them."""
 
@@ -46,7 +53,7 @@ class NamespaceLabels:
     """The labels of the run's namespace, which a runtime asks for. The answer is no part of what is watched."""
 
 
-Question: TypeAlias = RunAsItIs | JobOf | PodsOf | Leftovers | NamespaceLabels
+Question: TypeAlias = RunAsItIs | JobOf | JobAsItIs | PodsOf | Leftovers | NamespaceLabels
 Answers = Mapping[Question, Any]
 """What was asked, with the answer where it is not in the cache by now."""
 
@@ -58,6 +65,9 @@ def questions(observed: Observed, now: datetime, settings: RunSettings) -> Itera
     attempt = missing_attempt(observed)
     if attempt is not None:
         yield JobOf(attempt)
+    bereft = deleted_preflight(observed)
+    if bereft is not None:
+        yield JobAsItIs(bereft)
     job = unseen_ends(observed) or blames_silence(observed, now, settings)
     if job is not None:
         yield PodsOf(job)
@@ -87,6 +97,14 @@ def lacks_preflight(observed: Observed, settings: RunSettings) -> bool:
         return False
     number = status.failed_preflights + 1
     return needs_preflight(observed, settings) and all(other > number for other in observed.preflights)
+
+
+def deleted_preflight(observed: Observed) -> JobView | None:
+    """A preflight whose pod is gone without a word. A gang has its moment, in which the watch of Jobs catches up."""
+    job = observed.live_job()
+    if job is None or not job.preflight or job.suspended or job.deleting:
+        return None
+    return job if any(pod.gone and pod.ended is None for pod in observed.gang(job)) else None
 
 
 def unseen_ends(observed: Observed) -> JobView | None:

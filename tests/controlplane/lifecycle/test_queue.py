@@ -35,7 +35,7 @@ class Queue:
         def names() -> list[str]:
             return [job["metadata"]["name"] for job in self.run.jobs()]
 
-        eventually(f"the Job of attempt {attempt}", lambda: f"{self.run.name}-{attempt}" in names())
+        self.run.wait(f"the Job of attempt {attempt}", lambda _: f"{self.run.name}-{attempt}" in names())
         return self.job(attempt)
 
     def suspend(self, attempt: int | str, *, suspend: bool) -> None:

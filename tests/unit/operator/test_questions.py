@@ -1,0 +1,39 @@
+"""What has to be looked up before a run is decided on."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lora_operator.controller.questions import JobAsItIs, questions
+from tests.unit.operator.builders import NOW, a_preflight, a_run, ended, running, said, seen
+from tests.unit.operator.cases import JOB, SETTINGS, STARTED
+
+CHECKED = replace(SETTINGS, preflight="on")
+PREFLIGHT = a_preflight()
+
+
+def pod_of(**changes: Any) -> Any:
+    return replace(running(0), attempt=0, job_uid=PREFLIGHT.uid, **changes)
+
+
+@pytest.mark.parametrize(
+    ("parts", "asked"),
+    [
+        ((PREFLIGHT, pod_of(gone=True)), [JobAsItIs(PREFLIGHT)]),
+        ((PREFLIGHT, pod_of()), []),
+        ((replace(PREFLIGHT, suspended=True), pod_of(gone=True)), []),
+        ((replace(PREFLIGHT, deleting=True), pod_of(gone=True)), []),
+    ],
+    ids=["its pod was deleted", "its pod runs", "it is known to be suspended", "it is deleted itself"],
+)
+def test_whether_the_job_of_a_preflight_is_suspended(parts: tuple[Any, ...], asked: list[JobAsItIs]) -> None:
+    """Kueue may have suspended it, so that its pod was deleted: the watch of Jobs may be later than that of pods."""
+    found = questions(seen(a_run(), *parts), NOW, CHECKED)
+    assert [question for question in found if isinstance(question, JobAsItIs)] == asked
+
+
+def test_a_gang_is_not_asked_about() -> None:
+    pods = (replace(running(0), gone=True), ended(1, 73, said("PeerLost")))
+    found = questions(seen(a_run(status=STARTED), JOB, *pods), NOW, SETTINGS)
+    assert not [question for question in found if isinstance(question, JobAsItIs)]
