@@ -13,7 +13,8 @@ from lora_operator.children.controlkeys import draw_control_key
 from lora_operator.children.job import queue_labels
 from lora_operator.controller.lanes import HURRY, Lanes
 from lora_operator.evidence.memory import Memory
-from lora_operator.kube.client import KubeClient, KubeError, NameConflictError, NoAnswerError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError, NameConflictError, NoAnswerError
 from lora_operator.kube.patience import within
 from lora_operator.lifecycle.cleanup import list_children
 from lora_operator.lifecycle.refusals import DELETE_JOBS, DELETE_RUN, PATCH_JOBS, is_refusal, needs_answer

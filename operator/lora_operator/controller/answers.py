@@ -8,7 +8,8 @@ from typing import Any
 from lora_api import PLURAL
 from lora_operator.controller.questions import JobAsItIs, JobOf, Leftovers, NamespaceLabels, PodsOf, Question, RunAsItIs
 from lora_operator.evidence.memory import Memory
-from lora_operator.kube.client import KubeClient, KubeError, NotFoundError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError, NotFoundError
 from lora_operator.lifecycle.refusals import is_refusal
 from lora_operator.names import JOB_NAME_LABEL, RUN_LABEL, child_name
 from lora_operator.objects import Key

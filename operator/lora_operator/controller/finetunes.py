@@ -19,7 +19,8 @@ from lora_operator.diagnosis.sightings import note_job, note_sightings
 from lora_operator.evidence.collector import Collector
 from lora_operator.evidence.memory import Memory
 from lora_operator.evidence.wants import compute_next_look, compute_wants
-from lora_operator.kube.client import ConflictError, KubeClient, KubeError, NotFoundError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import ConflictError, KubeError, NotFoundError
 from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.lastwords import await_words
 from lora_operator.lifecycle.refusals import face_refusals, is_refusal

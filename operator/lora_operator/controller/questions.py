@@ -123,7 +123,7 @@ def unseen_ends(observed: Observed) -> JobView | None:
 def blames_silence(observed: Observed, now: datetime, settings: RunSettings) -> JobView | None:
     """A Job one of whose pods is about to be blamed for saying nothing: the watch may be late."""
     job = observed.live_job()
-    if job is None or job.preflight:
+    if job is None or job.preflight or not any(pod.has_ended for pod in observed.gang(job)):
         return None
     failing = find_failing(observed, job, now, settings)
     return job if failing is not None and failing.blames_silence else None

@@ -7,7 +7,8 @@ from datetime import datetime
 from lora_api import TrainerPin, build_run_spec
 from lora_api.finetune import ObjectMeta
 from lora_api.runversions import to_version
-from lora_operator.kube.client import KubeClient, KubeError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError
 from lora_operator.objects import Key
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import Plan

@@ -16,7 +16,7 @@ from lora_operator.evidence.hungnodes import HungNodes
 from lora_operator.evidence.memory import Change, Memory
 from lora_operator.evidence.reader import Reader
 from lora_operator.evidence.wants import LastWordsOf, ProgressOf, Want
-from lora_operator.kube.client import KubeError
+from lora_operator.kube.errors import KubeError
 from lora_operator.objects import Key
 from lora_operator.state.reports import hear_denied
 from lora_operator.workqueue import WorkQueue

@@ -3,7 +3,8 @@
 import logging
 from dataclasses import replace
 
-from lora_operator.kube.client import KubeClient, KubeError, NotFoundError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError, NotFoundError
 from lora_operator.objects import Raw
 from lora_operator.state.workload import QueueReport, find_position, parse_workload
 from lora_operator.watched.views import JobView

@@ -11,7 +11,8 @@ from lora_operator.evidence.kueue import fetch_queue_report
 from lora_operator.evidence.logtext import tell_people
 from lora_operator.evidence.memory import Change
 from lora_operator.evidence.wants import EventsOfPods, LastWordsOf, ProgressOf, QueueOf, RefusalOf, Want
-from lora_operator.kube.client import KubeClient, NotFoundError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import NotFoundError
 from lora_operator.state.checkpoints import hear_checkpoint
 from lora_operator.state.reports import (
     Reports,

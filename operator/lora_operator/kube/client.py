@@ -4,7 +4,6 @@ Model classes of the official package are not used: they cost most of the memory
 ``rights``.
 """
 
-import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
@@ -29,6 +28,14 @@ from lora_api.finetune import ObjectMeta
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
 from lora_operator.kube import yamlbody as applied
+from lora_operator.kube.errors import (
+    ConflictError,
+    KubeError,
+    NameConflictError,
+    NoAnswerError,
+    NotFoundError,
+    parse_error,
+)
 from lora_operator.kube.ownership import find_conflict
 from lora_operator.kube.patience import patience
 from lora_operator.kube.podevents import find_warning
@@ -76,45 +83,6 @@ _MAX_LOG = 4 * 1024 * 1024
 """Bytes of a log that are held in memory: more than 200 lines of those that the trainer's launcher lets through."""
 
 Method = Literal["GET", "POST", "PATCH", "DELETE"]
-
-
-class KubeError(Exception):
-    """The API server refused a call, or did not answer it (status 0).
-
-    KubeError
-    |- NotFoundError: there is no such object
-    |- ConflictError: the object exists already, or is another one than was meant
-    |- NoAnswerError: there was none in time
-    NameConflictError (no KubeError: nothing was refused, but a child's name is taken)
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"{status}: {message}")
-        self.status = status
-        self.message = message
-
-
-class NotFoundError(KubeError):
-    """404."""
-
-
-class ConflictError(KubeError):
-    """409."""
-
-
-class NoAnswerError(KubeError):
-    """0: the API server was there, or not, and took too long."""
-
-
-class NameConflictError(Exception):
-    """An object with the name of a child belongs to something else.
-
-    ``passing`` says that it will go by itself: it is being deleted, or belongs to an earlier run of the same name.
-    """
-
-    def __init__(self, message: str, *, passing: bool) -> None:
-        super().__init__(message)
-        self.passing = passing
 
 
 async def load_configuration(kubeconfig: str) -> kubernetes_client.Configuration:
@@ -365,7 +333,7 @@ class KubeClient:
             if retry_after is None or not tries_left:
                 break
             self._limit.hold(retry_after)
-        raise _error(status, data)
+        raise parse_error(status, data)
 
     async def _send(
         self,
@@ -403,12 +371,3 @@ class KubeClient:
 
 def _parse_retry_after(text: str | None) -> float | None:
     return min(_MAX_RETRY_AFTER, float(text)) if text and text.isdecimal() else None
-
-
-def _error(status: int, data: bytes) -> KubeError:
-    try:
-        message = str(json.loads(data)["message"])
-    except (ValueError, KeyError, TypeError):
-        message = data.decode(errors="replace")[:1000]
-    kinds = {404: NotFoundError, 409: ConflictError}
-    return kinds.get(status, KubeError)(status, message)

@@ -14,7 +14,8 @@ from lora_operator.controller.reconcile import Reconciler
 from lora_operator.evidence.collector import Collector
 from lora_operator.evidence.memory import Memory
 from lora_operator.evidence.reader import Reader
-from lora_operator.kube.client import KubeClient, KubeError, NotFoundError, load_configuration
+from lora_operator.kube.client import KubeClient, load_configuration
+from lora_operator.kube.errors import KubeError, NotFoundError
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.metrics import Metrics, Readings
 from lora_operator.objects import Key

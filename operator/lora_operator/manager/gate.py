@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from lora_operator.kube.client import KubeClient, KubeError, load_configuration
+from lora_operator.kube.client import KubeClient, load_configuration
+from lora_operator.kube.errors import KubeError
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.objects import Raw
 from lora_operator.settings import Settings

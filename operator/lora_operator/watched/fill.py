@@ -5,7 +5,8 @@ import logging
 
 from lora_api import ClusterLoRARuntimeSpec
 from lora_api.runtime import DEFAULT_RUNTIME
-from lora_operator.kube.client import KubeClient, KubeError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError
 from lora_operator.settings import Settings
 from lora_operator.watched.cache import Cache, Resource
 from lora_operator.watched.refused import FORBIDDEN, Refused

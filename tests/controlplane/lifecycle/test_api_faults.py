@@ -18,7 +18,8 @@ import yaml
 
 import devcluster
 from lora_operator.clock import utc_now
-from lora_operator.kube.client import KubeClient, KubeError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError
 from lora_operator.settings import Settings
 from tests.controlplane.lifecycle.test_interruptions import check_end, jobs_created, live
 from tests.support.api import Api

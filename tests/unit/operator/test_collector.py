@@ -15,7 +15,7 @@ from lora_operator.evidence.hungnodes import PAUSE, TIMEOUTS, HungNodes
 from lora_operator.evidence.memory import Change, Memory
 from lora_operator.evidence.reader import Reader
 from lora_operator.evidence.wants import LastWordsOf, ProgressOf, RefusalOf, Want
-from lora_operator.kube.client import KubeError
+from lora_operator.kube.errors import KubeError
 from lora_operator.state.reports import Reports, forget_attempt
 from tests.unit.operator.builders import NOW, a_job, a_run, running
 

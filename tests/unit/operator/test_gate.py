@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from kubernetes.aio.client import Configuration
 
-from lora_operator.kube.client import KubeClient, KubeError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import KubeError
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.manager.gate import ALLOWED, Gate, Verdict, Verdicts, parse_token
 

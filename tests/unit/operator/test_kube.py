@@ -10,7 +10,8 @@ import yaml
 from kubernetes.aio.client import Configuration
 
 from lora_operator.children.service import build_service
-from lora_operator.kube.client import ConflictError, KubeClient, KubeError, NameConflictError, NotFoundError
+from lora_operator.kube.client import KubeClient
+from lora_operator.kube.errors import ConflictError, KubeError, NameConflictError, NotFoundError
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.kube.rights import RBAC, REVIEW_RBAC
 from tests.unit.operator.builders import a_run
