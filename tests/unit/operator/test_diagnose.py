@@ -1,22 +1,17 @@
 """From pods to the one failure that explains all of them."""
 
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from lora_api import RULES, FailureClass, Phase
+from lora_api import RULES, FailureClass
 from lora_operator.diagnosis.diagnose import diagnose_pod, diagnose_pods, diagnose_root
 from lora_operator.diagnosis.firstseen import end_seen, job_seen
-from lora_operator.diagnosis.obstacles import diagnose_obstacle, diagnose_refusal
-from lora_operator.lifecycle.outcomes import decide_obstructed
-from lora_operator.settings import Settings
-from lora_operator.state.observed import Observed, stop_seen
-from lora_operator.state.reports import Refusal, Reports
+from lora_operator.state.observed import stop_seen
 from lora_operator.watched.views import PodView
 from lora_operator.wording import with_remedy
-from tests.unit.operator.builders import NOW, a_job, a_pod, a_preflight, a_run, ago, ended, running, said, waiting
+from tests.unit.operator.builders import NOW, a_job, a_pod, ago, ended, running, said
 
 GRACE = 20.0
 
@@ -356,153 +351,6 @@ def test_a_job_that_was_ended_from_outside_is_a_symptom() -> None:
     job = a_job(failure="DeadlineExceeded: Job was active longer than specified deadline")
     symptoms = diagnose_pods([running()], job, NOW, grace=GRACE, processes_per_node=1)
     assert [(item.failure_class, item.reason) for item in symptoms] == [(FailureClass.POD_LOST, "JobFailed")]
-
-
-@pytest.mark.parametrize(
-    ("pods", "refused", "want"),
-    [
-        ([a_pod(0), a_pod(1)], None, None),
-        ([running(0), running(1)], "exceeded quota", "QuotaExceeded"),
-        ([waiting(0, "ContainerCreating")], None, None),
-        ([waiting(0, "ImagePullBackOff")], None, "ImagePullFailed"),
-        ([waiting(0, "InvalidImageName")], None, "ImagePullFailed"),
-        ([waiting(0, "CreateContainerConfigError")], None, "PodNotStarted"),
-        ([waiting(0, "CreateContainerConfigError"), waiting(1, "ErrImagePull")], None, "ImagePullFailed"),
-        ([a_pod(0, unscheduled_reason="Unschedulable")], None, "Unschedulable"),
-        ([a_pod(0, unscheduled_reason="SchedulingGated")], None, "SchedulingGated"),
-        ([a_pod(0, unscheduled_reason="Unschedulable"), waiting(1, "ErrImagePull")], None, "ImagePullFailed"),
-        ([], "pods is forbidden: violates PodSecurity", "PodNotStarted"),
-    ],
-)
-def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str | None) -> None:
-    obstacle = diagnose_obstacle(pods, a_job(), Reports(refusal=Refusal(refused, NOW) if refused else None), NOW)
-    assert (obstacle.reason if obstacle else None) == want
-    if obstacle is not None:
-        assert obstacle.remedy
-        assert obstacle.text.endswith(f". Remedy: {obstacle.remedy}")
-
-
-RUN_FIELDS = "podTemplate.resources of the run, or of its ClusterLoRARuntime"
-PREFLIGHT_FIELDS = "preflightResources of the run's ClusterLoRARuntime (or podTemplate.resources, which it follows)"
-
-
-@pytest.mark.parametrize(
-    ("words", "field"),
-    [
-        ("failed quota: q: must specify limits.cpu for: trainer; limits.memory for: trainer", "limits.memory in "),
-        ("failed quota: q: must specify limits.cpu,limits.memory", "limits.cpu, limits.memory in "),
-        ("failed quota: q: must specify memory for: credentials,trainer", "requests.memory in "),
-        ("exceeded quota: q, requested: limits.cpu=2, used: limits.cpu=0, limited: limits.cpu=1", "change "),
-        ("minimum memory usage per Container is 2Gi, but request is 1Gi", "Bring "),
-        ("cpu max limit to request ratio per Container is 4, but provided ratio is 64.000000", "Bring "),
-        ('spec.containers[0].resources.requests: Invalid: "1Gi": must be less than or equal to memory limit', "Bring "),
-    ],
-)
-def test_pods_that_a_rule_for_resources_refuses_are_told_the_fields(words: str, field: str) -> None:
-    for job, whose in ((a_job(), RUN_FIELDS), (a_preflight(), PREFLIGHT_FIELDS)):
-        refusal = Refusal(f'Error creating: pods "{job.name}-0-x" is forbidden: {words}', NOW)
-        obstacle = diagnose_obstacle([], job, Reports(refusal=refusal), NOW)
-        assert obstacle is not None
-        assert words in obstacle.message
-        assert field + whose in obstacle.remedy
-
-
-def test_the_words_of_a_full_quota_are_the_same_whichever_pod_was_tried() -> None:
-    """Each change of the status would be a write, for each look at a run that waits."""
-    full = "exceeded quota: few, requested: pods=1, used: pods=2, limited: pods=2"
-    for pod in ("tickets-1-0-x7k2p", "tickets-1-1-9qbwl"):
-        refusal = Refusal(f'Error creating: pods "{pod}" is forbidden: {full}', NOW)
-        obstacle = diagnose_obstacle([], a_job(), Reports(refusal=refusal), NOW)
-        assert obstacle is not None
-        assert obstacle.message == f"Pods of Job tickets-1 are refused: Error creating: {full}"
-
-
-QUOTA = 'jobs.batch "tickets-1" is forbidden: exceeded quota: few, requested: count/jobs.batch=1, used: 0, limited: 0'
-ROLE = 'jobs.batch is forbidden: User "system:serviceaccount:lora-system:lora-operator" cannot create resource "jobs"'
-WEBHOOK = 'Internal error occurred: failed calling webhook "jobs.example.com": connection refused'
-TOO_LONG = 'Job.batch "run-1" is invalid: spec.template.annotations: Too long: may not be more than 262144 bytes'
-DENIED = 'admission webhook "jobs.example.com" denied the request: every Job needs a team'
-HIERARCHICAL = (
-    'admission webhook "resourcesquotas.hnc.x-k8s.io" denied the request: exceeded hierarchical quota in namespace '
-    '"team": "hrq", requested: count/jobs.batch=1, used: count/jobs.batch=8, limited: count/jobs.batch=8'
-)
-UNKNOWN = 'jobs.batch "tickets-1" is forbidden: status unknown for quota: compute, resources: count/jobs.batch'
-NOT_READY = 'jobs.batch "tickets-1" is forbidden: not yet ready to handle request'
-GOING = (
-    'jobs.batch "tickets-1" is forbidden: unable to create new content in namespace team because it is being terminated'
-)
-
-
-@pytest.mark.parametrize(
-    ("kind", "status", "words", "want"),
-    [
-        ("Job", 403, QUOTA, ("QuotaExceeded", None, False)),
-        ("Job", 403, ROLE, ("OperatorForbidden", None, False)),
-        ("Job", 500, WEBHOOK, ("WebhookFailed", None, False)),
-        ("Job", 500, "etcdserver: request timed out", None),
-        ("Job", 400, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
-        ("Service", 403, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
-        ("Job", 422, "spec.template: Too long", ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
-        ("Job", 422, TOO_LONG, ("BadSpec", FailureClass.BAD_SPEC, True)),
-        *(("Job", status, HIERARCHICAL, ("QuotaExceeded", None, False)) for status in (400, 403, 500)),
-        ("Job", 403, UNKNOWN, ("FailedCreate", FailureClass.POD_NOT_STARTED, False)),
-        ("Job", 403, NOT_READY, ("FailedCreate", FailureClass.POD_NOT_STARTED, False)),
-        ("Job", 413, "Request entity too large", ("BadSpec", FailureClass.BAD_SPEC, True)),
-        ("Job", 403, GOING, None),
-        ("Job", 404, 'namespaces "team" not found', None),
-        ("Job", 503, "unavailable", None),
-        ("Job", 0, "no answer", None),
-    ],
-)
-def test_diagnose_refusal(
-    kind: str, status: int, words: str, want: tuple[str, FailureClass | None, bool] | None
-) -> None:
-    obstacle = diagnose_refusal(kind, "tickets-1", status, words, NOW)
-    assert (obstacle and (obstacle.reason, obstacle.failure_class, obstacle.permanent)) == want
-    if obstacle is not None:
-        assert obstacle.text == f"{kind} tickets-1 is refused: {words}. Remedy: {obstacle.remedy}"
-
-
-@pytest.mark.parametrize(
-    ("words", "status", "seconds", "want"),
-    [
-        (QUOTA, 403, 1e6, (Phase.PENDING, "QuotaExceeded", 30.0)),
-        (DENIED, 403, 0.0, (Phase.PENDING, "PodNotStarted", 30.0)),
-        (DENIED, 403, 590.0, (Phase.PENDING, "PodNotStarted", 10.0)),
-        (DENIED, 403, 600.0, (Phase.FAILED, "PodNotStarted", None)),
-        (HIERARCHICAL, 403, 1e6, (Phase.PENDING, "QuotaExceeded", 30.0)),
-        (UNKNOWN, 403, 86_399.0, (Phase.PENDING, "FailedCreate", 1.0)),
-        (NOT_READY, 403, 86_400.0, (Phase.FAILED, "PodNotStarted", None)),
-        ("too large", 413, 0.0, (Phase.FAILED, "BadSpec", None)),
-    ],
-)
-def test_what_is_refused_is_asked_for_again_until_it_has_lasted(
-    words: str, status: int, seconds: float, want: tuple[Phase, str, float | None]
-) -> None:
-    obstacle = diagnose_refusal("Job", "tickets-1", status, words, NOW)
-    assert obstacle is not None
-    plan = decide_obstructed(Observed(run=a_run()), 1, obstacle, NOW + timedelta(seconds=seconds), Settings())
-    assert (plan.phase, plan.reason, plan.requeue_after) == want
-    ended = plan.phase is Phase.FAILED
-    assert ("starts by itself" in plan.message, "raise runPolicy.retry" in plan.message) == (
-        not ended, ended and plan.reason != "BadSpec"
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("message", "remedy"),
-    [
-        ('0/1 nodes are available: persistentvolumeclaim "data" not found.', "Create the claim"),
-        ("0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.", "Create the claim"),
-        ("0/2 nodes are available: 2 Insufficient nvidia.com/gpu.", "Free or add nodes"),
-    ],
-)
-def test_a_claim_that_is_in_the_way_has_a_remedy_of_its_own(message: str, remedy: str) -> None:
-    pod = a_pod(0, unscheduled_reason="Unschedulable", unscheduled_message=message)
-    obstacle = diagnose_obstacle([pod], a_job(), Reports(), NOW)
-    assert obstacle is not None
-    assert message in obstacle.message
-    assert obstacle.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from lora_api import ConditionType, FailureClass, Phase
 from lora_operator.diagnosis.firstseen import held_up_seen
-from lora_operator.diagnosis.obstacles import find_held_up
+from lora_operator.diagnosis.obstacles import diagnose_obstacle, find_held_up
 from lora_operator.diagnosis.sightings import note_sightings
 from lora_operator.lifecycle.decide import decide
 from lora_operator.state.reports import Refusal, Reports, hear_refusal
@@ -274,3 +274,43 @@ def test_who_is_held_up_for_longest_comes_first() -> None:
     reports = Reports(seen={held_up_seen(first, PULL): ago(10), held_up_seen(second, START): ago(590)})
     plan = decide(seen(a_run(status=STARTED), JOB, first, second, reports=reports), NOW, SETTINGS)
     assert (plan.reason, plan.requeue_after) == ("PodNotStarted", 10.0)
+
+
+@pytest.mark.parametrize(
+    ("pods", "refused", "want"),
+    [
+        ([a_pod(0), a_pod(1)], None, None),
+        ([running(0), running(1)], "exceeded quota", "QuotaExceeded"),
+        ([waiting(0, "ContainerCreating")], None, None),
+        ([waiting(0, "ImagePullBackOff")], None, "ImagePullFailed"),
+        ([waiting(0, "InvalidImageName")], None, "ImagePullFailed"),
+        ([waiting(0, "CreateContainerConfigError")], None, "PodNotStarted"),
+        ([waiting(0, "CreateContainerConfigError"), waiting(1, "ErrImagePull")], None, "ImagePullFailed"),
+        ([a_pod(0, unscheduled_reason="Unschedulable")], None, "Unschedulable"),
+        ([a_pod(0, unscheduled_reason="SchedulingGated")], None, "SchedulingGated"),
+        ([a_pod(0, unscheduled_reason="Unschedulable"), waiting(1, "ErrImagePull")], None, "ImagePullFailed"),
+        ([], "pods is forbidden: violates PodSecurity", "PodNotStarted"),
+    ],
+)
+def test_diagnose_obstacle(pods: list[PodView], refused: str | None, want: str | None) -> None:
+    obstacle = diagnose_obstacle(pods, a_job(), Reports(refusal=Refusal(refused, NOW) if refused else None), NOW)
+    assert (obstacle.reason if obstacle else None) == want
+    if obstacle is not None:
+        assert obstacle.remedy
+        assert obstacle.text.endswith(f". Remedy: {obstacle.remedy}")
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ('0/1 nodes are available: persistentvolumeclaim "data" not found.', "Create the claim"),
+        ("0/2 nodes are available: pod has unbound immediate PersistentVolumeClaims.", "Create the claim"),
+        ("0/2 nodes are available: 2 Insufficient nvidia.com/gpu.", "Free or add nodes"),
+    ],
+)
+def test_a_claim_that_is_in_the_way_has_a_remedy_of_its_own(message: str, remedy: str) -> None:
+    pod = a_pod(0, unscheduled_reason="Unschedulable", unscheduled_message=message)
+    obstacle = diagnose_obstacle([pod], a_job(), Reports(), NOW)
+    assert obstacle is not None
+    assert message in obstacle.message
+    assert obstacle.remedy.startswith(remedy)
