@@ -28,10 +28,9 @@ class Symptom:
 class Obstacle:
     """Why an attempt does not start.
 
-    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
-    others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
-    ``pod``: the one on whose node it is.
-    ``final_remedy`` is what helps after that, if it is not the remedy.
+    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever, as for room. ``permanent``:
+    nothing that others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not
+    the usual. ``pod``: the one on whose node it is. ``final_remedy`` is what helps after that, if it is not the remedy.
     """
 
     reason: str

@@ -173,15 +173,6 @@ def decide_obstructed(
     return replace(wait, attempt=observed.run.status.attempt)
 
 
-def decide_no_podgroups(observed: Observed, settings: RunSettings) -> Plan:
-    """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
-    message = with_remedy(
-        f"The cluster knows no PodGroup of {settings.gang_scheduler}",
-        "Install the scheduler, or set operator.gangScheduler of the chart to none. The run starts by itself then.",
-    )
-    return replace(decide_wait("NoPodGroups", message, _RETRY_SECONDS), attempt=observed.run.status.attempt)
-
-
 def job_lost(attempt: int, now: datetime) -> Failure:
     """The failure of an attempt whose Job was deleted by somebody else."""
     message = f"The Job of attempt {attempt} was deleted from outside"

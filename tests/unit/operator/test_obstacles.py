@@ -40,7 +40,7 @@ HIERARCHICAL = (
     'in namespace "team": "hrq", requested: pods=1, used: pods=8, limited: pods=8'
 )
 DAY = 86_400.0
-REFUSED: dict[str, tuple[str, str, str, float | None]] = {
+REFUSED: dict[str, tuple[str, str, str, float]] = {
     "a webhook that is away": (AWAY, "WebhookFailed", "See why the webhook", DAY),
     "a webhook that says no": (DENIED, "PodNotStarted", "Correct what the message names", SETTINGS.start_timeout),
     "a priority class that is missing": (CLASS, "PriorityClassNotFound", "Create the PriorityClass", DAY),
@@ -86,19 +86,18 @@ REFUSED: dict[str, tuple[str, str, str, float | None]] = {
         "Correct what the message names",
         SETTINGS.start_timeout,
     ),
-    "a hierarchical quota that is full": (HIERARCHICAL, "QuotaExceeded", "Wait until the quota has room", None),
-    "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", None),
+    "a hierarchical quota that is full": (HIERARCHICAL, "QuotaExceeded", "Wait until the quota has room", 7 * DAY),
+    "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", 7 * DAY),
 }
 
-FINAL = {"FailedCreate": "See what the message names"}
+FINAL = {"FailedCreate": "See what the message names", "QuotaExceeded": "Have the quota raised"}
 """What the remedy begins with once the run has failed, where that is not what it began with before."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_pods_that_are_refused(name: str) -> None:
     words, reason, remedy, limit = REFUSED[name]
-    lasts = min(limit or 9 * DAY, 9 * DAY)
-    for since, ends in ((lasts - 1, False), (lasts, limit is not None)):
+    for since, ends in ((limit - 1, False), (limit, True)):
         reports = Reports(refusal=Refusal(words, ago(since)))
         plan = decide(seen(a_run(status=STARTED), JOB, reports=reports), NOW, SETTINGS)
         mark = plan.conditions[ConditionType.RUNNING]
@@ -106,7 +105,7 @@ def test_pods_that_are_refused(name: str) -> None:
         assert f"Remedy: {FINAL.get(reason, remedy) if ends else remedy}" in mark.message
         assert ("by itself" in mark.message, "raise runPolicy.retry" in mark.message) == (not ends, ends)
         assert (plan.failure and plan.failure.failure_class) == (FailureClass.POD_NOT_STARTED if ends else None)
-        if not ends and limit is not None:
+        if not ends:
             assert plan.requeue_after == 1.0
 
 
