@@ -31,6 +31,7 @@ from lora_operator.lifecycle.orphans import (
 )
 from lora_operator.lifecycle.outcomes import (
     decide_failure,
+    decide_lasting,
     decide_success,
     decide_suspended,
     decide_wait,
@@ -271,8 +272,7 @@ def _decide_healthy(
     )
     left = obstacle.seconds_left(now, settings.start_timeout) if obstacle is not None else None
     if obstacle is not None and left is not None and left <= 0:
-        failure = obstacle.to_failure(job.attempt, now)
-        return decide_failure(observed, job.attempt, failure, now, settings, since=obstacle.since)
+        return decide_lasting(observed, job.attempt, obstacle, now, settings)
     short = is_short_of_room(observed, job, pods)
     back = seconds_to_giving_back(observed, now) if short else None
     if back is not None and back <= 0:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_api import AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
 from lora_operator.diagnosis.findings import Obstacle, Symptom
 from lora_operator.policies.elsewhere import describe_next, describe_others, find_others, tries_elsewhere
@@ -38,12 +38,14 @@ def decide_failure(
     symptoms: Sequence[Symptom] = (),
     incomplete: bool = False,
     since: datetime | None = None,
+    waiting_remedy: str = "",
     forgets_nodes: bool = True,
 ) -> Plan:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows.
 
     ``symptoms`` are all that was wrong with the pods, ``incomplete`` whether some of them had not started.
-    ``since`` is when that which has become the failure began. ``forgets_nodes``: where there was no room, the nodes
+    ``since`` is when that which has become the failure began, and ``waiting_remedy`` what helped against it until then.
+    ``forgets_nodes``: where there was no room, the nodes
     that were avoided may be used again.
     """
     run, checkpoint = observed.run, find_checkpoint(observed, attempt)
@@ -53,13 +55,13 @@ def decide_failure(
     verdict = judge(
         run, failure, now, base=settings.restart_backoff, checkpoint=checkpoint, shrinks=smaller is not None,
         elsewhere=elsewhere, repeated=bool(others), incomplete=incomplete, since=since,
+        waiting_remedy=waiting_remedy,
     )  # fmt: skip
     failure = verdict.failure
     if verdict.retried and smaller is not None:
         failure = advise(failure, _shrunk(run, failure, smaller))
     elif verdict.retried and elsewhere:
-        ends = failure.remedy != RULES[failure.failure_class].waiting_remedy
-        failure = advise(failure, describe_next(failure, ends=ends))
+        failure = advise(failure, describe_next(failure, ends=not verdict.waits))
     refusal = verdict.refusal or describe_others(failure, others)
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)
@@ -87,6 +89,14 @@ def decide_failure(
         failed=record,
         ended=not verdict.retried,
     )
+
+
+def decide_lasting(observed: Observed, attempt: int, obstacle: Obstacle, now: datetime, settings: RunSettings) -> Plan:
+    """Puts on record that ``obstacle`` has lasted too long."""
+    return decide_failure(
+        observed, attempt, obstacle.to_failure(attempt, now), now, settings,
+        since=obstacle.since, waiting_remedy=obstacle.remedy,
+    )  # fmt: skip
 
 
 def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
@@ -168,7 +178,7 @@ def decide_obstructed(
     """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), now, settings, since=obstacle.since)
+        return decide_lasting(observed, attempt, obstacle, now, settings)
     wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
     return replace(wait, attempt=observed.run.status.attempt)
 

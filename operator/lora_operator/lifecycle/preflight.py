@@ -15,7 +15,7 @@ from lora_operator.children.resources import gang_resources_on_cpu, preflight_re
 from lora_operator.diagnosis.diagnose import diagnose_pods, diagnose_root, termination_of
 from lora_operator.diagnosis.firstseen import running_since
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, is_by_limit_range
-from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
+from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_lasting, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.settings import RunSettings
@@ -85,7 +85,7 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
-            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), now, settings)
+            return decide_lasting(observed, PREFLIGHT, obstacle, now, settings)
         return _waiting(obstacle.reason, obstacle.text, requeue_after=left)
     if not any(pod.running for pod in pods):
         return _waiting("Preflight", _CHECKING)

@@ -134,6 +134,18 @@ def test_what_refuses_the_pods_of_a_run_that_has_worked_is_waited_for_a_day() ->
     assert "raise runPolicy.retry" in plan.message
 
 
+def test_a_run_that_has_worked_is_told_what_helps_against_what_it_waits_for() -> None:
+    """Not only what helps against all of the class."""
+    status = {**STARTED, "lastCheckpoint": {"step": 5, "at": stamp(ago(9000))}}
+    words = 'pods "x" is forbidden: minimum cpu usage per Container is 1, but request is 500m'
+    for lasted, again in ((600, "the run starts by itself"), (86_400, "raise runPolicy.retry")):
+        reports = Reports(refusal=Refusal(words, ago(lasted)))
+        plan = decide(seen(a_run(status=status), JOB, reports=reports), NOW, SETTINGS)
+        assert plan.failure is not None
+        assert plan.failure.remedy.startswith("Bring podTemplate.resources of the run")
+        assert plan.failure.remedy.endswith(f"and {again}.")
+
+
 CDI = "failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=0"
 DISK = "failed to pull: write /var/lib/containerd/x: no space left on device"
 SECRET = 'secret "lora-store" not found'
@@ -243,6 +255,10 @@ def test_a_run_that_has_worked_avoids_the_node_that_holds_it_up(reason: str, wor
     assert plan.phase is Phase.RESTARTING
     assert plan.failed is not None
     assert [node.name for node in plan.failed.avoided or ()] == ["n1"]
+    remedy = plan.failed.failure.remedy
+    assert "If another node says the same: See the disk, the devices and the container runtime of node n1." in remedy
+    assert "by itself" in remedy
+    assert "runPolicy.retry" not in remedy
 
 
 def test_a_preflight_that_a_node_cannot_start_is_tried_on_another_one() -> None:
