@@ -50,6 +50,7 @@ from lora_operator.policies.placement import (
     may_need_avoided,
     not_placed,
     seconds_to_giving_back,
+    time_waited,
     waits_since,
 )
 from lora_operator.policies.stall import find_stall, seconds_to_stall
@@ -98,7 +99,7 @@ def _decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     if job is not None:
         return _clear_away(observed, job, _decide_attempt(observed, job, now, settings))
     if status.attempt == attempt:
-        return decide_failure(observed, attempt, job_lost(attempt, now), now, settings)
+        return _decide_lost(observed, attempt, now, settings)
     return _decide_launch(observed, attempt, now, settings)
 
 
@@ -219,7 +220,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
     if adapter is not None:
         return decide_success(job.attempt, adapter, disown(observed.run, adapter))
     if job.deleting:
-        return decide_failure(observed, job.attempt, job_lost(job.attempt, now), now, settings)
+        return _decide_lost(observed, job.attempt, now, settings)
     stopping = observed.stopping(job)
     failing = find_failing(observed, job, now, settings)
     if failing is not None:
@@ -230,8 +231,14 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
         return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
         return decide_queued(job, [*pods, *stopping], observed.reports, now, settings.failure_grace)
-    since = waits_since(observed, job, settings.restart_backoff)
+    since = waits_since(observed, job.attempt, job.created, settings.restart_backoff)
     return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=since)
+
+
+def _decide_lost(observed: Observed, attempt: int, now: datetime, settings: RunSettings) -> Plan:
+    """Somebody has deleted the Job of ``attempt``."""
+    waited = time_waited(observed, attempt, now, settings.restart_backoff)
+    return decide_failure(observed, attempt, job_lost(attempt, now), now, settings, waited=waited)
 
 
 def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: datetime, settings: RunSettings) -> Plan:
@@ -244,6 +251,7 @@ def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: dat
             failure = explain_by_room(failure, observed, job, pods, now)
         return decide_failure(
             observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
+            waited=time_waited(observed, job.attempt, now, settings.restart_backoff),
             forgets_nodes=may_need_avoided(pods),
         )  # fmt: skip
     message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting {failing.describe_wait()}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from lora_api import AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
@@ -39,13 +39,14 @@ def decide_failure(
     incomplete: bool = False,
     since: datetime | None = None,
     waiting_remedy: str = "",
+    waited: timedelta = timedelta(0),
     forgets_nodes: bool = True,
 ) -> Plan:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows.
 
     ``symptoms`` are all that was wrong with the pods, ``incomplete`` whether some of them had not started.
     ``since`` is when that which has become the failure began, and ``waiting_remedy`` what helped against it until then.
-    ``forgets_nodes``: where there was no room, the nodes
+    ``waited`` is for how long the pods had waited for nodes. ``forgets_nodes``: where there was no room, the nodes
     that were avoided may be used again.
     """
     run, checkpoint = observed.run, find_checkpoint(observed, attempt)
@@ -55,7 +56,7 @@ def decide_failure(
     verdict = judge(
         run, failure, now, base=settings.restart_backoff, checkpoint=checkpoint, shrinks=smaller is not None,
         elsewhere=elsewhere, repeated=bool(others), incomplete=incomplete, since=since,
-        waiting_remedy=waiting_remedy,
+        waiting_remedy=waiting_remedy, waited=waited,
     )  # fmt: skip
     failure = verdict.failure
     if verdict.retried and smaller is not None:

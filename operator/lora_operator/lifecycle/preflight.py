@@ -8,7 +8,7 @@ counts is the one after those that failed.
 """
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
 from lora_operator.children.resources import gang_resources_on_cpu, preflight_resources
@@ -73,7 +73,8 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
     symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0, seen=seen)
     if symptoms:
         failure = diagnose_root(symptoms, pods, PREFLIGHT, now, seen)
-        return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
+        waited = _time_waited(pods, job)
+        return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms, waited=waited)
     if job.suspended:
         return _decide_held(observed, job, settings)
     refused = _find_too_little(observed, job, now)
@@ -93,6 +94,12 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
     if left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), now, settings)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
+
+
+def _time_waited(pods: list[PodView], job: JobView) -> timedelta:
+    """How long the pod of ``job`` has waited for its node, by the clocks of the control plane alone."""
+    got = max((pod.scheduled_at for pod in pods if pod.scheduled_at is not None), default=job.created)
+    return max(timedelta(0), got - job.created)
 
 
 def find_running_on(observed: Observed) -> JobView | None:

@@ -8,7 +8,7 @@ before the next try, each time twice as long, so that one of them gets through.
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from lora_api import Failure, FailureClass
+from lora_api import ConditionType, Failure, FailureClass
 from lora_operator.diagnosis.obstacles import (
     describe_unscheduled,
     diagnose_refused,
@@ -19,6 +19,7 @@ from lora_operator.diagnosis.obstacles import (
 )
 from lora_operator.policies.nodes import describe_forgotten
 from lora_operator.policies.restarts import compute_backoff
+from lora_operator.state.facts import holds
 from lora_operator.state.failures import new_failure, reword
 from lora_operator.state.observed import Observed
 from lora_operator.watched.views import JobView, PodView
@@ -85,19 +86,32 @@ def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
     return float(PLACEMENT_TIMEOUT if asked is None else asked) - (now - since).total_seconds()
 
 
-def waits_since(observed: Observed, job: JobView, base: float) -> datetime:
-    """Since when the run waits for what ``job`` needs: its nodes, and before that leave to make the Job at all.
+def waits_since(observed: Observed, attempt: int, created: datetime, base: float) -> datetime:
+    """Since when the run waits for what ``attempt`` needs: its nodes, and before that leave to make its Job at all.
 
-    That begins with the pause after the last failure, which is ``base`` seconds for the first. Those for want of room
-    are a part of the wait.
+    That begins with the pause after the last failure, which is ``base`` seconds for the first, and not after the Job
+    was ``created``. Failures for want of room are a part of the wait.
     """
     status = observed.run.status
-    earlier = [one for one in status.failures if one.attempt < job.attempt]
+    earlier = [one for one in status.failures if one.attempt < attempt]
     last = next((one for one in reversed(earlier) if one.failure_class is not FailureClass.NOT_PLACED), None)
     if last is None:
-        return job.created
+        return created
     pause = compute_backoff(max((status.recent_failures or 1) - 1, 0), base)
-    return min(job.created, last.at + timedelta(seconds=pause))
+    return min(created, last.at + timedelta(seconds=pause))
+
+
+def time_waited(observed: Observed, attempt: int, now: datetime, base: float) -> timedelta:
+    """How long ``attempt`` has waited for its nodes since the last failure, where its gang never had all of them.
+
+    Of one that had, the status has it already (``status.compute``).
+    """
+    status = observed.run.status
+    if holds(status, ConditionType.SCHEDULED) or status.failing_since is None:
+        return timedelta(0)
+    job = observed.jobs.get(attempt)
+    since = waits_since(observed, attempt, now if job is None else job.created, base)
+    return now - min(now, max(since, status.failing_since))
 
 
 def may_need_avoided(pods: Sequence[PodView]) -> bool:

@@ -10,7 +10,7 @@ Each failure since the last newer checkpoint, of whichever class, doubles the pa
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
@@ -83,6 +83,7 @@ def judge(
     incomplete: bool = False,
     since: datetime | None = None,
     waiting_remedy: str = "",
+    waited: timedelta = timedelta(0),
 ) -> Verdict:
     """What follows ``failure``.
 
@@ -91,10 +92,13 @@ def judge(
     ``repeated``: other nodes have said the same, so that no further one is asked.
     ``incomplete``: some pods of the gang had not started, and nothing is charged to a gang that was not whole.
     ``since``: the failure is something that has lasted since then, and for which helps ``waiting_remedy`` while it is
-    waited for, if not what helps for all of its class.
+    waited for, if not what helps for all of its class. ``waited``: so long what has failed had waited for its nodes,
+    since the last failure: that is no time of failing.
     """
     status, rule = run.status, RULES[failure.failure_class]
     budget, worked = find_budget(status, checkpoint), has_worked(status, failure, checkpoint)
+    if budget.since is not None:
+        budget = replace(budget, since=min(now, budget.since + waited))
     waits = rule.outage and worked
     retried = (rule.retried and not repeated) or waits or shrinks or elsewhere
     charged = rule.charged and not incomplete
