@@ -27,7 +27,7 @@ from lora_api import (
 from lora_api.finetune import ObjectMeta
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
-from lora_operator.kube import yamlbody as applied
+from lora_operator.kube import yamlbody
 from lora_operator.kube.errors import (
     ConflictError,
     KubeError,
@@ -297,8 +297,8 @@ class KubeClient:
             name,
             subresource,
             query={**_OWNED, "force": "true"},
-            body=applied.encode(body),
-            content_type=applied.CONTENT_TYPE,
+            body=yamlbody.encode(body),
+            content_type=yamlbody.CONTENT_TYPE,
         )
 
     async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:
