@@ -7,6 +7,9 @@ from lora_api import Failure, FailureClass
 from lora_operator.watched.views import PodView
 from lora_operator.wording import with_remedy
 
+PATIENCE = 86_400.0
+"""Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
+
 
 @dataclass(frozen=True)
 class Symptom:

@@ -7,13 +7,15 @@ from datetime import datetime
 
 from lora_api import RULES, FailureClass
 from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, describe_init_remedy
-from lora_operator.diagnosis.findings import Obstacle
+from lora_operator.diagnosis.findings import PATIENCE, Obstacle
 from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.diagnosis.invalid import describe_remedy, translate
 from lora_operator.diagnosis.reasons import is_missing
+from lora_operator.diagnosis.silence import diagnose_silence
 from lora_operator.diagnosis.stuck import diagnose_stuck
 from lora_operator.state.reports import Refusal, Refuser, Reports, find_refuser
 from lora_operator.watched.views import INITIALIZING, JobView, PodView
+from lora_operator.wording import name_pods
 
 _IMAGE = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError",
@@ -65,12 +67,8 @@ _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
 _QUOTA_WAITS = "Wait until the quota has room, or raise it. The run starts by itself then."
 _QUOTA_ENDS = "Have the quota raised, or see what uses it. Once it has room, raise runPolicy.retry."
-PATIENCE = 86_400.0
-"""Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
 _QUEUES = 7 * PATIENCE
 """The same for a quota that is full: others work with it, as a rule, and a run that waits for it holds nothing."""
-_MOST_NAMES = 5
-"""Pods that a message names; of more it gives the number."""
 _SIZE_REMEDY = (
     "Shorten what the specification says at length, such as dataset.chatTemplate or podTemplate.annotations, and "
     "create the run again."
@@ -161,7 +159,7 @@ def diagnose_obstacle(
                 since=pod.created,
                 scheduling=True,
             )
-    return stuck[0] if stuck else None
+    return stuck[0] if stuck else diagnose_silence(pods, job, reports, now)
 
 
 def find_unscheduled(pods: Sequence[PodView]) -> list[PodView]:
@@ -177,14 +175,6 @@ def describe_unscheduled(pods: Sequence[PodView]) -> str:
             waiting.setdefault(pod.unscheduled_message, []).append(pod.name)
     *others, last = [f"No node takes {name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
     return "; ".join([*(text.rstrip(".") for text in others), last])
-
-
-def name_pods(names: Sequence[str]) -> str:
-    """Pods in a message: the first few by their names."""
-    if len(names) == 1:
-        return f"pod {names[0]}"
-    more = len(names) - _MOST_NAMES
-    return f"pods {', '.join(names[:_MOST_NAMES])}" + (f" and {more} more" if more > 0 else "")
 
 
 def waits_for_claim(pod: PodView) -> bool:

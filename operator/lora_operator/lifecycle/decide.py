@@ -18,7 +18,7 @@ from datetime import datetime
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.diagnose import diagnose_root, seconds_to_lost
 from lora_operator.diagnosis.firstseen import LEFTOVERS
-from lora_operator.diagnosis.obstacles import diagnose_obstacle, name_pods
+from lora_operator.diagnosis.obstacles import diagnose_obstacle
 from lora_operator.lifecycle.cleanup import decide_finished, decide_retry
 from lora_operator.lifecycle.failing import Failing, find_failing
 from lora_operator.lifecycle.orphans import (
@@ -61,7 +61,7 @@ from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, No
 from lora_operator.state.workload import uses_kueue
 from lora_operator.status.claims import disown
 from lora_operator.watched.views import JobView, PodView
-from lora_operator.wording import with_remedy
+from lora_operator.wording import name_pods, with_remedy
 
 _BRIEF = 5.0
 """Seconds that the pods of an attempt which is over may take to end before they are told of."""
@@ -281,7 +281,7 @@ def _decide_healthy(
     left = obstacle.seconds_left(now, settings.start_timeout) if obstacle is not None else None
     if obstacle is not None and left is not None and left <= 0:
         return decide_lasting(observed, job.attempt, obstacle, now, settings)
-    short = is_short_of_room(observed, job, pods)
+    short = is_short_of_room(observed, job, pods, now)
     back = seconds_to_giving_back(observed, now) if short else None
     if back is not None and back <= 0:
         failure = not_placed(observed, job, pods, now)

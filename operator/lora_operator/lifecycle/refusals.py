@@ -11,8 +11,8 @@ from dataclasses import replace
 from datetime import datetime
 
 from lora_api import ConditionType, FailureClass, Phase
-from lora_operator.diagnosis.findings import Obstacle
-from lora_operator.diagnosis.obstacles import PATIENCE, diagnose_refusal
+from lora_operator.diagnosis.findings import PATIENCE, Obstacle
+from lora_operator.diagnosis.obstacles import diagnose_refusal
 from lora_operator.lifecycle.outcomes import (
     PREFLIGHT,
     decide_conflict,

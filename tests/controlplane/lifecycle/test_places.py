@@ -175,3 +175,17 @@ def test_a_peer_that_starts_as_the_others_give_up_is_blamed_for_nothing(
         failure = status["failures"][0]
         assert (failure["class"], failure["pod"]) == ("PeerLost", patient["metadata"]["name"])
         assert not status.get("chargedRestarts")
+
+
+@pytest.mark.parametrize("preflight", ["off", "on"])
+def test_pods_that_no_scheduler_comes_to_are_named(
+    run: Run, fast_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, preflight: str
+) -> None:
+    """There is none here: nobody writes a condition or an Event."""
+    for module in ("diagnosis.silence", "evidence.wants"):
+        monkeypatch.setattr(f"lora_operator.{module}.QUIET", 0.5)
+    kind, pods = ("Scheduled", "pods run-1-0-") if preflight == "off" else ("PreflightPassed", "pod run-pre1-0-")
+    with OperatorThread(fast_settings(run.namespace, preflight=preflight)):
+        run.create()
+        run.wait("a word", lambda _: run.condition(kind).get("reason") == "NoScheduler")
+        assert f"No scheduler has come to {pods}" in run.condition(kind)["message"]
