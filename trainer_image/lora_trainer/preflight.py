@@ -38,7 +38,7 @@ from lora_trainer.memory import MemoryPlan, plan_memory
 from lora_trainer.modelfiles import ModelFiles, open_model, pin_data, read_headers, read_json_object
 from lora_trainer.modelshape import ModelShape, UnplannedModelError, Weights, read_shape
 from lora_trainer.rules import RULES
-from lora_trainer.rundocument import describe_left_out, parse_run
+from lora_trainer.rundocument import describe_left_out, parse_document
 from lora_trainer.servedplan import plan_served
 
 Result = TypeVar("Result")
@@ -135,7 +135,7 @@ def read_leniently(document: str, where: str, findings: Findings) -> tuple[RunSp
     Every wrong field becomes a problem. What a newer version has, and this one leaves out, becomes a warning.
     """
     try:
-        reading = parse_run(document)
+        reading = parse_document(document)
     except ValidationError as error:
         for item in error.errors(include_url=False, include_context=False):
             path = ".".join(map(str, item["loc"]))
@@ -154,7 +154,7 @@ def read_leniently(document: str, where: str, findings: Findings) -> tuple[RunSp
     kept = {name: value for name, value in sections.items() if name not in broken}
     fillers = dict.fromkeys(HEAD_KEYS, "unknown") | NEEDED | _unreachable()
     try:
-        return parse_run(json.dumps(fillers | kept)).value, broken
+        return parse_document(json.dumps(fillers | kept)).value, broken
     except ValidationError:
         return None, broken
 

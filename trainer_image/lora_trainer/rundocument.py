@@ -22,7 +22,7 @@ def read_run(run_file: Path, *, say: bool = True) -> RunSpec:
         BadSpecError: it is not there or not valid.
     """
     try:
-        reading = parse_run(run_file.read_text(encoding="utf-8"))
+        reading = parse_document(run_file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadSpecError(f"there is no run document at {run_file}") from error
     except ValidationError as error:
@@ -34,7 +34,7 @@ def read_run(run_file: Path, *, say: bool = True) -> RunSpec:
     return reading.value
 
 
-def parse_run(text: str) -> Reading[RunSpec]:
+def parse_document(text: str) -> Reading[RunSpec]:
     """The document in ``text``, and what is left out of it.
 
     Raises:

@@ -5,7 +5,6 @@ deletes the peers of a failed pod about a second later, and their last words wit
 """
 
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 from lora_api import LoRAFineTune
@@ -32,6 +31,7 @@ from lora_operator.names import (
     service_name,
 )
 from lora_operator.settings import RunSettings
+from lora_operator.state.quantities import parse_exactly
 from lora_operator.state.workload import uses_kueue
 
 STOP_MARGIN_SECONDS = 10
@@ -151,5 +151,4 @@ def omp_threads(template: PodTemplate, processes: int, *, on_cpu: bool) -> int |
     text = resources.limits.get("cpu") or resources.requests.get("cpu")
     if text is None:
         return 1 if on_cpu else None
-    cores = Decimal(text[:-1]) / 1000 if text.endswith("m") else Decimal(text.rstrip("kMGTPEi"))
-    return max(1, int(cores / processes))
+    return max(1, int(parse_exactly(text) / processes))

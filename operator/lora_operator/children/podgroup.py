@@ -6,13 +6,13 @@ belongs by an annotation (Volcano) or a label (coscheduling), and by the name of
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import takewhile
 from typing import Any
 
 from lora_api import LoRAFineTune
 from lora_operator.names import build_metadata, child_labels, child_name
 from lora_operator.settings import RunSettings
+from lora_operator.state.quantities import parse_exactly
 
 
 @dataclass(frozen=True)
@@ -74,5 +74,6 @@ def _resources_of(template: Mapping[str, Any], nodes: int) -> dict[str, str]:
 
 def multiply_quantity(quantity: str, factor: int) -> str:
     """A Kubernetes quantity such as ``500m`` or ``1.5Gi`` times ``factor``."""
+    quantity = quantity.removeprefix("+")
     number = "".join(takewhile(lambda character: character.isdigit() or character == ".", quantity))
-    return f"{Decimal(number) * factor:f}{quantity[len(number) :]}"
+    return f"{parse_exactly(number) * factor:f}{quantity[len(number) :]}"

@@ -20,6 +20,7 @@ from lora_operator.lifecycle.cleanup import list_children
 from lora_operator.lifecycle.refusals import DELETE_JOBS, DELETE_RUN, PATCH_JOBS, is_refusal, needs_answer
 from lora_operator.names import child_name
 from lora_operator.objects import Raw
+from lora_operator.policies.nodes import forget_old
 from lora_operator.settings import RunSettings, Settings
 from lora_operator.state.observed import Observed
 from lora_operator.state.plan import (
@@ -121,7 +122,7 @@ class Actor:
         """
         run = observed.run
         control_key = draw_control_key() if isinstance(launch, LaunchAttempt) else None
-        for together in build_children(run, launch, settings, trainer, control_key):
+        for together in build_children(forget_old(run, self._clock()), launch, settings, trainer, control_key):
             if not self._cache.is_current(run.metadata):
                 return False
             calls = (self._kube.apply_child(child, run, expected=_is_kept(child, observed)) for child in together)

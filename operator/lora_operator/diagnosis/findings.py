@@ -7,6 +7,9 @@ from lora_api import Failure, FailureClass
 from lora_operator.watched.views import PodView
 from lora_operator.wording import with_remedy
 
+PATIENCE = 86_400.0
+"""Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
+
 
 @dataclass(frozen=True)
 class Symptom:
@@ -28,10 +31,9 @@ class Symptom:
 class Obstacle:
     """Why an attempt does not start.
 
-    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever. ``permanent``: nothing that
-    others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not the usual.
-    ``pod``: the one on whose node it is.
-    ``final_remedy`` is what helps after that, if it is not the remedy.
+    ``failure_class`` is what the run fails with if that lasts; ``None`` waits for ever, as for room. ``permanent``:
+    nothing that others do can change it, so there is no waiting. ``limit``: seconds for which it is waited for, if not
+    the usual. ``pod``: the one on whose node it is. ``final_remedy`` is what helps after that, if it is not the remedy.
     """
 
     reason: str

@@ -52,6 +52,16 @@ def warned_seen(pod: PodView) -> str:
     return f"warn/{pod.uid}"
 
 
+def unmade_seen(job: JobView) -> str:
+    """The sighting that pods of ``job`` are not made."""
+    return f"unmade/{job.uid}"
+
+
+def unplaced_seen(pod: PodView) -> str:
+    """The sighting of ``pod`` that has no node, and of which no scheduler has said why."""
+    return f"unplaced/{pod.uid}"
+
+
 def end_seen(pod: PodView) -> str:
     """The sighting of the end of ``pod``."""
     return f"end/{pod.uid}"

@@ -7,13 +7,15 @@ from datetime import datetime
 
 from lora_api import RULES, FailureClass
 from lora_operator.diagnosis.diagnose import INIT_CONTAINER_FAILED, describe_init_remedy
-from lora_operator.diagnosis.findings import Obstacle
+from lora_operator.diagnosis.findings import PATIENCE, Obstacle
 from lora_operator.diagnosis.firstseen import held_up_seen
 from lora_operator.diagnosis.invalid import describe_remedy, translate
 from lora_operator.diagnosis.reasons import is_missing
+from lora_operator.diagnosis.silence import diagnose_silence
 from lora_operator.diagnosis.stuck import diagnose_stuck
 from lora_operator.state.reports import Refusal, Refuser, Reports, find_refuser
 from lora_operator.watched.views import INITIALIZING, JobView, PodView
+from lora_operator.wording import name_pods
 
 _IMAGE = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError",
@@ -63,12 +65,10 @@ _LAGS_REMEDY = (
 _THROTTLED_REMEDY = "Wait: other pods of the run have the image. If it lasts, have the registry allow more."
 _LIMIT_RANGE = re.compile(r"per (Container|Pod) is|must be less than or equal to")
 _SAYS_NOTHING = re.compile(r"(?:(?:requests|limits)\.)?(?:cpu|memory|ephemeral-storage)")
-_QUOTA_REMEDY = "Wait until the quota has room, or raise it. The run starts by itself then."
-_ROLE_REMEDY = "Bring the operator's role to its version (helm upgrade). The run starts by itself then."
-_PATIENCE = 86_400.0
-"""Seconds for which is waited what somebody has to mend, and what is nothing of the run's own."""
-_MOST_NAMES = 5
-"""Pods that a message names; of more it gives the number."""
+_QUOTA_WAITS = "Wait until the quota has room, or raise it. The run starts by itself then."
+_QUOTA_ENDS = "Have the quota raised, or see what uses it. Once it has room, raise runPolicy.retry."
+_QUEUES = 7 * PATIENCE
+"""The same for a quota that is full: others work with it, as a rule, and a run that waits for it holds nothing."""
 _SIZE_REMEDY = (
     "Shorten what the specification says at length, such as dataset.chatTemplate or podTemplate.annotations, and "
     "create the run again."
@@ -89,6 +89,8 @@ def _either(text: str) -> _Remedy:
     return _Remedy(f"{text}, {_BY_ITSELF}.", f"{text}, {_RETRY}.")
 
 
+_QUOTA = _Remedy(_QUOTA_WAITS, _QUOTA_ENDS)
+_ROLE = _either("Bring the operator's role to its version (helm upgrade)")
 _WEBHOOK = _Remedy(
     "See why the webhook that the message names does not answer. The run starts by itself once it does.",
     "See why the webhook that the message names does not answer. Once it does, raise runPolicy.retry.",
@@ -157,7 +159,7 @@ def diagnose_obstacle(
                 since=pod.created,
                 scheduling=True,
             )
-    return stuck[0] if stuck else None
+    return stuck[0] if stuck else diagnose_silence(pods, job, reports, now)
 
 
 def find_unscheduled(pods: Sequence[PodView]) -> list[PodView]:
@@ -173,14 +175,6 @@ def describe_unscheduled(pods: Sequence[PodView]) -> str:
             waiting.setdefault(pod.unscheduled_message, []).append(pod.name)
     *others, last = [f"No node takes {name_pods(names)}: {words}".rstrip(": ") for words, names in waiting.items()]
     return "; ".join([*(text.rstrip(".") for text in others), last])
-
-
-def name_pods(names: Sequence[str]) -> str:
-    """Pods in a message: the first few by their names."""
-    if len(names) == 1:
-        return f"pod {names[0]}"
-    more = len(names) - _MOST_NAMES
-    return f"pods {', '.join(names[:_MOST_NAMES])}" + (f" and {more} more" if more > 0 else "")
 
 
 def waits_for_claim(pod: PodView) -> bool:
@@ -266,7 +260,7 @@ def diagnose_refused(job: JobView, refusal: Refusal) -> Obstacle:
         message=f"Pods of Job {job.name} are refused: {words}",
         remedy=told.waiting,
         since=refusal.since,
-        failure_class=None if refusal.kind == "quota" else FailureClass.POD_NOT_STARTED,
+        failure_class=FailureClass.POD_NOT_STARTED,
         scheduling=True,
         limit=limit,
         final_remedy=told.final,
@@ -274,11 +268,11 @@ def diagnose_refused(job: JobView, refusal: Refusal) -> Obstacle:
 
 
 _REFUSALS: dict[Refuser, tuple[str, _Remedy | None, float | None]] = {
-    "quota": ("QuotaExceeded", None, None),
-    "webhook": ("WebhookFailed", _WEBHOOK, _PATIENCE),
-    "priority": ("PriorityClassNotFound", _PRIORITY, _PATIENCE),
+    "quota": ("QuotaExceeded", None, _QUEUES),
+    "webhook": ("WebhookFailed", _WEBHOOK, PATIENCE),
+    "priority": ("PriorityClassNotFound", _PRIORITY, PATIENCE),
     "policy": (str(FailureClass.POD_NOT_STARTED), None, None),
-    "unknown": (_FAILED_CREATE, _UNKNOWN, _PATIENCE),
+    "unknown": (_FAILED_CREATE, _UNKNOWN, PATIENCE),
 }
 """Reason and remedy of pods that are refused, and for how long that is waited for, where it is not the usual time.
 
@@ -293,7 +287,8 @@ def _refusal_remedy(job: JobView, words: str) -> _Remedy:
         whose = "preflightResources of the run's ClusterLoRARuntime (or podTemplate.resources, which it follows)"
     again = "then delete this LoRAFineTune and create it again"
     if find_refuser(words) == "quota":
-        return _Remedy(f"{_QUOTA_REMEDY} To ask for less, change {whose}, {again}.")
+        less = f"To ask for less, change {whose}, {again}."
+        return _Remedy(f"{_QUOTA_WAITS} {less}", f"{_QUOTA_ENDS} {less}")
     _, says_nothing, rest = words.partition("must specify")
     if says_nothing:
         names = _SAYS_NOTHING.findall(rest)
@@ -332,7 +327,7 @@ def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datet
     found = _describe_refusal(status, words)
     if found is None:
         return None
-    reason, remedy, failure_class = found
+    reason, remedy, failure_class, limit = found
     return Obstacle(
         reason=reason,
         message=f"{kind} {name} is refused: {words}",
@@ -340,25 +335,24 @@ def diagnose_refusal(kind: str, name: str, status: int, words: str, since: datet
         since=since,
         failure_class=failure_class,
         permanent=failure_class is FailureClass.BAD_SPEC,
-        limit=_PATIENCE if reason == _FAILED_CREATE else None,
+        limit=limit,
         final_remedy=remedy.final,
     )
 
 
-def _describe_refusal(status: int, words: str) -> tuple[str, _Remedy, FailureClass | None] | None:
-    """Reason, remedy, and what the run fails with if it lasts."""
-    refuser = find_refuser(words)
+def _describe_refusal(status: int, words: str) -> tuple[str, _Remedy, FailureClass, float | None] | None:
+    """Reason, remedy, what the run fails with if it lasts, and for how long it is waited for, if not the usual time."""
+    refuser, ends = find_refuser(words), FailureClass.POD_NOT_STARTED
     if refuser == "quota":
-        return "QuotaExceeded", _Remedy(_QUOTA_REMEDY), None
+        return "QuotaExceeded", _QUOTA, ends, _QUEUES
     if refuser == "webhook" or (status == 500 and "webhook" in words):
-        return "WebhookFailed", _WEBHOOK, None
+        return "WebhookFailed", _WEBHOOK, ends, PATIENCE
     if status == 500:  # so answers an API server that is not well
         return None
     if status == 403 and 'User "' in words and "cannot create" in words:
-        return "OperatorForbidden", _Remedy(_ROLE_REMEDY), None
+        return "OperatorForbidden", _ROLE, ends, PATIENCE
     if status == 413 or "template.annotations: Too long" in words:
-        return str(FailureClass.BAD_SPEC), _Remedy(_SIZE_REMEDY), FailureClass.BAD_SPEC
+        return str(FailureClass.BAD_SPEC), _Remedy(_SIZE_REMEDY), FailureClass.BAD_SPEC, None
     if status == 403 and refuser == "unknown":
-        return _FAILED_CREATE, _UNKNOWN, FailureClass.POD_NOT_STARTED
-    remedy = _INVALID if " is invalid: " in words else _POLICY
-    return str(FailureClass.POD_NOT_STARTED), remedy, FailureClass.POD_NOT_STARTED
+        return _FAILED_CREATE, _UNKNOWN, ends, PATIENCE
+    return str(ends), _INVALID if " is invalid: " in words else _POLICY, ends, None

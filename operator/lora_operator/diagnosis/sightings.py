@@ -18,6 +18,7 @@ from lora_operator.diagnosis.firstseen import (
     warned_seen,
 )
 from lora_operator.diagnosis.obstacles import find_held_up
+from lora_operator.diagnosis.silence import find_unspoken
 from lora_operator.diagnosis.stuck import find_stuck, find_warned
 from lora_operator.state.observed import Observed, stop_seen
 from lora_operator.state.reports import Reports
@@ -56,6 +57,7 @@ def _find(observed: Observed, now: datetime) -> dict[str, datetime]:
         found[suspended_seen(job)] = now
     found |= {end_seen(pod): now for pod in pods if pod.has_ended}
     found |= {held_up_seen(pod, kind): now for kind, pod in find_held_up(pods)}
+    found |= dict.fromkeys(find_unspoken(pods, job), now)
     found |= {starting_seen(pod): now for pod in find_stuck(pods)}
     found |= {warned_seen(pod): now for pod in find_warned(pods, observed.reports)}
     runs = next((pod for pod in pods if pod.running), None)

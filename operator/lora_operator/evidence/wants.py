@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from lora_operator.clock import is_due
 from lora_operator.diagnosis.firstseen import job_seen, started_seen, starting_seen
+from lora_operator.diagnosis.silence import QUIET, find_unspoken
 from lora_operator.diagnosis.stuck import find_stuck
 from lora_operator.lifecycle.queued import is_stopping
 from lora_operator.policies.stall import seconds_to_stall
@@ -171,6 +172,8 @@ def compute_next_look(observed: Observed, plan: Plan, settings: RunSettings) -> 
         elif any(pod.is_starting for pod in observed.gang(job)):
             read = observed.reports.pod_events_read_at is not None
             times.append(_events_interval(observed, job, settings) if read else POD_DELAY)
+        if any(find_unspoken(observed.gang(job), job)):
+            times.append(QUIET)
     return min(times, default=None)
 
 

@@ -27,7 +27,7 @@ from lora_api import (
 from lora_api.finetune import ObjectMeta
 from lora_api.runtime import KIND as RUNTIME_KIND
 from lora_api.runtime import PLURAL as RUNTIMES
-from lora_operator.kube import yamlbody as applied
+from lora_operator.kube import yamlbody
 from lora_operator.kube.errors import (
     ConflictError,
     KubeError,
@@ -38,7 +38,7 @@ from lora_operator.kube.errors import (
 )
 from lora_operator.kube.ownership import find_conflict
 from lora_operator.kube.patience import patience
-from lora_operator.kube.podevents import find_warning
+from lora_operator.kube.podevents import find_warning, read_note
 from lora_operator.kube.ratelimit import RateLimit
 from lora_operator.kube.undeclared import Undeclared
 from lora_operator.names import MANAGER, RUN_LABEL
@@ -259,7 +259,7 @@ class KubeClient:
         query = {"fieldSelector": f"regarding.kind=Job,regarding.name={job},regarding.uid={uid},reason=FailedCreate"}
         page = await self._call_json("GET", "list", "events", namespace, query=query)
         events = sorted(page.get("items") or (), key=lambda event: int(event["metadata"]["resourceVersion"]))
-        return str(events[-1].get("note", "")) if events else None
+        return read_note(events[-1]) if events else None
 
     async def fetch_warning(self, namespace: str, pod_uid: str) -> str:
         """Why a pod that has a node does not start, by its Events; empty if none says so."""
@@ -297,8 +297,8 @@ class KubeClient:
             name,
             subresource,
             query={**_OWNED, "force": "true"},
-            body=applied.encode(body),
-            content_type=applied.CONTENT_TYPE,
+            body=yamlbody.encode(body),
+            content_type=yamlbody.CONTENT_TYPE,
         )
 
     async def _call_json(self, *args: Any, **kwargs: Any) -> Raw:

@@ -1,4 +1,4 @@
-"""What the Events of a pod that has a node say of why it does not start. Pure."""
+"""What Events say: of a pod that has a node, why it does not start. Pure."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,6 +27,16 @@ _OF_THE_SCHEDULER = frozenset({"FailedScheduling", "FailedBinding"})
 """Warnings about a pod that has no node yet. They stay, and may be written after it has got one."""
 
 
+_COMBINED = "(combined from similar events): "
+"""How the note of an Event begins that stands for more than ten which differ in some words, such as a pod's name
+(client-go's recorder, Kubernetes 1.29 to 1.37)."""
+
+
+def read_note(event: Mapping[str, Any]) -> str:
+    """The words of ``event`` itself, also where it stands for several."""
+    return str(event.get("note") or "").removeprefix(_COMBINED)
+
+
 def find_warning(events: Iterable[Mapping[str, Any]]) -> str:
     """Reason and note of the newest warning that holds still, first of those that block; empty if there is none."""
     ordered = sorted(events, key=lambda event: int(event["metadata"]["resourceVersion"]))
@@ -38,7 +48,7 @@ def find_warning(events: Iterable[Mapping[str, Any]]) -> str:
         elif reason in _OF_CONTAINERS:
             blocks = ""
         elif reason in BLOCKING:
-            blocks = f"{reason}: {event.get('note') or ''}"
+            blocks = f"{reason}: {read_note(event)}"
         elif reason not in _OF_THE_SCHEDULER:
-            other = f"{reason}: {event.get('note') or ''}"
+            other = f"{reason}: {read_note(event)}"
     return blocks or other

@@ -18,7 +18,7 @@ from datetime import datetime
 from lora_api import ConditionType, Phase
 from lora_operator.diagnosis.diagnose import diagnose_root, seconds_to_lost
 from lora_operator.diagnosis.firstseen import LEFTOVERS
-from lora_operator.diagnosis.obstacles import diagnose_obstacle, name_pods
+from lora_operator.diagnosis.obstacles import diagnose_obstacle
 from lora_operator.lifecycle.cleanup import decide_finished, decide_retry
 from lora_operator.lifecycle.failing import Failing, find_failing
 from lora_operator.lifecycle.orphans import (
@@ -31,6 +31,7 @@ from lora_operator.lifecycle.orphans import (
 )
 from lora_operator.lifecycle.outcomes import (
     decide_failure,
+    decide_lasting,
     decide_success,
     decide_suspended,
     decide_wait,
@@ -49,6 +50,7 @@ from lora_operator.policies.placement import (
     may_need_avoided,
     not_placed,
     seconds_to_giving_back,
+    time_waited,
     waits_since,
 )
 from lora_operator.policies.stall import find_stall, seconds_to_stall
@@ -59,7 +61,7 @@ from lora_operator.state.plan import NOTHING, DeleteJob, LaunchAttempt, Mark, No
 from lora_operator.state.workload import uses_kueue
 from lora_operator.status.claims import disown
 from lora_operator.watched.views import JobView, PodView
-from lora_operator.wording import with_remedy
+from lora_operator.wording import name_pods, with_remedy
 
 _BRIEF = 5.0
 """Seconds that the pods of an attempt which is over may take to end before they are told of."""
@@ -97,7 +99,7 @@ def _decide(observed: Observed, now: datetime, settings: RunSettings) -> Plan:
     if job is not None:
         return _clear_away(observed, job, _decide_attempt(observed, job, now, settings))
     if status.attempt == attempt:
-        return decide_failure(observed, attempt, job_lost(attempt, now), now, settings)
+        return _decide_lost(observed, attempt, now, settings)
     return _decide_launch(observed, attempt, now, settings)
 
 
@@ -218,7 +220,7 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
     if adapter is not None:
         return decide_success(job.attempt, adapter, disown(observed.run, adapter))
     if job.deleting:
-        return decide_failure(observed, job.attempt, job_lost(job.attempt, now), now, settings)
+        return _decide_lost(observed, job.attempt, now, settings)
     stopping = observed.stopping(job)
     failing = find_failing(observed, job, now, settings)
     if failing is not None:
@@ -229,8 +231,14 @@ def _decide_attempt(observed: Observed, job: JobView, now: datetime, settings: R
         return decide_failure(observed, job.attempt, broken_gang(job, now), now, settings)
     if job.suspended:
         return decide_queued(job, [*pods, *stopping], observed.reports, now, settings.failure_grace)
-    since = waits_since(observed, job, settings.restart_backoff)
+    since = waits_since(observed, job.attempt, job.created, settings.restart_backoff)
     return replace(_decide_healthy(observed, job, pods, now, settings), waiting_since=since)
+
+
+def _decide_lost(observed: Observed, attempt: int, now: datetime, settings: RunSettings) -> Plan:
+    """Somebody has deleted the Job of ``attempt``."""
+    waited = time_waited(observed, attempt, now, settings.restart_backoff)
+    return decide_failure(observed, attempt, job_lost(attempt, now), now, settings, waited=waited)
 
 
 def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: datetime, settings: RunSettings) -> Plan:
@@ -243,6 +251,7 @@ def _decide_failing(observed: Observed, job: JobView, failing: Failing, now: dat
             failure = explain_by_room(failure, observed, job, pods, now)
         return decide_failure(
             observed, job.attempt, failure, now, settings, symptoms=symptoms, incomplete=incomplete,
+            waited=time_waited(observed, job.attempt, now, settings.restart_backoff),
             forgets_nodes=may_need_avoided(pods),
         )  # fmt: skip
     message = f"{failing.symptoms[0].message.rstrip('.')}. Waiting {failing.describe_wait()}"
@@ -271,9 +280,8 @@ def _decide_healthy(
     )
     left = obstacle.seconds_left(now, settings.start_timeout) if obstacle is not None else None
     if obstacle is not None and left is not None and left <= 0:
-        failure = obstacle.to_failure(job.attempt, now)
-        return decide_failure(observed, job.attempt, failure, now, settings, since=obstacle.since)
-    short = is_short_of_room(observed, job, pods)
+        return decide_lasting(observed, job.attempt, obstacle, now, settings)
+    short = is_short_of_room(observed, job, pods, now)
     back = seconds_to_giving_back(observed, now) if short else None
     if back is not None and back <= 0:
         failure = not_placed(observed, job, pods, now)

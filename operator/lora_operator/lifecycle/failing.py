@@ -6,11 +6,11 @@ from datetime import datetime
 from lora_api import FailureClass
 from lora_operator.diagnosis.diagnose import ECHOES, diagnose_pods, find_silent, is_off, seconds_to_lost
 from lora_operator.diagnosis.findings import Symptom
-from lora_operator.diagnosis.obstacles import name_pods
 from lora_operator.policies.placement import not_started
 from lora_operator.settings import RunSettings
 from lora_operator.state.observed import Observed
 from lora_operator.watched.views import JobView, PodView
+from lora_operator.wording import name_pods
 
 
 @dataclass(frozen=True)

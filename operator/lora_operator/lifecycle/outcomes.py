@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from lora_api import RULES, AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
+from lora_api import AdapterStatus, ConditionType, Failure, FailureClass, LoRAFineTune, Phase
 from lora_api.served import Score
 from lora_operator.diagnosis.findings import Obstacle, Symptom
 from lora_operator.policies.elsewhere import describe_next, describe_others, find_others, tries_elsewhere
@@ -38,12 +38,15 @@ def decide_failure(
     symptoms: Sequence[Symptom] = (),
     incomplete: bool = False,
     since: datetime | None = None,
+    waiting_remedy: str = "",
+    waited: timedelta = timedelta(0),
     forgets_nodes: bool = True,
 ) -> Plan:
     """Puts ``failure`` on record, and decides by its class whether another attempt (or preflight) follows.
 
     ``symptoms`` are all that was wrong with the pods, ``incomplete`` whether some of them had not started.
-    ``since`` is when that which has become the failure began. ``forgets_nodes``: where there was no room, the nodes
+    ``since`` is when that which has become the failure began, and ``waiting_remedy`` what helped against it until then.
+    ``waited`` is for how long the pods had waited for nodes. ``forgets_nodes``: where there was no room, the nodes
     that were avoided may be used again.
     """
     run, checkpoint = observed.run, find_checkpoint(observed, attempt)
@@ -53,13 +56,13 @@ def decide_failure(
     verdict = judge(
         run, failure, now, base=settings.restart_backoff, checkpoint=checkpoint, shrinks=smaller is not None,
         elsewhere=elsewhere, repeated=bool(others), incomplete=incomplete, since=since,
+        waiting_remedy=waiting_remedy, waited=waited,
     )  # fmt: skip
     failure = verdict.failure
     if verdict.retried and smaller is not None:
         failure = advise(failure, _shrunk(run, failure, smaller))
     elif verdict.retried and elsewhere:
-        ends = failure.remedy != RULES[failure.failure_class].waiting_remedy
-        failure = advise(failure, describe_next(failure, ends=ends))
+        failure = advise(failure, describe_next(failure, ends=not verdict.waits))
     refusal = verdict.refusal or describe_others(failure, others)
     text = with_remedy(failure.message.strip().rstrip(".") + refusal, failure.remedy)
     reason = str(failure.failure_class)
@@ -87,6 +90,14 @@ def decide_failure(
         failed=record,
         ended=not verdict.retried,
     )
+
+
+def decide_lasting(observed: Observed, attempt: int, obstacle: Obstacle, now: datetime, settings: RunSettings) -> Plan:
+    """Puts on record that ``obstacle`` has lasted too long."""
+    return decide_failure(
+        observed, attempt, obstacle.to_failure(attempt, now), now, settings,
+        since=obstacle.since, waiting_remedy=obstacle.remedy,
+    )  # fmt: skip
 
 
 def _shrunk(run: LoRAFineTune, failure: Failure, smaller: int) -> str:
@@ -168,18 +179,9 @@ def decide_obstructed(
     """Something that ``attempt`` is made of is refused: it is tried again, until that has lasted too long."""
     left = obstacle.seconds_left(now, settings.start_timeout)
     if left is not None and left <= 0:
-        return decide_failure(observed, attempt, obstacle.to_failure(attempt, now), now, settings, since=obstacle.since)
+        return decide_lasting(observed, attempt, obstacle, now, settings)
     wait = decide_wait(obstacle.reason, obstacle.text, min(_RETRY_SECONDS, left or _RETRY_SECONDS))
     return replace(wait, attempt=observed.run.status.attempt)
-
-
-def decide_no_podgroups(observed: Observed, settings: RunSettings) -> Plan:
-    """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
-    message = with_remedy(
-        f"The cluster knows no PodGroup of {settings.gang_scheduler}",
-        "Install the scheduler, or set operator.gangScheduler of the chart to none. The run starts by itself then.",
-    )
-    return replace(decide_wait("NoPodGroups", message, _RETRY_SECONDS), attempt=observed.run.status.attempt)
 
 
 def job_lost(attempt: int, now: datetime) -> Failure:

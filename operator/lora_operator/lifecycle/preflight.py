@@ -8,14 +8,14 @@ counts is the one after those that failed.
 """
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from lora_api import RULES, ConditionType, Failure, FailureClass, Phase, Termination
 from lora_operator.children.resources import gang_resources_on_cpu, preflight_resources
 from lora_operator.diagnosis.diagnose import diagnose_pods, diagnose_root, termination_of
 from lora_operator.diagnosis.firstseen import running_since
 from lora_operator.diagnosis.obstacles import diagnose_obstacle, is_by_limit_range
-from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_suspended
+from lora_operator.lifecycle.outcomes import PREFLIGHT, decide_failure, decide_lasting, decide_suspended
 from lora_operator.lifecycle.queued import describe_queue
 from lora_operator.policies.pause import seconds_to_retry
 from lora_operator.settings import RunSettings
@@ -73,7 +73,8 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
     symptoms = diagnose_pods(pods, job, now, grace=settings.failure_grace, processes_per_node=0, seen=seen)
     if symptoms:
         failure = diagnose_root(symptoms, pods, PREFLIGHT, now, seen)
-        return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms)
+        waited = _time_waited(pods, job)
+        return decide_failure(observed, PREFLIGHT, failure, now, settings, symptoms=symptoms, waited=waited)
     if job.suspended:
         return _decide_held(observed, job, settings)
     refused = _find_too_little(observed, job, now)
@@ -85,7 +86,7 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
     if obstacle is not None:
         left = obstacle.seconds_left(now, settings.start_timeout)
         if left is not None and left <= 0:
-            return decide_failure(observed, PREFLIGHT, obstacle.to_failure(PREFLIGHT, now), now, settings)
+            return decide_lasting(observed, PREFLIGHT, obstacle, now, settings)
         return _waiting(obstacle.reason, obstacle.text, requeue_after=left)
     if not any(pod.running for pod in pods):
         return _waiting("Preflight", _CHECKING)
@@ -93,6 +94,12 @@ def _decide_job(observed: Observed, job: JobView, now: datetime, settings: RunSe
     if left <= 0:
         return decide_failure(observed, PREFLIGHT, _overdue(pods[0], settings, now), now, settings)
     return _waiting("Preflight", _CHECKING, requeue_after=left)
+
+
+def _time_waited(pods: list[PodView], job: JobView) -> timedelta:
+    """How long the pod of ``job`` has waited for its node, by the clocks of the control plane alone."""
+    got = max((pod.scheduled_at for pod in pods if pod.scheduled_at is not None), default=job.created)
+    return max(timedelta(0), got - job.created)
 
 
 def find_running_on(observed: Observed) -> JobView | None:

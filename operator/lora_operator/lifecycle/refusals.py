@@ -1,6 +1,7 @@
 """What to do instead where the API server has refused a call. All pure.
 
-What was to be created is asked for again after a while, and the run fails if the refusal lasts. Whatever else is
+What was to be created is asked for again after a while, and the run fails if the refusal lasts: for minutes where a
+policy refuses it, for a day or a week where others have to mend something. Whatever else is
 refused, by the operator's role, by a webhook or by a policy, is told in the status and tried again, more and more
 seldom. It stops nothing but itself.
 """
@@ -9,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 
-from lora_api import ConditionType, Phase
+from lora_api import ConditionType, FailureClass, Phase
+from lora_operator.diagnosis.findings import PATIENCE, Obstacle
 from lora_operator.diagnosis.obstacles import diagnose_refusal
 from lora_operator.lifecycle.outcomes import (
     PREFLIGHT,
     decide_conflict,
-    decide_no_podgroups,
     decide_obstructed,
-    decide_wait,
 )
 from lora_operator.settings import RunSettings
 from lora_operator.state.facts import is_finished
@@ -51,11 +51,12 @@ FIRST_SILENCE = 2.0
 LONGEST_SILENCE = 30.0
 """Seconds until something is created again that was not answered in time."""
 
-_SILENCE = with_remedy(
-    "The API server takes long to create things in this namespace",
+_HANGS = (
     "See whether an admission webhook hangs (kubectl get validatingwebhookconfigurations,"
-    "mutatingwebhookconfigurations). The run starts by itself once it answers.",
+    "mutatingwebhookconfigurations)."
 )
+_NO_SCHEDULER = "Install the scheduler, or set operator.gangScheduler of the chart to none."
+_BY_ITSELF, _RETRY = "The run starts by itself then.", "Then raise runPolicy.retry."
 _PASSING = (401, 404, 408, 409, 429)
 """HTTP statuses of calls that come too early or too late, or of an API server that is not well."""
 
@@ -82,10 +83,28 @@ def is_silence(child: RefusedChild) -> bool:
     return child.status == NO_ANSWER and not child.conflict
 
 
-def decide_silence(observed: Observed, lasted: float) -> Plan:
-    """The API server takes long to create things in the namespace of a run, for ``lasted`` seconds by now."""
-    wait = decide_wait("NoAnswer", _SILENCE, min(LONGEST_SILENCE, max(FIRST_SILENCE, lasted / 4)))
-    return replace(wait, attempt=observed.run.status.attempt)
+def _find_silence(child: RefusedChild) -> Obstacle:
+    """The API server takes long to create things in the namespace of a run."""
+    message = "The API server takes long to create things in this namespace"
+    return _wait_for(child, "NoAnswer", message, _HANGS)
+
+
+def _find_no_podgroups(child: RefusedChild, settings: RunSettings) -> Obstacle:
+    """The gang scheduler that the operator is to work with is not there: nothing starts without it."""
+    message = f"The cluster knows no PodGroup of {settings.gang_scheduler}"
+    return _wait_for(child, "NoPodGroups", message, _NO_SCHEDULER)
+
+
+def _wait_for(child: RefusedChild, reason: str, message: str, remedy: str) -> Obstacle:
+    return Obstacle(
+        reason=reason,
+        message=message,
+        remedy=f"{remedy} {_BY_ITSELF}",
+        since=child.since,
+        failure_class=FailureClass.POD_NOT_STARTED,
+        limit=PATIENCE,
+        final_remedy=f"{remedy} {_RETRY}",
+    )
 
 
 def _is_unknown_podgroup(child: RefusedChild) -> bool:
@@ -94,24 +113,32 @@ def _is_unknown_podgroup(child: RefusedChild) -> bool:
 
 def _face_refused_child(observed: Observed, plan: Plan, now: datetime, settings: RunSettings) -> Plan:
     child, launch = observed.reports.refused_child, plan.launch
-    if child is None or launch is None:
+    if child is None or launch is None or child.is_old(now):
         return plan
     attempt = launch.number if isinstance(launch, LaunchAttempt) else PREFLIGHT
-    if _is_unknown_podgroup(child):
-        instead = decide_no_podgroups(observed, settings)
-    elif is_silence(child):
-        instead = decide_silence(observed, (now - child.since).total_seconds())
-    elif child.conflict:
-        instead = decide_conflict(observed, attempt, child.words, now, settings, passing=child.passing)
+    lasted = (now - child.since).total_seconds()
+    if child.conflict:
+        passing = child.passing and lasted < PATIENCE
+        instead = decide_conflict(observed, attempt, child.words, now, settings, passing=passing)
     else:
-        obstacle = diagnose_refusal(child.kind, child.name, child.status, child.words, child.since)
+        obstacle = _find_obstacle(child, settings)
         if obstacle is None:
             return plan
         instead = decide_obstructed(observed, attempt, obstacle, now, settings)
+        if is_silence(child) and instead.failure is None:
+            instead = replace(instead, requeue_after=min(LONGEST_SILENCE, max(FIRST_SILENCE, lasted / 4)))
     if instead.failure is not None:
         return instead
     left = (instead.requeue_after or 0.0) - (now - child.at).total_seconds()
     return replace(instead, requeue_after=left) if left > 0 else plan
+
+
+def _find_obstacle(child: RefusedChild, settings: RunSettings) -> Obstacle | None:
+    if _is_unknown_podgroup(child):
+        return _find_no_podgroups(child, settings)
+    if is_silence(child):
+        return _find_silence(child)
+    return diagnose_refusal(child.kind, child.name, child.status, child.words, child.since)
 
 
 def is_refusal(status: int, words: str) -> bool:

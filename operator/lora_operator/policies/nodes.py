@@ -7,7 +7,7 @@ It is only put off: where nothing else has room, the run takes it again rather t
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from lora_api import RULES, Failure, FailureClass, LoRAFineTuneStatus
+from lora_api import RULES, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
 from lora_api.status import MAX_AVOIDED_NODES, AvoidedNode
 from lora_operator.diagnosis.findings import Symptom
 from lora_operator.diagnosis.reasons import (
@@ -44,6 +44,15 @@ def avoid(
 def keep_recent(nodes: Iterable[AvoidedNode], now: datetime) -> list[AvoidedNode]:
     """Those of ``nodes`` that are still to be avoided."""
     return [node for node in nodes if now - node.since < AVOIDED_FOR]
+
+
+def forget_old(run: LoRAFineTune, now: datetime) -> LoRAFineTune:
+    """``run`` without the nodes that are not to be avoided any more: it may have been suspended for days."""
+    nodes = run.status.avoided_nodes or []
+    kept = keep_recent(nodes, now)
+    if len(kept) == len(nodes):
+        return run
+    return run.model_copy(update={"status": run.status.model_copy(update={"avoided_nodes": kept or None})})
 
 
 def speaks_of_node(failure_class: FailureClass, reason: str) -> bool:

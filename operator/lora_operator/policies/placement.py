@@ -8,20 +8,22 @@ before the next try, each time twice as long, so that one of them gets through.
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from lora_api import Failure, FailureClass
+from lora_api import ConditionType, Failure, FailureClass
 from lora_operator.diagnosis.obstacles import (
     describe_unscheduled,
     diagnose_refused,
     find_unscheduled,
-    name_pods,
     scheduling_remedy,
     waits_for_claim,
 )
+from lora_operator.diagnosis.silence import diagnose_unmade
 from lora_operator.policies.nodes import describe_forgotten
 from lora_operator.policies.restarts import compute_backoff
+from lora_operator.state.facts import holds
 from lora_operator.state.failures import new_failure, reword
 from lora_operator.state.observed import Observed
 from lora_operator.watched.views import JobView, PodView
+from lora_operator.wording import name_pods
 
 PLACEMENT_TIMEOUT = 600
 """Seconds, where the run names none."""
@@ -58,24 +60,25 @@ def begun_by(observed: Observed) -> frozenset[str]:
     return frozenset(pod.uid for pod in pods if pod not in late)
 
 
-def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
+def is_short_of_room(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> bool:
     """Whether a part of the gang has nodes and the rest has not, or the run itself keeps away from nodes with room.
 
     A gang that has none holds nothing, and waits where it is.
     """
     if any(pod.scheduled and not pod.has_ended for pod in pods):
-        return _waits_for_pods(observed, job, pods)
+        return _waits_for_pods(observed, job, pods, now)
     return bool(observed.run.status.avoided_nodes) and may_need_avoided(pods)
 
 
-def _waits_for_pods(observed: Observed, job: JobView, pods: Sequence[PodView]) -> bool:
-    """Whether some pod of the gang has no node, or is refused for now, by a full quota or a webhook that is away.
+def _waits_for_pods(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> bool:
+    """Whether some pod of the gang has no node, or is not made, for a full quota, a webhook that is away or no reason.
 
     A policy that denies a pod ends the attempt by itself, and sooner.
     """
     refusal = observed.reports.refusal
     refused = observed.is_short_of_pods(job) and refusal is not None and refusal.kind != "policy"
-    return refused or any(map(has_no_node, pods))
+    unmade = diagnose_unmade(pods, job, observed.reports, now) is not None
+    return refused or unmade or any(map(has_no_node, pods))
 
 
 def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
@@ -85,19 +88,32 @@ def seconds_to_giving_back(observed: Observed, now: datetime) -> float:
     return float(PLACEMENT_TIMEOUT if asked is None else asked) - (now - since).total_seconds()
 
 
-def waits_since(observed: Observed, job: JobView, base: float) -> datetime:
-    """Since when the run waits for what ``job`` needs: its nodes, and before that leave to make the Job at all.
+def waits_since(observed: Observed, attempt: int, created: datetime, base: float) -> datetime:
+    """Since when the run waits for what ``attempt`` needs: its nodes, and before that leave to make its Job at all.
 
-    That begins with the pause after the last failure, which is ``base`` seconds for the first. Those for want of room
-    are a part of the wait.
+    That begins with the pause after the last failure, which is ``base`` seconds for the first, and not after the Job
+    was ``created``. Failures for want of room are a part of the wait.
     """
     status = observed.run.status
-    earlier = [one for one in status.failures if one.attempt < job.attempt]
+    earlier = [one for one in status.failures if one.attempt < attempt]
     last = next((one for one in reversed(earlier) if one.failure_class is not FailureClass.NOT_PLACED), None)
     if last is None:
-        return job.created
+        return created
     pause = compute_backoff(max((status.recent_failures or 1) - 1, 0), base)
-    return min(job.created, last.at + timedelta(seconds=pause))
+    return min(created, last.at + timedelta(seconds=pause))
+
+
+def time_waited(observed: Observed, attempt: int, now: datetime, base: float) -> timedelta:
+    """How long ``attempt`` has waited for its nodes since the last failure, where its gang never had all of them.
+
+    Of one that had, the status has it already (``status.compute``).
+    """
+    status = observed.run.status
+    if holds(status, ConditionType.SCHEDULED) or status.failing_since is None:
+        return timedelta(0)
+    job = observed.jobs.get(attempt)
+    since = waits_since(observed, attempt, now if job is None else job.created, base)
+    return now - min(now, max(since, status.failing_since))
 
 
 def may_need_avoided(pods: Sequence[PodView]) -> bool:
@@ -114,15 +130,15 @@ def may_need_avoided(pods: Sequence[PodView]) -> bool:
 def not_placed(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> Failure:
     """The end of an attempt for whose gang there was no room as a whole."""
     placed = sum(pod.scheduled or pod.has_ended for pod in pods)
-    message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods)}"
+    message = f"{placed} of {job.size} pods had a node. {describe_waits(observed, job, pods, now)}"
     if may_need_avoided(pods):
         message += describe_forgotten(observed.run.status.avoided_nodes or [])
     failure = new_failure(FailureClass.NOT_PLACED, job.attempt, message, now)
-    remedy = _find_remedy(observed, job, pods)
+    remedy = _find_remedy(observed, job, pods, now)
     return failure.model_copy(update={"remedy": remedy}) if remedy else failure
 
 
-def _find_remedy(observed: Observed, job: JobView, pods: Sequence[PodView]) -> str | None:
+def _find_remedy(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> str | None:
     """What helps where it is not more room."""
     if any(map(lacks_room, pods)):
         return None
@@ -131,6 +147,9 @@ def _find_remedy(observed: Observed, job: JobView, pods: Sequence[PodView]) -> s
         return scheduling_remedy(waiting[0])
     if refusal is not None and observed.is_short_of_pods(job):
         return diagnose_refused(job, refusal).remedy
+    unmade = diagnose_unmade(pods, job, observed.reports, now)
+    if unmade is not None:
+        return unmade.remedy
     return _NO_SCHEDULER_REMEDY if any(map(has_no_node, pods)) else None
 
 
@@ -138,7 +157,7 @@ def explain_by_room(
     failure: Failure, observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime
 ) -> Failure:
     """``failure`` of a gang that was never whole: a peer that was lost is one that found no room."""
-    if failure.failure_class is FailureClass.PEER_LOST and _waits_for_pods(observed, job, pods):
+    if failure.failure_class is FailureClass.PEER_LOST and _waits_for_pods(observed, job, pods, now):
         found = not_placed(observed, job, pods, now)
         kept = {name: getattr(failure, name) for name in ("pod", "node", "rank", "exit_code", "at")}
         return reword(found.model_copy(update=kept), f"{found.message}; {failure.pod} says: {failure.message}")
@@ -146,7 +165,7 @@ def explain_by_room(
     return reword(failure, f"{failure.message}; {waits}") if waits else failure
 
 
-def describe_waits(observed: Observed, job: JobView, pods: Sequence[PodView]) -> str:
+def describe_waits(observed: Observed, job: JobView, pods: Sequence[PodView], now: datetime) -> str:
     """Which pods wait, and for what: the words of the scheduler or of the quota, each of them once."""
     waiting = find_unscheduled(pods)
     words = [describe_unscheduled(waiting).rstrip(".")] if waiting else []
@@ -156,7 +175,8 @@ def describe_waits(observed: Observed, job: JobView, pods: Sequence[PodView]) ->
     refusal = observed.reports.refusal
     if refusal is not None and observed.is_short_of_pods(job):
         words.append(f"{job.size - len(pods)} of {job.size} pods are not made: {refusal.message}")
-    return "; ".join(words)
+    unmade = diagnose_unmade(pods, job, observed.reports, now)
+    return "; ".join([*words, *([unmade.message] if unmade else [])])
 
 
 def _describe_start(pod: PodView) -> str:

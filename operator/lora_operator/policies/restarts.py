@@ -10,12 +10,12 @@ Each failure since the last newer checkpoint, of whichever class, doubles the pa
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from lora_api import RULES, Failure, FailureClass, LoRAFineTune, LoRAFineTuneStatus
 from lora_operator.state.facts import has_passed
-from lora_operator.state.failures import new_failure
+from lora_operator.state.failures import advise, new_failure
 from lora_operator.state.plan import Budget
 from lora_operator.wording import format_duration
 
@@ -34,7 +34,10 @@ LONGEST_AT_FIRST = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows a failure, which may have become another one. ``refusal``: why no restart follows, if one would."""
+    """What follows a failure, which may have become another one. ``refusal``: why no restart follows, if one would.
+
+    ``waits``: what has failed is waited for, whichever node says so.
+    """
 
     failure: Failure
     retried: bool
@@ -42,6 +45,7 @@ class Verdict:
     backoff: float
     budget: Budget
     refusal: str = ""
+    waits: bool = False
 
 
 def find_budget(status: LoRAFineTuneStatus, checkpoint: int | None) -> Budget:
@@ -78,6 +82,8 @@ def judge(
     repeated: bool = False,
     incomplete: bool = False,
     since: datetime | None = None,
+    waiting_remedy: str = "",
+    waited: timedelta = timedelta(0),
 ) -> Verdict:
     """What follows ``failure``.
 
@@ -85,10 +91,14 @@ def judge(
     ``shrinks``: the next attempt has a smaller micro-batch. ``elsewhere``: it is to show what another node says.
     ``repeated``: other nodes have said the same, so that no further one is asked.
     ``incomplete``: some pods of the gang had not started, and nothing is charged to a gang that was not whole.
-    ``since``: the failure is something that has lasted since then.
+    ``since``: the failure is something that has lasted since then, and for which helps ``waiting_remedy`` while it is
+    waited for, if not what helps for all of its class. ``waited``: so long what has failed had waited for its nodes,
+    since the last failure: that is no time of failing.
     """
     status, rule = run.status, RULES[failure.failure_class]
     budget, worked = find_budget(status, checkpoint), has_worked(status, failure, checkpoint)
+    if budget.since is not None:
+        budget = replace(budget, since=min(now, budget.since + waited))
     waits = rule.outage and worked
     retried = (rule.retried and not repeated) or waits or shrinks or elsewhere
     charged = rule.charged and not incomplete
@@ -104,15 +114,15 @@ def judge(
         lasted = format_duration(round((now - begun).total_seconds()))
         refusal = f" (for {lasted}, in {budget.count + 1} attempts)"
         failure = failure if rule.outage else _no_progress(failure, now)
-    elif waits and rule.waiting_remedy:
-        failure = failure.model_copy(update={"remedy": rule.waiting_remedy})
+    elif waits and (remedy := waiting_remedy or rule.waiting_remedy):
+        failure = advise(failure, remedy)
     if refusal:
         return Verdict(failure, retried=False, charged=False, backoff=0.0, budget=budget, refusal=refusal)
     after = Budget(budget.charged + charged, budget.count + 1, budget.since if waits_for_room else begun)
     backoff = compute_backoff(budget.count, base)
     if waits_for_room:
         backoff *= spread(run.metadata.uid, failure.attempt)
-    return Verdict(failure, retried=True, charged=charged, backoff=backoff, budget=after)
+    return Verdict(failure, retried=True, charged=charged, backoff=backoff, budget=after, waits=waits)
 
 
 def _refuse_charged(run: LoRAFineTune, failure: Failure, budget: Budget) -> str:

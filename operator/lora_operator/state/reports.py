@@ -71,6 +71,10 @@ NO_ANSWER = 0
 """HTTP status of what was not answered in time."""
 
 
+OLD = 600.0
+"""Seconds after which a refusal that was not heard again is no more known to last: it is asked again each 30."""
+
+
 @dataclass(frozen=True)
 class RefusedChild:
     """The answer of the API server to an object that was to be created, at ``at`` and of this kind since ``since``.
@@ -86,6 +90,10 @@ class RefusedChild:
     at: datetime
     conflict: bool = False
     passing: bool = False
+
+    def is_old(self, now: datetime) -> bool:
+        """Whether nobody has asked for so long that it says nothing any more: the run was suspended meanwhile, say."""
+        return (now - self.at).total_seconds() >= OLD
 
     @property
     def sort(self) -> tuple[str, int, bool, Refuser]:
@@ -204,8 +212,9 @@ def hear_queue(reports: Reports, queue: QueueReport | None, now: datetime | None
 def hear_refused_child(reports: Reports, child: RefusedChild) -> Reports:
     """``reports`` after ``child`` was refused; the time of a refusal goes on while it is of one sort."""
     old = reports.refused_child
-    same = old is not None and old.sort == child.sort
-    return replace(reports, refused_child=replace(child, since=old.since) if old is not None and same else child)
+    if old is not None and old.sort == child.sort and not old.is_old(child.at):
+        child = replace(child, since=old.since)
+    return replace(reports, refused_child=child)
 
 
 def hear_no_room(reports: Reports, now: datetime) -> Reports:
@@ -215,7 +224,8 @@ def hear_no_room(reports: Reports, now: datetime) -> Reports:
     """
     old = reports.refused_child
     silence = RefusedChild("Job", "", NO_ANSWER, "", since=now, at=now)
-    return replace(reports, refused_child=silence if old is None or old.conflict else replace(old, at=now))
+    afresh = old is None or old.conflict or old.is_old(now)
+    return replace(reports, refused_child=silence if old is None or afresh else replace(old, at=now))
 
 
 def hear_denied(reports: Reports, what: str, answer: str | None, now: datetime, status: int = 403) -> Reports:

@@ -85,7 +85,7 @@ class PodView:
     """The init container that waits, or runs, before the trainer; or the sidecar that has not started."""
     running: bool = False
     sidecar_runs: bool = False
-    """An ordinary container beside the trainer runs."""
+    """An ordinary container beside the trainer runs, or is to run: it may wait for an image that nobody has."""
     unready: bool = False
     """Kubernetes says that it is not ready, and no container of it is why. While it runs this is the node's fault."""
     ended: Ended | None = None
@@ -224,9 +224,9 @@ def parse_pod(raw: Mapping[str, Any]) -> PodView:
 
 
 def _sidecar_runs(status: Mapping[str, Any]) -> bool:
-    """Whether a container beside the trainer runs, which no kubelet ends."""
+    """Whether a container beside the trainer runs, or is to run, which no kubelet ends."""
     others = (item for item in status.get("containerStatuses") or () if item.get("name") != CONTAINER_NAME)
-    return any("running" in (item.get("state") or {}) for item in others)
+    return any(not {"running", "waiting"}.isdisjoint(item.get("state") or {}) for item in others)
 
 
 def _has_memory_limit(spec: Mapping[str, Any]) -> bool:

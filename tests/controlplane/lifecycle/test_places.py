@@ -8,7 +8,7 @@ import pytest
 from lora_operator.settings import Settings
 from tests.support.api import Api, ApiError
 from tests.support.operators import OperatorThread
-from tests.support.runs import Run, ended, running, termination, unschedulable
+from tests.support.runs import Run, ended, now, running, termination, unschedulable
 from tests.support.wait import eventually
 
 pytestmark = pytest.mark.controlplane
@@ -18,6 +18,7 @@ REJECTED = {
     "reason": "UnexpectedAdmissionError",
     "message": "Pod was rejected: Allocate failed due to no healthy devices present; cannot allocate unhealthy devices",
 }
+LONG_AGO = "2026-01-01T00:00:00Z"
 FULL = "0/4 nodes are available: 4 Insufficient nvidia.com/gpu."
 
 
@@ -175,3 +176,27 @@ def test_a_peer_that_starts_as_the_others_give_up_is_blamed_for_nothing(
         failure = status["failures"][0]
         assert (failure["class"], failure["pod"]) == ("PeerLost", patient["metadata"]["name"])
         assert not status.get("chargedRestarts")
+
+
+def test_a_run_that_was_suspended_for_long_avoids_no_old_nodes(run: Run, settings: Settings) -> None:
+    """Its status was written while they were to be avoided, and the first look after that launches."""
+    run.create()
+    nodes = [{"name": name, "reason": "NodeLost", "since": since} for name, since in (("n1", LONG_AGO), ("n2", now()))]
+    run.api.patch(f"{run.path}/{run.name}/status", {"status": {"avoidedNodes": nodes}})
+    with OperatorThread(settings):
+        assert avoided_by(run, 1) == ["n2"]
+        run.wait("it is forgotten", lambda status: [node["name"] for node in status["avoidedNodes"]] == ["n2"])
+
+
+@pytest.mark.parametrize("preflight", ["off", "on"])
+def test_pods_that_no_scheduler_comes_to_are_named(
+    run: Run, fast_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, preflight: str
+) -> None:
+    """There is none here: nobody writes a condition or an Event."""
+    for module in ("diagnosis.silence", "evidence.wants"):
+        monkeypatch.setattr(f"lora_operator.{module}.QUIET", 0.5)
+    kind, pods = ("Scheduled", "pods run-1-0-") if preflight == "off" else ("PreflightPassed", "pod run-pre1-0-")
+    with OperatorThread(fast_settings(run.namespace, preflight=preflight)):
+        run.create()
+        run.wait("a word", lambda _: run.condition(kind).get("reason") == "NoScheduler")
+        assert f"No scheduler has come to {pods}" in run.condition(kind)["message"]

@@ -81,6 +81,24 @@ def test_a_quota_of_jobs_is_waited_for(
             run.wait_phase("Preflight")
 
 
+@pytest.mark.parametrize("preflight", ["off", "on"])
+def test_a_quota_of_jobs_that_stays_full_ends_the_run_which_goes_on_by_retry(
+    run: Run, fast_settings: Callable[..., Settings], api: Api, monkeypatch: pytest.MonkeyPatch, preflight: str
+) -> None:
+    monkeypatch.setattr("lora_operator.diagnosis.obstacles._QUEUES", 2.0)
+    allow_none(api, run.namespace, "count/jobs.batch", "/apis/batch/v1", "jobs", JOB)
+    with OperatorThread(fast_settings(run.namespace, preflight=preflight)):
+        run.create()
+        wait_for(run, "QuotaExceeded", "starts by itself")
+        [failure] = run.wait_phase("Failed")["failures"]
+        assert (failure["class"], failure["reason"]) == ("PodNotStarted", "QuotaExceeded")
+        assert failure["remedy"].endswith("raise runPolicy.retry.")
+        quota = f"/api/v1/namespaces/{run.namespace}/resourcequotas/few"
+        api.patch(quota, {"spec": {"hard": {"count/jobs.batch": "5"}}})
+        api.patch(f"{run.path}/{run.name}", {"spec": {"runPolicy": {"retry": 1}}})
+        run.wait_phase("Restarting" if preflight == "off" else "Preflight")
+
+
 def test_a_role_that_is_too_small_is_waited_for(
     run: Run, settings: Settings, api: Api, cp: devcluster.ControlPlane
 ) -> None:

@@ -117,7 +117,17 @@ def test_a_gang_scheduler_may_have_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     ("quantity", "factor", "want"),
-    [("500m", 2, "1000m"), ("1.5Gi", 3, "4.5Gi"), ("8", 4, "32"), ("100", 100, "10000"), ("0", 5, "0")],
+    [
+        ("500m", 2, "1000m"),
+        ("1.5Gi", 3, "4.5Gi"),
+        ("8", 4, "32"),
+        ("100", 100, "10000"),
+        ("0", 5, "0"),
+        ("+4", 2, "8"),
+        (".", 2, "0"),
+        ("2e3", 3, "6e3"),
+        ("1E", 2, "2E"),
+    ],
 )
 def test_multiply_quantity(quantity: str, factor: int, want: str) -> None:
     assert multiply_quantity(quantity, factor) == want
@@ -178,6 +188,11 @@ def test_names_fit_where_kubernetes_is_strictest() -> None:
         ({"requests": {"cpu": "500m"}}, 1, True, 1),
         ({"requests": {"cpu": "32"}}, 8, False, 4),
         ({"requests": {"cpu": "2"}, "limits": {"cpu": "7500m"}}, 1, True, 7),
+        ({"limits": {"cpu": "7500000u"}}, 1, True, 7),
+        ({"limits": {"cpu": "7500000000n"}}, 1, True, 7),
+        ({"limits": {"cpu": "1Ki"}}, 8, False, 128),
+        ({"limits": {"cpu": "+1.6e1"}}, 8, False, 2),
+        ({"limits": {"cpu": "."}}, 8, False, 1),
     ],
 )
 def test_omp_threads(resources: dict[str, Any], processes: int, on_cpu: bool, want: int | None) -> None:

@@ -66,15 +66,18 @@ GOING = (
 @pytest.mark.parametrize(
     ("kind", "status", "words", "want"),
     [
-        ("Job", 403, QUOTA, ("QuotaExceeded", None, False)),
-        ("Job", 403, ROLE, ("OperatorForbidden", None, False)),
-        ("Job", 500, WEBHOOK, ("WebhookFailed", None, False)),
+        ("Job", 403, QUOTA, ("QuotaExceeded", FailureClass.POD_NOT_STARTED, False)),
+        ("Job", 403, ROLE, ("OperatorForbidden", FailureClass.POD_NOT_STARTED, False)),
+        ("Job", 500, WEBHOOK, ("WebhookFailed", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 500, "etcdserver: request timed out", None),
         ("Job", 400, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Service", 403, DENIED, ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 422, "spec.template: Too long", ("PodNotStarted", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 422, TOO_LONG, ("BadSpec", FailureClass.BAD_SPEC, True)),
-        *(("Job", status, HIERARCHICAL, ("QuotaExceeded", None, False)) for status in (400, 403, 500)),
+        *(
+            ("Job", status, HIERARCHICAL, ("QuotaExceeded", FailureClass.POD_NOT_STARTED, False))
+            for status in (400, 403, 500)
+        ),
         ("Job", 403, UNKNOWN, ("FailedCreate", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 403, NOT_READY, ("FailedCreate", FailureClass.POD_NOT_STARTED, False)),
         ("Job", 413, "Request entity too large", ("BadSpec", FailureClass.BAD_SPEC, True)),
@@ -96,11 +99,16 @@ def test_diagnose_refusal(
 @pytest.mark.parametrize(
     ("words", "status", "seconds", "want"),
     [
-        (QUOTA, 403, 1e6, (Phase.PENDING, "QuotaExceeded", 30.0)),
+        (QUOTA, 403, 604_799.0, (Phase.PENDING, "QuotaExceeded", 1.0)),
+        (QUOTA, 403, 604_800.0, (Phase.FAILED, "PodNotStarted", None)),
+        (ROLE, 403, 86_399.0, (Phase.PENDING, "OperatorForbidden", 1.0)),
+        (ROLE, 403, 86_400.0, (Phase.FAILED, "PodNotStarted", None)),
+        (WEBHOOK, 500, 86_399.0, (Phase.PENDING, "WebhookFailed", 1.0)),
+        (WEBHOOK, 500, 86_400.0, (Phase.FAILED, "PodNotStarted", None)),
         (DENIED, 403, 0.0, (Phase.PENDING, "PodNotStarted", 30.0)),
         (DENIED, 403, 590.0, (Phase.PENDING, "PodNotStarted", 10.0)),
         (DENIED, 403, 600.0, (Phase.FAILED, "PodNotStarted", None)),
-        (HIERARCHICAL, 403, 1e6, (Phase.PENDING, "QuotaExceeded", 30.0)),
+        (HIERARCHICAL, 403, 9e4, (Phase.PENDING, "QuotaExceeded", 30.0)),
         (UNKNOWN, 403, 86_399.0, (Phase.PENDING, "FailedCreate", 1.0)),
         (NOT_READY, 403, 86_400.0, (Phase.FAILED, "PodNotStarted", None)),
         ("too large", 413, 0.0, (Phase.FAILED, "BadSpec", None)),

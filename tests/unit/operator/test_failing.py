@@ -113,7 +113,10 @@ CASES = [
     Case(
         "restarts that are not charged come to an end after a day without a newer checkpoint",
         seen(
-            a_run(status={"attempt": 4, "failingSince": stamp(ago(86_400))}), a_job(4),
+            a_run(status={
+                "attempt": 4, "failingSince": stamp(ago(86_400)), "conditions": [condition("Scheduled")]
+            }),
+            a_job(4),
             *(ended(index, 75, said("Checkpointed"), attempt=4, job_uid="job-4") for index in (0, 1)),
         ),
         {"phase": Phase.FAILED},

@@ -21,14 +21,26 @@ C = "spec.template.spec.containers[0]"
         (
             f"[{C}.resources.limits[x/y/z]: Invalid value: no name, "
             "spec.template.spec.nodeSelector: Invalid value: bad]",
-            "[spec.podTemplate.resources.limits[x/y/z]: Invalid value: no name, spec.podTemplate.nodeSelector: "
-            "Invalid value: bad]",
+            "spec.podTemplate.resources.limits[x/y/z]: Invalid value: no name; spec.podTemplate.nodeSelector: "
+            "Invalid value: bad",
             "spec.podTemplate.resources, spec.podTemplate.nodeSelector",
         ),
         (
             f"{C.replace('containers', 'initContainers')}.resources: Forbidden: HugePages require cpu or memory",
             "spec.podTemplate.resources: Forbidden: HugePages require cpu or memory",
             "spec.podTemplate.resources",
+        ),
+        (
+            f"[{C}.env[0].valueFrom.secretKeyRef.name: Invalid value: a..b: no name, or '-', {C}.env[1].valueFrom."
+            f"secretKeyRef.name: Invalid value: a..b: no name, or '-', {C.replace('containers', 'initContainers')}."
+            "envFrom[0].secretRef.name: Invalid value: a..b: no name, or '-']",
+            "spec.credentials.secretRef.name: Invalid value: a..b: no name, or '-'",
+            "Correct spec.credentials.secretRef.name of",
+        ),
+        (
+            f"{C}.env[3].value: Invalid value: x",
+            "spec.podTemplate.env[3].value: Invalid value: x",
+            "podTemplate.env of",
         ),
         ("spec.template.labels: Invalid value: x", "spec.podTemplate.labels: Invalid value: x", "podTemplate.labels"),
         (
@@ -56,6 +68,7 @@ def test_a_field_of_the_run_that_no_job_takes_ends_it_at_once(words: str, said: 
     "words",
     [
         JOB + "spec.template.spec.volumes[2].name: Duplicate value: a webhook has put it there",
+        JOB + "spec.template.spec.containers[1].resources.limits[cpu]: Invalid value: of a sidecar of a webhook",
         JOB + "metadata.labels: Invalid value: 'a b': a valid label must be",
         "jobs.batch \"r0-1\" is forbidden: ValidatingAdmissionPolicy 'p' denied request: containers[0].resources",
     ],

@@ -220,7 +220,7 @@ CASES = [
     ),
     Case(
         "a quota that is full is waited for",
-        seen(a_run(status=STARTED), JOB, reports=Reports(refusal=Refusal("exceeded quota: few", ago(9e5)))),
+        seen(a_run(status=STARTED), JOB, reports=Reports(refusal=Refusal("exceeded quota: few", ago(5e5)))),
         {"reason": "QuotaExceeded", "failure": None},
         marks={ConditionType.SCHEDULED: (False, "QuotaExceeded")},
     ),

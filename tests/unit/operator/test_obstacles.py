@@ -40,7 +40,7 @@ HIERARCHICAL = (
     'in namespace "team": "hrq", requested: pods=1, used: pods=8, limited: pods=8'
 )
 DAY = 86_400.0
-REFUSED: dict[str, tuple[str, str, str, float | None]] = {
+REFUSED: dict[str, tuple[str, str, str, float]] = {
     "a webhook that is away": (AWAY, "WebhookFailed", "See why the webhook", DAY),
     "a webhook that says no": (DENIED, "PodNotStarted", "Correct what the message names", SETTINGS.start_timeout),
     "a priority class that is missing": (CLASS, "PriorityClassNotFound", "Create the PriorityClass", DAY),
@@ -86,19 +86,18 @@ REFUSED: dict[str, tuple[str, str, str, float | None]] = {
         "Correct what the message names",
         SETTINGS.start_timeout,
     ),
-    "a hierarchical quota that is full": (HIERARCHICAL, "QuotaExceeded", "Wait until the quota has room", None),
-    "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", None),
+    "a hierarchical quota that is full": (HIERARCHICAL, "QuotaExceeded", "Wait until the quota has room", 7 * DAY),
+    "a quota that is full": (FULL, "QuotaExceeded", "Wait until the quota has room", 7 * DAY),
 }
 
-FINAL = {"FailedCreate": "See what the message names"}
+FINAL = {"FailedCreate": "See what the message names", "QuotaExceeded": "Have the quota raised"}
 """What the remedy begins with once the run has failed, where that is not what it began with before."""
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_pods_that_are_refused(name: str) -> None:
     words, reason, remedy, limit = REFUSED[name]
-    lasts = min(limit or 9 * DAY, 9 * DAY)
-    for since, ends in ((lasts - 1, False), (lasts, limit is not None)):
+    for since, ends in ((limit - 1, False), (limit, True)):
         reports = Reports(refusal=Refusal(words, ago(since)))
         plan = decide(seen(a_run(status=STARTED), JOB, reports=reports), NOW, SETTINGS)
         mark = plan.conditions[ConditionType.RUNNING]
@@ -106,7 +105,7 @@ def test_pods_that_are_refused(name: str) -> None:
         assert f"Remedy: {FINAL.get(reason, remedy) if ends else remedy}" in mark.message
         assert ("by itself" in mark.message, "raise runPolicy.retry" in mark.message) == (not ends, ends)
         assert (plan.failure and plan.failure.failure_class) == (FailureClass.POD_NOT_STARTED if ends else None)
-        if not ends and limit is not None:
+        if not ends:
             assert plan.requeue_after == 1.0
 
 
@@ -133,6 +132,18 @@ def test_what_refuses_the_pods_of_a_run_that_has_worked_is_waited_for_a_day() ->
     plan = decide(seen(over, JOB, reports=reports), NOW, SETTINGS)
     assert (plan.phase, plan.reason) == (Phase.FAILED, "PodNotStarted")
     assert "raise runPolicy.retry" in plan.message
+
+
+def test_a_run_that_has_worked_is_told_what_helps_against_what_it_waits_for() -> None:
+    """Not only what helps against all of the class."""
+    status = {**STARTED, "lastCheckpoint": {"step": 5, "at": stamp(ago(9000))}}
+    words = 'pods "x" is forbidden: minimum cpu usage per Container is 1, but request is 500m'
+    for lasted, again in ((600, "the run starts by itself"), (86_400, "raise runPolicy.retry")):
+        reports = Reports(refusal=Refusal(words, ago(lasted)))
+        plan = decide(seen(a_run(status=status), JOB, reports=reports), NOW, SETTINGS)
+        assert plan.failure is not None
+        assert plan.failure.remedy.startswith("Bring podTemplate.resources of the run")
+        assert plan.failure.remedy.endswith(f"and {again}.")
 
 
 CDI = "failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=0"
@@ -244,6 +255,10 @@ def test_a_run_that_has_worked_avoids_the_node_that_holds_it_up(reason: str, wor
     assert plan.phase is Phase.RESTARTING
     assert plan.failed is not None
     assert [node.name for node in plan.failed.avoided or ()] == ["n1"]
+    remedy = plan.failed.failure.remedy
+    assert "If another node says the same: See the disk, the devices and the container runtime of node n1." in remedy
+    assert "by itself" in remedy
+    assert "runPolicy.retry" not in remedy
 
 
 def test_a_preflight_that_a_node_cannot_start_is_tried_on_another_one() -> None:

@@ -195,6 +195,14 @@ CASES = [
         {"phase": Phase.FAILED, "ended": True}, FailureClass.STORE_UNAVAILABLE, mark=(False, "StoreUnavailable"),
     ),
     Case(
+        "but that its pod waited for a node is no time of that",
+        seen(
+            failed_before("StoreUnavailable", failingSince=stamp(ago(7200))), a_preflight(2, created=ago(7000)),
+            of(a_preflight(2), ended(0, 74, said("StoreUnavailable"), scheduled_at=ago(300))),
+        ),
+        {"phase": Phase.PREFLIGHT, "ended": False}, FailureClass.STORE_UNAVAILABLE, mark=(False, "StoreUnavailable"),
+    ),
+    Case(
         "evicted: another one follows, and does not count",
         seen(a_run(), JOB, of(JOB, ended(0, 137, disruption="EvictionByEvictionAPI"))),
         {"phase": Phase.PREFLIGHT, "charged": False, "backoff": 10.0}, FailureClass.EVICTED, mark=(False, "Evicted"),
@@ -242,7 +250,7 @@ CASES = [
         "what preflights have taken of the day counts for attempts",
         seen(
             failed_before(
-                "Evicted", "Evicted", attempt=2, conditions=[condition("PreflightPassed")],
+                "Evicted", "Evicted", attempt=2, conditions=[condition("PreflightPassed"), condition("Scheduled")],
                 failingSince=stamp(ago(86400)),
             ),
             a_job(2), ended(0, 137, attempt=2, disruption="EvictionByEvictionAPI"),

@@ -16,6 +16,7 @@ from tests.unit.operator.builders import NOW, a_job, a_run, ago, condition, ende
 LAUNCH = Plan(actions=(LaunchAttempt(2),), phase=Phase.RESTARTING, reason="Restarting", attempt=2)
 QUOTA = RefusedChild("Job", "tickets-2", 403, "exceeded quota: few", since=ago(5), at=ago(5))
 POLICY = replace(QUOTA, words='admission webhook "jobs.example.com" denied the request: no team')
+DAY = 86_400.0
 PASSING = replace(QUOTA, words="status unknown for quota: few, resources: count/jobs.batch")
 TAKEN = replace(QUOTA, status=0, words="Job tickets-2 belongs to something else", conflict=True)
 
@@ -34,6 +35,9 @@ CASES = {
     "once the time has come it is": Case(replace(QUOTA, at=ago(30)), "Restarting"),
     "a policy is waited for": Case(POLICY, "PodNotStarted", 25.0),
     "but not for ever": Case(replace(POLICY, since=ago(600)), "PodNotStarted", None, FailureClass.POD_NOT_STARTED),
+    "what nobody has asked for a while is asked before anything is said": Case(
+        replace(POLICY, since=ago(9000), at=ago(600)), "Restarting"
+    ),
     "what is no denial that is known has a day": Case(replace(PASSING, since=ago(600)), "FailedCreate", 25.0),
     "and no longer": Case(replace(PASSING, since=ago(86_400)), "PodNotStarted", None, FailureClass.POD_NOT_STARTED),
     "a name that is taken ends the run": Case(TAKEN, "NameConflict", None, FailureClass.NAME_CONFLICT),
@@ -51,6 +55,70 @@ CASES = {
         QUOTA, "Suspended", None, plan=Plan(phase=Phase.SUSPENDED, reason="Suspended")
     ),
 }  # fmt: skip
+
+
+LIMITS: dict[str, tuple[RefusedChild, float, str, str, str]] = {
+    "a quota that is full": (
+        QUOTA, 7 * DAY, "QuotaExceeded", "Wait until the quota has room", "Have the quota raised"
+    ),
+    "a webhook that is away": (
+        replace(QUOTA, status=500, words='failed calling webhook "jobs.example.com": refused'), DAY,
+        "WebhookFailed", "See why the webhook", "See why the webhook",
+    ),
+    "a role of another version": (
+        replace(QUOTA, words='User "lora" cannot create resource "jobs"'), DAY,
+        "OperatorForbidden", "Bring the operator's role", "Bring the operator's role",
+    ),
+    "no answer": (
+        replace(QUOTA, status=0, words="", at=ago(1)), DAY, "NoAnswer", "See whether an admission", "See whether",
+    ),
+    "no gang scheduler": (
+        replace(QUOTA, kind="PodGroup", status=404, words="no such kind"), DAY,
+        "NoPodGroups", "Install the scheduler", "Install the scheduler",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("launch", [LaunchAttempt(2), LaunchPreflight(1)])
+def test_what_keeps_a_job_from_being_made_is_waited_for_up_to_a_limit(
+    name: str, launch: LaunchAttempt | LaunchPreflight
+) -> None:
+    child, limit, reason, remedy, final = LIMITS[name]
+    wanted = replace(LAUNCH, actions=(launch,))
+    for lasted, ends in ((limit - 60, False), (limit, True)):
+        reports = Reports(refused_child=replace(child, since=ago(lasted)))
+        plan = face_refusals(seen(a_run(status={"attempt": 1}), reports=reports), wanted, NOW, Settings())
+        assert (plan.phase, plan.ended) == ((Phase.FAILED, True) if ends else (Phase.PENDING, False))
+        assert (plan.failure and plan.failure.reason) == (reason if ends else None)
+        assert plan.launch is None
+        assert f"Remedy: {final if ends else remedy}" in plan.message
+        assert ("starts by itself" in plan.message, "raise runPolicy.retry" in plan.message) == (not ends, ends)
+
+
+def test_what_a_run_that_has_worked_waits_for_ends_too() -> None:
+    status = {"attempt": 1, "lastCheckpoint": {"step": 5, "at": stamp(ago(9e5))}}
+    for child, limit, reason, _, _ in LIMITS.values():
+        reports = Reports(refused_child=replace(child, since=ago(limit)))
+        plan = face_refusals(seen(a_run(status=status), reports=reports), LAUNCH, NOW, Settings())
+        assert (plan.ended, plan.failure and plan.failure.reason) == (True, reason)
+
+
+def test_a_name_that_goes_free_is_waited_for_for_a_day() -> None:
+    for lasted, want in ((DAY - 1, None), (DAY, FailureClass.NAME_CONFLICT)):
+        child = replace(TAKEN, passing=True, since=ago(lasted), at=NOW)
+        plan = face_refusals(seen(a_run(), reports=Reports(refused_child=child)), LAUNCH, NOW, Settings())
+        assert (plan.failure and plan.failure.failure_class) == want
+
+
+def test_the_time_of_a_refusal_begins_anew_once_nobody_has_asked_for_a_while() -> None:
+    """The run was suspended for a week, say: whatever was refused before that may be allowed by now."""
+    for pause, since in ((599, ago(9000)), (600, NOW)):
+        old = Reports(refused_child=replace(QUOTA, since=ago(9000), at=ago(pause)))
+        again = hear_refused_child(old, replace(QUOTA, since=NOW, at=NOW))
+        silent = hear_no_room(old, NOW)
+        assert (again.refused_child and again.refused_child.since) == since
+        assert (silent.refused_child and silent.refused_child.since) == since
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -217,7 +285,8 @@ def test_a_job_that_was_left_is_deleted_beside_the_next_attempt() -> None:
 def test_what_is_not_answered_is_asked_for_again_more_and_more_seldom(
     lasted: float, at: float, after: float | None
 ) -> None:
-    reports = hear_no_room(hear_no_room(Reports(), ago(lasted)), ago(at))
+    silence = RefusedChild("Job", "", 0, "", since=ago(lasted), at=ago(min(lasted, at + 30)))
+    reports = hear_no_room(Reports(refused_child=silence), ago(at))
     plan = face_refusals(seen(a_run(status={"attempt": 1}), reports=reports), LAUNCH, NOW, Settings())
     assert (plan.reason, plan.requeue_after) == (("NoAnswer", after) if after else ("Restarting", None))
     assert (plan.launch is None) == bool(after)

@@ -156,8 +156,37 @@ POOL = {"nodeSelector": {"pool": "all"}, "tolerations": [{"key": "gpu", "operato
             {"gpu": "l4", "disk": "ssd"},
             [("gpu", "h100"), ("nvidia.com/gpu.present", "true"), ("pool", "all")],
         ),
+        (
+            {"podTemplate": {"nodeSelector": {"nvidia.com/gpu.product": "L4", "disk": "ssd"}}},
+            {"gpu": {"name": "L4", "memoryGiB": 24, "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"}}},
+            {"disk": "ssd"},
+            [
+                ("nvidia.com/gpu.present", "true"),
+                ("nvidia.com/gpu.product", "L4"),
+                ("nvidia.com/gpu.product", "NVIDIA-L4"),
+            ],
+        ),
+        (
+            {"podTemplate": {"nodeSelector": {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}}},
+            {},
+            {},
+            [("cloud.google.com/gke-accelerator", "nvidia-h100-80gb"), ("nvidia.com/gpu.present", "true")],
+        ),
+        (
+            {"podTemplate": {"nodeSelector": {"nvidia.com/gpu.present": "true"}}},
+            {"podTemplate": {"nodeSelector": {"nvidia.com/gpu.present": "true"}}},
+            {"nvidia.com/gpu.present": "true"},
+            [("nvidia.com/gpu.present", "true")],
+        ),
     ],
-    ids=["no runtime", "the labels of the runtime's GPUs are left out", "the run's own labels are kept"],
+    ids=[
+        "no runtime",
+        "the labels of the runtime's GPUs are left out",
+        "the run's own labels are kept",
+        "but for those that only GPUs have",
+        "whoever has made the cluster",
+        "what the runtime wants of all pods holds",
+    ],
 )
 def test_a_preflight_keeps_off_gpus(
     run: dict[str, Any], runtime: dict[str, Any], selector: dict[str, str], avoided: list[tuple[str, str]]

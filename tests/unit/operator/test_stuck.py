@@ -8,9 +8,9 @@ import pytest
 from lora_api import ConditionType, FailureClass
 from lora_operator.diagnosis.firstseen import starting_seen, warned_seen
 from lora_operator.diagnosis.sightings import note_sightings
-from lora_operator.kube.podevents import find_warning
+from lora_operator.kube.podevents import find_warning, read_note
 from lora_operator.lifecycle.decide import decide
-from lora_operator.state.reports import Reports
+from lora_operator.state.reports import Reports, find_refuser
 from lora_operator.watched.views import PodView
 from tests.unit.operator.builders import NOW, a_job, a_pod, a_preflight, a_run, ago, running, seen
 from tests.unit.operator.cases import SETTINGS, STARTED
@@ -183,6 +183,7 @@ EVENTS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "while what blocked is got over": (
         [event("FailedMount"), PULLING, event("DNSConfigForming", "y")], "DNSConfigForming: y"
     ),
+    "of several": ([event("FailedMount", "(combined from similar events): y")], "FailedMount: y"),
     "no progress": ([event("FailedMount"), event("BackOff", kind="Normal")], "FailedMount: x"),
 }  # fmt: skip
 
@@ -192,3 +193,12 @@ def test_the_warning_that_holds(name: str) -> None:
     events, want = EVENTS[name]
     numbered = [{**item, "metadata": {"resourceVersion": str(number)}} for number, item in enumerate(events, 9)]
     assert find_warning(reversed(numbered)) == want
+
+
+def test_what_refuses_pods_stays_the_same_when_their_events_are_combined() -> None:
+    """Each pod that the Job controller tries has a name of its own; after ten of them Kubernetes sums up."""
+    words = 'Error creating: Pod "tickets-1-0-x7k2p" is invalid: spec.containers[0].name: Required value'
+    one, several = ({"note": f"{begins}{words}"} for begins in ("", "(combined from similar events): "))
+    assert read_note(one) == read_note(several) == words
+    assert find_refuser(read_note(several)) == "policy"
+    assert read_note({}) == ""

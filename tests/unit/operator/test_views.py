@@ -124,10 +124,19 @@ def test_the_trainer_is_found_by_its_name(case: str) -> None:
     [
         (view(RUNS), (False, True, False)),
         (view(DONE, others={"istio-proxy": RUNS}, phase="Running"), (True, True, True)),
+        (view(DONE, others={"istio-proxy": NO_IMAGE}, phase="Pending"), (True, True, True)),
+        (view(DONE, others={"istio-proxy": DONE}, phase="Running"), (True, True, False)),
         (view(DONE, phase="Succeeded"), (True, False, False)),
         (view(None, phase="Failed"), (True, False, False)),
     ],
-    ids=["it trains", "a sidecar runs on", "all has ended", "it was evicted"],
+    ids=[
+        "it trains",
+        "a sidecar runs on",
+        "one has no image",
+        "a moment before its end",
+        "all has ended",
+        "it was evicted",
+    ],
 )
 def test_a_pod_holds_its_node_until_all_of_it_has_ended(pod: PodView, want: tuple[bool, bool, bool]) -> None:
     assert (pod.has_ended, pod.holds_node, pod.runs_on) == want

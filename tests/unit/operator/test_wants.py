@@ -8,6 +8,7 @@ import pytest
 
 from lora_operator.controller.questions import forgotten_pods, unseen_ends
 from lora_operator.diagnosis.firstseen import starting_seen
+from lora_operator.diagnosis.silence import QUIET
 from lora_operator.evidence.wants import REFUSAL_DELAY, compute_next_look, wants_events, wants_refusal
 from lora_operator.settings import Settings
 from lora_operator.state.plan import NOTHING
@@ -32,8 +33,14 @@ def test_a_gang_that_has_just_begun_is_looked_at_again_before_it_can_stall(
     ("parts", "asked", "next_look"),
     [
         pytest.param([a_job()], True, REFUSAL_DELAY, id="a Job without its pods is asked about, again and again"),
-        pytest.param([a_job(started=None)], False, None, id="but not one that the Job controller has not come to"),
-        pytest.param([a_job(), a_pod(0), a_pod(1)], False, None, id="nor one that has all of its pods"),
+        pytest.param([a_job(started=None)], False, QUIET, id="but not one that the Job controller has not come to"),
+        pytest.param([a_job(), a_pod(0), a_pod(1)], False, QUIET, id="nor one that has all of its pods"),
+        pytest.param(
+            [a_job(), *(a_pod(index, unscheduled_reason="Unschedulable") for index in (0, 1))],
+            False,
+            None,
+            id="and where all is said an event will tell",
+        ),
     ],
 )
 def test_why_pods_are_not_made_is_asked_only_of_a_controller_that_tries(

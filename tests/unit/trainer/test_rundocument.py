@@ -9,7 +9,7 @@ import pytest
 from lora_api.run import RUN_VERSION
 from lora_trainer.errors import BadSpecError
 from lora_trainer.preflight import Findings, read_leniently
-from lora_trainer.rundocument import parse_run, read_run
+from lora_trainer.rundocument import parse_document, read_run
 
 NEWER = RUN_VERSION + 1
 
@@ -77,4 +77,4 @@ def test_what_is_no_document_is_a_bad_spec(run_file: Path, text: str) -> None:
 
 @pytest.mark.parametrize("version", [1, RUN_VERSION])
 def test_documents_up_to_our_own_version_are_read(version: int) -> None:
-    assert parse_run(json.dumps(document(version=version))).left_out == ()
+    assert parse_document(json.dumps(document(version=version))).left_out == ()

@@ -1,13 +1,15 @@
 """Which nodes the next attempts avoid, and for how long."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from lora_api import Failure, FailureClass, Phase
+from lora_operator.children.job import build_job
 from lora_operator.diagnosis.findings import Symptom
 from lora_operator.lifecycle.decide import decide
-from lora_operator.policies.nodes import avoid, describe_forgotten
+from lora_operator.policies.nodes import avoid, describe_forgotten, forget_old
 from lora_operator.state.plan import Plan
 from lora_operator.state.reports import Reports
 from lora_operator.status.compute import compute_status
@@ -122,3 +124,13 @@ def test_the_node_that_ended_a_run_is_avoided_once_it_is_tried_again() -> None:
     status = compute_status(again, decide(seen(again), NOW, SETTINGS), Reports(), NOW)
     assert status.phase is Phase.RESTARTING
     assert [node.name for node in status.avoided_nodes or []] == ["n9", "n1"]
+
+
+def test_a_run_that_was_suspended_for_a_day_keeps_away_from_nothing() -> None:
+    """Its status was written before that."""
+    run = a_run(status={"attempt": 1, "avoidedNodes": [known("n1", 86_400), known("n2", 86_399)]})
+    assert [node.name for node in forget_old(run, NOW).status.avoided_nodes or ()] == ["n2"]
+    later = forget_old(run, NOW + timedelta(seconds=1))
+    assert later.status.avoided_nodes is None
+    assert "affinity" not in build_job(later, 2, SETTINGS)["spec"]["template"]["spec"]
+    assert forget_old(later, NOW) is later

@@ -12,13 +12,14 @@ from lora_operator.settings import Settings
 from lora_operator.state.observed import Observed
 from lora_operator.state.reports import Refusal, Reports
 from lora_operator.status.compute import compute_status
-from lora_operator.watched.views import PodView
+from lora_operator.watched.views import JobView, PodView
 from tests.unit.operator.builders import (
     NOW,
     a_job,
     a_pod,
     a_run,
     ago,
+    condition,
     ended,
     failure,
     running,
@@ -342,3 +343,32 @@ def test_time_without_a_job_is_time_that_is_waited(name: str) -> None:
     plan = decide(seen(run, job, *gang), NOW, Settings(preflight="off", restart_backoff=10.0))
     assert plan.waiting_since == ago(waited)
     assert compute_status(run, plan, Reports(), NOW).failing_since == min(NOW, ago(DAY - waited))
+
+
+CUT_SHORT: dict[str, tuple[JobView | PodView, ...]] = {
+    "one of it was evicted": (
+        a_job(3, created=ago(60)), ended(0, 137, attempt=3, disruption="EvictionByEvictionAPI"), unplaced(1, attempt=3)
+    ),
+    "a kubelet refused one of it": (
+        a_job(3, created=ago(60)), a_pod(0, 3, phase="Failed", reason="UnexpectedAdmissionError"),
+        unplaced(1, attempt=3),
+    ),
+    "somebody is deleting its Job": (a_job(3, created=ago(60), deleting=True), unplaced(0, attempt=3)),
+    "somebody deleted its Job": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("name", CUT_SHORT)
+def test_the_wait_of_a_gang_that_was_never_whole_is_no_want_of_progress(name: str, placed: bool) -> None:
+    """One that was whole has it in its status."""
+    conditions = [condition("Scheduled", "True" if placed else "False")]
+    status = {"attempt": 3, "failures": [EVICTED, NO_ROOM], "recentFailures": 2, "conditions": conditions}
+    run = a_run(status={**status, "failingSince": stamp(ago(DAY))})
+    observed = seen(run, *CUT_SHORT[name], reports=Reports(run_uid="run-uid", failing_since=ago(90)))
+    plan = decide(observed, NOW, Settings(preflight="off", restart_backoff=10.0))
+    assert plan.failed is not None
+    assert plan.ended is placed
+    if not placed:
+        assert plan.failed.budget is not None
+        assert plan.failed.budget.since == ago(20), "the pause after the eviction, which was failing"
