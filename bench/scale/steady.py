@@ -275,7 +275,7 @@ class _Cluster:
         dead = {gang_name(gang) for gang in self._layout.dead_gangs}
         gangs = {gang_name(gang) for gang in range(self._size.gangs)}
         runs = (await self._client.call("GET", _ALL_RUNS))["items"]
-        status = {run["metadata"]["name"]: run["status"] for run in runs}
+        status = {run["metadata"]["name"]: run.get("status", {}) for run in runs}  # a new run has none yet
         told = sum(bool(status.get(name, {}).get("failures")) for name in dead)
         well = [name for name in gangs - dead if _runs_on(status.get(name, {}))]
         return told, len(gangs - dead) - len(well)
