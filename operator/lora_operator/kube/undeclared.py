@@ -13,7 +13,9 @@ from typing import Any
 from lora_api import FailureClass
 
 _NO_FIELD = re.compile(r"\.status((?:\.\w+|\[[^]]*\])+): field not declared in schema")
-_NO_WORD = re.compile(r'status\.(phase|failures\[\d+\]\.class): Unsupported value: "(\w+)"')
+_NO_WORD = re.compile(r'(?:status\.|(?<![\w.]))(phase|failures\[\d+\]\.class): Unsupported value: "(\w+)"')
+"""Kubernetes 1.29 names the field without its ``status``."""
+
 _FORGET_AFTER = 600.0
 _MAX_MESSAGE = 4096
 

@@ -30,3 +30,13 @@ def test_a_later_hold_wins() -> None:
     bucket.close(until=7.0)
     bucket.close(until=3.0)
     assert bucket.reserve(0.0) == 7.0
+
+
+def test_without_a_rate_a_burst_is_all_that_is_free_of_waiting_and_nobody_waits_for_ever() -> None:
+    bucket = TokenBucket(rate=0.0, burst=1)
+    assert [bucket.reserve(0.0) for _ in range(3)] == [0.0, 0.0, 0.0]
+
+
+def test_a_slow_rate_holds_too() -> None:
+    bucket = TokenBucket(rate=0.5, burst=1)
+    assert [bucket.reserve(0.0) for _ in range(3)] == [0.0, 2.0, 4.0]
