@@ -14,7 +14,7 @@ from lora_api import FailureClass
 
 _NO_FIELD = re.compile(r"\.status((?:\.\w+|\[[^]]*\])+): field not declared in schema")
 _NO_WORD = re.compile(r'(?:status\.|(?<![\w.]))(phase|failures\[\d+\]\.class): Unsupported value: "(\w+)"')
-"""Kubernetes 1.29 names the field without its ``status``."""
+"""Kubernetes before 1.31 names a field of the status without ``status``."""
 
 _FORGET_AFTER = 600.0
 _MAX_MESSAGE = 4096

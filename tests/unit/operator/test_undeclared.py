@@ -49,10 +49,10 @@ def test_a_word_that_is_refused_is_said_in_words_that_the_crd_knows() -> None:
 
 
 def test_kubernetes_1_29_names_the_field_of_a_word_without_its_status() -> None:
-    refusal = 'LoRAFineTune.lorafinetune.io "early" is invalid: [failures[0].class: Unsupported value: "FabricDegraded": '
-    refusal += 'supported values: "Internal", <nil>: Invalid value: "null": some validation rules were not checked]'
+    refusal = 'LoRAFineTune.lorafinetune.io "early" is invalid: [failures[0].class: Unsupported value: "FabricDegraded'
+    refusal += '": supported values: "Internal", <nil>: Invalid value: "null": some validation rules were not checked]'
     assert Undeclared().learn(refusal) == ("the word FabricDegraded",)
-    assert Undeclared().learn('spec.phase: Unsupported value: "x", spec.failures[0].class: Unsupported value: "y"') == ()
+    assert Undeclared().learn('spec.phase: Unsupported value: "x", spec.failures[0].class: Unsupported value: "y') == ()
 
 
 def test_it_is_forgotten_after_a_while_since_the_crd_may_be_upgraded() -> None:
