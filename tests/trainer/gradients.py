@@ -51,11 +51,10 @@ def main(model: Path, data: Path, directory: Path) -> None:
     clip = LoRATrainer._clip_grad_norm
 
     def record(self: LoRATrainer, network: torch.nn.Module) -> Any:
-        named = [(name, weight) for name, weight in network.named_parameters() if weight.grad is not None]
         gradients.append(
             {
                 name.removeprefix("module."): full_tensor(weight.grad)
-                for name, weight in named
+                for name, weight in network.named_parameters()
                 if weight.grad is not None
             }
         )

@@ -195,13 +195,16 @@ def test_watches_begin_though_the_first_looks_hang(
     for name in ("first", "second", "third"):
         Run(api, run.namespace, name).create()
 
+    hung = set[str]()
+
     def hang(client: KubeClient) -> None:
         send = client._send
 
-        async def hanging(method: Any, *args: Any) -> Answer:
+        async def hanging(method: Any, path: str, *args: Any) -> Answer:
             if method == "POST":
+                hung.add(path)
                 await asyncio.get_running_loop().create_future()
-            return await send(method, *args)
+            return await send(method, path, *args)
 
         client._send = hanging  # type: ignore[method-assign]
 
@@ -209,6 +212,7 @@ def test_watches_begin_though_the_first_looks_hang(
     operator.operator.drain_seconds = 0.0
     with operator:
         eventually("ready", lambda: operator.operator.ready)
+        eventually("a launch hangs", lambda: hung)
         run.create()
         key = (run.namespace, run.name)
         eventually("the new run is seen", lambda: key in operator.operator.cache.run_keys(), 15)

@@ -100,10 +100,14 @@ def test_no_pod_is_called_silent_before_a_last_look(
     run: Run, fast_settings: Callable[..., Settings], namespace: str, is_taken: bool
 ) -> None:
     """Its node is lost, and so are the watches that would tell."""
-    blind = threading.Event()
+    blind, unseen = threading.Event(), list[Any]()
     thread = OperatorThread(fast_settings(namespace, node_grace=4.0))
     see = thread.operator._on_event
-    thread.operator._on_event = lambda *event: None if blind.is_set() else see(*event)  # type: ignore[method-assign]
+
+    def look(*event: Any) -> None:
+        unseen.append(event) if blind.is_set() else see(*event)
+
+    thread.operator._on_event = look  # type: ignore[method-assign]
     with thread:
         run.create()
         run.set_running(1)
@@ -118,6 +122,7 @@ def test_no_pod_is_called_silent_before_a_last_look(
             run.api.delete(f"/api/v1/namespaces/{namespace}/pods/{pod['metadata']['name']}", gracePeriodSeconds=0)
             eventually("it is gone", lambda: len(run.pods(1)) == 1)
         status = run.wait("a verdict", lambda status: status.get("failures"))
+        eventually("watches had news", lambda: unseen)
     assert (status["failures"][0]["class"], status["chargedRestarts"]) == ("PodLost" if is_taken else "NodeLost", 0)
 
 
@@ -195,19 +200,23 @@ def test_pods_that_came_and_failed_while_an_operator_started_are_asked_for_their
     run.set_failed(1, "BadData", 65, "record 7 is broken")
     eventually("the Job knows", lambda: run.jobs()[0]["status"].get("failedIndexes") == "0,1")
 
+    hidden = list[str]()
+
     def list_no_pods_at_first(client: KubeClient) -> None:
         whole = client.fetch_list
 
         async def fetch_list(resource: str, *args: Any) -> AsyncIterator[dict[str, Any]]:
-            if resource == "pods" and len(args) == 1:
-                return
             async for item in whole(resource, *args):
-                yield item
+                if resource == "pods" and len(args) == 1:
+                    hidden.append(item["metadata"]["name"])
+                else:
+                    yield item
 
         client.fetch_list = fetch_list  # type: ignore[method-assign]
 
     with OperatorThread(settings, wrap=list_no_pods_at_first):
         status = run.wait_phase("Failed")
+    assert len(hidden) == 2, "its list had no pods"
     assert [(failure["class"], failure["message"]) for failure in status["failures"]] == [
         ("BadData", "record 7 is broken")
     ]

@@ -141,18 +141,25 @@ def test_an_operator_that_sees_the_run_late_makes_no_preflight_again(
         run.set_preflight(1, ended(70, termination("Internal", "503 Slow Down")))
         eventually("the next", lambda: [job["metadata"]["name"] for job in run.jobs()] == ["run-pre2"])
 
+    missed = list[str]()
+
     def see_it_late(client: KubeClient) -> None:
         whole = client.fetch_list
 
         async def fetch_list(resource: str, *args: Any) -> Any:
             async for item in whole(resource, *args):
-                yield late if resource == Resource.RUNS else item
+                if resource == Resource.RUNS:
+                    missed.extend(failure["class"] for failure in item["status"]["failures"])
+                    yield late
+                else:
+                    yield item
 
         client.fetch_list = fetch_list  # type: ignore[method-assign]
 
     with OperatorThread(settings, wrap=see_it_late):
         run.set_preflight(2, ended(0, settled(), "Completed"))
         run.wait("attempt 1", lambda status: status.get("attempt") == 1)
+    assert missed == ["Internal"], "it did not see the failure that is on record"
     assert jobs_created(cp, namespace) == ["run-1", "run-pre1", "run-pre2"]
 
 

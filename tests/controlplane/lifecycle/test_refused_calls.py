@@ -30,12 +30,12 @@ class Refusing:
     def __call__(self, client: KubeClient) -> None:
         send = client._send
 
-        async def refuse(method: str, path: str, query: Any, *rest: Any) -> Any:
-            if self.on and self._when(method, path, query):
+        async def refuse(method: Any, path: str, *args: Any) -> Any:
+            if self.on and self._when(method, path, args[0]):
                 return self._answer
-            return await send(method, path, query, *rest)  # type: ignore[arg-type]
+            return await send(method, path, *args)
 
-        client._send = refuse  # type: ignore[method-assign,assignment]
+        client._send = refuse  # type: ignore[method-assign]
 
 
 def deletes_jobs(method: str, path: str, _: Any) -> bool:

@@ -217,9 +217,11 @@ def test_a_run_that_is_put_right_while_it_is_found_wrong_is_looked_at_again_at_o
         setattr(client, call, answer)
 
     thread = OperatorThread(settings, wrap=meet)
-    thread.operator._on_event = lambda *event: None  # type: ignore[method-assign]
+    untold = list[Any]()
+    thread.operator._on_event = lambda *event: untold.append(event)  # type: ignore[method-assign]
     with thread:
         eventually("its Job", run.jobs)
+        eventually("the watches had news", lambda: untold)
     assert put_right == [call], "it was found wrong, and by this call it was not any more"
     writes = [one for one in thread.calls if not one.startswith("GET ")]
     assert writes[0].endswith("/status") is (call == "patch_status"), "what is news already is not written over"
@@ -348,6 +350,9 @@ def test_two_operators_that_see_different_runtimes_make_one_run(
             found = [words(run, 1)]
             run.set_failed(1, "StoreUnavailable", 74)
             found.append(words(run, 2))
+        seen = stale.operator.cache.runtime(name)
+        assert seen is not None
+        assert seen["spec"]["image"] == "trainer:1", "the one has not seen the edit"
     spec = run.status["runtime"]["spec"]
     assert found == [(spec["image"], spec["store"])] * 2
 
