@@ -8,7 +8,7 @@ import heapq
 import logging
 import random
 from collections.abc import Awaitable, Callable, Hashable
-from typing import Generic, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar, cast
 
 K = TypeVar("K", bound=Hashable)
 
@@ -22,56 +22,88 @@ LATE = 0.001
 """
 
 
+PATIENCE = 5.0
+"""Most seconds for which a look that no change calls for lets others go first."""
+
+
+class Turn(NamedTuple):
+    """When a key is due, and until when others that are due may go first. ``number`` tells it from older turns."""
+
+    at: float
+    deadline: float
+    number: int = 0
+
+
 class Schedule(Generic[K]):
-    """Which key is due when. A key is in one of three states: idle, due at a time, or taken by a look."""
+    """Which key is due when. A key is in one of three states: idle, due at a time, or taken by a look.
+
+    Of the keys that are due the one with the earliest deadline comes first: what has just changed goes before what is
+    looked at from time to time, but none waits for ever.
+    """
 
     def __init__(self, jitter: Callable[[], float] = random.random) -> None:
         self._jitter = jitter
-        self._heap: list[tuple[float, int, K]] = []
-        self._due: dict[K, float] = {}
-        self._taken: dict[K, float | None] = {}
+        self._later: list[tuple[float, int, K]] = []
+        """By the time from which a key is due; with entries of turns that are no more, as in ``_ready``."""
+        self._ready: list[tuple[float, int, K]] = []
+        """By deadline: keys that were due when one was last taken."""
+        self._turns: dict[K, Turn] = {}
+        self._taken: dict[K, Turn | None] = {}
         self._failures: dict[K, int] = {}
         self._count = 0
 
     def __len__(self) -> int:
-        return len(self._due)
+        return len(self._turns)
 
-    def wake(self, key: K, at: float) -> None:
-        """Makes ``key`` due at ``at``, or leaves it where it is due earlier. A taken key is due again once done."""
+    def wake(self, key: K, at: float, patience: float = 0.0) -> None:
+        """Makes ``key`` due at ``at``, or leaves it where it is due earlier. A taken key is due again once done.
+
+        For ``patience`` seconds it lets others go first.
+        """
         if key in self._taken:
-            again = self._taken[key]
-            self._taken[key] = at if again is None else min(again, at)
+            self._taken[key] = _earlier(self._taken[key], Turn(at, at + patience))
             return
-        due = self._due.get(key)
-        if due is None or at < due:
-            self._due[key] = at
+        known = self._turns.get(key)
+        turn = _earlier(known, Turn(at, at + patience))
+        if turn != known:
             self._count += 1
-            heapq.heappush(self._heap, (at, self._count, key))
+            self._turns[key] = turn = turn._replace(number=self._count)
+            heapq.heappush(self._later, (turn.at, turn.number, key))
 
     def ready(self, now: float) -> int:
         """How many keys are due at ``now``."""
-        return sum(1 for due in self._due.values() if due <= now)
+        return sum(1 for turn in self._turns.values() if turn.at <= now)
 
     def next_due(self) -> float | None:
         """When the next key is due, or ``None`` if none is."""
-        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        self._forget_old_turns()
+        heads = [self._turns[heap[0][2]].at for heap in (self._ready, self._later) if heap]
+        return min(heads, default=None)
 
     def take(self, now: float) -> K | None:
         """A key that is due at ``now``, for the caller alone until ``done``."""
-        due = self.next_due()
-        if due is None or due > now:
+        self._forget_old_turns()
+        while self._later and self._later[0][0] <= now:
+            _, number, key = heapq.heappop(self._later)
+            heapq.heappush(self._ready, (self._turns[key].deadline, number, key))
+            self._forget_old_turns()
+        if not self._ready:
             return None
-        _, _, key = heapq.heappop(self._heap)
-        del self._due[key]
+        key = heapq.heappop(self._ready)[2]
+        del self._turns[key]
         self._taken[key] = None
         return key
+
+    def _forget_old_turns(self) -> None:
+        """Takes away the first entries of both heaps whose key was taken, or has another turn by now."""
+        for heap in (self._later, self._ready):
+            while heap and ((turn := self._turns.get(heap[0][2])) is None or turn.number != heap[0][1]):
+                heapq.heappop(heap)
 
     def done(self, key: K, now: float, *, again_after: float | None = None) -> None:
         """Gives ``key`` back after success."""
         self._failures.pop(key, None)
-        self._give_back(key, None if again_after is None else now + again_after)
+        self._give_back(key, None if again_after is None else _look_again(now, again_after))
 
     def failed(self, key: K, now: float) -> float:
         """Gives ``key`` back after an error; returns the seconds until the next try.
@@ -83,14 +115,27 @@ class Schedule(Generic[K]):
         self._failures[key] = failures + 1
         delay = min(MAX_DELAY, BASE_DELAY * 2.0 ** min(failures, 30)) * (1.0 - self._jitter() / 2)
         self._taken[key] = None
-        self._give_back(key, now + delay)
+        self._give_back(key, _look_again(now, delay))
         return delay
 
-    def _give_back(self, key: K, at: float | None) -> None:
-        woken = self._taken.pop(key)
-        times = [time for time in (woken, at) if time is not None]
-        if times:
-            self.wake(key, min(times))
+    def _give_back(self, key: K, again: Turn | None) -> None:
+        turn = self._taken.pop(key)
+        if again is not None:
+            turn = _earlier(turn, again)
+        if turn is not None:
+            self.wake(key, turn.at, turn.deadline - turn.at)
+
+
+def _look_again(now: float, after: float) -> Turn:
+    """A turn that nothing calls for but time: who has waited long is not in a hurry."""
+    return Turn(now + after, now + after + min(after, PATIENCE))
+
+
+def _earlier(known: Turn | None, new: Turn) -> Turn:
+    """``known``, or with the time and the deadline of ``new`` where these are earlier."""
+    if known is None:
+        return new
+    return known._replace(at=min(known.at, new.at), deadline=min(known.deadline, new.deadline))
 
 
 class WorkQueue(Generic[K]):
@@ -117,9 +162,9 @@ class WorkQueue(Generic[K]):
     def __len__(self) -> int:
         return self._schedule.ready(self._now())
 
-    def wake(self, key: K, after: float = 0.0) -> None:
-        """Makes ``key`` due in ``after`` seconds. To be called in the queue's event loop."""
-        self._schedule.wake(key, self._now() + after)
+    def wake(self, key: K, after: float = 0.0, patience: float = 0.0) -> None:
+        """Makes ``key`` due in ``after`` seconds; see ``Schedule.wake``. To be called in the queue's event loop."""
+        self._schedule.wake(key, self._now() + after, patience)
         self._changed.set()
 
     def start(self) -> None:

@@ -1,6 +1,5 @@
 """What to read beside the looks, and when: logs, Events and queues, which no watch shows. All pure."""
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -167,8 +166,7 @@ def compute_next_look(observed: Observed, plan: Plan, settings: RunSettings) -> 
             read = observed.reports.queue_read_at is not None
             times.append(_queue_interval(observed, settings) if read else REFUSAL_DELAY)
         elif pod is not None and pod.running:
-            asked = _spread(settings.log_interval, observed.run.metadata.uid)
-            times.append(min(asked, float(observed.run.spec.run_policy.stall_timeout_seconds)))
+            times.append(min(settings.log_interval, float(observed.run.spec.run_policy.stall_timeout_seconds)))
         elif job.started is not None and observed.is_short_of_pods(job):
             times.append(REFUSAL_DELAY if observed.reports.refusal_read_at is None else 3 * settings.log_interval)
         elif any(pod.is_starting for pod in observed.gang(job)):
@@ -177,15 +175,6 @@ def compute_next_look(observed: Observed, plan: Plan, settings: RunSettings) -> 
         if any(find_unspoken(observed.gang(job), job)):
             times.append(QUIET)
     return min(times, default=None)
-
-
-def _spread(interval: float, uid: str) -> float:
-    """``interval``, or up to half as much again, by the run: those whose logs were read at one time part again.
-
-    An operator that starts reads all logs at once. With equal intervals they would come as one wave for ever, and who
-    creates a run meanwhile would wait for its end.
-    """
-    return interval * (1.0 + 0.5 * (zlib.crc32(uid.encode()) % 1000) / 1000)
 
 
 def _rank_zero(observed: Observed) -> PodView | None:

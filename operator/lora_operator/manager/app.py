@@ -24,7 +24,7 @@ from lora_operator.watched.cache import Cache, ObjectKey, Resource
 from lora_operator.watched.fill import fill, fill_namespace, scopes
 from lora_operator.watched.refused import FORBIDDEN, Refused
 from lora_operator.watched.watch import Confirmations, apply_event, run_watches
-from lora_operator.workqueue import WorkQueue
+from lora_operator.workqueue import PATIENCE, WorkQueue
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Operator:
         limit = RateLimit(self.settings.api_qps, self.settings.api_burst)
         kube = self._make_client(configuration, limit, self.settings.api_timeout, self.count_call)
         memory = Memory()
-        collector = Collector(Reader(self.cache, kube, self._clock), memory, self._wake, self._clock)
+        collector = Collector(Reader(self.cache, kube, self._clock), memory, self._wake_patiently, self._clock)
         runs = FineTunes(
             self.cache, kube, memory, collector, self.settings, self.metrics, self._clock, socket.gethostname()
         )
@@ -84,7 +84,7 @@ class Operator:
             collector.start()
             queue.start()
             for key in self.cache.run_keys():
-                queue.wake(key)
+                queue.wake(key, patience=FIRST_LOOKS_SECONDS)
             self.ready = True
             logger.info("ready: %d runs", len(self.cache.run_keys()))
             with suppress(TimeoutError):
@@ -119,6 +119,11 @@ class Operator:
         for key in keys:
             if self._queue is not None:
                 self._queue.wake(key)
+
+    def _wake_patiently(self, key: Key) -> None:
+        """For a run of which something was read that it waits for: a new run or a pod that failed goes first."""
+        if self._queue is not None:
+            self._queue.wake(key, patience=PATIENCE)
 
     async def _check(self, kube: KubeClient, key: ObjectKey) -> None:
         """Looks up an object that a new LIST did not show."""
