@@ -41,7 +41,14 @@ def test_keys_come_in_the_order_in_which_they_are_due() -> None:
         ([("a", 0.0, 0.0), ("b", 1.0, 0.0), ("a", 2.0, 9.0)], ["a", "b"]),
         ([("a", 8.0, 0.0), ("a", 1.0, 9.0), ("b", 7.0, 0.5)], ["b", "a"]),
     ],
-    ids=["a change first", "nothing for ever", "not due", "a change after all", "no turn is lost", "the better of both"],
+    ids=[
+        "a change first",
+        "nothing for ever",
+        "not due",
+        "a change after all",
+        "no turn is lost",
+        "the better of both",
+    ],
 )
 def test_of_the_keys_that_are_due_the_earliest_deadline_comes_first(
     wakes: list[tuple[str, float, float]], order: list[str | None]
