@@ -82,8 +82,8 @@ soak: venv binaries skew ## Soak the operator in faults for MINUTES (30) by SEED
 test-soak: soak test-nodes test-kueue ## All tests that take longer than 5 minutes, with their results in docs/benchmarks
 
 .PHONY: mutate
-mutate: venv ## Change the operator's code in MINUTES (30) by SEED (1), and list the changes that no unit test notices
-	$(RUN) tools/mutate.py --seed $(SEED) --minutes $(MINUTES)
+mutate: venv ## Change the operator's code in MINUTES (30) by SEED (1), and list the changes that no test notices (ALSO: more tests)
+	$(RUN) tools/mutate.py --seed $(SEED) --minutes $(MINUTES) --also $(ALSO)
 
 .PHONY: lint
 lint: venv ## Style, types, layers and generated files

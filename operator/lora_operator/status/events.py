@@ -100,8 +100,8 @@ def _describe_retry(status: LoRAFineTuneStatus, about: str) -> EventSpec:
 def _describe_end(status: LoRAFineTuneStatus) -> str:
     """That a run failed, and as what. The status says the rest, once; `kubectl describe` shows it beside this."""
     what = f"Attempt {status.attempt}" if status.attempt else "What comes before the first attempt"
-    meaning = RULES[status.failures[-1].failure_class].meaning if status.failures else ""
-    return f"{what} ended the run. {meaning} The condition Stalled and status.failures say more"
+    meaning = f" {RULES[status.failures[-1].failure_class].meaning}" if status.failures else ""
+    return f"{what} ended the run.{meaning} The condition Stalled and status.failures say more"
 
 
 def _about(status: LoRAFineTuneStatus) -> str:

@@ -107,6 +107,14 @@ def test_what_is_refused_is_told_in_the_words_of_the_refusal() -> None:
     assert decide(seen(a_run(status=STARTED), a_job(), reports=reports), NOW, SETTINGS).reason == "QuotaExceeded"
 
 
+def test_a_part_of_a_gang_whose_rest_a_policy_denies_ends_by_that_and_not_for_want_of_room() -> None:
+    denied = Refusal('admission webhook "rules.example.com" denied the request: no team label', ago(30))
+    reports = replace(silent(a_job(), QUIET), refusal=denied)
+    plan = decide(seen(a_run(status=STARTED), a_job(), running(0), reports=reports), NOW, SETTINGS)
+    assert not plan.notes.short_of_room
+    assert "no Event says why" not in plan.message
+
+
 def test_the_time_counts_from_when_it_was_seen_and_ends_with_it() -> None:
     """A Job that its queue has let go begins anew, however long it has waited there."""
     run, first = a_run(status=STARTED), note_sightings(seen(a_run(status=STARTED), a_job(suspended=True)), ago(900))
