@@ -1,9 +1,9 @@
 """What to do instead where the API server has refused a call. All pure.
 
 What was to be created is asked for again after a while, and the run fails if the refusal lasts: for minutes where a
-policy refuses it, for a day or a week where others have to mend something. Whatever else is
-refused, by the operator's role, by a webhook or by a policy, is told in the status and tried again, more and more
-seldom. It stops nothing but itself.
+policy refuses it, for a day or a week where others have to mend something. Whatever else is refused, by the operator's
+role, by a webhook or by a policy, is told in the status and tried again, more and more seldom. It stops nothing but
+itself.
 """
 
 from collections.abc import Mapping
