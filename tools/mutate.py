@@ -86,8 +86,8 @@ def find_mutants(path: Path, text: str) -> list[Mutant]:
 
 
 def _changes(top: ast.AST) -> Iterator[tuple[ast.expr, str]]:
-    """Expressions below ``top``, and what to put in their place."""
-    for node in ast.walk(top):
+    """Expressions below ``top``, and what to put in their place. Nobody sees that a class is frozen."""
+    for node in _walk(top):
         source = ast.unparse
         match node:
             case ast.Compare(ops=[operator], left=left, comparators=[right]):
@@ -107,6 +107,15 @@ def _changes(top: ast.AST) -> Iterator[tuple[ast.expr, str]]:
                 yield node, f"({source(other)} if {source(test)} else {source(body)})"
             case ast.Return(value=ast.expr() as value) if not isinstance(value, ast.Constant):
                 yield value, "None"
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    """``node`` and all below it but decorators."""
+    yield node
+    decorators = getattr(node, "decorator_list", [])
+    for child in ast.iter_child_nodes(node):
+        if child not in decorators:
+            yield from _walk(child)
 
 
 def _is_text(node: ast.BinOp) -> bool:

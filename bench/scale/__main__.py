@@ -19,6 +19,7 @@ from bench.scale.floor import Launch
 from bench.scale.gangs import FULL_STEADY, TINY_STEADY, SteadySize
 from bench.scale.nodes import Nodes, play_nodes
 from bench.scale.parts import (
+    ROUND,
     Numbers,
     make_templates,
     measure_burst,
@@ -91,11 +92,12 @@ async def _measure_rounds(
             keep("restart", await measure_restart(bench, operator, mark, empty))
             await operator.end_part()
             keep("idle", await measure_idle(bench, operator))
-            keep("launches", await measure_launches(bench, operator))
+            keep("launches", await measure_launches(bench, operator, [ROUND]))
             await operator.rest()
             nodes.forget()
             await operator.end_part()
-            keep("burst", await measure_burst(bench, operator))
+            keep("burst", await measure_burst(bench, operator, [ROUND]))
+            await bench.clear(ROUND)  # nobody makes their pods, which the operator would tell of, one by one
             await operator.rest()
             nodes.forget()
             await operator.end_part()

@@ -22,7 +22,7 @@ Numbers = dict[str, Any]
 _LAST_POD = "-1-abcde"
 """How the name of the second pod of a gang of two ends."""
 
-_RECORDED, _FLOOR = "recorded", "floor"
+_RECORDED, _FLOOR, ROUND = "recorded", "floor", "round"
 """Namespaces of the launch that is recorded, and of those that are made like it."""
 
 
@@ -48,7 +48,7 @@ async def make_templates(bench: Bench, nodes: Nodes) -> tuple[Template, Template
 
 async def record_launch(bench: Bench) -> Launch:
     """The calls by which the operator launches a run, Event included."""
-    for namespace in (_RECORDED, _FLOOR):
+    for namespace in (_RECORDED, _FLOOR, ROUND):
         await bench.client.call("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
     async with bench.client.as_user(bench.operator_pair) as client, run_proxy(client, CALM) as proxy:
         kubeconfig = write_kubeconfig(bench.plane.directory / "proxy.kubeconfig", proxy.port)

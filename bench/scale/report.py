@@ -105,7 +105,7 @@ def to_markdown(result: Numbers) -> str:
             _HEAD,
             f"Resident all the while: {total:,} LoRAFineTunes, {residents['finished']:,} finished and "
             f"{residents['waiting']:,} waiting for nodes, each with its Job and two pods, in "
-            f"{result['namespaces']} namespaces; the runs of the rounds come on top.",
+            f"{result['namespaces']} namespaces; the runs of a round come on top, and go with it.",
             f"Medians of {len(result['restart'])} rounds, each with a new operator. Of the runs that come one by one "
             f"the first {result['launches'][0]['first']} are not counted: they find processes that have slept.",
             "",

@@ -24,6 +24,7 @@ from lora_operator.kube.errors import ConflictError, KubeError, NotFoundError
 from lora_operator.lifecycle.decide import decide
 from lora_operator.lifecycle.lastwords import await_words
 from lora_operator.lifecycle.refusals import face_refusals, is_refusal
+from lora_operator.lifecycle.told import keep_words
 from lora_operator.metrics import Metrics
 from lora_operator.objects import Key, Raw
 from lora_operator.policies.placement import begun_by
@@ -162,7 +163,7 @@ class FineTunes:
         """What to do about a run."""
         observed = replace(seen.observed, reports=note_sightings(seen.observed, now))
         plan = face_refusals(observed, decide(observed, now, seen.settings), now, seen.settings)
-        return await_words(observed, plan, now)
+        return keep_words(observed, await_words(observed, plan, now), now)
 
     def read_beside(self, seen: Seen, plan: Plan, now: datetime) -> None:
         """Has logs, Events and queues read."""

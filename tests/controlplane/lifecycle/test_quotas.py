@@ -133,3 +133,20 @@ def test_a_gang_without_limits_is_told_which_are_missing(
         path = f"/api/v1/namespaces/{run.namespace}/limitranges"
         api.create(path, {"metadata": {"name": "defaults"}, "spec": limit(default={"cpu": "2", "memory": "8Gi"})})
         run.gang(1)
+
+
+def test_an_operator_that_is_started_anew_leaves_what_is_told_as_it_is(
+    run: Run, api: Api, fast_settings: Callable[..., Settings]
+) -> None:
+    """It has read no Events yet, and says nothing of the run until it has: two writes for each restart else."""
+    put(api, run.namespace, "resourcequotas", {"hard": {"limits.memory": "1Gi"}})
+    settings = fast_settings(run.namespace, start_timeout=600.0)
+    with OperatorThread(settings):
+        run.create(lambda spec: spec.update(podTemplate={"resources": ALL}))
+        eventually("the quota is full", lambda: run.status.get("reason") == "QuotaExceeded")
+    before = run.raw
+    with OperatorThread(settings) as again:
+        eventually("its Events are read anew", lambda: sum("/events" in call for call in again.calls) >= 2)
+    assert {call.split()[0] for call in again.calls} == {"GET"}
+    assert run.raw["status"] == before["status"]
+    assert run.raw["metadata"]["resourceVersion"] == before["metadata"]["resourceVersion"]

@@ -39,3 +39,10 @@ def test_an_adapter_is_believed_where_the_run_publishes(case: str) -> None:
     run = a_run(publish={} if store is None else {"store": store})
     found = find_foreign(run, AdapterStatus.model_validate({**OWN, **changes}))
     assert (found is None) if words is None else (found is not None and words in found)
+
+
+@pytest.mark.parametrize(("field", "size"), [("digest", 200), ("servedName", 200), ("uri", 500)])
+def test_what_a_pod_says_is_quoted_up_to_a_limit(field: str, size: int) -> None:
+    found = find_foreign(a_run(publish={"store": STORE}), AdapterStatus.model_validate({**OWN, field: "x" * 900}))
+    assert found is not None
+    assert found.count("x") == size
