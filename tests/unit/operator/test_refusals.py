@@ -165,6 +165,10 @@ DENIALS: dict[str, tuple[dict[str, Any], dict[str, str], float, Plan, tuple[Any,
         RUNNING, {"delete jobs": "no"}, 1.0, Plan(actions=(DeleteJob(a_job()),)),
         (), "OperatorForbidden", ConditionType.RUNNING,
     ),
+    "not a moment too early": (
+        RUNNING, {"delete jobs": "no"}, FIRST_PAUSE - 0.5, Plan(actions=(DeleteJob(a_job()),)),
+        (), "OperatorForbidden", ConditionType.RUNNING,
+    ),
     "and tried again": (
         RUNNING, {"delete jobs": "no"}, FIRST_PAUSE, Plan(actions=(DeleteJob(a_job()),)),
         (DeleteJob(a_job()),), "", None,
