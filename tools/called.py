@@ -40,7 +40,7 @@ class Recorder:
             return (yield)
         finally:
             sys.setprofile(None)
-            threading.setprofile(None)  # type: ignore[arg-type] # typeshed does not know it
+            threading.setprofile(None)
 
     def pytest_sessionfinish(self) -> None:
         """After the last test."""

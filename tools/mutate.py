@@ -17,14 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["pythonpath"]
 SOURCES = ROOT / "operator" / "lora_operator"
 TESTS = "tests/unit/operator"
-PATHS = "crds", "operator", "trainer_image", "serving", ""
 LONGEST = 2
 """Tests that take so many times what they take on the tree as it is hang, and have noticed."""
 

@@ -9,6 +9,7 @@ from lora_operator.controller.finetunes import settle
 from lora_operator.state.plan import NOTHING, FailureRecord, LaunchAttempt, Plan
 from lora_operator.state.reports import Refusal, Reports, forget_attempt
 from lora_operator.state.workload import QueueReport
+from lora_operator.watched.views import JobView, PodView
 from tests.unit.operator.builders import NOW, a_job, a_pod, a_run, ago, failure, running, seen
 
 KNOWN = Reports(
@@ -50,9 +51,9 @@ def test_a_new_attempt_begins_without_the_reports_of_the_one_before(plan: Plan, 
     ids=["a pod is missing", "all pods are made", "it waits in its queue"],
 )
 def test_a_refusal_and_a_place_in_a_queue_are_forgotten_once_they_are_over(
-    parts: tuple[object, ...], refused: bool, queued: bool
+    parts: tuple[JobView | PodView, ...], refused: bool, queued: bool
 ) -> None:
-    observed = seen(RUN, *parts, reports=KNOWN)  # type: ignore[arg-type]
+    observed = seen(RUN, *parts, reports=KNOWN)
     after = settle(KNOWN, observed, Plan(phase=Phase.STARTING, attempt=1), NOW)
     assert (after.refusal is not None, after.queue is not None) == (refused, queued)
     assert (after.queue_read_at is not None, after.queue_changed_at is not None) == (queued, queued)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -26,11 +27,11 @@ STUCK = a_pod(1, scheduled=True, node="gpu-7")
 QUEUE_SAYS = QueueReport(installed=True, workload="w", queue="team-a", position=3, message="no quota")
 
 
-def knows(**changes: object) -> Reports:
+def knows(**changes: Any) -> Reports:
     """What an operator knows that has looked at the run for long."""
     sightings = [unmade_seen(a_job()), unmade_seen(a_preflight()), starting_seen(STUCK)]
     times = dict.fromkeys([*sightings, *(unplaced_seen(a_pod(index)) for index in (0, 1))], ago(LONG))
-    return replace(Reports(run_uid="run-uid", seen=times), **changes)  # type: ignore[arg-type]
+    return replace(Reports(run_uid="run-uid", seen=times), **changes)
 
 
 CASES: dict[str, tuple[LoRAFineTune, tuple[JobView | PodView, ...], Reports, str]] = {
@@ -85,11 +86,11 @@ def test_an_operator_that_starts_anew_changes_no_word(name: str) -> None:
     assert tell(seen(told, *parts, reports=late), CATCHING_UP)[1].status == told.status
 
 
-def restarted(**changes: object) -> Observed:
+def restarted(**changes: Any) -> Observed:
     """A run of which was said that nobody makes its pods, and which this operator sees for the first time."""
     run, parts, known, _ = CASES["pods that nobody makes"]
     _, told = tell(seen(run, *parts, reports=known))
-    return seen(told, *parts, reports=replace(Reports(run_uid="run-uid"), **changes))  # type: ignore[arg-type]
+    return seen(told, *parts, reports=replace(Reports(run_uid="run-uid"), **changes))
 
 
 def test_it_is_not_kept_for_longer_than_it_takes_to_know() -> None:
